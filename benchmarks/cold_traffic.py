@@ -1,10 +1,10 @@
 """First tokens under traffic over many more adapters than slots, by policy: Chameleon's experiment.
 
 SmolLM2-135M in bfloat16 in this process. A hundred adapters of ranks 8 to 128 on q, k, v and o, for
-which there are 25 slots and 50 places in host memory. Requests arrive at random (Poisson), at three
-rates one after another, and name an adapter by a power law of exponent 1; every arm gets the same
-requests at the same times, after as many others have filled its slots. A request's first token
-counts from when it arrived.
+which there are 25 slots and 50 places in host memory. Requests arrive at random (Poisson), at four
+rates one after another, the last of which saturates the engine, and name an adapter by a power law
+of exponent 1; every arm gets the same requests at the same times, after as many others have filled
+its slots. A request's first token counts from when it arrived.
 
 `hits` is the share of requests whose adapter was in a slot when they arrived; `predicted` is what
 `vllm-multilora simulate` says of the same trace. Stock vLLM's policy is LRU in both tiers, and its
@@ -44,7 +44,7 @@ BATCH = 16
 
 @benchmark(
     workload="SmolLM2-135M in bfloat16, requests of 16 + 8 tokens over 100 adapters of ranks 8 to "
-    "128 in 25 slots, Poisson arrivals at three rates",
+    "128 in 25 slots, Poisson arrivals at four rates, the last above what the engine answers",
     control="LRU, with the same requests at the same times; stock vLLM at the lowest rate",
     figure="99th percentile of the time to the first token, and the share of requests that find "
     "their adapter in a slot",
@@ -52,7 +52,7 @@ BATCH = 16
     quick={"arms": "lru", "rates": "4", "requests": 8},
 )
 def cold_traffic(
-    arms: str = "lru,gdsf,slru,lfu", rates: str = "1,3,6", requests: int = 80
+    arms: str = "lru,gdsf,slru,lfu", rates: str = "1,3,6,12", requests: int = 80
 ) -> Iterable[Figure]:
     """First tokens under traffic over many more adapters than slots, by policy.
 

@@ -106,8 +106,7 @@ def throughput(rounds: int, of: str) -> list[dict[str, float]]:
     """Seconds for the same requests with metrics, or metering, on and off, by round."""
     from vllm import LLM, SamplingParams
 
-    from vllm_multilora.integration.attached import METER
-    from vllm_multilora.integration.server.metering import ServerMeter
+    from vllm_multilora.integration.server.metering import ServerMeter, attach
 
     model, config = base_model(), model_config()
     prompts = random_prompts(PROMPT_TOKENS)
@@ -119,7 +118,7 @@ def throughput(rounds: int, of: str) -> list[dict[str, float]]:
         def start(*, metrics: bool) -> LLM:
             # Where there is no folder, nothing is recorded: as with --disable-log-stats, but with
             # vLLM's own statistics the same on both sides.
-            from vllm_multilora.integration.server import engine_config
+            from vllm_multilora.integration.api_server import engine_settings
 
             settings: dict[str, Any] = {
                 "dtype": fastest_dtype(),
@@ -131,20 +130,20 @@ def throughput(rounds: int, of: str) -> list[dict[str, float]]:
                 "max_lora_rank": MAX_RANK,
                 "disable_log_stats": False,
             }
-            make_folder = engine_config.make_folder
+            make_folder = engine_settings.make_folder
             if not metrics:
-                engine_config.make_folder = lambda vllm_config: None
+                engine_settings.make_folder = lambda vllm_config: None
             try:
                 return LLM(str(model), **settings)
             finally:
-                engine_config.make_folder = make_folder
+                engine_settings.make_folder = make_folder
 
         # The one with metrics last: a process shows its newest engine's.
         engines = {"off": start(metrics=of == "metering"), "on": start(metrics=True)}
         usage_log = Path(scratch) / "usage.jsonl"
         if of == "metering":
             log = UsageLog(usage_log, limit=1 << 40)
-            METER.set(engines["on"].llm_engine.output_processor, ServerMeter(log))
+            attach(engines["on"].llm_engine.output_processor, ServerMeter(log))
 
         def seconds(name: str) -> float:
             engine = engines[name]

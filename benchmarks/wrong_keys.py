@@ -20,7 +20,7 @@ from benchmarks.harness.registry import Figure, benchmark
 from vllm_multilora.tenants.keys import new_key, stored
 
 if TYPE_CHECKING:
-    from vllm_multilora.integration.server.access import Access
+    from vllm_multilora.gateway.keys.access import Access
 
 
 def measured(work: Callable[[], Any]) -> tuple[float, int]:
@@ -45,7 +45,7 @@ def measured(work: Callable[[], Any]) -> tuple[float, int]:
 )
 def wrong_keys(keys: int = 100_000, tenants: int = 1_000) -> Iterable[Figure]:
     """What a wrong key costs an API server: processor time of one core, and memory."""
-    from vllm_multilora.integration.server.access import Access
+    from vllm_multilora.gateway.keys.access import Access
 
     known = {f"t{number}": {"keys": [stored(new_key())]} for number in range(tenants)}
     wrong = [f"sk-{secrets.token_urlsafe(32)}" for _ in range(keys)]
@@ -83,7 +83,7 @@ async def ask(access: Access, keys: list[str]) -> None:
         if message["type"] == "http.response.start":
             assert message["status"] == 401
 
-    from vllm_multilora.integration.server.access_middleware import AccessMiddleware
+    from vllm_multilora.gateway.keys.middleware import AccessMiddleware
 
     door = AccessMiddleware(app, access, strangers_per_minute=1e9)  # nobody is to wait here
     for key in keys:

@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from multilora_kernels.slot_runs import SlotRuns
 from multilora_kernels.staging import StagingRing
 
 HEADER_INTS = 32
@@ -61,11 +62,13 @@ class PlanLayout:
         max_tokens: The largest number of tokens a step may have.
         max_loras: Number of adapter slots; token slots are in [-1, max_loras).
         tile_rows: The largest number of rows in a tile.
+        slot_runs: Whether there is room for the batch's slot runs (`slot_runs.py`) behind the plan.
     """
 
     max_tokens: int
     max_loras: int
     tile_rows: int = DEFAULT_TILE_ROWS
+    slot_runs: bool = False
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -107,9 +110,14 @@ class PlanLayout:
         return slice(first, first + self.max_tokens)
 
     @cached_property
+    def runs(self) -> SlotRuns:
+        """Where the slot runs lie, if there is room for them."""
+        return SlotRuns(self.order.stop, self.max_tokens, self.max_loras)
+
+    @cached_property
     def size(self) -> int:
         """Length of the whole buffer in int32 elements."""
-        size: int = self.order.stop
+        size: int = self.runs.by_slot.stop if self.slot_runs else self.order.stop
         return size
 
 
@@ -126,6 +134,7 @@ class BatchPlan:
         host: int32 tensor in host memory that begins with the same header; keeps its address too,
             because compiled code holds on to it.
         header: The same memory as a NumPy array, which is read without PyTorch's overhead.
+        sends_slot_runs: Whether steps bring their slot runs too; only where the layout has room.
     """
 
     def __init__(self, layout: PlanLayout, device: torch.device | str = "cpu") -> None:
@@ -138,6 +147,14 @@ class BatchPlan:
             self._staging = StagingRing(self.buffer)
         self.header = self.host.numpy()
         self._arange = np.arange(max(layout.max_tiles, layout.max_tokens), dtype=np.int32)
+        self.sends_slot_runs = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Makes the buffer on the device an empty plan's: it is new, or its memory was lost."""
+        self.buffer.zero_()
+        if self.layout.slot_runs:
+            self.buffer[self.layout.runs.token_slot].fill_(-1)
 
     @classmethod
     def build(
@@ -200,6 +217,7 @@ class BatchPlan:
         rows = tokens - int(counts[0])
         order = ints[layout.order]
         runs = tiles = 0
+        by_slot = None
         if rows:
             by_slot = keys.argsort(kind="stable")
             order[rows:tokens] = by_slot[: tokens - rows]
@@ -208,9 +226,11 @@ class BatchPlan:
             order[:tokens] = self._arange[:tokens]
             ints[PLAN_PARTS:HEADER_INTS] = 0
         ints[:5] = (tokens, rows, runs, tiles, own_graphs)
+        if self.sends_slot_runs:
+            layout.runs.write(ints, token_slots, by_slot, counts)
         if self._staging is not None:
             self.header[:] = ints[:HEADER_INTS]
-            self._staging.send(layout.size)
+            self._staging.send(layout.size if self.sends_slot_runs else layout.order.stop)
 
     def _write_tiles(
         self,

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import Field, fields
+from functools import partial
 from pathlib import Path
 
 from tools.kernels import model
+from tools.kernels.modelled.cases import RANKS
+from tools.kernels.modelled.machine import GPUS
 from vllm_multilora.adapters.problems import Code
 from vllm_multilora.config import MultiLoRAConfig, flag_of
 from vllm_multilora.metrics.definitions import ALL, COMMON_LABELS
@@ -118,16 +121,23 @@ def problems() -> Iterable[str]:
         yield f"| `{code}` | {_CODES[code]} |"
 
 
-def gpu_model() -> Iterable[str]:
-    """What the kernels' analytical model expects of an H100."""
-    yield from model.table(model.GPUS["H100"])
+def gpu_model(max_rank: int) -> Iterable[str]:
+    """What the kernels' analytical model expects of an H100, for servers of a maximum rank."""
+    yield from model.table(GPUS["H100"], max_rank)
 
 
-_TABLES = {
+def gpu_losses() -> Iterable[str]:
+    """Where the model expects these kernels to be slower than others on an H100."""
+    yield from model.losses(GPUS["H100"])
+
+
+_TABLES: dict[str, Callable[[], Iterable[str]]] = {
     "settings": settings,
     "metrics": metrics,
     "problems": problems,
-    "gpu_model": gpu_model,
+    **{f"gpu_model_{rank}": partial(gpu_model, rank) for rank in RANKS},
+    "gpu_losses": gpu_losses,
+    "gpu_published": model.published_table,
 }
 
 

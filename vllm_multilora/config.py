@@ -29,6 +29,7 @@ def flag_of(setting: str) -> str:
 
 STORES = ("process", "thread")
 BACKENDS = ("auto", "native", "torch", "triton", "vllm")
+KERNELS = ("auto", "ours", "vllm")
 
 _NOT_INVARIANT = {
     "torch": "plain PyTorch's sums depend on the batch",
@@ -114,8 +115,9 @@ class MultiLoRAConfig:
 
     enabled: bool | None = _setting(
         None,
-        "Use vllm-multilora for LoRA. On by default with supported vLLM versions; --multilora "
-        "forces it on with others that have what it needs, --no-multilora leaves vLLM as it is.",
+        "Use vllm-multilora for LoRA. On by default with the vLLM versions that were tested, and "
+        "with newer ones that have what it needs; --multilora forces LoRA serving on with others, "
+        "--no-multilora leaves vLLM as it is.",
         lambda value: value is None or isinstance(value, bool),
         "true, false or null",
     )
@@ -125,6 +127,13 @@ class MultiLoRAConfig:
         "What computes the LoRA products: native (C kernels, CPU), triton (NVIDIA and AMD "
         "GPUs), torch (plain PyTorch), vllm (stock, for comparison), or auto (the best one for "
         "the platform).",
+    )
+    kernels: str = _choice(
+        "auto",
+        KERNELS,
+        "On GPUs, which kernels compute LoRA products: ours, vllm (vLLM's own), or auto (the "
+        "default): at the first start on a card, both are checked and timed for each kind of "
+        "layer, and the faster right ones serve.",
     )
     batch_invariant: bool = _switch(
         False,

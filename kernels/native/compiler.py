@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 
+from multilora_kernels.cache_folder import default_cache_folder
 from multilora_kernels.native.builds import (
     KERNELS,
     PACKING,
@@ -192,15 +193,13 @@ class _CacheUnusableError(NativeUnavailableError):
 
 
 def _default_cache() -> Path:
-    if home := os.environ.get("XDG_CACHE_HOME"):
-        return Path(home) / "vllm-multilora"
-    try:
-        return Path.home() / ".cache" / "vllm-multilora"
-    except RuntimeError:  # neither HOME nor an entry in the user database
+    folder = default_cache_folder()
+    if folder is None:
         raise _CacheUnusableError(
             f"user {os.geteuid()} has no home folder; set MULTILORA_CACHE_DIR to a folder of its "
             "own"
-        ) from None
+        )
+    return folder
 
 
 def _cached(build: Callable[[Path], Path], path: Path) -> Path:

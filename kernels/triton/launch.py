@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -54,10 +56,28 @@ class Launch:
     spread: Spread | None = None
 
     def run(self) -> Any:
-        """Launches; returns Triton's compiled kernel, None in the interpreter."""
+        """Launches; returns Triton's compiled kernel, None in the interpreter or if only noted."""
         if self.before is not None:
             self.before.run()
+        if _noted is not None:
+            _noted.append(self)
+            return None
         return self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+
+
+_noted: list[Launch] | None = None
+
+
+@contextmanager
+def noted_launches() -> Iterator[list[Launch]]:
+    """Meanwhile launches of all threads are put on a list and do not run."""
+    global _noted
+    launches: list[Launch] = []
+    _noted = launches
+    try:
+        yield launches
+    finally:
+        _noted = None
 
 
 @dataclass(frozen=True)

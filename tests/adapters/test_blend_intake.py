@@ -204,6 +204,23 @@ def test_parts_that_are_no_sum_are_refused_by_name(tmp_path, tensors, config, ke
     assert str(file) in str(refused.value)
 
 
+def test_a_dora_part_is_refused_for_the_same_reason_whatever_the_flags(tmp_path, tensors):
+    """The flag that a DoRA adapter needs on its own would not help it into a blend."""
+    b = {module: tensors["some"][f"{PREFIX}{module}.lora_B.weight"] for module in (Q0, DOWN1)}
+    magnitudes = {
+        f"{PREFIX}{module}.lora_magnitude_vector": torch.ones(len(rows))
+        for module, rows in b.items()
+    }
+    write(tmp_path / "some", tensors["some"] | magnitudes, 5, 20, use_dora=True)
+    texts = []
+    for dora in (False, True):
+        with pytest.raises(AdapterFormatError) as refused:
+            take(tmp_path, replace(layout(), dora=dora), **WEIGHTS)
+        texts.append(str(refused.value))
+    assert texts[0] == texts[1]
+    assert "unset in a part of a blend" in texts[0]
+
+
 def test_what_is_wrong_with_all_parts_is_said_at_once(tmp_path, tensors):
     for name, text in (("some", "{}"), ("small", "[]")):
         (tmp_path / name / "adapter_config.json").write_text(text)

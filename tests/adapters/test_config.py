@@ -161,7 +161,6 @@ def test_any_json_is_read_or_refused(keys):
     ("keys", "words"),
     [
         ({"lora_bias": True}, "lora_bias"),
-        ({"bias": "all"}, "'bias' is 'all'"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4.*base model's weights"),
         ({"layer_replication": [[0, 2]]}, "replicated layers"),
         ({"use_qalora": True}, "QALoRA"),

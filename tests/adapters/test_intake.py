@@ -351,6 +351,7 @@ def test_a_file_that_no_thread_can_hash_now_is_a_later_trys(tmp_path, monkeypatc
     def refuse(thread):
         raise RuntimeError("can't start new thread")
 
+    monkeypatch.setattr(one_pass, "SPAN_BYTES", 1000)  # several spans: they are hashed on a thread
     tensors = weights(ALL)
     write(tmp_path, tensors, rank=4, alpha=6)
     with monkeypatch.context() as patch:

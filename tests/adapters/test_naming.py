@@ -5,6 +5,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
+from vllm_multilora.adapters import parse_tensor_name
 from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.adapters.naming import ModuleNaming, Renames, Replacement, SourceRename
 
@@ -100,3 +101,23 @@ def test_a_pooling_models_adapters_may_lack_the_models_name():
 def test_without_anything_said_names_stay_as_they_are():
     assert ModuleNaming().rename("anything.at_all") == "anything.at_all"
     assert not ModuleNaming().elsewhere("anything.at_all")
+
+
+def test_plain_tensors_of_a_layout_are_read_as_names_are_read_one_by_one():
+    layout = replace(LAYOUT, naming=NAMING)
+    assert f"base_model.model.{Q0}.lora_A.weight" in layout.by_tensor
+    for tensor, (role, name) in layout.by_tensor.items():
+        assert role == parse_tensor_name(tensor)
+        assert name == layout.naming.rename(role.module)
+        assert name in layout.by_name
+
+
+def test_plain_tensors_leave_out_modules_that_need_a_closer_look():
+    layout = replace(LAYOUT, naming=NAMING)
+    for change in (
+        {"special": frozenset({Q0})},
+        {"bypassed": {Q0: "why"}},
+        {"merged": {Q0: ("one", "two")}},
+    ):
+        changed = replace(layout, **change)
+        assert f"base_model.model.{Q0}.lora_A.weight" not in changed.by_tensor

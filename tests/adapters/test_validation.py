@@ -19,7 +19,8 @@ from vllm_multilora.adapters.validation import validate
 
 from .checkpoints import config_of
 from .corpus import BAD, LAYOUT, VALID
-from .corpus.draft import V1, add_embedding, good, name_of
+from .corpus.bad_dora import make_dora
+from .corpus.draft import V1, add_embedding, add_head, good, name_of
 from .corpus.headers import rewrite
 from .corpus.llama_layout import MODULES
 from .packs import take
@@ -268,6 +269,51 @@ def test_experts_and_heads_for_classes_have_the_models_sizes(tmp_path, module, a
     problems = validate(draft.write(tmp_path / "adapter"), layout)
     assert [problem.code for problem in problems] == ([code] if code else [])
     assert all(words in str(problem) for problem in problems)
+
+
+@pytest.mark.parametrize("named", ["gate_up_proj", "mlp.experts.gate_up_proj"])
+def test_a_refused_parameter_gets_the_hint_about_parameters(tmp_path, named):
+    module = "model.layers.0.mlp.experts"
+    draft = good(target_parameters=[named, named.replace("gate_up", "down")])
+    draft.tensors |= {name_of(module, part): torch.ones(8, 8) for part in "AB"}
+    layout = replace(LAYOUT, bypassed={module: "vLLM does not"})
+    [problem] = validate(draft.write(tmp_path / "adapter"), layout)
+    assert problem.hint.startswith("train without it in 'target_parameters'")
+    q_proj = replace(LAYOUT, bypassed={V1: "vLLM does not"})
+    draft = good([V1], target_parameters=[named])
+    [problem] = validate(draft.write(tmp_path / "other"), q_proj)
+    assert problem.hint.startswith("train without it in 'target_modules'")
+
+
+UNADAPTED = {
+    "special": frozenset(),
+    "tied": False,
+    "bypassed": dict.fromkeys(LAYOUT.special, "vLLM adapts no heads of this model"),
+}
+"""A model of whose embedding and head vLLM knows, and which it does not adapt."""
+
+
+@pytest.mark.parametrize("add", [add_embedding, add_head], ids=["embedding", "head"])
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside-others"])
+def test_a_layer_that_vllm_does_not_adapt_is_refused_for_that_reason(tmp_path, add, alone):
+    draft = good([] if alone else MODULES)
+    add(draft)
+    [problem] = validate(draft.write(tmp_path / "adapter"), replace(LAYOUT, **UNADAPTED))
+    assert problem.code == Code.UNSUPPORTED_FEATURE
+    assert "no effect here: vLLM adapts no heads of this model" in problem.message
+    assert "trained on" not in str(problem)
+
+
+def test_a_dora_adapter_of_a_head_is_refused_as_dora_whatever_vllm_adapts(tmp_path):
+    draft = make_dora(good())
+    add_head(draft)
+    folder = draft.write(tmp_path / "adapter")
+    texts = []
+    for layout in (LAYOUT, replace(LAYOUT, **UNADAPTED)):
+        problems = validate(folder, replace(layout, tied=False, dora=True))
+        texts.append([str(each) for each in problems if "lm_head" in each.message])
+    assert texts[0] == texts[1]
+    assert "of an output head, expected linear layers" in texts[0][0]
 
 
 def test_experts_of_a_layer_are_adapted_all_or_none(tmp_path):

@@ -26,6 +26,8 @@ KEYS = {
     "narrow": "sk-narrow",
     "thrifty": "sk-thrifty",
     "picky": "sk-picky",
+    "texts": "sk-texts",
+    "trusted": "sk-trusted",
 }
 ADAPTERS = {
     "acme-a": "all-linear-r8",
@@ -36,12 +38,23 @@ ADAPTERS = {
 """What is served, and which of the scenario's adapters it is."""
 
 TENANTS: dict[str, Any] = {
-    "acme": {"adapters": ["acme-*", "shared"], "routes": ["acme-route"], "weight": 2},
-    "zen": {"adapters": ["zen-a", "shared"]},
+    "acme": {
+        "adapters": ["acme-*", "shared"],
+        "routes": ["acme-route"],
+        "weight": 2,
+        "allow": ["grammars", "stored_responses"],
+    },
+    "zen": {"adapters": ["zen-a", "shared"], "allow": ["stored_responses"]},
     "plain": {"base_model": True},
     "narrow": {"adapters": ["shared"], "limits": {"running": 1, "waiting": 1}},
     "thrifty": {"adapters": ["shared"], "limits": {"tokens_per_minute": 60}},
-    "picky": {"adapters": ["acme-*", "zen-a"], "limits": {"adapters": 1}},
+    "picky": {
+        "adapters": ["acme-*", "zen-a"],
+        "limits": {"adapters": 1},
+        "allow": ["stored_responses"],
+    },
+    "texts": {"adapters": ["shared"]},
+    "trusted": {"adapters": ["shared"], "allow": ["media", "grammars", "stored_responses"]},
 }
 ROUTES = {"routes": {"acme-route": "acme-b", "zen-route": "zen-a", "base-route": BASE}}
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] | trim }} {% endfor %}"

@@ -20,11 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.serving.cases import Scenario
 from tests.serving.engine import store_folder
 from tests.serving.faulty_reader import FAULT, FAULTY_READER
-from vllm_multilora.integration.server.access_middleware import (
-    LONGEST_PAUSE_S,
-    STRANGERS_PER_MINUTE,
-)
-from vllm_multilora.integration.server.request_heads import MOST_PARTS
+from vllm_multilora.gateway.limits.pauses import LONGEST_PAUSE_S, STRANGERS_PER_MINUTE
 from vllm_multilora.store.client import StoreClient
 from vllm_multilora.store.folder import FOLDER_VARIABLE
 from vllm_multilora.store.launch import StoreProcess
@@ -80,7 +76,6 @@ ENDPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "tokenize": ("/tokenize", {"prompt": "t5 t6"}),
     "detokenize": ("/detokenize", {"tokens": [5, 6]}),
     "sagemaker": ("/invocations", {"prompt": "t5 t6", "max_tokens": 1}),
-    "tokens": ("/inference/v1/generate", {"token_ids": [5], "sampling_params": {"max_tokens": 1}}),
 }
 
 
@@ -130,37 +125,9 @@ def test_what_one_may_not_see_is_what_does_not_exist(served: TenantServer, endpo
     assert len({frozenset(answer.headers) for answer in answers.values()}) == 1
 
 
-MANY = 8 << 20
-_CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n"
-HEADS = {
-    "value": b"x: %s\r\n" % (b"a" * MANY),
-    "many": b"x: a\r\n" * 300,
-    "name": b"x" * MANY + b": a\r\n",
-    "headers-after-a-body": b"%s0\r\nx: %s" % (_CHUNKED, b"a" * MANY),
-    "short-parts": b"%s%s0" % (_CHUNKED, b"1\r\na\r\n" * 2 * MOST_PARTS),
-}
-
-
-@pytest.mark.parametrize("more", HEADS.values(), ids=HEADS)
-def test_a_request_has_neither_an_endless_head_nor_a_body_in_endless_parts(
-    served: TenantServer, more: bytes
-) -> None:
-    """Anybody's, as nobody has looked for a key yet."""
-    address = ("127.0.0.1", served.server.port)
-    with socket.create_connection(address, timeout=LIMIT_S) as connection:
-        with contextlib.suppress(ConnectionError):  # refused before all of it was sent
-            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: test\r\n%s" % more)
-            connection.sendall(b"\r\n\r\n")
-        answers = b""
-        with contextlib.suppress(ConnectionError):
-            while part := connection.recv(1 << 16):  # until the server closes the connection
-                answers += part
-    assert not answers or b"HTTP/1.1 400" in answers
-
-
 def test_a_body_in_many_short_parts_is_no_endless_head(served: TenantServer) -> None:
     """More than a head may have is beside the parts."""
-    body = b'{"model": "acme-a", "prompt": [5], "max_tokens": 1, "user": "%s"}' % (b"a" * 50_000)
+    body = b'{"model": "acme-a", "prompt": [5], "max_tokens": 1%s}' % (b" " * 50_000)
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: test\r\nAuthorization: Bearer {KEYS['acme']}\r\n"
         f"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -185,7 +152,7 @@ LISTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "fields": (
         "/v1/chat/completions",
-        {"messages": [], "vllm_xargs": {str(number): {} for number in range(400)}},
+        {"messages": [], "logit_bias": {str(number): {} for number in range(400)}},
     ),
 }
 
@@ -204,7 +171,6 @@ def test_many_wrong_items_are_read_to_the_first(
 
 LONG = "a" * 100_000
 REPEATED: dict[str, tuple[str, dict[str, Any]]] = {
-    "parameters": ("/v1/completions/render", {"prompt": [[5]] * 500, "stop": [LONG]}),
     "message": (
         "/v1/chat/completions",
         {
@@ -227,8 +193,7 @@ def test_no_answer_repeats_what_it_was_asked_without_end(
     answer = served.request("acme", "POST", path, {"model": "acme-a", **body})
     assert answer.status_code == 400, f"{answer.status_code}: {len(answer.content)} bytes"
     assert "would repeat" in answer.text
-    few = {"prompt": [[5]] * 2} if "prompt" in body else {"n": 2}
-    answer = served.request("acme", "POST", path, {"model": "acme-a", **body, **few})
+    answer = served.request("acme", "POST", path, {"model": "acme-a", **body, "n": 2})
     assert_status(answer, 200, served)
     assert len(answer.content) > 2 * len(LONG)
 
@@ -298,6 +263,8 @@ CALLS = [
     ("acme", "DELETE", "/adapters/zen-a", 403),
     ("acme", "DELETE", "/adapters/acme-a", 403),
     ("acme", "POST", "/inference/v1/abort_requests", 403),
+    ("acme", "POST", "/inference/v1/generate", 403),
+    ("acme", "POST", "/v1/completions/render", 403),
     ("acme", "POST", "/no/such/path", 403),
     ("client", "GET", "/metrics", 200),
     ("client", "POST", "/v1/load_lora_adapter", 403),
@@ -398,13 +365,14 @@ def test_errors_name_no_folders(served: TenantServer) -> None:
         assert answer.json()["error"]["problems"]
 
 
-def test_a_stored_response_is_its_tenants(served: TenantServer) -> None:
+def test_stored_response_of_another_tenant_does_not_exist(served: TenantServer) -> None:
     path, body = ENDPOINTS["responses"]
     made = served.request("acme", "POST", path, {"model": "shared", "store": True, **body}).json()
     place = f"{path}/{made['id']}"
     follow_up = {"model": "shared", "previous_response_id": made["id"], **body}
     assert_status(served.request("acme", "GET", place), 200, served)
     assert_status(served.request("acme", "POST", path, follow_up), 200, served)
+    guessed = "resp_" + "0" * (len(made["id"]) - len("resp_"))
     for method, where, sent in (
         ("GET", place, None),
         ("POST", f"{place}/cancel", None),
@@ -415,10 +383,27 @@ def test_a_stored_response_is_its_tenants(served: TenantServer) -> None:
         unknown = served.request(
             "zen",
             method,
-            where.replace(made["id"], "resp_none"),
-            sent and {**sent, "previous_response_id": "resp_none"},
+            where.replace(made["id"], guessed),
+            sent and {**sent, "previous_response_id": guessed},
         )
-        assert unknown.text == answer.text.replace(made["id"], "resp_none")
+        assert unknown.text == answer.text.replace(made["id"], guessed)
+
+
+def test_tenant_chooses_no_id_for_its_response(served: TenantServer) -> None:
+    path, body = ENDPOINTS["responses"]
+    chosen = {"model": "shared", "store": True, "request_id": "resp_mine", **body}
+    answer = served.request("acme", "POST", path, chosen)
+    assert_status(answer, 400, served)
+    assert "`request_id`" in answer.text
+
+
+def test_long_request_id_in_a_header_is_refused(served: TenantServer) -> None:
+    """The engine would send it with each token."""
+    body = {"model": "acme-a", "prompt": [5], "max_tokens": 1}
+    for length, status in ((1_024, 200), (1_025, 400)):
+        headers = {"x-request-id": "r" * length}
+        answer = served.request("acme", "POST", "/v1/completions", body, **headers)
+        assert_status(answer, status, served)
 
 
 def cached(served: TenantServer, who: str, prompt: Any, **options: Any) -> int:
@@ -493,29 +478,6 @@ def test_a_tenant_uses_as_many_adapters_at_a_time_as_it_may(served: TenantServer
         assert_status(other, 429, served)
         assert other.headers["retry-after"] == "1"
         return True
-
-    until(is_refused)
-    until(lambda: served.complete("picky", "zen-a", [5]).status_code == 200)
-
-
-def test_a_response_in_the_background_counts_until_it_is_made(served: TenantServer) -> None:
-    """It may be made before another call comes: tried until one is met."""
-    path, body = ENDPOINTS["responses"]
-    long = {**body, "max_output_tokens": 120, "ignore_eos": True}
-    background = {"model": "acme-a", "background": True, "store": True, **long}
-
-    def state(made: dict[str, Any]) -> str:
-        answer = served.request("picky", "GET", f"{path}/{made['id']}")
-        assert_status(answer, 200, served)
-        found: str = answer.json()["status"]
-        return found
-
-    def is_refused() -> bool:
-        answer = served.request("picky", "POST", path, background)
-        assert_status(answer, 200, served)
-        other = served.complete("picky", "zen-a", [5])
-        until(lambda: state(answer.json()) == "incomplete")  # it has as many tokens as it may
-        return other.status_code == 429
 
     until(is_refused)
     until(lambda: served.complete("picky", "zen-a", [5]).status_code == 200)
@@ -601,24 +563,6 @@ def test_a_tenants_long_texts_keep_no_other_one_from_being_read(served: TenantSe
 
 
 COLD = 32
-
-
-@pytest.mark.parametrize("answers", [1, 2], ids="n={}".format)
-def test_a_tenants_schema_is_checked_however_many_answers_it_is_for(
-    served: TenantServer, answers: int
-) -> None:
-    """vLLM sends requests for one answer by another way than those for several."""
-    wanted = {"n": answers, "temperature": 1, "max_tokens": 1}
-    told = served.complete("acme", "acme-a", [5, 6], structured_outputs={"regex": "("}, **wanted)
-    assert (told.status_code, "not closed" in told.text) == (400, True), told.text
-    tag = {"structural_tag": "{}"}
-    told = served.complete("acme", "acme-a", [5, 6], structured_outputs=tag, **wanted)
-    assert (told.status_code, "structural tag" in told.text) == (400, True), told.text
-    told = served.complete("acme", "acme-a", [5, 6], structured_outputs={"regex": "Z"}, **wanted)
-    assert (told.status_code, "none of the tokens" in told.text) == (400, True), told.text
-    good = {"choice": ["t5", "t6"]}
-    answer = served.complete("acme", "acme-a", [5, 6], structured_outputs=good, **wanted)
-    assert answer.status_code == 200, answer.text
 
 
 def test_a_tenant_with_many_cold_adapters_does_not_hold_up_anothers_one(

@@ -28,9 +28,8 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_multilora.integration.attached import TENANT
 from vllm_multilora.integration.engine.scheduler_class import adapter_aware
-from vllm_multilora.tenants.on_request import RequestTenant
+from vllm_multilora.integration.tenant_of_request import TENANT, RequestTenant
 
 BLOCK_SIZE = 16
 TOKEN_BYTES = 8

@@ -13,10 +13,10 @@ from vllm_multilora.integration.engine.entries import Entries
 from vllm_multilora.integration.failures import AdapterRefusedError
 from vllm_multilora.integration.fill_link import Filled, FillFailed, Missing
 from vllm_multilora.integration.orders import Check, Fill
+from vllm_multilora.integration.tenant_of_request import RequestTenant
 from vllm_multilora.slots.pins import PinLimitError
 from vllm_multilora.states import AdapterState
 from vllm_multilora.store.messages import Failed, Forgotten, Loaded, Reading, Restarted, Totals
-from vllm_multilora.tenants.on_request import RequestTenant
 
 # From the request to the slot
 

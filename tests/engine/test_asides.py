@@ -10,10 +10,11 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from tests.engine.parties import FakeStore, lora, pack_info
 from tests.engine.test_scheduler import Server, config
-from vllm_multilora.integration.attached import ADAPTERS, LINK, SERVER
 from vllm_multilora.integration.engine import core, scheduler
+from vllm_multilora.integration.engine.adapters import ADAPTERS
 from vllm_multilora.integration.engine.asides import Asides
-from vllm_multilora.integration.engine.core import add_lora, pin_lora, remove_lora
+from vllm_multilora.integration.engine.core import SERVER, add_lora, pin_lora, remove_lora
+from vllm_multilora.integration.fill_link import LINK
 
 
 def test_it_is_said_in_order_and_what_follows_from_it_too():
@@ -146,7 +147,7 @@ def test_calls_are_carried_out_in_their_order(server, engine_core):
 
 @pytest.mark.parametrize(
     ("contents", "answer"),
-    [({}, "d1"), ({"dora": True}, "d1:dora"), ({"invocation_tokens": (1, 2)}, "d1:alora")],
+    [({}, "d1"), ({"dora": True}, "d1:dora"), ({"invocation_tokens": (1, 2)}, "d1:alora:1,2")],
     ids=["plain", "dora", "activated"],
 )
 def test_a_registration_is_answered_with_what_was_read(server, engine_core, contents, answer):

@@ -17,9 +17,9 @@ from vllm_multilora.integration.engine.fair_scheduler import BLENDS as PARTY
 from vllm_multilora.integration.engine.fair_scheduler import party_of
 from vllm_multilora.integration.engine.quarantine import Quarantine
 from vllm_multilora.integration.failures import AdapterRefusedError, without_folder
+from vllm_multilora.integration.tenant_of_request import RequestTenant
 from vllm_multilora.metrics.names import BLENDS
 from vllm_multilora.states import AdapterState
-from vllm_multilora.tenants.on_request import RequestTenant
 
 ACME, ZEN = RequestTenant("acme"), RequestTenant("zen")
 

@@ -21,8 +21,8 @@ from tests.engine.fake_scheduler import AwareScheduler
 from tests.engine.parties import pack_info
 from tests.engine.test_scheduler import config
 from vllm_multilora.integration.activated import ActivatedLoRARequest, last_occurrence
-from vllm_multilora.integration.attached import ADAPTERS
 from vllm_multilora.integration.engine import core, invocation, prefix_keys
+from vllm_multilora.integration.engine.adapters import ADAPTERS
 from vllm_multilora.store.messages import PackInfo
 
 BLOCK = 4
@@ -96,9 +96,7 @@ def arrived(lora=None, adapters: Digests | None = None, images=(), tokens=TOKENS
     return request
 
 
-def image(name: str | None) -> MultiModalFeatureSpec:
-    identifier = f"{name}:image" if name else "image"
-    return MultiModalFeatureSpec(None, "image", identifier, PlaceholderRange(0, 2), "image")
+IMAGE = MultiModalFeatureSpec(None, "image", "image", PlaceholderRange(0, 2), "image")
 
 
 def lora(name="a", number=1) -> LoRARequest:
@@ -148,17 +146,8 @@ def test_an_answer_that_old_weights_have_begun_does_not_go_on_with_new_ones():
     assert prefix_keys.set_version(request, "old")
 
 
-def test_images_are_called_by_the_weights_where_a_tower_has_adapters():
-    request = arrived(lora("a"), Digests(_1="d"), [image("a")])
-    same = arrived(lora("b", 2), Digests(_2="d"), [image("b")])
-    assert [f.identifier for f in request.mm_features] == ["d:image"]
-    assert request.block_hashes == same.block_hashes
-    request.status = RequestStatus.PREEMPTED
-    assert not prefix_keys.set_version(request, "e")  # a worker knows the image by its old name
-
-
-def test_images_keep_their_names_where_no_tower_has_adapters():
-    request = arrived(lora(), Digests(_1="d"), [image(None)])
+def test_images_of_a_preempted_request_may_go_on_with_other_weights():
+    request = arrived(lora(), Digests(_1="d"), [IMAGE])
     assert [f.identifier for f in request.mm_features] == ["image"]
     request.status = RequestStatus.PREEMPTED
     assert prefix_keys.set_version(request, "e")

@@ -10,8 +10,9 @@ from tests.engine.parties import Engine, lora, pack_info
 from tests.metrics.readings import recorder, shown
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.integration.attached import ADAPTERS, VERSION
 from vllm_multilora.integration.engine.adapter_status import collective_rpc
+from vllm_multilora.integration.engine.adapters import ADAPTERS
+from vllm_multilora.integration.engine.prefix_keys import VERSION
 from vllm_multilora.integration.engine.quarantine import Quarantine
 from vllm_multilora.states import AdapterState
 

@@ -17,15 +17,16 @@ from tests.engine.fake_scheduler import AwareScheduler, FakeOutput, FakeRequest
 from tests.engine.parties import Engine, lora, pack_info
 from tests.engine.real_scheduler import Steps, make_config
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.integration.attached import ADAPTERS, TENANT, VERSION
 from vllm_multilora.integration.blends import blended
 from vllm_multilora.integration.engine import scheduler as scheduler_module
 from vllm_multilora.integration.engine import users
+from vllm_multilora.integration.engine.adapters import ADAPTERS
 from vllm_multilora.integration.engine.core import add_lora, remove_lora
 from vllm_multilora.integration.engine.freed_blocks import FreedBlocks
+from vllm_multilora.integration.engine.prefix_keys import VERSION
 from vllm_multilora.integration.fill_link import Missing
+from vllm_multilora.integration.tenant_of_request import TENANT, RequestTenant
 from vllm_multilora.slots.turns import PATIENCE_STEPS
-from vllm_multilora.tenants.on_request import RequestTenant
 
 NUMBERS = itertools.count()
 

@@ -8,9 +8,10 @@ from vllm.config import LoRAConfig, VllmConfig
 
 from tests.serving.stores import await_end, store_process
 from vllm_multilora.config import MultiLoRAConfig
-from vllm_multilora.integration.attached import EARLY_STORE, LINK
 from vllm_multilora.integration.engine import core
+from vllm_multilora.integration.engine.core import EARLY_STORE
 from vllm_multilora.integration.engine.scheduler import AdapterAwareMixin
+from vllm_multilora.integration.fill_link import LINK
 from vllm_multilora.integration.metrics import server_of
 from vllm_multilora.store import folder
 from vllm_multilora.store.client import StoreClient

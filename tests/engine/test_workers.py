@@ -13,8 +13,8 @@ from vllm.lora.request import LoRARequest
 from tests.engine.parties import lora, pack_info
 from tests.store.fake_reader import FakeReader
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.integration.attached import ADAPTERS
 from vllm_multilora.integration.engine import core
+from vllm_multilora.integration.engine.adapters import ADAPTERS
 from vllm_multilora.integration.engine.workers import LinkedWorkers, WaitingStore, WaitingWorkers
 from vllm_multilora.integration.fill_link import Filled, FillFailed, Missing
 from vllm_multilora.integration.orders import Fill

@@ -105,3 +105,41 @@ def test_a_layout_out_of_bounds_is_refused(field, value):
     sizes = {"max_tokens": 8, "max_loras": 2, "tile_rows": 32} | {field: value}
     with pytest.raises(ValueError, match=f"{field} must be between"):
         PlanLayout(**sizes)
+
+
+class TestSlotRuns:
+    """The batch for kernels that know no tiles, behind the plan in the same buffer."""
+
+    layout = PlanLayout(max_tokens=8, max_loras=3, slot_runs=True)
+
+    def runs(self, plan: BatchPlan) -> dict[str, list[int]]:
+        names = ("slot", "length", "start", "token_slot", "by_slot")
+        return {name: plan.buffer[getattr(self.layout.runs, name)].tolist() for name in names}
+
+    def test_tokens_are_sorted_by_slot_without_adapter_first(self):
+        plan = BatchPlan(self.layout)
+        plan.sends_slot_runs = True
+        plan.update(np.array([2, -1, 0, 2, 2]))
+        found = self.runs(plan)
+        assert found["slot"] == [-1, 0, 2, -1]
+        assert found["length"] == [1, 1, 3, 0]
+        assert found["start"] == [0, 1, 2, 5, 0]
+        assert found["token_slot"] == [2, -1, 0, 2, 2, -1, -1, -1]
+        assert found["by_slot"][:5] == [1, 2, 0, 3, 4]
+
+    def test_a_batch_without_adapters_has_no_runs(self):
+        plan = BatchPlan(self.layout)
+        plan.sends_slot_runs = True
+        plan.update(np.array([2, 0]))
+        plan.update(np.array([-1, -1]))
+        found = self.runs(plan)
+        assert found["slot"] == [-1] * 4
+        assert found["length"] == [0] * 4
+        assert found["token_slot"] == [-1] * 8
+
+    def test_a_step_that_needs_none_sends_the_plan_alone(self):
+        plan = BatchPlan(self.layout)
+        empty = self.runs(plan)
+        plan.update(np.array([2, -1, 0]))
+        assert self.runs(plan) == empty
+        assert plan.rows == 2

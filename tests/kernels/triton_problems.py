@@ -14,6 +14,7 @@ import torch
 import multilora_kernels
 from multilora_kernels import BatchPlan, PlanLayout, lora_linear
 from multilora_kernels import triton as backend
+from multilora_kernels.trial.checks import RELATIVE_RMS, WORST
 from multilora_kernels.triton.launch import DeviceFacts
 from tools.kernels.measure.interpreter import launched_as_on, observe
 
@@ -22,13 +23,6 @@ from .tolerances import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H100 = DeviceFacts("sm_90", 132, pdl=False)
-
-RELATIVE_RMS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""Error of a whole result relative to the RMS of that result; values of one size, no cancellation.
-
-Between the halves and at the end values are rounded to 16 bits, which explains a fifth of it.
-"""
-_WORST = 10  # error of the worst value, in those of the whole: rounding errors are near normal
 
 
 def problem_here(token_slots: list[int], *, tile_rows: int = 32, tokens: int = 0, **options):
@@ -76,7 +70,7 @@ def assert_even(actual: torch.Tensor, expected: torch.Tensor) -> None:
     error, size = (actual.double() - expected).abs(), expected.pow(2).mean().sqrt()
     allowed = RELATIVE_RMS[actual.dtype] * size
     assert error.pow(2).mean().sqrt() <= allowed, f"RMS error {error.pow(2).mean().sqrt():.2e}"
-    assert error.max() <= _WORST * allowed, f"an error of {error.max():.2e}"
+    assert error.max() <= WORST * allowed, f"an error of {error.max():.2e}"
 
 
 @contextmanager

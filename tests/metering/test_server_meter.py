@@ -28,18 +28,19 @@ from vllm.v1.engine.output_processor import (
 from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import LogprobsLists
 
-from vllm_multilora.integration.attached import METER
-from vllm_multilora.integration.attached import PROMPT as PROMPT_OF
+from vllm_multilora.integration.api_server.failure_delivery import process_outputs
 from vllm_multilora.integration.engine.versions import KEY as VERSION_KEY
+from vllm_multilora.integration.server import metering
 from vllm_multilora.integration.server.callers import MOST_SCORES, Caller
-from vllm_multilora.integration.server.failure_delivery import process_outputs
 from vllm_multilora.integration.server.http_calls import HttpCall, current_call
 from vllm_multilora.integration.server.metering import (
+    METER,
     ServerMeter,
     abort_requests,
     beam_search,
     shutdown,
 )
+from vllm_multilora.integration.server.metering import PROMPT as PROMPT_OF
 from vllm_multilora.metering.usage import Status, Usage
 from vllm_multilora.metrics import server_counts
 from vllm_multilora.tenants.limits import Account
@@ -122,7 +123,7 @@ def test_a_beam_search_that_was_refused_is_not_counted(parts: int) -> None:
     """One that the engine has begun is, once."""
     log, processor = Log(), OutputProcessor(None, log_stats=False)
     meter = ServerMeter(log)
-    METER.set(processor, meter)
+    metering.attach(processor, meter)
 
     async def refused(*_: Any) -> AsyncIterator[Any]:
         for _ in range(parts):
@@ -149,7 +150,7 @@ def test_what_runs_when_the_server_is_stopped_is_counted_as_far_as_it_got(is_ove
     """By the thread that counts all else: two could count one prompt twice."""
     log, processor = Log(), OutputProcessor(None, log_stats=False)
     meter = ServerMeter(log)
-    METER.set(processor, meter)
+    metering.attach(processor, meter)
     answers = RequestOutputCollector(RequestOutputKind.DELTA, "one")
     processor.add_request(request_for_acme(REQUEST), None, queue=answers)
     (state,) = processor.request_states.values()
@@ -182,7 +183,7 @@ def test_what_runs_when_the_server_is_stopped_is_counted_as_far_as_it_got(is_ove
 
 def test_a_request_that_is_named_twice_is_ended_once() -> None:
     log, processor = Log(), OutputProcessor(None, log_stats=False)
-    METER.set(processor, ServerMeter(log))
+    metering.attach(processor, ServerMeter(log))
     processor.add_request(request_for_acme(REQUEST), None)
     (state,) = processor.request_states.values()
     METER.get(processor).begin(state)  # type: ignore[union-attr]
@@ -195,7 +196,7 @@ def test_a_request_that_is_named_twice_is_ended_once() -> None:
 def test_what_runs_when_the_server_is_stopped_is_ended() -> None:
     """Else its client waits for the rest, and the server for its client."""
     processor = OutputProcessor(None, log_stats=False)
-    METER.set(processor, ServerMeter(None))
+    metering.attach(processor, ServerMeter(None))
 
     async def scenario() -> None:
         answers = [RequestOutputCollector(RequestOutputKind.DELTA, name) for name in "12"]
@@ -236,7 +237,7 @@ class ByName(dict[str, Any]):
 def test_ending_a_request_takes_no_time_for_all_others(internal: bool) -> None:
     """A client that goes has very many end, and others wait meanwhile."""
     log, processor = Log(), OutputProcessor(None, log_stats=False)
-    METER.set(processor, ServerMeter(log))
+    metering.attach(processor, ServerMeter(log))
     processor.add_request(request_for_acme(REQUEST), None)
     (state,) = processor.request_states.values()
     METER.get(processor).begin(state)  # type: ignore[union-attr]
@@ -280,7 +281,7 @@ def scored(
     kind = RequestOutputKind.DELTA if streams else RequestOutputKind.FINAL_ONLY
     processor = OutputProcessor(None, log_stats=False)
     meter = ServerMeter(None)
-    METER.set(processor, meter)
+    metering.attach(processor, meter)
     request, queue = request_for_acme(REQUEST), RequestOutputCollector(kind, "one")
     most = MOST_SCORES // 3 - 1
     request.sampling_params = SamplingParams(
@@ -346,7 +347,7 @@ def test_a_tenants_pooling_call_has_few_enough_results_to_tell_them_in_a_moment(
     request_: Any, most: int, who: Caller | None
 ) -> None:
     processor = OutputProcessor(None, log_stats=False)
-    METER.set(processor, ServerMeter(None))
+    metering.attach(processor, ServerMeter(None))
     caller = None if who is None else replace(who)
     if caller is not None:
         caller.expect_results(request_)
@@ -388,7 +389,7 @@ def test_an_engine_stops_at_a_request_that_began_with_another_version_than_was_a
     """vLLM aborts it, and does not let it go on for a client that has had its answer."""
     log, processor = Log(), OutputProcessor(None, log_stats=False)
     meter = ServerMeter(log)
-    METER.set(processor, meter)
+    metering.attach(processor, meter)
     queue = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, "one")
     processor.add_request(request_for_acme(REQUEST), None, queue=queue)
     (state,) = processor.request_states.values()
@@ -411,7 +412,7 @@ def test_a_call_fails_whose_parts_two_versions_of_its_adapter_have_computed() ->
     """Choices or prompts, between which changed files were read again."""
     processor, call = OutputProcessor(None, log_stats=False), HttpCall({})
     meter = ServerMeter(None)
-    METER.set(processor, meter)
+    metering.attach(processor, meter)
     queues: list[RequestOutputCollector] = []
     for number, digest in enumerate(("1234", "1234", "5678")):
         request = request_for_acme(REQUEST)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from vllm_multilora.integration.metrics import FOLDER_VARIABLE, make_folder
 from vllm_multilora.integration.server import metrics
 from vllm_multilora.metrics.folder import (
     create_folder,
@@ -130,11 +131,11 @@ def test_an_engine_that_has_ended_leaves_no_folder_in_a_process_that_goes_on(
 ) -> None:
     """Whoever has counted nothing has kept nothing of it either."""
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    monkeypatch.setenv(metrics.FOLDER_VARIABLE, "")
-    monkeypatch.setattr(metrics, "loads_adapters", lambda config: True)
+    monkeypatch.setenv(FOLDER_VARIABLE, "")
+    monkeypatch.setattr(metrics, "manages_adapters", lambda config: True)
     config: Any = type("Config", (), {"instance_id": "an engine"})()
     config.parallel_config = SimpleNamespace(_api_process_count=1, _api_process_rank=0)
-    metrics.make_folder(config)
+    make_folder(config)
     metrics.show(config)
     (folder,) = tmp_path.iterdir()
     assert find_folder("an engine", tmp_path) == folder

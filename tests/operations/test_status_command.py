@@ -1,6 +1,7 @@
 """`vllm-multilora status`: what a server says of its adapters, as a table and as JSON."""
 
 import json
+import re
 import socket
 import ssl
 import subprocess
@@ -58,6 +59,17 @@ LISTING = {
     "slots": {"total": 8, "free": 7},
     "cpu": {"adapters": 1, "bytes": 84_000_000, "bytes_limit": 2e9, "adapters_limit": None},
 }
+
+
+def test_kernels_that_a_start_has_chosen_have_a_table_of_their_own():
+    row = {"kind": "linear 208 -> 128", "layers": "down_proj", "rows": "all", "kernels": "vllm"}
+    row |= {"reason": "wrong", "problem": "row 3 of 8 is off"}
+    lines = table({**LISTING, "kernels": [row]}, now=NOW)
+    place = next(i for i, line in enumerate(lines) if line.startswith("LAYERS"))
+    assert re.split(r"  +", lines[place + 1]) == [
+        *("down_proj", "linear 208 -> 128", "all", "vllm", "wrong", "row 3 of 8 is off")
+    ]
+    assert not any(line.startswith("LAYERS") for line in table(LISTING, now=NOW))
 
 
 def test_a_proxy_is_not_asked_for_this_machine_and_gets_no_key(site, monkeypatch, capsys):

@@ -53,6 +53,9 @@ _EXIT_LIMIT_S = 30.0
 IS_0_31 = str(installed_version()).startswith("0.31.")
 """Whether vLLM is 0.31."""
 
+IS_0_33 = str(installed_version()).startswith("0.33.")
+"""Whether vLLM is 0.33."""
+
 needs_ngram_drafts = pytest.mark.skipif(
     IS_0_31 and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1",
     reason="vLLM 0.31's second model runner refuses drafts by n-grams",

@@ -1,7 +1,6 @@
 """How every endpoint that generates says that a request has failed, as its clients read it."""
 
 import json
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from http import HTTPStatus
@@ -10,6 +9,7 @@ from typing import Any
 import httpx
 from openai.types.responses import ResponseError, ResponseFailedEvent
 
+from .engine import IS_0_33
 from .server import VllmServer
 
 ARGUMENTS = ("--enable-scale-out",)
@@ -18,7 +18,6 @@ ARGUMENTS = ("--enable-scale-out",)
 ENVIRONMENT = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
 """Of a server that keeps responses, and so computes them in the background."""
 
-_LIMIT_S = 60.0
 _TOKENS = [7, 8]
 _TEXT = "t7 t8"
 _MESSAGES = [{"role": "user", "content": _TEXT}]
@@ -56,32 +55,48 @@ class Call:
 
 
 _RESPONSE = Call("/v1/responses", {"input": _TEXT, "max_output_tokens": 3})
+_MESSAGE = Call("/v1/messages", {"messages": _MESSAGES, "max_tokens": 3})
+"""Before vLLM 0.33, its stream ends without the reason."""
 _MAY_STREAM = (
     Call("/v1/completions", {"prompt": _TOKENS}),
     Call("/v1/completions", {"prompt": [_TOKENS, _TOKENS], "n": 2}, "several"),
     Call("/v1/chat/completions", {"messages": _MESSAGES}),
     Call("/v1/chat/completions", {"messages": _MESSAGES, "n": 2}, "several"),
-    Call("/v1/messages", {"messages": _MESSAGES, "max_tokens": 3}),
+    _MESSAGE,
     Call("/inference/v1/generate", {"token_ids": _TOKENS, "sampling_params": {"n": 2}}),
     _RESPONSE,
 )
 CALLS = (
     *_MAY_STREAM,
-    *(replace(call, streams=True) for call in _MAY_STREAM),
+    *(replace(call, streams=True) for call in _MAY_STREAM if call != _MESSAGE or IS_0_33),
     Call("/v1/completions", {"prompt": _TOKENS, "use_beam_search": True, "n": 2}, "beams"),
     Call("/v1/chat/completions/batch", {"messages": [_MESSAGES, _MESSAGES]}),
     Call("/generative_scoring", {"query": "t7", "items": ["t8"], "label_token_ids": _TOKENS}),
-    replace(_RESPONSE, is_background=True),
     replace(_RESPONSE, is_background=True, streams=True),
 )
 
 
 def assert_fails(
-    server: VllmServer, call: Call, model: str, status: HTTPStatus, reason: str
+    server: VllmServer,
+    call: Call,
+    model: str,
+    status: HTTPStatus,
+    reason: str,
+    *,
+    streams_begin: bool = True,
 ) -> None:
-    """A call for an adapter fails with a status and a reason."""
+    """A call for an adapter fails with a status and a reason.
+
+    Args:
+        server: Where to send it.
+        call: The call.
+        model: The adapter's name.
+        status: What the status is, or what a stream or response says that it would be.
+        reason: What the message contains.
+        streams_begin: Whether a stream has begun by the time that the call fails.
+    """
     response = call.send(server, model)
-    if not call.streams and not call.is_background:
+    if not (call.streams and (streams_begin or call.is_background)):
         assert response.status_code == status, response.text
         assert reason in response.json()["error"]["message"]
         return
@@ -101,35 +116,22 @@ def assert_fails(
 def _assert_response_fails(
     server: VllmServer, call: Call, answer: httpx.Response, status: HTTPStatus, reason: str
 ) -> None:
-    if call.streams:
-        events = list(_events(answer))
-        name, last = events[-1]
-        assert name == "response.failed", events
-        assert last["sequence_number"] == len(events) - 1
-        ResponseFailedEvent.model_validate(last)
-        failed = last["response"]
-    else:
-        failed = _at_its_end(server, answer.json())
+    events = list(_events(answer))
+    name, last = events[-1]
+    assert name == "response.failed", events
+    assert last["sequence_number"] == len(events) - 1
+    ResponseFailedEvent.model_validate(last)
+    failed = last["response"]
     assert failed["status"] == "failed"
     error = ResponseError.model_validate(failed["error"])
     assert error.code == ("server_error" if status >= 500 else "invalid_prompt")
     assert error.type == status.phrase
     assert reason in error.message
-    if call.streams and call.is_background:
+    if call.is_background:
         path = f"/v1/responses/{failed['id']}"
         stored = server.get(path).json()
         assert (stored["status"], stored["error"]) == ("failed", failed["error"])
         assert list(_events(server.get(f"{path}?stream=true"))) == events
-
-
-def _at_its_end(server: VllmServer, response: dict[str, Any]) -> dict[str, Any]:
-    """A response that is computed in the background, once it is not any more."""
-    deadline = time.monotonic() + _LIMIT_S
-    while response["status"] in ("queued", "in_progress"):
-        assert time.monotonic() < deadline, server.log_tail()
-        time.sleep(0.05)
-        response = server.get(f"/v1/responses/{response['id']}").json()
-    return response
 
 
 def _events(stream: httpx.Response) -> Iterator[tuple[str | None, dict[str, Any]]]:

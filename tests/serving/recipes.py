@@ -114,19 +114,17 @@ LLAVA_RECIPES = (
     AdapterRecipe("connector-r8", ("linear_1", "linear_2"), within="multi_modal_projector"),
     AdapterRecipe("both-r12", ("q_proj", "v_proj", "fc2", "linear_1"), rank=12),
 )
+"""The same, and adapters of a LLaVA's tower, of its connector, and of all parts."""
+
 QWEN2_VL_RECIPES = (
-    *LANGUAGE_RECIPES,
     AdapterRecipe("tower-r16", ("qkv", "proj", "fc1"), rank=16, within="visual.blocks"),
     AdapterRecipe("connector-r8", ("0", "2"), within="visual.merger"),
     AdapterRecipe("both-r12", ("q_proj", "v_proj", "qkv", "fc2"), rank=12),
 )
-IDEFICS3_RECIPES = (
-    *(replace(recipe, within="text_model") for recipe in LANGUAGE_RECIPES),
-    AdapterRecipe("tower-r16", ("q_proj", "v_proj", "out_proj", "fc1"), 16, within="vision_model"),
-    AdapterRecipe("connector-r8", ("proj",), within="connector"),
-    AdapterRecipe("both-r12", ("q_proj", "v_proj", "fc2", "proj"), rank=12),
-)
-"""With adapters of what sees, of what comes between that and the language model, and of both."""
+"""Adapters of a Qwen2-VL's tower, of its connector, and of all parts."""
+
+IDEFICS3_RECIPES = tuple(replace(recipe, within="text_model") for recipe in LANGUAGE_RECIPES)
+"""Adapters of the language model of an Idefics3."""
 
 SPEECH_RECIPES = (
     AdapterRecipe("decoder-r8", (*_ATTENTION[:3], "fc1"), within="decoder"),

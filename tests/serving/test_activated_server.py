@@ -119,7 +119,9 @@ def test_every_endpoint_says_that_a_prompt_lacks_the_invocation(
         f"({' '.join(f't{token}' for token in tokens)!r}), which the prompt does not contain: put "
         "them where the adapter is to begin"
     )
-    failed_answers.assert_fails(deployment.server, call, OTHER, HTTPStatus.BAD_REQUEST, reason)
+    failed_answers.assert_fails(
+        deployment.server, call, OTHER, HTTPStatus.BAD_REQUEST, reason, streams_begin=False
+    )
     # The adapter is none the worse for it.
     assert deployment.row(OTHER)["last_error"] is None
     completions.assert_serves(deployment.server, OTHER, deployment.case(OTHER))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_multilora.integration.server.status_route import NEW_S
+from vllm_multilora.gateway.status.adapters import NEW_S
 
 from . import completions
 from .cases import Case, Scenario

@@ -1,7 +1,6 @@
 """One API server's table of names follows its adapter directories; the engine is a stand-in."""
 
 import asyncio
-import json
 import threading
 import warnings
 from collections import defaultdict
@@ -17,8 +16,8 @@ from vllm_multilora.adapters.allowed_roots import AllowedRoots
 from vllm_multilora.adapters.directory import FIRST_NUMBER, AdapterDirectories
 from vllm_multilora.adapters.problems import Code, Problem
 from vllm_multilora.config import MultiLoRAConfig
-from vllm_multilora.integration.attached import DIRECTORY, ROUTES
-from vllm_multilora.integration.failures import REFUSAL_MARK
+from vllm_multilora.failures import FailureKind, LoadFailure
+from vllm_multilora.integration.failures import AdapterRefusedError
 from vllm_multilora.integration.server import (
     adapter_directory,
     model_names,
@@ -26,9 +25,10 @@ from vllm_multilora.integration.server import (
     routes,
     start,
 )
-from vllm_multilora.integration.server.adapter_directory import SCAN_S, DirectoryServer
+from vllm_multilora.integration.server.adapter_directory import DIRECTORY, SCAN_S, DirectoryServer
 from vllm_multilora.integration.server.callers import Caller, current_caller
 from vllm_multilora.integration.server.refusals import Refusals
+from vllm_multilora.integration.server.routes import ROUTES
 from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account
 from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import Tenant
@@ -128,16 +128,16 @@ class StrictEngine(Engine):
         if self.codes is None:
             return await super().add_lora(lora)
         problems = [Problem.at(code, "f", "", "", "").as_dict() for code in self.codes]
-        fields = json.dumps({"kind": "invalid", "problems": problems})
-        raise RuntimeError(f"not now{REFUSAL_MARK}{fields}")
+        failure = LoadFailure(FailureKind.INVALID, "not now")
+        raise AdapterRefusedError(lora.lora_int_id, failure, problems)
 
 
 def refuse(content: str) -> None:
-    for text, kind in (("bad", "invalid"), ("away", "unreadable")):
+    for text, kind in (("bad", FailureKind.INVALID), ("away", FailureKind.UNREADABLE)):
         if content == text:
             problem = Problem(Code.NOT_FINITE, "f", "", "", "", f"{text} weights")
-            fields = json.dumps({"kind": kind, "problems": [problem.as_dict()]})
-            raise RuntimeError(f"{text} weights{REFUSAL_MARK}{fields}")
+            failure = LoadFailure(kind, problem.message)
+            raise AdapterRefusedError(1, failure, [problem.as_dict()])
 
 
 class Models:
@@ -588,7 +588,7 @@ def test_a_folder_that_is_named_like_a_route_keeps_no_server_from_starting(
     monkeypatch.setattr(registration, "acts_for", lambda models: True)
     # What has to do with a real engine.
     monkeypatch.setattr(start, "require_guards", lambda models: None)
-    monkeypatch.setattr(start.status_route, "engine_reports", nothing)
+    monkeypatch.setattr(start.engine_calls, "engine_reports", nothing)
     for module in (registration, start.shared_names, start.metering):
         monkeypatch.setattr(module, "start", lambda models: None)
 

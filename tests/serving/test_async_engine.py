@@ -1,7 +1,9 @@
 """`AsyncLLM` as a library: calls for adapters, many at once, and answers as PEFT's beside them."""
 
 import asyncio
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -91,3 +93,18 @@ def test_calls_and_answers_go_on_beside_each_other(engine: "AsyncLLM", llama: Sc
         assert await engine.list_loras() == {llama.adapter_id(first)}
 
     asyncio.run(use())
+
+
+def test_a_refused_adapter_raises_its_reason_and_nothing_internal(
+    engine: "AsyncLLM", tmp_path: Path
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    from vllm_multilora.integration.failures import AdapterRefusedError
+
+    path = str(tmp_path / "missing")
+    with pytest.raises(AdapterRefusedError, match=f"{path}.* does not exist") as raised:
+        asyncio.run(engine.add_lora(LoRARequest("missing", 1, path)))
+    (problem,) = raised.value.problems
+    assert str(raised.value) == problem["message"]
+    assert "multilora-refused" not in "".join(traceback.format_exception(raised.value))

@@ -224,31 +224,6 @@ def test_a_grammar_chooses_among_the_adapters_likeliest_tokens(
     assert_as_peft(outputs[len(cases) :], cases)
 
 
-def test_a_structured_output_that_no_token_can_continue_fails_alone(
-    engine: "LLM", llama: Scenario, cases: list[Case], failing: "list[LoRARequest]"
-) -> None:
-    """At once, after some tokens, or where the answer is to end: this tokenizer has no end."""
-    from vllm.sampling_params import StructuredOutputsParams
-
-    wanted = (
-        (StructuredOutputsParams(regex="Z+"), []),
-        (StructuredOutputsParams(json={"type": "object"}), []),
-        (StructuredOutputsParams(regex="t5Z"), [5]),
-        (StructuredOutputsParams(choice=["t5"]), [5]),
-    )
-    parameters = [greedy(structured_outputs=outputs) for outputs, _ in wanted]
-    parameters += [greedy()] * len(cases)
-    outputs = generate(engine, llama, [*cases, *cases], failing, parameters)
-    for output, (_, tokens) in zip(outputs, wanted, strict=False):
-        (answer,) = output.outputs
-        assert list(answer.token_ids) == tokens
-        assert (answer.finish_reason, "none of the tokens" in str(answer.stop_reason)) == (
-            "error",
-            True,
-        ), answer
-    assert_as_peft(outputs[len(cases) :], cases)
-
-
 def others_allowed(ranked: list[int]) -> dict[str, Any]:
     return {"allowed_token_ids": sorted(ranked[1:])}
 

@@ -132,7 +132,7 @@ def test_of_a_store_that_nobody_knows_the_log_warns(
 ) -> None:
     from vllm.config import KVTransferConfig
 
-    from vllm_multilora.integration.server import kv_connectors
+    from vllm_multilora.integration.api_server import kv_connectors
 
     logger = kv_connectors.logger
     logger.addHandler(caplog.handler)

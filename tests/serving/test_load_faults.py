@@ -97,7 +97,7 @@ def test_a_fault_ends_the_adapters_requests_and_no_others(
     assert_as_peft(answer(engine, deployed, again), again)
 
 
-def test_a_beam_search_with_a_failed_adapter_says_why_and_ends_no_other(
+def test_a_beam_search_with_a_failed_adapter_finds_nothing_and_ends_no_other(
     engine: "LLM", deployed: Scenario, victim: Path
 ) -> None:
     from vllm.sampling_params import BeamSearchParams
@@ -113,9 +113,7 @@ def test_a_beam_search_with_a_failed_adapter_says_why_and_ends_no_other(
     )
     (victim / FAULT).unlink()
     engine.llm_engine.remove_lora(number)
-    (sequence,) = failed.sequences
-    assert (sequence.finish_reason, sequence.tokens) == ("error", [])
-    assert "Input/output error" in sequence.stop_reason
+    assert failed.sequences == []
     for search, case in zip(served, cases[1:], strict=True):
         new = search.sequences[0].tokens[len(case.prompt) :]
         assert tuple(new) == case.expected.tokens[:4], case.adapter

@@ -1,12 +1,6 @@
-"""A default adapter sees images that no adapter is named for; a mere name makes it no default.
-
-Encodings of images are those of one version of an adapter.
-"""
+"""A default adapter sees images that no adapter is named for; a mere name makes it no default."""
 
 import asyncio
-import base64
-import copy
-import io
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -19,37 +13,31 @@ import pytest
 
 from tests.attacks.poison import poisoned
 from tests.tenants.callers import as_caller
-from vllm_multilora.integration.server import versions
+from vllm_multilora.integration.api_server import registered_versions
+from vllm_multilora.integration.api_server.registered_versions import Version
 from vllm_multilora.integration.server.callers import Caller
 from vllm_multilora.integration.server.http_calls import HttpCall, current_call
 from vllm_multilora.integration.server.model_names import prepare
-from vllm_multilora.tenants.keys import stored
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import Tenant
-from vllm_multilora.tenants.work_turns import take_turns
 
 from .engine import running_engine
-from .recipes import LLAVA_RECIPES, AdapterRecipe
+from .recipes import LANGUAGE_RECIPES, AdapterRecipe
 from .server import VllmServer
 from .test_classification import text
 from .test_prefix_keys import changed_by_a_byte
 from .test_vision_language import ask, assert_as_peft, generate
-from .tiny_vision import IMAGE_TOKEN, write_llava
-from .vision import NEW_TOKENS, Gallery, Question, gallery, picture
+from .tiny_vision import write_llava
+from .vision import NEW_TOKENS, TEMPLATE, Gallery, Question, chat, gallery
 
 pytestmark = pytest.mark.serving  # imports vLLM
 
 BASE, GONE, POISON = "base", "gone", "poison"
-LANGUAGE, BOTH = (recipe.name for recipe in (LLAVA_RECIPES[0], LLAVA_RECIPES[-1]))
-"""Adapters: one of language, and one that sees too, which is the operator's default for images."""
+LANGUAGE, DEFAULT = (recipe.name for recipe in LANGUAGE_RECIPES)
+"""Adapters; the second is the operator's default for images."""
 OTHER = "other"
 """Pushes others out of host memory."""
-TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<vision> <image> </vision>{% else %}{{ part['text'] }}"
-    "{% endif %} {% endfor %}{% endfor %}"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +127,7 @@ def test_who_may_use_the_base_model_may_use_it_with_its_default_adapter():
 @pytest.mark.smoke("default adapters for images and audio")
 def test_the_default_adapter_is_named_by_the_answers_that_it_has_made():
     serving = serving_with({"image": "/image"}, "image")
-    versions.note(serving.models.engine_client, 1, versions.Version("abc", 1.0, "lora"))
+    registered_versions.note(serving.models.engine_client, 1, Version("abc", 1.0, "lora"))
 
     def named(content: list[Any], *, takes_defaults: bool) -> Any:
         call = HttpCall({})
@@ -156,117 +144,11 @@ def test_the_default_adapter_is_named_by_the_answers_that_it_has_made():
     assert named(PARTS, takes_defaults=False) == (None, None)
 
 
-@pytest.mark.smoke("reload beside running requests")
-def test_encodings_of_two_versions_of_an_adapter_are_two():
-    from vllm.lora.request import LoRARequest
-    from vllm.v1.engine.input_processor import InputProcessor
-
-    processor: Any = object.__new__(InputProcessor)
-    processor.lora_config = SimpleNamespace(enable_tower_connector_lora=True)
-    processor.vllm_config = config()
-
-    def key(lora: LoRARequest | None) -> str:
-        return processor._get_mm_identifier("hash", lora)
-
-    one, two = (key(LoRARequest("acme", number, "/acme")) for number in (1, 2))
-    assert len({one, two, key(None)}) == 3
-    assert key(None) == "hash"
-    processor.lora_config.enable_tower_connector_lora = False
-    assert key(LoRARequest("acme", 1, "/acme")) == "hash"
-
-
-@pytest.mark.smoke("images")
-@pytest.mark.parametrize("is_pooling", [False, True], ids=["generate", "pooling"])
-def test_an_image_that_has_been_read_is_kept_for_its_tenant_alone(is_pooling: bool) -> None:
-    """Under a name that its client has given it, too.
-
-    What vLLM has under a name, whoever has sent it, it takes for what another one sends. It takes
-    the engine to have it even where the request was refused: the other one's request then fails.
-    """
-    from vllm.entrypoints.pooling.base.io_processor import PoolingIOProcessor
-    from vllm.multimodal.parse import MultiModalDataParser
-    from vllm.multimodal.processing.inputs import ProcessorInputs
-    from vllm.renderers.base import BaseRenderer
-
-    def process(prompt: Any, data: Any, *, mm_uuids: Any, media_io_kwargs: Any, **_: Any) -> Any:
-        items = MultiModalDataParser().parse_mm_data(data)
-        inputs = ProcessorInputs(prompt, items, mm_uuids, media_io_kwargs=media_io_kwargs or {})
-        return {"type": "multimodal", "ids": inputs.get_mm_hashes("model", "blake3")["image"]}
-
-    async def process_async(*args: Any, **kwargs: Any) -> Any:
-        return process(*args, **kwargs)
-
-    class Renderer(BaseRenderer):
-        __init__ = render_messages = lambda *_: None
-
-    class Pooling(PoolingIOProcessor):
-        def render(self, prompt: Any) -> Any:
-            return self.renderer._process_tokens(prompt)
-
-    renderer: Any = Renderer()
-    renderer._process_multimodal = process
-    renderer._process_multimodal_async = process_async
-    renderer._executor = ThreadPoolExecutor(1)
-    take_turns(renderer._executor, lambda *_: "")
-    template = SimpleNamespace(
-        chat_template=None, chat_template_content_format="auto", trust_request_chat_template=False
-    )
-    pooling: Any = Pooling(SimpleNamespace(model_config=None), renderer, template)
-
-    async def read(prompt: Any) -> Any:
-        return await (pooling.render_async if is_pooling else renderer._process_tokens_async)(
-            prompt
-        )
-
-    def ids(who: Caller | None, size: int = 32) -> list[str]:
-        prompt = {
-            "prompt_token_ids": [1],
-            "multi_modal_data": {"image": [picture(0), picture(0)]},
-            "multi_modal_uuids": {"image": ["photo-1", None]},
-            "media_io_kwargs": {"image": {"size": size}} if size != 32 else {},
-        }
-        before = copy.deepcopy({**prompt, "multi_modal_data": None})
-        found = as_caller(who, lambda: asyncio.run(read(prompt)))["ids"]
-        assert {**prompt, "multi_modal_data": None} == before
-        return found
-
-    acme, zen = ids(tenant("acme")), ids(tenant("zen"))
-    assert ids(tenant("acme")) == acme
-    assert len({*acme, *zen, *ids(tenant("acme"), 16), *ids(None)}) == 8
-    for who in (None, Caller(Role.OPERATOR), Caller(Role.CLIENT)):
-        assert ids(who) == ids(None)
-    assert ids(None)[0] == "photo-1"
-    renderer._executor.shutdown()
-
-
-@pytest.mark.smoke("images")
-def test_tenants_have_images_processed_by_the_server() -> None:
-    """What clients process themselves reaches the model unchecked, and may end the engine."""
-    from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
-
-    serving = serving_with(None)
-    features = {
-        "mm_hashes": {"image": ["hash"]},
-        "mm_placeholders": {"image": [{"offset": 0, "length": 1}]},
-    }
-
-    def answer(who: Caller | None, **fields: Any) -> Any:
-        request = GenerateRequest.model_validate(
-            {"token_ids": [1, 2], "sampling_params": {}, **fields}
-        )
-        refusal = as_caller(who, lambda: asyncio.run(prepare(serving, request)))
-        return refusal and (refusal.error.code, refusal.error.param)
-
-    assert answer(tenant("acme"), features=features) == (403, "features")
-    assert answer(tenant("acme")) is None
-    for who in (None, Caller(Role.OPERATOR), Caller(Role.CLIENT)):
-        assert answer(who, features=features) is None
-
-
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Gallery:
     """Questions with an image, and without."""
-    recipes = (LLAVA_RECIPES[0], LLAVA_RECIPES[-1], AdapterRecipe(OTHER, ("k_proj", "o_proj")))
+    other = AdapterRecipe(OTHER, ("k_proj", "o_proj"), within="language_model")
+    recipes = (*LANGUAGE_RECIPES, other)
     return gallery(tmp_path_factory.mktemp("shown"), write_llava, recipes, [(1,), ()])
 
 
@@ -280,7 +162,7 @@ def by_default(shown: Gallery) -> list[Question]:
     return [
         of_base(question)
         for question in shown.questions
-        if question.adapter == (BOTH if question.images else None)
+        if question.adapter == (DEFAULT if question.images else None)
     ]
 
 
@@ -324,8 +206,7 @@ def test_images_that_name_no_adapter_are_answered_as_by_pefts_default(
         skip_tokenizer_init=False,
         max_loras=2,
         max_cpu_loras=2,
-        enable_tower_connector_lora=True,
-        default_mm_loras={"image": str(shown.adapters[BOTH])},
+        default_mm_loras={"image": str(shown.adapters[DEFAULT])},
     ) as llm:
         assert_as_peft(questions, ask(llm, questions, adapters))
         by_one = generate(llm, [image, other], [None, same_number])
@@ -333,27 +214,6 @@ def test_images_that_name_no_adapter_are_answered_as_by_pefts_default(
     assert by_one[0][0] == image.answer
     assert "number 1 is that of adapter 'image'" in by_one[1][1]
     assert alone[0][0] == other.answer
-
-
-def data_url(number: int) -> str:
-    file = io.BytesIO()
-    picture(number).save(file, "png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def chat(question: Question) -> list[dict[str, Any]]:
-    """A question's message, its image where it stands in the prompt."""
-    words = question.prompt
-    if not question.images:
-        return [{"role": "user", "content": [{"type": "text", "text": text(words)}]}]
-    place = words.index(IMAGE_TOKEN)
-    (number,) = question.images
-    parts = [
-        {"type": "text", "text": text(words[: place - 1])},
-        {"type": "image_url", "image_url": {"url": data_url(number)}},
-        {"type": "text", "text": text(words[place + 2 :])},
-    ]
-    return [{"role": "user", "content": parts}]
 
 
 @pytest.mark.smoke("default adapters for images and audio")
@@ -364,10 +224,10 @@ def test_chats_with_images_are_answered_as_by_pefts_default(shown: Gallery, tmp_
         shown.base,
         *("--served-model-name", BASE, "--dtype", "float32", "--enforce-eager", "--seed", "0"),
         *("--max-model-len", "128", "--max-num-seqs", "16", "--block-size", "32"),
-        *("--chat-template", TEMPLATE, "--enable-lora", "--enable-tower-connector-lora"),
+        *("--chat-template", TEMPLATE, "--enable-lora"),
         *("--max-loras", "2", "--max-cpu-loras", "2", "--max-lora-rank", "64"),
         *("--lora-modules", *(f"{name}={path}" for name, path in adapters.items())),
-        *("--default-mm-loras", json.dumps({"image": str(shown.adapters[BOTH])})),
+        *("--default-mm-loras", json.dumps({"image": str(shown.adapters[DEFAULT])})),
         log=tmp_path / "vllm.log",
     ) as server:
 
@@ -391,29 +251,3 @@ def test_chats_with_images_are_answered_as_by_pefts_default(shown: Gallery, tmp_
         answered_by = question.adapter or ("image" if question.images else None)
         assert response.headers.get("x-multilora-adapter") == answered_by
         assert response.json().get("multilora", {}).get("adapter") == answered_by
-
-
-def test_tenants_images_are_bounded_where_vllm_computes_the_adapters(
-    shown: Gallery, tmp_path: Path
-) -> None:
-    tenants, key = tmp_path / "tenants.json", "a key of acme's that is long enough"
-    acme = {"keys": [stored(key)], "base_model": True}
-    tenants.write_text(json.dumps({"tenants": {"acme": acme}}))
-    # Python unpacks it, and nobody is answered meanwhile.
-    url = "data:image/png;base64," + base64.b64encode(b"P3 1 1 255 1 2 3 ").decode()
-    content = [{"type": "image_url", "image_url": {"url": url}}]
-    with VllmServer(
-        shown.base,
-        *("--served-model-name", BASE, "--dtype", "float32", "--enforce-eager"),
-        *("--max-model-len", "128", "--chat-template", TEMPLATE, "--enable-lora"),
-        *("--multilora-backend", "vllm", "--multilora-tenants", str(tenants)),
-        log=tmp_path / "vllm.log",
-    ) as server:
-        answer = httpx.post(
-            f"{server.url}/v1/chat/completions",
-            json={"model": BASE, "messages": [{"role": "user", "content": content}]},
-            headers={"Authorization": f"Bearer {key}"},
-            timeout=120,
-        )
-    assert answer.status_code == 400, answer.text
-    assert "expected an image in one of" in answer.text

@@ -5,6 +5,7 @@ import json
 import msgspec
 import pytest
 import torch
+from transformers import Qwen2Config
 
 from tests.adapters.corpus import LAYOUT
 from tests.adapters.corpus.draft import good
@@ -271,8 +272,27 @@ def test_the_corpus_was_made_for_that_of_the_tiny_llama(tmp_path):
     assert found.by_name == LAYOUT.by_name
     assert found.special == LAYOUT.special
     assert found.special_shapes == LAYOUT.special_shapes
+    assert not found.bypassed
     assert (found.max_rank, found.dtype) == (LAYOUT.max_rank, LAYOUT.dtype)
     assert [found.naming.rename(module) for module in MODULES] == list(MODULES)
+
+
+def test_heads_that_vllm_does_not_adapt_are_known_with_the_reason(tmp_path):
+    from vllm_multilora.integration.offline.model import Server, offline_layout
+
+    architecture = "Qwen2ForCausalLM"
+    config = Qwen2Config(**tiny_models.TWO_LAYERS, architectures=[architecture])
+    config.save_pretrained(tmp_path)
+    layout = offline_layout(Server(str(tmp_path), max_lora_rank=64))
+    heads = {name for name, shape in layout.special_shapes.items() if not shape.embedding}
+    [embedding] = layout.special_shapes.keys() - heads
+    assert heads == {"lm_head"}
+    assert embedding.endswith(".embed_tokens")
+    for name in ("lm_head", embedding):
+        assert not layout.is_special(name)
+        assert layout.naming.rename(name) == name
+        reason = layout.bypassed[name]
+        assert reason == f"vLLM adapts no embeddings and output heads of {architecture}"
 
 
 def test_the_ranks_that_hints_name_are_those_that_vllm_takes():

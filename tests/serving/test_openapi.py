@@ -20,11 +20,13 @@ def document(monkeypatch: pytest.MonkeyPatch, *flags: str) -> dict[str, Any]:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from vllm_multilora.integration.patching.flags import merge_flags
+    from vllm_multilora.integration.server.mounting import mount_gateway
 
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     monkeypatch.setattr(api_router, "router", APIRouter())  # vLLM has one for all servers
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([*flags])
     merge_flags(args, args)
+    mount_gateway(args)
     level = logging.root.level
     try:
         app = build_app(args, ("generate",))

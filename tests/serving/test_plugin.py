@@ -55,8 +55,9 @@ def vllm_version(tmp_path, monkeypatch):
         pytest.param(None, {}, {"enable_lora": False}, None, id="lora-off"),
         pytest.param(None, {"enabled": False}, {}, STOCK, id="switched-off"),
         pytest.param(None, {"backend": "vllm"}, {}, STOCK, id="vllms-kernels"),
-        pytest.param("0.99.0+cpu", {}, {}, STOCK, id="unsupported-vllm"),
-        pytest.param("0.99.0+cpu", {"enabled": True}, {}, OURS, id="unsupported-vllm-forced"),
+        pytest.param("0.99.0+cpu", {}, {}, OURS, id="newer-vllm-that-fits"),
+        pytest.param("0.30.0+cpu", {}, {}, STOCK, id="older-vllm"),
+        pytest.param("0.30.0+cpu", {"enabled": True}, {}, OURS, id="older-vllm-forced"),
     ],
 )
 def test_the_plugin_acts_when_it_should(
@@ -79,16 +80,16 @@ def test_it_is_not_forced_on_where_adapters_requests_would_get_the_base_models_a
     monkeypatch, lacking
 ):
     from vllm_multilora.errors import ConfigError
+    from vllm_multilora.integration.api_server import engine_settings
     from vllm_multilora.integration.patching.patch import Patch
-    from vllm_multilora.integration.server import engine_config
 
     monkeypatch.setattr(Patch, "apply", lambda self: self.name != lacking)
-    engine_config.require_patches()  # nothing of a supported version is looked at
-    monkeypatch.setattr(engine_config, "installed_version", lambda: "0.99.0")
+    engine_settings.require_patches()  # nothing of a supported version is looked at
+    monkeypatch.setattr(engine_settings, "installed_version", lambda: "0.99.0")
     with pytest.raises(ConfigError, match=f"lacks what the patches {lacking} need"):
-        engine_config.require_patches()
+        engine_settings.require_patches()
     monkeypatch.setattr(Patch, "apply", lambda self: True)
-    engine_config.require_patches()
+    engine_settings.require_patches()
 
 
 @pytest.mark.smoke("prompt_logprobs", "`embed_tokens` and `lm_head`")
@@ -175,7 +176,8 @@ def test_a_vllm_that_only_calls_itself_another_version_is_changed_everywhere(vll
     """Every target takes what the ledger says, which is compared where a version is unknown."""
     vllm_version("0.99.0+cpu")
     done = doctor()
-    assert "problem: vLLM 0.99.0+cpu is not supported" in done.stdout
+    assert "vLLM            0.99.0+cpu (tested: " in done.stdout
+    assert "inactive" not in done.stdout
     patches = [line for line in done.stdout.splitlines() if line.startswith("  in place  ")]
     assert len({line.rindex(" ") for line in patches}) == 1  # a column each
     assert "MISSING" not in done.stdout, done.stdout
@@ -239,8 +241,8 @@ def test_it_is_told_what_vllms_front_end_in_rust_leaves_out(llama: Scenario, mon
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
 
+    from vllm_multilora.integration.api_server import engine_settings
     from vllm_multilora.integration.patching.ledger import apply_patches
-    from vllm_multilora.integration.server import engine_config
 
     warned: list[str] = []
 
@@ -248,7 +250,7 @@ def test_it_is_told_what_vllms_front_end_in_rust_leaves_out(llama: Scenario, mon
         EngineArgs(str(llama.base), **({"enable_lora": True} | changes)).create_engine_config(usage)
 
     apply_patches()
-    monkeypatch.setattr(engine_config.logger, "warning", warned.append)
+    monkeypatch.setattr(engine_settings.logger, "warning", warned.append)
     start(UsageContext.OPENAI_API_SERVER)
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     start(UsageContext.LLM_CLASS)

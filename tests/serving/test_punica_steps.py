@@ -131,13 +131,13 @@ def test_what_steps_read_is_valid_again_after_memory_was_lost():
         wrapper._embeddings_indices,
         wrapper._sampler_indices,
         wrapper._token_lora_indices,
-        wrapper.plan.buffer,
-        wrapper.output_rows.buffer,
     ]
-    for buffer in buffers:
+    plans = [wrapper.plan.buffer, wrapper.output_rows.buffer]
+    for buffer in (*buffers, *plans):
         buffer.fill_(-(2**30))
     wrapper.for_layer(torch.zeros(1, 4).int(), torch.zeros(1, 4).int()).memory_lost()
     assert not any(buffer.any() for buffer in buffers)
+    assert all(plan.equal(make_wrapper().plan.buffer) for plan in plans)
     assert wrapper._ranks(None, 2, 24) is heads
     assert heads.eq(24).all()
 
@@ -196,6 +196,16 @@ def test_an_output_layer_costs_a_copy_where_it_gets_other_rows_than_the_step(
         for _ in range(2):  # layers of one step share it
             wrapper.output_rows.plan(torch.empty(sampled, 4))
     assert traffic.seen == [COPY] * copies
+
+
+def test_layers_that_vllms_kernels_serve_need_no_further_copy():
+    wrapper = make_wrapper("meta", "triton")
+    wrapper.adopt_layers([layer(LINEAR), layer(LOGITS)])
+    wrapper.for_layer(torch.zeros(1, 4).int(), torch.zeros(1, 4).int()).read_slot_runs()
+    for lengths, adapters in ([2, 1, 3], [9, 0, 5]), ([4], [0]):
+        with Traffic() as traffic:
+            step(wrapper, lengths, adapters)
+        assert traffic.seen == [COPY]
 
 
 def test_a_step_before_the_layers_are_known_prepares_for_all_of_them():
@@ -385,13 +395,13 @@ class TestExpertLayers:
         present = wrapper.token_mapping_meta.active_lora_ids.tolist().index(-1, 1)
         assert launched >= present == 3
 
-    def test_the_metadata_is_made_on_the_host_and_only_copied(self, vllms_gpu_wrapper):
+    def test_the_metadata_comes_with_the_plan_in_one_copy(self, vllms_gpu_wrapper):
         wrapper = make_wrapper("meta", "triton")
         wrapper.adopt_layers([layer("FusedMoEWithLoRA")])
-        with Traffic() as traffic:
-            step(wrapper, [2, 1, 3], [9, 0, 5])
-        assert {name for name, _ in traffic.seen} == {"copy_", "fill_"}
-        assert all(asynchronous for name, asynchronous in traffic.seen if name == "copy_")
+        for lengths, adapters in ([2, 1, 3], [9, 0, 5]), ([4], [0]):
+            with Traffic() as traffic:
+                step(wrapper, lengths, adapters)
+            assert traffic.seen == [COPY]
 
     def test_padding_rows_are_of_valid_slots_after_memory_was_lost(self, vllms_gpu_wrapper):
         """A captured graph's kernels look up whose they are, and then what that slot has."""

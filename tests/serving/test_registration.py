@@ -146,6 +146,29 @@ def test_a_loaded_adapter_serves_at_once_and_an_unloaded_one_no_more(
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_equal_loads_at_once_all_succeed_and_load_once(deployment: Deployment) -> None:
+    """As Ray sends them: one for each request that comes before a cold adapter is loaded."""
+    path = deployment.put(NAMES[0], "burst")
+    with ThreadPoolExecutor(6) as clients:
+        answers = [*clients.map(lambda _: deployment.load("burst", path), range(6))]
+    assert {(answer.status_code, answer.text) for answer in answers} == {
+        (200, "Success: LoRA adapter 'burst' added successfully.")
+    }
+    deployment.assert_serves("burst", deployment.case(NAMES[0]))
+    assert deployment.load("burst", path).status_code == 400, "did not wait for any"
+    assert deployment.unload("burst").status_code == 200
+
+
+def test_loads_of_other_files_at_once_do_not_pass_for_each_other(deployment: Deployment) -> None:
+    paths = [deployment.put(name, f"rival-{name}") for name in NAMES[:2]]
+    with ThreadPoolExecutor(2) as clients:
+        answers = [*clients.map(lambda path: deployment.load("rival", path), paths)]
+    assert sorted(answer.status_code for answer in answers) == [200, 400]
+    served = next(n for n, answer in zip(NAMES, answers, strict=False) if answer.is_success)
+    deployment.assert_serves("rival", deployment.case(served))
+    assert deployment.unload("rival").status_code == 200
+
+
 def test_the_calls_of_the_docs_load_an_adapter_ask_it_and_unload_it(deployment: Deployment) -> None:
     """Word for word, but for the address and the folder."""
     pages = ("docs/adapters.md", "README.md")

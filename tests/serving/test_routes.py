@@ -418,7 +418,7 @@ def test_pooling_endpoints_follow_routes() -> None:
     from vllm.entrypoints.serve import create_error_response
     from vllm.exceptions import GracefulHTTPError
 
-    from vllm_multilora.integration.attached import ROUTES
+    from vllm_multilora.integration.server.routes import ROUTES
     from vllm_multilora.plugin import register
 
     class OneRoute:

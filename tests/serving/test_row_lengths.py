@@ -143,8 +143,8 @@ def test_rows_are_measured_in_float32_while_a_model_of_another_type_loads(dtype,
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    from vllm_multilora.integration.attached import ROW_SQUARES
     from vllm_multilora.integration.worker import output_factors
+    from vllm_multilora.integration.worker.row_squares import ROW_SQUARES
 
     monkeypatch.setattr(output_factors, "is_active", lambda config: True)
     monkeypatch.setattr(output_factors, "settings_of", lambda config: SimpleNamespace(dora=True))

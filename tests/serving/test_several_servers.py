@@ -25,7 +25,7 @@ from vllm_multilora.store.launch import StoreProcess
 from vllm_multilora.store.messages import Description
 from vllm_multilora.tenants.keys import stored
 
-from . import completions, spans
+from . import completions
 from .cases import Case, Scenario
 from .engine import store_folder
 from .exposition import STOCK, scrape, values
@@ -33,7 +33,6 @@ from .faulty_reader import FAULT, FAULTY_READER
 from .metered import User, Work, assert_adds_up
 from .recipes import LINEAR_RECIPES
 from .server import VllmServer
-from .spans import Collector, collecting
 from .stores import observer, store_process
 
 pytestmark = pytest.mark.serving
@@ -72,12 +71,6 @@ TENANTS = {
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 
-@pytest.fixture(scope="module")
-def collector() -> Iterator[Collector]:
-    with collecting() as running:
-        yield running
-
-
 @contextlib.contextmanager
 def faulty_store() -> Iterator[str]:
     """The folder of a running store that has faults for adapters that ask for them."""
@@ -88,9 +81,7 @@ def faulty_store() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def server(
-    llama: Scenario, collector: Collector, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[VllmServer]:
+def server(llama: Scenario, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     folder = tmp_path_factory.mktemp("servers")
     (folder / "adapters").mkdir()
     (folder / "tenants.json").write_text(json.dumps({"tenants": TENANTS}))
@@ -110,10 +101,9 @@ def server(
             *("--multilora-routes", str(folder / "routes.json")),
             *("--multilora-usage-log", str(folder / "usage.jsonl"), "--multilora-latency-metrics"),
             *("--chat-template", str(folder / "chat.jinja")),
-            *("--otlp-traces-endpoint", collector.url),
             api_key=KEY,
             log=folder / "vllm.log",
-            env=ENVIRONMENT | spans.ENVIRONMENT | {FOLDER_VARIABLE: stores},
+            env=ENVIRONMENT | {FOLDER_VARIABLE: stores},
             start_timeout=480.0,
         ) as running,
     ):
@@ -324,33 +314,6 @@ def test_all_servers_and_engines_meter_together_by_tenant(
     assert {*names[:2], names[3]} <= {*first}
     asked = sum(line["adapter"] == "my-second" for line in lines)
     assert first["my-second"] == asked >= pace["my-second"] > 0
-
-
-@pytest.mark.smoke("DP 2", "several API servers")
-def test_a_requests_span_says_which_adapter_has_answered_whom(
-    server: VllmServer, llama: Scenario, collector: Collector
-) -> None:
-    assert load(server, "my-traced", llama.adapters[NAMES[0]]).status_code == 200
-    assert load(server, "my-first", llama.adapters[NAMES[0]], load_inplace=True).status_code == 200
-    case = llama.cases_of(NAMES[0])[0]
-    named = post(server, "/v1/completions", completions.body("my-traced", case))
-    routed = post(server, "/v1/completions", completions.body(ROUTE, case), key=ACME)
-    of_base = post(server, "/v1/completions", completions.body(BASE, case), key=ZEN)
-    expected = (
-        (named, {"adapter": "my-traced"}),
-        (routed, {"adapter": "my-first", "route": ROUTE, "tenant": "acme"}),
-        (of_base, {"tenant": "zen"}),
-    )
-    for response, attributes in expected:
-        assert response.status_code == 200, response.text
-        number = response.json()["id"]
-        (span,) = collector.find(
-            lambda one, number=number: one.get("gen_ai.request.id", "").startswith(number), 1
-        )
-        if "adapter" in attributes:
-            attributes["version"] = response.headers["x-multilora-version"]
-        own = {key: value for key, value in span.items() if key.startswith("multilora.")}
-        assert own == {f"multilora.{key}": value for key, value in attributes.items()}
 
 
 def test_all_of_its_processes_are_one_server_to_the_store(server: VllmServer) -> None:

@@ -183,7 +183,7 @@ def test_files_are_transcribed_and_translated_as_by_peft_beside_adapters_that_fa
     """
     gone = shutil.copytree(speech.adapters["both-r5"], tmp_path / GONE)
     adapters = {**speech.adapters, GONE: gone}
-    tenants = {"acme": {"keys": [stored(TENANT_KEY)], "adapters": ["*"]}}
+    tenants = {"acme": {"keys": [stored(TENANT_KEY)], "adapters": ["*"], "allow": ["media"]}}
     (tmp_path / "tenants.json").write_text(json.dumps({"tenants": tenants}))
     (tmp_path / "admin-key").write_text("sk-admin-admin-admin\n")
     with VllmServer(

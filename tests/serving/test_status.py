@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from vllm_multilora.cli import main
-from vllm_multilora.integration.server.status_route import NEW_S
+from vllm_multilora.gateway.status.adapters import NEW_S
 from vllm_multilora.store.arena import PAGE
 
 from .cases import Scenario
@@ -151,10 +151,10 @@ def test_the_page_that_shows_it_needs_no_key(served: Served) -> None:
     ids=["no models", "no engine", "LoRA is off"],
 )
 def test_where_the_plugin_does_not_act_there_is_no_such_path(state: dict[str, object]) -> None:
-    from vllm_multilora.integration.server.status_route import add_route
+    from vllm_multilora.gateway.status.adapters import AdaptersRoute
 
     app = FastAPI()
-    add_route(app)
+    AdaptersRoute(None).add_to(app)
     for name, value in state.items():
         setattr(app.state, name, value)
     client = TestClient(app)

@@ -1,10 +1,9 @@
-"""Models that see: adapters of all their parts answer questions about images as PEFT does."""
+"""Models that see: adapters of their language models answer about images as PEFT does."""
 
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -24,9 +23,11 @@ from .recipes import (
     QWEN2_VL_RECIPES,
     AdapterRecipe,
 )
-from .tiny_adapters import write_adapter, write_adapters
+from .server import VllmServer
+from .test_classification import text
+from .tiny_adapters import write_adapters
 from .tiny_vision import write_idefics3, write_llava, write_llava_next, write_qwen2_vl
-from .vision import NEW_TOKENS, Gallery, Question, VisionReference, gallery
+from .vision import NEW_TOKENS, TEMPLATE, Gallery, Question, VisionReference, chat, gallery
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -36,10 +37,9 @@ pytestmark = pytest.mark.serving
 
 FIRST_NUMBER = 1 << 40
 """Of an adapter: those that adapter directories give need more than 32 bits."""
-GONE, POISON, POISONED_TOWER = "gone", "poison", "poisoned-tower"
+GONE, POISON = "gone", "poison"
 IMAGES = ((0,), (1,), (2, 1))
-MIXED = ("tower-r16", "connector-r8")
-"""Of other parts than language: as many as there are slots."""
+TOWER_RECIPES = (LANGUAGE_RECIPES[0], *QWEN2_VL_RECIPES)
 LANGUAGE_NAMES = tuple(recipe.name for recipe in LANGUAGE_RECIPES)
 
 
@@ -75,30 +75,23 @@ def generate(
     ]
 
 
-def with_failing(shown: Gallery, root: Path, tower: str) -> tuple[list[Question], dict[str, Path]]:
+def with_failing(shown: Gallery, root: Path) -> tuple[list[Question], dict[str, Path]]:
     """All questions, and some to adapters that fail, in any order.
 
-    One makes NaN of the images that it sees: that is looked at in prompts without images only, as a
-    client may send what stands for an image. Its own answers are all that it spoils.
+    The poisoned adapter is asked without images: a prompt with one puts nobody in quarantine, as a
+    client may send numbers in an image's place.
     """
     language = shown.adapters[LANGUAGE_RECIPES[0].name]
     adapters = {
         **shown.adapters,
         GONE: root / GONE,
         POISON: poisoned(language, root / POISON, "float32"),
-        POISONED_TOWER: poisoned(
-            shown.adapters["tower-r16"], root / POISONED_TOWER, "float32", part=tower
-        ),
     }
     failing = [
         Question(name, images, question.prompt if images else question.prompt[:3], ())
         for question in shown.questions
         if question.adapter is None
-        for name, images in (
-            (GONE, question.images),
-            (POISON, ()),
-            (POISONED_TOWER, question.images),
-        )
+        for name, images in ((GONE, question.images), (POISON, ()))
     ]
     questions = [*shown.questions, *failing]
     random.Random(1).shuffle(questions)
@@ -113,30 +106,26 @@ def assert_as_peft(
             assert GONE in reason
         elif question.adapter == POISON:
             assert "quarantined" in reason
-        elif question.adapter != POISONED_TOWER:
+        else:
             assert tokens == question.answer, (question.adapter, question.images, reason)
 
 
-@pytest.mark.smoke("images", "adapters of towers and connectors")
+@pytest.mark.smoke("images")
 @pytest.mark.parametrize(
-    ("write", "recipes", "tower", "ranks"),
+    ("write", "recipes", "ranks"),
     [
-        pytest.param(write_llava, LLAVA_RECIPES, "v_proj", 1, id="llava"),
-        pytest.param(write_llava, LLAVA_RECIPES, "v_proj", 2, id="llava-tp2"),
-        pytest.param(write_llava_next, LLAVA_RECIPES, "v_proj", 1, id="llava-next"),
-        pytest.param(write_qwen2_vl, QWEN2_VL_RECIPES, "qkv", 1, id="qwen2-vl"),
-        pytest.param(write_idefics3, IDEFICS3_RECIPES, "v_proj", 1, id="idefics3"),
+        pytest.param(write_llava, LANGUAGE_RECIPES, 1, id="llava"),
+        pytest.param(write_llava, LANGUAGE_RECIPES, 2, id="llava-tp2"),
+        pytest.param(write_llava_next, LANGUAGE_RECIPES, 1, id="llava-next"),
+        pytest.param(write_qwen2_vl, LANGUAGE_RECIPES, 1, id="qwen2-vl"),
+        pytest.param(write_idefics3, IDEFICS3_RECIPES, 1, id="idefics3"),
     ],
 )
-def test_adapters_of_all_parts_answer_as_peft_beside_some_that_fail(
-    tmp_path: Path,
-    write: Callable[[Path], Path],
-    recipes: Sequence[AdapterRecipe],
-    tower: str,
-    ranks: int,
+def test_questions_about_images_are_answered_as_by_peft_beside_failing_adapters(
+    tmp_path: Path, write: Callable[[Path], Path], recipes: Sequence[AdapterRecipe], ranks: int
 ) -> None:
     shown = gallery(tmp_path, write, recipes, IMAGES)
-    questions, adapters = with_failing(shown, tmp_path, tower)
+    questions, adapters = with_failing(shown, tmp_path)
     with running_engine(
         shown.base,
         in_process=ranks == 1,
@@ -144,58 +133,79 @@ def test_adapters_of_all_parts_answer_as_peft_beside_some_that_fail(
         skip_tokenizer_init=False,
         max_loras=2,
         max_cpu_loras=3,
-        enable_tower_connector_lora=True,
     ) as llm:
-        # Once in their slots, all of these have the same steps, and the same groups of images.
-        ask(llm, [Question(name, (), (1,), ()) for name in MIXED], adapters)
-        mixed = [question for question in questions if question.adapter in (None, *MIXED)]
-        assert_as_peft(mixed, ask(llm, mixed, adapters))
         for _ in range(2):  # then from what is cached of the images
             assert_as_peft(questions, ask(llm, questions, adapters))
 
 
-@pytest.mark.smoke("adapters of towers and connectors")
-def test_images_are_encoded_by_each_versions_own_tower_group_by_group(tmp_path: Path) -> None:
-    """Between two images comes what needs no tower, which has vLLM begin again with its rows."""
-    recipes = (QWEN2_VL_RECIPES[0], QWEN2_VL_RECIPES[2])
-    shown = gallery(tmp_path, write_qwen2_vl, recipes, [(0,), (1,)])
-    base, language, tower = shown.questions[3:]
-    reloaded = AdapterRecipe("reloaded", recipes[1].targets, rank=8, within=recipes[1].within)
-    other = write_adapter(
-        shown.base, tmp_path / "other", reloaded, seed=9, auto=AutoModelForImageTextToText
-    )
-    truth, _ = VisionReference(shown.base, {"other": other}).answer("other", (1,), tower.prompt)
-    assert truth != tower.answer
-    with running_engine(
+def test_a_server_with_tower_adapters_is_left_to_stock_vllm(tmp_path: Path) -> None:
+    shown = gallery(tmp_path, write_qwen2_vl, TOWER_RECIPES, [(1,)])
+    with VllmServer(
         shown.base,
-        in_process=True,
-        skip_tokenizer_init=False,
-        max_loras=2,
+        *("--served-model-name", "base", "--dtype", "float32", "--enforce-eager", "--seed", "0"),
+        *("--max-model-len", "128", "--max-num-seqs", "4", "--block-size", "32"),
+        *("--enable-lora", "--enable-tower-connector-lora", "--max-lora-rank", "64"),
+        *("--lora-modules", *(f"{name}={path}" for name, path in shown.adapters.items())),
+        *("--multilora-adapter-dir", str(tmp_path), "--chat-template", TEMPLATE),
+        log=tmp_path / "vllm.log",
+    ) as server:
+        assert server.get("/v1/lora_adapters").status_code == 404
+        served = {model["id"] for model in server.get("/v1/models").json()["data"]}
+        answers = [
+            (
+                question,
+                server.post(
+                    "/v1/chat/completions",
+                    {
+                        "model": question.adapter or "base",
+                        "messages": chat(question),
+                        "temperature": 0,
+                        "max_tokens": NEW_TOKENS,
+                        "ignore_eos": True,
+                    },
+                ),
+            )
+            for question in shown.questions
+        ]
+        log = server.log.read_text()
+    assert served == {"base", *shown.adapters}  # and no folder of the directory
+    for question, answer in answers:
+        assert answer.is_success, answer.text
+        words = answer.json()["choices"][0]["message"]["content"]
+        assert words.split() == text(question.answer).split(), question
+        assert not any("multilora" in name for name in answer.headers)
+    (line,) = {each.partition("] ")[2] for each in log.splitlines() if "leaves this server" in each}
+    assert "--enable-tower-connector-lora" in line
+    assert line.endswith("no effect: --multilora-adapter-dir.")
+
+
+@pytest.mark.parametrize(
+    ("setting", "hint"),
+    [
+        ({"tenants": "/etc/tenants.yaml"}, "--enable-lora without --enable-tower-connector-lora"),
+        ({"signing_keys": "/etc/keys.pem"}, "leave out .* and --enable-tower-connector-lora"),
+    ],
+    ids=["tenants", "signatures"],
+)
+def test_a_server_with_tower_adapters_and_checks_does_not_start(
+    tmp_path: Path, setting: dict[str, str], hint: str
+) -> None:
+    """Stock vLLM would check neither keys nor signatures."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    from vllm_multilora.errors import ConfigError
+    from vllm_multilora.integration.patching.ledger import apply_patches
+
+    apply_patches()
+    arguments = EngineArgs(
+        str(write_qwen2_vl(tmp_path / "base")),
+        enable_lora=True,
         enable_tower_connector_lora=True,
-        enable_mm_embeds=True,
-    ) as llm:
-        ask(llm, shown.questions[:3], shown.adapters)  # in their slots, all have the same steps
-        embedded = Embedded(None, (1,), base.prompt, ())
-        batch = [language, base, embedded, tower]
-        for question, (tokens, _) in zip(batch, ask(llm, batch, shown.adapters), strict=True):
-            assert question is embedded or tokens == question.answer, question
-        folder = shown.adapters[recipes[1].name]
-        shutil.rmtree(folder)
-        other.rename(folder)
-        again = {**{str(n): folder for n in range(5)}, **shown.adapters}  # another number
-        assert ask(llm, [tower], again)[0][0] == truth
-
-
-@dataclass(frozen=True)
-class Embedded(Question):
-    """A question about an image that somebody has encoded already."""
-
-    def request(self) -> dict[str, Any]:
-        import torch
-
-        grid = torch.tensor([[1, 4, 6]])
-        image = {"image_embeds": torch.zeros(6, 128), "image_grid_thw": grid}
-        return {"prompt_token_ids": list(self.prompt), "multi_modal_data": {"image": image}}
+        additional_config={"multilora": setting},
+    )
+    with pytest.raises(ConfigError, match=f"(?i){hint}"):
+        arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
 
 
 def test_without_adapters_of_towers_language_is_all_that_adapters_change(tmp_path: Path) -> None:
@@ -221,65 +231,19 @@ def test_without_adapters_of_towers_language_is_all_that_adapters_change(tmp_pat
                 llm.llm_engine.add_lora(lora(shown.adapters, name))
 
 
-def test_adapters_of_towers_that_vllm_cannot_adapt_are_refused_where_these_were_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Mistral 3 and Hugging Face's InternVL are such models: vLLM ignores the flag for them."""
-    from vllm.model_executor.models.llava import LlavaForConditionalGeneration
-
-    from vllm_multilora.integration.failures import AdapterRefusedError
-
-    monkeypatch.setattr(LlavaForConditionalGeneration, "supports_tower_connector_lora", False)
-    shown = gallery(tmp_path, write_llava, LLAVA_RECIPES, [(1,)])
-    questions = [q for q in shown.questions if q.adapter in (None, *LANGUAGE_NAMES)]
-    with running_engine(
-        shown.base,
-        in_process=True,
-        skip_tokenizer_init=False,
-        max_loras=2,
-        enable_tower_connector_lora=True,
-    ) as llm:
-        assert_as_peft(questions, ask(llm, questions, shown.adapters))
-        for name in ("both-r12", "tower-r16", "connector-r8"):
-            with pytest.raises(AdapterRefusedError, match="of this part of LlavaForConditionalGen"):
-                llm.llm_engine.add_lora(lora(shown.adapters, name))
-
-
-def test_validate_says_of_adapters_of_towers_what_a_server_with_its_flags_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vllm.model_executor.models.llava import LlavaForConditionalGeneration
-
+def test_validate_refuses_adapters_of_towers_alone_as_a_server_does(tmp_path: Path) -> None:
     from vllm_multilora.integration.offline.model import Server, offline_layout
 
     base = write_llava(tmp_path / "base")
     adapters = write_adapters(base, tmp_path, LLAVA_RECIPES, auto=AutoModelForImageTextToText)
-
-    def refused(*, flag: bool) -> set[str]:
-        server = Server(str(base), max_lora_rank=64, enable_tower_connector_lora=flag)
-        layout = offline_layout(server)
-        return {name for name, path in adapters.items() if validate(path, layout)}
-
-    of_towers = {"tower-r16", "connector-r8"}
-    assert refused(flag=False) == of_towers
-    assert refused(flag=True) == set()
-    monkeypatch.setattr(LlavaForConditionalGeneration, "supports_tower_connector_lora", False)
-    assert refused(flag=True) == {*of_towers, "both-r12"}
+    layout = offline_layout(Server(str(base), max_lora_rank=64))
+    refused = {name for name, path in adapters.items() if validate(path, layout)}
+    assert refused == {"tower-r16", "connector-r8"}
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize(
-    ("option", "named"),
-    [
-        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
-        ({"mm_encoder_tp_mode": "data"}, "--mm-encoder-tp-mode data"),
-        ({"compilation_config": {"cudagraph_mm_encoder": True}}, "cudagraph_mm_encoder"),
-        ({"video_pruning_rate": 0.5}, "--video-pruning-rate"),
-    ],
-)
-def test_what_would_have_adapters_meet_others_rows_is_refused(
-    tmp_path: Path, option: dict[str, Any], named: str
-) -> None:
+def test_fast_prefill_with_adapters_is_refused_at_start(tmp_path: Path) -> None:
+    """Its last layers compute the last token of each prompt only, by whichever adapter."""
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_multilora.errors import ConfigError
@@ -287,12 +251,9 @@ def test_what_would_have_adapters_meet_others_rows_is_refused(
 
     apply_patches()
     base = str(write_qwen2_vl(tmp_path / "base"))
-    towers: dict[str, Any] = {"enable_tower_connector_lora": True}
-    with pytest.raises(ConfigError, match=f"^{named} does not go together with"):
-        EngineArgs(base, enable_lora=True, **towers, **option).create_engine_config()
-    EngineArgs(base, enable_lora=True, **towers).create_engine_config()
-    if "kv_sharing_fast_prefill" not in option:
-        EngineArgs(base, enable_lora=True, **option).create_engine_config()
+    with pytest.raises(ConfigError, match=r"^--kv-sharing-fast-prefill does not go together"):
+        EngineArgs(base, enable_lora=True, kv_sharing_fast_prefill=True).create_engine_config()
+    EngineArgs(base, enable_lora=True).create_engine_config()
 
 
 @pytest.mark.smoke
@@ -305,11 +266,9 @@ def test_a_step_in_several_parts_is_refused(option: dict[str, Any], named: str |
     from vllm.config import CacheConfig, ParallelConfig
 
     from vllm_multilora.errors import ConfigError
-    from vllm_multilora.integration.server.row_order import require_rows_in_order
+    from vllm_multilora.integration.api_server.row_order import require_rows_in_order
 
     config: Any = SimpleNamespace(
-        lora_config=SimpleNamespace(enable_tower_connector_lora=False),
-        model_config=None,
         cache_config=CacheConfig(),
         parallel_config=ParallelConfig(**option),
     )

@@ -1,11 +1,17 @@
 """After the warm-up no step meets a Triton kernel that would have to be compiled first."""
 
+import os
+import re
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+from multilora_kernels import SlotTable
 
 pytestmark = pytest.mark.serving  # imports vLLM
 
@@ -100,6 +106,27 @@ def make_layers() -> dict[str, Any]:
     }
 
 
+def make_slots() -> SlotTable:
+    return SlotTable([stacked(1, RANK, HIDDEN)], [stacked(1, HIDDEN, RANK)])
+
+
+def make_wrapped_layers(backend: str, max_tokens: int = MAX_TOKENS) -> tuple[Any, dict[str, Any]]:
+    """A wrapper, and layers that share it."""
+    from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
+
+    wrapper = MultiLoRAPunicaWrapper(
+        max_tokens, MAX_BATCHES, DEVICE, backend=backend,
+        lora_config=SimpleNamespace(max_loras=SLOTS),
+    )  # fmt: skip
+    layers = make_layers()
+    table = torch.zeros(20, SLOTS, dtype=torch.int32, device=DEVICE)
+    for row, layer in enumerate(layers.values()):
+        slices = len(layer.output_slices) or 1
+        ranks = table[row : row + slices]  # aligned for the first, not for the next
+        layer.set_mapping(wrapper.for_layer(ranks, ranks))
+    return wrapper, layers
+
+
 def call_as_vllm_does(
     layers: dict[str, Any], tokens: int, outputs: int, late: int, extra: int
 ) -> None:
@@ -156,20 +183,10 @@ def call_as_vllm_does(
 def test_steps_of_any_size_launch_only_what_the_warm_up_has_launched(variants, backend):
     from vllm.lora.layers import LoRAMapping
 
-    from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
     from vllm_multilora.integration.worker.warm_up import warm_up
 
-    wrapper = MultiLoRAPunicaWrapper(
-        MAX_TOKENS, MAX_BATCHES, DEVICE, backend=backend,
-        lora_config=SimpleNamespace(max_loras=SLOTS),
-    )  # fmt: skip
-    layers = make_layers()
-    table = torch.zeros(20, SLOTS, dtype=torch.int32, device=DEVICE)
-    for row, layer in enumerate(layers.values()):
-        slices = len(layer.output_slices) or 1
-        ranks = table[row : row + slices]  # aligned for the first, not for the next
-        layer.set_mapping(wrapper.for_layer(ranks, ranks))
-    warm_up(layers.values(), torch.bfloat16)
+    wrapper, layers = make_wrapped_layers(backend)
+    warm_up(layers.values(), torch.bfloat16, make_slots())
     warmed = set(variants)
     assert {kernel for kernel, _ in warmed} == {"shrink_kernel", "expand_kernel", "combine_kernel"}
     for tokens in (1, 2, 3, 5, 8, 13, 31, 64, 100, 129, 257, 512, 513, 1500, MAX_TOKENS):
@@ -185,3 +202,42 @@ def test_steps_of_any_size_launch_only_what_the_warm_up_has_launched(variants, b
         with wrapper.output_rows.from_prompt(0):  # for prompt_logprobs of all of them
             call_as_vllm_does(layers, tokens, tokens, 0, 0)
         assert variants == warmed, f"the logits of {tokens} tokens"
+
+
+PROGRAM = """
+import logging
+import torch
+from tests.serving.test_warm_up import make_slots, make_wrapped_layers
+from tools.kernels.measure.without_card import launched_without_card
+from vllm_multilora.integration.worker.warm_up import warm_up
+
+logging.basicConfig(level="INFO", format="%(message)s", force=True)
+logging.getLogger("vllm_multilora").parent = logging.getLogger()
+with launched_without_card(compiling=True) as launches:
+    _, layers = make_wrapped_layers("triton", 64)
+    names = "qkv", "qkv of the next layer", "sharded", "embedding"
+    warm_up([layers[name] for name in names], torch.bfloat16, make_slots())
+print("late:", launches.compiled, "launched:", len(launches.launched))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the driver is a stand-in")
+def test_processes_compile_what_the_warm_up_launches_and_it_says_so(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=environment, capture_output=True, text=True, timeout=540, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = re.search(
+        r"LoRA kernels for 3 kinds of layer are ready after [\d.]+ s: (\d+) kernels, of which "
+        r"(\d+) processes compiled what Triton's cache lacked, and this one 0\.",
+        done.stderr,
+    )
+    assert said is not None, done.stderr
+    kernels, processes = map(int, said.groups())
+    assert processes == min(len(os.sched_getaffinity(0)), 16)
+    assert len(list(tmp_path.glob("*/*.cubin"))) == kernels > 5
+    assert "late: [] launched:" in done.stdout

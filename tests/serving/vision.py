@@ -1,5 +1,7 @@
 """Questions about images, and what PEFT and transformers answer under each adapter."""
 
+import base64
+import io
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +16,20 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from .cases import MIN_MARGIN
 from .recipes import AdapterRecipe
+from .test_classification import text
 from .tiny_adapters import write_adapters
 from .tiny_models import VOCAB_SIZE
 from .tiny_vision import IMAGE_TOKEN
 
 NEW_TOKENS = 6
 _CANDIDATES = 8
+
+TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<vision> <image> </vision>{% else %}{{ part['text'] }}"
+    "{% endif %} {% endfor %}{% endfor %}"
+)
+"""A chat template that writes an image where a prompt of these questions has it."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,27 @@ def picture(number: int) -> Image.Image:
     source = np.random.default_rng(number)
     squares = source.integers(0, 256, (2, 2 + number % 2, 3), dtype=np.uint8)
     return Image.fromarray(squares.repeat(14 * 2, 0).repeat(14 * 2, 1))
+
+
+def data_url(number: int) -> str:
+    file = io.BytesIO()
+    picture(number).save(file, "png")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def chat(question: Question) -> list[dict[str, Any]]:
+    """A question's message, its image where it stands in the prompt."""
+    words = question.prompt
+    if not question.images:
+        return [{"role": "user", "content": [{"type": "text", "text": text(words)}]}]
+    place = words.index(IMAGE_TOKEN)
+    (number,) = question.images
+    parts = [
+        {"type": "text", "text": text(words[: place - 1])},
+        {"type": "image_url", "image_url": {"url": data_url(number)}},
+        {"type": "text", "text": text(words[place + 2 :])},
+    ]
+    return [{"role": "user", "content": parts}]
 
 
 class VisionReference:

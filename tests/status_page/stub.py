@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import msgspec
 
-from vllm_multilora.integration.server.status_page import headers, page
+from vllm_multilora.gateway.status.page import headers, page
 
 GIB = 2**30
 

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from tools.browser import PROGRAMS, Browser, Page, browser_program
-from vllm_multilora.integration.server.status_page import page as page_text
+from vllm_multilora.gateway.status.page import page as page_text
 from vllm_multilora.states import AdapterState
 
 from .stub import StubServer, listing, row

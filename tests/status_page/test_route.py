@@ -15,10 +15,11 @@ pytest.importorskip("vllm")
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from vllm_multilora.integration.attached import ACCESS, LISTING
-from vllm_multilora.integration.server import registration, status_page, status_route
-from vllm_multilora.integration.server.access import Access
-from vllm_multilora.integration.server.access_middleware import AccessMiddleware
+from vllm_multilora.gateway.keys.access import Access
+from vllm_multilora.gateway.keys.middleware import AccessMiddleware
+from vllm_multilora.gateway.status import page as status_page
+from vllm_multilora.gateway.status.adapters import MAX_SHARE, AdaptersRoute, RecentListing
+from vllm_multilora.integration.server import registration
 from vllm_multilora.states import AdapterState
 from vllm_multilora.tenants.keys import stored
 from vllm_multilora.tenants.rules import STATUS, STATUS_PAGE
@@ -29,7 +30,7 @@ ADMIN, CLIENT, ACME = "sk-admin-0123456789", "sk-client", "sk-acme"
 MOST_BYTES = 30 << 10
 
 
-class Answered(status_route.RecentListing):
+class Answered(RecentListing):
     """A listing that no engine has to be asked for."""
 
     rows = (row("acme-1", 1, "host"), row("other", 2, "slot", slot=0))
@@ -39,7 +40,10 @@ class Answered(status_route.RecentListing):
 
 
 def client(
-    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], access: Access | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    access: Access | None = None,
+    recent: RecentListing | None = None,
 ) -> TestClient:
     """A server with the routes, and with keys if it is to have any."""
     monkeypatch.setattr(registration, "acts_for", lambda models: True)
@@ -47,13 +51,12 @@ def client(
     models = SimpleNamespace(
         lora_requests={}, engine_client=SimpleNamespace(vllm_config=config, engine_core=None)
     )
-    LISTING.set(models, Answered())
     app = FastAPI()
     app.state.args = Namespace(enable_lora=True, additional_config=config.additional_config)
     app.state.openai_serving_models = models
-    status_route.attach_router(lambda app: None, app)
+    AdaptersRoute(access, recent or Answered()).add_to(app)
+    status_page.add_route(app)
     if access is not None:
-        ACCESS.set(app, access)
         app.add_middleware(AccessMiddleware, access=access)
     return TestClient(app)
 
@@ -199,19 +202,18 @@ def test_all_api_servers_together_take_a_small_share_of_an_engines_time(monkeypa
         asked.append(engine)
         return [{**report, "seconds": 1.0}]
 
-    server = client(monkeypatch, {})
+    server = client(monkeypatch, {}, recent=RecentListing(lambda: now))
     models = server.app.state.openai_serving_models
     engines = SimpleNamespace(core_engines=[0, 1], _call_utility_async=call)
     models.engine_client.engine_core = engines
     models.engine_client.vllm_config.parallel_config = SimpleNamespace(_api_process_count=servers)
-    LISTING.set(models, status_route.RecentListing(lambda: now))
     tags = set()
     with server:  # one event loop for all
         for _ in range(201):
             tags.add(server.get(STATUS).headers["etag"])
             now += 1.0
     assert len(tags) == len(asked) / 2
-    assert 1 < len(tags) <= 200 * status_route.MOST_SHARE / servers + 1
+    assert 1 < len(tags) <= 200 * MAX_SHARE / servers + 1
 
 
 def test_what_tenants_use_is_counted(access):

@@ -13,7 +13,7 @@ from vllm_multilora.adapters.blends import MOST_PARTS, Blend, BlendPart
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store import desk as desks
 from vllm_multilora.store.channel import Channel
-from vllm_multilora.store.desk import MOST_STUCK, Desk
+from vllm_multilora.store.desk import BRIEF_S, MOST_STUCK, Desk
 from vllm_multilora.store.job_messages import (
     LONGEST_FIELD,
     LONGEST_MESSAGE,
@@ -51,6 +51,9 @@ class PlayedJob:
         self.channel = Channel(theirs, ToJob)
         self.is_killed = False
         self.can_end = True
+        self.processor_s = 0.0
+        self.refused_yields = 0
+        self.yields = 0
 
     def kill(self) -> None:
         self.is_killed = True
@@ -59,7 +62,11 @@ class PlayedJob:
         return End("was killed by signal 9") if self.is_killed and self.can_end else None
 
     def use(self) -> Use:
-        return Use(0.0, is_ready=False)
+        return Use(self.processor_s, is_ready=False)
+
+    def yield_processors(self) -> bool:
+        self.yields += 1
+        return self.yields > self.refused_yields
 
 
 class DeskWorld(World):
@@ -172,6 +179,27 @@ def test_a_job_that_hangs_up_is_killed_and_its_adapter_fails(world):
     assert world.started["/adapters/1"].ours.fileno() == -1
     world.look()
     assert "was killed by signal 9" in world.answer(client, ticket).message
+
+
+def test_job_yields_processors_once_it_has_used_more_than_a_brief_time(world):
+    world.want(world.client(-1), 1)
+    job = world.started["/adapters/1"]
+    job.processor_s = BRIEF_S / 2
+    world.look()
+    assert job.yields == 0
+    job.processor_s = BRIEF_S
+    for _ in range(3):
+        world.look()
+    assert job.yields == 1
+
+
+def test_job_is_asked_again_to_yield_processors_where_the_system_was_busy(world):
+    world.want(world.client(-1), 1)
+    job = world.started["/adapters/1"]
+    job.processor_s, job.refused_yields = BRIEF_S, 2
+    for _ in range(5):
+        world.look()
+    assert job.yields == 3
 
 
 def test_what_jobs_do_is_looked_at_while_others_wait(world, monkeypatch):

@@ -146,7 +146,7 @@ def test_failures_say_what_was_found(engine):
 
 
 def test_a_check_that_uses_up_its_processor_time_has_timed_out(engines):
-    failed = engines(timeout_s=7.5).load(1, "/fake/a?exhaust=1")
+    failed = engines(timeout_s=20.0).load(1, "/fake/a?exhaust=1")
     assert failed.kind is FailureKind.TIMEOUT
     assert "processor time" in failed.message
     assert "8 s, from the time limit of 7.5 s" in failed.message
@@ -465,12 +465,31 @@ print(Engine(StoreClient(StoreProcess({FAKE!r}), "first")).describe().pid)
 
 
 @pytest.mark.skipif(not AUTOGROUP.exists(), reason="this kernel does not group sessions")
-def test_a_session_of_its_own_gives_way_to_the_servers(engine):
+def test_store_session_gets_a_full_share_of_busy_processors(engine):
     # Empty for a process of the first session, which has no group.
     ours = AUTOGROUP.read_text().split()
     name, _, niceness = Path(f"/proc/{engine.store().pid}/autogroup").read_text().split()
     assert name not in ours
-    assert niceness == "6"
+    assert niceness == "0"
+
+
+@pytest.mark.parametrize(("busy_s", "niceness"), [(0.0, 0), (5.0, 6)], ids=["brief", "long"])
+def test_job_has_lower_priority_than_the_model_after_a_brief_time(engine, busy_s, niceness):
+    engine.client.want(Want(1, "one", f"/fake/a?sleep=0.5&busy={busy_s}"))
+    store = engine.store()
+    engine.until(lambda: bool(store.children()))
+    (job,) = store.children()
+    time.sleep(0.3)  # a brief job still sleeps
+    engine.until(lambda: not busy_s or (job.nice(), autogroup_of(job.pid)) != (0, 0))
+    engine.until(lambda: autogroup_of(job.pid) in (None, niceness))
+    assert job.nice() == niceness
+    assert autogroup_of(job.pid) in (None, niceness)
+
+
+def autogroup_of(pid: int) -> int | None:
+    """The niceness of a process's session; None where this kernel does not group sessions."""
+    path = Path(f"/proc/{pid}/autogroup")
+    return int(path.read_text().split()[2]) if path.exists() else None
 
 
 def test_two_engines_that_start_at_once_start_one_store(engines):

@@ -1,126 +1,69 @@
 """The door of an API server, without the server behind it."""
 
 import asyncio
-import itertools
+import importlib
 import json
 import os
+import sys
 import threading
 import time
 import tracemalloc
 from argparse import Namespace
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http import HTTPStatus
 from types import SimpleNamespace
 from unittest.mock import AsyncMock
-from weakref import WeakSet
 
 import httpx
 import pytest
 
 pytest.importorskip("vllm")
 
-from pydantic import FailFast, TypeAdapter, ValidationError
 from starlette.datastructures import Headers
 from starlette.middleware.base import BaseHTTPMiddleware
-from starlette.requests import Request
 from vllm.config import StructuredOutputsConfig
-from vllm.entrypoints.generate.base.protocol import (
-    AnyStructuralTagResponseFormat,
-    LegacyStructuralTagResponseFormat,
-)
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
-from vllm.exceptions import GracefulHTTPError
-from vllm.multimodal.media import connector
 from vllm.usage.usage_lib import UsageContext
 
+from tests.gateway.calls import ACME, ADMIN, CLIENT, App, call, write
 from tests.tenants.callers import as_caller
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.documents import DocumentError
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.integration.attached import METER
+from vllm_multilora.gateway.errors import error_answer
+from vllm_multilora.gateway.keys import access as access_module
+from vllm_multilora.gateway.keys import middleware
+from vllm_multilora.gateway.keys.access import Access, access_for
+from vllm_multilora.gateway.keys.middleware import AccessMiddleware, presented_key
+from vllm_multilora.gateway.limits import listing
+from vllm_multilora.gateway.limits.turns import turn_of
+from vllm_multilora.gateway.paths import route_path
+from vllm_multilora.gateway.stored import new_id
+from vllm_multilora.integration.engine_config import check_access
 from vllm_multilora.integration.failures import without_folders
 from vllm_multilora.integration.patching.patch import Patch
-from vllm_multilora.integration.server import access as access_module
-from vllm_multilora.integration.server import access_middleware, stored_responses
-from vllm_multilora.integration.server.access import Access, access_for, read_admin_keys
-from vllm_multilora.integration.server.access_middleware import (
-    AccessMiddleware,
-    error_answer,
-    presented_key,
-    route_path,
-    turn_of,
-)
 from vllm_multilora.integration.server.callers import Caller, current_caller, turn_to_read
-from vllm_multilora.integration.server.engine_config import check_access
-from vllm_multilora.integration.server.http_calls import init_entrypoints_middleware
-from vllm_multilora.integration.server.metering import ServerMeter, shutdown
-from vllm_multilora.integration.server.request_bounds import (
-    MOST_BODY,
-    MOST_NUMBERS,
-    MOST_TOLD,
-    LargeBodyError,
-    stop_at_first_errors,
-    whole_body,
-)
+from vllm_multilora.integration.server.key_settings import SALT_VARIABLE, read_admin_keys
+from vllm_multilora.integration.server.metering import METER, ServerMeter, shutdown
+from vllm_multilora.integration.server.mounting import mount_gateway
 from vllm_multilora.integration.server.start import (
-    init_speech,
     require_guards,
     share_threads,
 )
-from vllm_multilora.integration.server.stored_responses import MOST_KEPT, init_responses
-from vllm_multilora.plugin import register
 from vllm_multilora.store.launch import environment
-from vllm_multilora.tenants.keys import KeyRing, stored
+from vllm_multilora.tenants.keys import ADMIN_KEY_VARIABLE, KeyRing, stored
 from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account, Pace, TokenBucket
 from vllm_multilora.tenants.rules import Endpoint, Role
 from vllm_multilora.tenants.tenant import Limits, Tenant, Tenants
-
-ADMIN, CLIENT, ACME = "sk-admin-0123456789", "sk-client", "sk-acme"
 
 
 @pytest.fixture
 def tenants(tmp_path):
     path = tmp_path / "tenants.json"
-    write(path, {})
+    write(path, {}, allow=["stored_responses"])
     return path
-
-
-def write(path, limits, **others):
-    acme = {"keys": [stored(ACME)], "adapters": ["acme-*"], "limits": limits}
-    path.write_text(json.dumps({"tenants": {"acme": acme, **others}}))
-
-
-class App:
-    """Remembers who called it."""
-
-    def __init__(self):
-        self.callers = []
-
-    async def __call__(self, scope, receive, send):
-        self.callers.append(current_caller.get())
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
-
-
-NO_BODY = {"type": "http.request", "body": b"", "more_body": False}
-
-
-async def call(app, access, path, key=None, method="POST", door=None, more=(), bodies=(NO_BODY,)):
-    """The answer's start; through a door of its own, if it is told none."""
-    sent, held = [], [dict(body) for body in bodies]
-
-    async def receive():
-        return held.pop(0) if held else await asyncio.Event().wait()
-
-    async def send(message):
-        sent.append(message)
-
-    headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
-    scope = {"type": "http", "method": method, "path": path, "headers": [*headers, *more]}
-    await (door or AccessMiddleware(app, access))(scope, receive, send)
-    return sent[0]
 
 
 @pytest.mark.parametrize(
@@ -173,139 +116,6 @@ def test_whoever_may_not_load_adapters_is_told_which_key_may(tenants, key):
     answer = asyncio.run(load())
     assert answer.status_code == HTTPStatus.FORBIDDEN
     assert "expected an admin key" in answer.json()["error"]["message"]
-
-
-def parts_of(body):
-    """As a server gives it, in parts that end anywhere."""
-    middle = len(body) // 2
-    return [
-        {"type": "http.request", "body": body[:middle], "more_body": True},
-        {"type": "http.request", "body": body[middle:], "more_body": False},
-    ]
-
-
-TOKENS = b",".join([b"1"] * 100_000)
-CALLS = "/v1/completions"
-BODIES = {
-    "tokens": (CALLS, b'{"prompt": [%s]}' % TOKENS, 200),
-    "text": (CALLS, b'{"prompt": "%s"}' % (rb"{,[\"" * 40_000), 200),
-    "text-without-end": (CALLS, b'{"prompt": "%s' % (b"," * 40_000), 200),
-    "lists": (CALLS, b'{"prompt": [%s[]]}' % (b"[]," * 20_000), 413),
-    "texts": (CALLS, b'{"prompt": [%s""]}' % (b'"",' * 40_000), 413),
-    "lists-in-utf-16": (
-        CALLS,
-        # A byte of this character is a quotation mark.
-        ('{"user": "\u2200", "prompt": [%s[]]}' % ("[]," * 20_000)).encode("utf-16"),
-        413,
-    ),
-    "tokens-in-utf-16": (CALLS, (b'{"prompt": [%s]}' % TOKENS).decode().encode("utf-16"), 200),
-    "messages": ("/v1/messages", b'{"messages": [%s{}]}' % (b"{}," * 20_000), 413),
-    "fields": (CALLS, b'{%s"a": 0}' % (b'"a": 0,' * 40_000), 413),
-    "many-tokens": (CALLS, b'{"prompt": [%s1]}' % (b"1," * (MOST_NUMBERS + 1)), 413),
-    "tokens-to-tell": ("/v1/completions/derender", b'{"a": [%s1]}' % (b"1," * MOST_TOLD), 200),
-    "more-tokens-to-tell": (
-        "/v1/completions/derender",
-        b'{"a": [%s1]}' % (b"1," * (MOST_TOLD + 1)),
-        413,
-    ),
-    "more-tokens-to-tell-at-once": ("/detokenize", b"[%s1]" % (b"1," * (MOST_TOLD + 1)), 413),
-    "numbers-of-any-kind": ("/invocations", b'{"messages": [%s]}' % TOKENS, 413),
-    "bytes": (CALLS, b'"%s"' % bytes(MOST_BODY), 413),
-    "commas-in-a-recording": ("/v1/audio/transcriptions", b"," * 40_000, 200),
-    "recording": ("/v1/audio/transcriptions", bytes(MOST_BODY + 1), 413),
-}
-
-
-def test_a_server_starts_where_fastapi_is_another(caplog):
-    route = SimpleNamespace(dependant=SimpleNamespace(body_params=[object()]))
-    stop_at_first_errors(SimpleNamespace(routes=[object(), route, route]))
-    assert caplog.text.count("FastAPI") == 1
-
-
-def test_a_structural_tag_is_read_to_what_is_wrong_first():
-    """vLLM reads it by itself, before the rest of a body."""
-    for _ in range(2):  # of one process's servers
-        stop_at_first_errors(SimpleNamespace(routes=[]))
-    for name in ("structures", "triggers"):
-        assert LegacyStructuralTagResponseFormat.model_fields[name].metadata == [FailFast()]
-    tag = {"type": "structural_tag", "structures": [0] * 9, "triggers": [0] * 9}
-    with pytest.raises(ValidationError) as caught:
-        TypeAdapter(AnyStructuralTagResponseFormat).validate_python(tag)
-    assert caught.value.error_count() == 3  # one of each list, and that it is of no other kind
-
-
-@pytest.mark.parametrize(("path", "body", "status"), BODIES.values(), ids=BODIES)
-def test_a_tenants_body_holds_so_much(tenants, path, body, status):
-    """vLLM reads bodies whole, and nobody is answered while it looks at one's values."""
-    access, seen = Access(api_keys=[CLIENT], tenants_path=str(tenants)), []
-
-    async def reading(scope, receive, send):
-        seen.append(await Request(scope, receive).body())
-        await App()(scope, receive, send)
-
-    for key, expected in ((CLIENT, 200), (ACME, status)):
-        start = asyncio.run(call(reading, access, path, key, bodies=parts_of(body)))
-        assert start["status"] == expected
-    if status == HTTPStatus.OK:
-        assert seen[-1] == body
-
-
-@pytest.mark.parametrize("short", [b'""', b'1""'], ids=["texts", "numbers-and-texts"])
-def test_a_tenants_body_is_looked_at_as_a_whole_and_not_for_each_text_or_number(short):
-    """Nobody is answered meanwhile: half a minute, for 64 MiB of the shortest."""
-
-    def seconds(body):
-        async def receive():
-            return {"type": "http.request", "body": b"[{}," * 40_000 + body}
-
-        begun = time.process_time()
-        with pytest.raises(LargeBodyError):
-            asyncio.run(whole_body(receive, is_form=False))
-        return time.process_time() - begun
-
-    size = 16 << 20
-    assert seconds(short * (size // len(short))) < 5 * seconds(b'"%s"' % (b"a" * size))
-
-
-def test_a_tenants_client_that_goes_before_its_body_has_come_is_gone(tenants):
-    access, seen = Access(tenants_path=str(tenants)), []
-
-    async def reading(scope, receive, send):
-        seen.append(await receive())
-        await App()(scope, receive, send)
-
-    bodies = [parts_of(b"ab")[0], {"type": "http.disconnect"}]
-    asyncio.run(call(reading, access, CALLS, ACME, bodies=bodies))
-    assert seen == [{"type": "http.disconnect"}]
-
-
-def test_others_have_their_turns_while_a_tenants_form_is_taken_apart(tenants):
-    """By Starlette, which may look at each byte: 64 MiB took it twenty seconds."""
-    part = {"type": "http.request", "body": b"&" * 100, "more_body": True}
-    headers = ((b"content-type", b"application/x-www-form-urlencoded"),)
-    found = []
-
-    async def app(scope, receive, send):
-        turns = itertools.count()
-
-        async def others():
-            while True:
-                next(turns)
-                await asyncio.sleep(0)
-
-        other = asyncio.create_task(others())
-        await asyncio.sleep(0)
-        before = next(turns)
-        await Request(scope, receive).form()
-        found.append(next(turns) - before)
-        other.cancel()
-        await App()(scope, receive, send)
-
-    bodies, path = [part] * 9 + [NO_BODY], "/v1/audio/transcriptions"
-    asyncio.run(
-        call(app, Access(tenants_path=str(tenants)), path, ACME, more=headers, bodies=bodies)
-    )
-    assert found[0] > len(bodies)
 
 
 @pytest.mark.parametrize("header", ["endpoint-load-metrics-format", "x-data-parallel-rank"])
@@ -383,7 +193,7 @@ def test_many_wrong_keys_wait_for_their_answers_and_others_do_not(tenants, monke
     monkeypatch.setattr(asyncio, "sleep", sleep)
     monkeypatch.setattr(Access, "watch", lambda access: None)  # which sleeps, too
     still = partial(TokenBucket, clock=lambda: 100.0)
-    monkeypatch.setattr(access_middleware, "TokenBucket", still)
+    monkeypatch.setattr(middleware, "TokenBucket", still)
     access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
     app = App()
     door = AccessMiddleware(app, access, strangers_per_minute=60)
@@ -410,8 +220,8 @@ def test_wrong_keys_that_vllm_itself_refuses_wait_and_are_counted_like_all_other
     monkeypatch.setattr(asyncio, "sleep", sleep)
     monkeypatch.setattr(Access, "watch", lambda access: None)  # which sleeps, too
     still = partial(TokenBucket, clock=lambda: 100.0)
-    monkeypatch.setattr(access_middleware, "TokenBucket", still)
-    monkeypatch.setattr(access_middleware.COUNTS, "count_refused", lambda *who: counted.append(who))
+    monkeypatch.setattr(middleware, "TokenBucket", still)
+    monkeypatch.setattr(middleware.COUNTS, "count_refused", lambda *who: counted.append(who))
     access = Access(api_keys=[CLIENT], admin_keys=[ADMIN])
     app = AuthenticationMiddleware(App(), tokens=[CLIENT])
     door = AccessMiddleware(app, access, strangers_per_minute=60)
@@ -498,11 +308,11 @@ def slept(monkeypatch):
     monkeypatch.setattr(asyncio, "sleep", sleep)
     monkeypatch.setattr(Access, "watch", lambda access: None)  # which sleeps, too
     thread = SimpleNamespace(thread_time=lambda: clock.now)
-    monkeypatch.setattr(access_middleware, "time", thread)
+    monkeypatch.setattr(listing, "time", thread)
     return seconds, clock
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/lora_adapters", "/v1/responses/resp_1"])
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/lora_adapters", "/v1/responses/{}"])
 def test_a_tenants_lists_take_a_small_part_of_the_time(tenants, slept, path):
     """Some have thousands of adapters, and list them on many connections at once."""
     done, clock = slept
@@ -521,10 +331,11 @@ def test_a_tenants_lists_take_a_small_part_of_the_time(tenants, slept, path):
 
     access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
     access.caller(ACME).account.listing = defaultdict(lambda: Pace(lambda: 0.0))
+    place = path.format(new_id(access.caller(ACME)))
 
     async def ask(*keys):
         others = asyncio.create_task(work())
-        await asyncio.gather(*(call(app, access, path, key, "GET") for key in keys))
+        await asyncio.gather(*(call(app, access, place, key, "GET") for key in keys))
         others.cancel()
 
     async def check():
@@ -550,7 +361,8 @@ def test_a_tenants_stored_events_take_a_small_part_of_the_time(tenants, slept):
 
     access = Access(tenants_path=str(tenants))
     access.caller(ACME).account.listing = defaultdict(lambda: Pace(lambda: clock.now + sum(paused)))
-    asyncio.run(call(app, access, "/v1/responses/resp_1", ACME, "GET"))
+    place = f"/v1/responses/{new_id(access.caller(ACME))}"
+    asyncio.run(call(app, access, place, ACME, "GET"))
     assert paused == [0.39, 0.19]  # twenty times what two events took, and one, less the next one
 
 
@@ -579,7 +391,7 @@ def test_a_list_waits_for_no_reader_of_another_one(tenants):
 
 def test_a_list_that_would_wait_for_long_is_refused(tenants, monkeypatch):
     """Else those whose clients have long gone would be made before it, and a server not end."""
-    monkeypatch.setattr(access_middleware, "LONGEST_PAUSE_S", 0.001)
+    monkeypatch.setattr(listing, "LONGEST_PAUSE_S", 0.001)
     access = Access(tenants_path=str(tenants))
     app = App()
 
@@ -624,57 +436,6 @@ def test_a_tenants_calls_end_where_the_application_fails(tenants):
             with pytest.raises(RuntimeError, match="failed"):
                 await call(fail, access, "/v1/completions", ACME)
         assert access.caller(ACME).account.running == 0
-
-    asyncio.run(check())
-
-
-class BackgroundApp(App):
-    """Answers as vLLM does where a response is wanted in the background."""
-
-    def __init__(self, tenants):
-        super().__init__()
-        client = SimpleNamespace(vllm_config=engine(tenants))
-        init_responses(lambda *given: None, self, client)
-        self.done = asyncio.Event()
-
-    async def __call__(self, scope, receive, send):
-        if scope["path"] == "/v1/responses":
-            assert current_caller.get().grant("acme-a") is None
-            self.background_tasks["resp_1"] = self.task = asyncio.create_task(self.work())
-        elif scope["path"] == "/v1/responses/resp_1/cancel":
-            self.background_tasks["resp_1"].cancel()
-        await super().__call__(scope, receive, send)
-
-    async def work(self):
-        await self.done.wait()
-        if current_caller.get().grant("acme-b") is not None:
-            raise RuntimeError("too many adapters")
-
-
-@pytest.mark.parametrize("way", ["done", "failed", "cancelled"])
-def test_a_response_in_the_background_counts_until_it_is_made(tenants, way):
-    write(tenants, {"running": 1, "waiting": 0, "adapters": 1 if way == "failed" else 2})
-    access = Access(tenants_path=str(tenants))
-
-    async def check():
-        app, account = BackgroundApp(tenants), access.caller(ACME).account
-
-        async def status(path, method="POST"):
-            return (await call(app, access, path, ACME, method))["status"]
-
-        assert await status("/v1/responses") == 200
-        assert (account.running, account.adapters_in_use) == (1, 1)
-        assert await status("/v1/responses") == await status("/v1/completions") == 429
-        assert await status("/v1/responses/resp_1", "GET") == 200
-        if way == "cancelled":
-            assert await status("/v1/responses/resp_1/cancel") == 200
-        else:
-            app.done.set()
-        await asyncio.wait({app.task})
-        await settled()
-        assert (account.running, account.adapters_in_use) == (0, 0)
-        assert await status("/v1/completions") == 200
-        assert account.running == 0
 
     asyncio.run(check())
 
@@ -922,140 +683,6 @@ def test_an_operators_key_is_replaced_in_a_server_that_runs(tenants, tmp_path, m
     asyncio.run(check())
 
 
-def test_what_is_kept_of_responses_is_its_tenants_alone(tenants):
-    write(tenants, {}, zen={"keys": [stored("sk-zen")]})
-    access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
-    app = BackgroundApp(tenants)
-    stores = (app.response_store, app.msg_store, app.event_store)
-
-    def as_key(key, do):
-        return as_caller(access.caller(key), lambda: [do(store) for store in stores])
-
-    own = deque(), "acme's"
-    as_key(ACME, lambda store: store.update(resp_1=own))
-    for key, found in (("sk-zen", None), (ADMIN, None), (ACME, own)):
-        assert as_key(key, lambda store: store.get("resp_1")) == [found] * 3
-
-
-def test_a_tenants_oldest_responses_give_way_to_new_ones(tenants):
-    """vLLM keeps all for ever, with their prompts."""
-    write(tenants, {}, zen={"keys": [stored("sk-zen")]})
-    access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
-    store = BackgroundApp(tenants).response_store
-
-    def kept(key, count):
-        def keep():
-            store.update({f"resp_{number}": number for number in range(count)})
-            return list(store.values())
-
-        return as_caller(access.caller(key), keep)
-
-    assert kept("sk-zen", 1) == [0]
-    assert kept(ACME, MOST_KEPT + 2) == list(range(2, MOST_KEPT + 2))
-    assert len(kept(ADMIN, MOST_KEPT + 2)) == MOST_KEPT + 2
-    assert kept("sk-zen", 1) == [0]
-
-
-def test_a_tenants_oldest_responses_give_way_where_their_calls_were_large(tenants, monkeypatch):
-    """Of a thousand each may have 64 MiB of `metadata`, say, of which vLLM makes no tokens."""
-    monkeypatch.setattr(stored_responses, "MOST_KEPT_BYTES", 25)
-    access, store = Access(tenants_path=str(tenants)), BackgroundApp(tenants).response_store
-    kept = []
-
-    async def keep(scope, receive, send):
-        body = await Request(scope, receive).body()
-        store[f"resp_{len(kept)}"] = len(body)
-        kept.append(list(store.values()))
-        await App()(scope, receive, send)
-
-    for size in (10, 11, 12, 30, 1):
-        asyncio.run(call(keep, access, "/v1/responses", ACME, bodies=parts_of(b"1" * size)))
-    assert kept == [[10], [10, 11], [11, 12], [30], [1]]
-
-
-def test_who_goes_on_with_a_response_keeps_what_was_said_before(tenants, monkeypatch):
-    """Each of a thousand calls of a few bytes may go on with another one that had megabytes."""
-    monkeypatch.setattr(stored_responses, "MOST_KEPT_BYTES", 25)
-    access, stores = Access(tenants_path=str(tenants)), BackgroundApp(tenants)
-    kept = []
-
-    async def keep(scope, receive, send):
-        name, _, before = (await Request(scope, receive).body()).decode().strip().partition("<")
-        said = [name, *(stores.msg_store[before] if before else [])]
-        stores.msg_store[name], stores.response_store[name] = said, name
-        kept.append((list(stores.msg_store), list(stores.response_store)))
-        await App()(scope, receive, send)
-
-    for body in (b"a".ljust(20), b"b<a", b"c".ljust(20), b"d<c"):
-        asyncio.run(call(keep, access, "/v1/responses", ACME, bodies=parts_of(body)))
-    assert kept[1:] == [(["a", "b"], ["b"]), (["b", "c"], ["c"]), (["c", "d"], ["d"])]
-
-
-def response_of(tokens, logprobs=None):
-    usage = SimpleNamespace(output_tokens=tokens)
-    return SimpleNamespace(usage=usage, top_logprobs=logprobs)
-
-
-def test_a_tenants_oldest_responses_give_way_where_their_answers_are_large(tenants, monkeypatch):
-    """A few bytes of a call may ask for any number of tokens, each with twenty others."""
-    monkeypatch.setattr(stored_responses, "MOST_KEPT_BYTES", 1 << 20)
-    access, stores = Access(tenants_path=str(tenants)), BackgroundApp(tenants)
-
-    def keep():
-        for number in range(4):
-            stores.response_store[number] = response_of(50, logprobs=20)
-            stores.event_store[number] = events, _ = deque(), asyncio.Event()
-            events.append(SimpleNamespace(response=response_of(0)))
-            events += [None] * 1_000
-        return list(stores.response_store), list(stores.event_store)
-
-    assert as_caller(access.caller(ACME), keep) == ([3], [2, 3])
-    assert as_caller(None, keep) == ([*range(4)], [*range(4)])
-
-
-def test_messages_of_later_calls_leave_those_of_responses_that_are_kept(tenants, monkeypatch):
-    """VLLM keeps a call's messages before its response; without them, who goes on gets 500."""
-    monkeypatch.setattr(stored_responses, "MOST_KEPT_BYTES", 25)
-    access, stores = Access(tenants_path=str(tenants)), BackgroundApp(tenants)
-    names = iter(["first", "second", "third"])
-
-    async def begin(scope, receive, send):
-        stores.msg_store[name := next(names)] = await Request(scope, receive).body()
-        if name == "first":
-            stores.response_store[name] = name
-        await App()(scope, receive, send)
-
-    for _ in range(3):
-        asyncio.run(call(begin, access, "/v1/responses", ACME, bodies=parts_of(b"1" * 10)))
-    kept = as_caller(
-        access.caller(ACME), lambda: (set(stores.response_store), set(stores.msg_store))
-    )
-    assert kept == ({"first"}, {"first", "second", "third"})
-
-
-def test_what_is_kept_of_a_tenants_responses_goes_with_the_tenant(tenants):
-    """Tenants come and go for as long as a server runs."""
-    write(tenants, {}, zen={"keys": [stored("sk-zen")]})
-    access, app = Access(tenants_path=str(tenants)), BackgroundApp(tenants)
-    kept = WeakSet()
-
-    def keep(key):
-        for store in (app.response_store, app.msg_store, app.event_store):
-            kept.add(value := App())
-            as_caller(access.caller(key), partial(store.update, resp_1=(deque(), value)))
-
-    keep(ACME)
-    keep("sk-zen")
-    assert len(kept) == 6
-    write(tenants, {})
-    access._file._seen = None
-    assert access._file.refresh()
-    access._take()
-    assert len(kept) == 3
-    _, value = as_caller(access.caller(ACME), partial(app.response_store.get, "resp_1"))
-    assert value in kept
-
-
 def test_a_key_that_is_taken_away_is_wrong_without_a_request_in_between(tenants, monkeypatch):
     """A server is told of its start as of a request, and looks at the file from then on."""
     monkeypatch.setattr(access_module, "REFRESH_S", 0.01)
@@ -1294,10 +921,12 @@ def test_a_server_without_an_engine_that_would_guard_nothing_does_not_start(tena
     """`vllm launch render`, whose engine's configuration nobody has to check."""
     args = arguments(tenants=str(tenants))
     args.enable_lora = False
+    args.middleware = ["an.operators.own"]
     with pytest.raises(ConfigError, match="protect nothing here"):
-        init_entrypoints_middleware(lambda *rest: None, args, SimpleNamespace(user_middleware=[]))
+        mount_gateway(args)
     args.additional_config = None
-    init_entrypoints_middleware(lambda *rest: None, args, SimpleNamespace(user_middleware=[]))
+    mount_gateway(args)
+    assert args.middleware == ["an.operators.own"]
 
 
 def test_a_batch_says_that_keys_have_no_effect(tenants, caplog):
@@ -1340,18 +969,27 @@ def models(lora=True, **settings):
 
 @pytest.mark.parametrize("setting", ["tenants", "admin_key_file"])
 def test_a_server_whose_vllm_lacks_a_guard_does_not_start_with_keys(monkeypatch, setting):
-    monkeypatch.setattr(Patch, "apply", lambda self: self.name != "middleware")
+    importlib.import_module("vllm_multilora.gateway.app")  # as vLLM imports middlewares
+    monkeypatch.setattr(Patch, "apply", lambda self: self.name != "engine-door")
     require_guards(models())
-    with pytest.raises(ConfigError, match="lacks what the patches middleware need"):
+    with pytest.raises(ConfigError, match="lacks what the patches engine-door need"):
         require_guards(models(**{setting: "file"}))
     monkeypatch.setattr(Patch, "apply", lambda self: True)
     require_guards(models(**{setting: "file"}))
 
 
+def test_keys_whose_server_has_no_gateway_stop_the_start(monkeypatch):
+    monkeypatch.delitem(sys.modules, "vllm_multilora.gateway.app", raising=False)
+    require_guards(models())
+    with pytest.raises(ConfigError, match="lacks the middleware vllm_multilora"):
+        require_guards(models(tenants="file"))
+
+
 def test_an_admin_key_of_the_environment_stops_no_server_without_adapters(monkeypatch):
-    monkeypatch.setattr(Patch, "apply", lambda self: self.name != "middleware")
+    importlib.import_module("vllm_multilora.gateway.app")  # as vLLM imports middlewares
+    monkeypatch.setattr(Patch, "apply", lambda self: self.name != "engine-door")
     monkeypatch.setenv("MULTILORA_ADMIN_KEY", ADMIN)
-    with pytest.raises(ConfigError, match="lacks what the patches middleware need"):
+    with pytest.raises(ConfigError, match="lacks what the patches engine-door need"):
         require_guards(models())
     require_guards(models(lora=False))
     monkeypatch.setenv("MULTILORA_ADMIN_KEY", " ")
@@ -1393,7 +1031,7 @@ def test_no_tenants_request_chooses_the_grammars_of_all(tenants, monkeypatch):
 
 def test_a_store_is_started_without_the_keys_of_servers(monkeypatch):
     """Its jobs inherit what it has, and may be made to say it by the files that they read."""
-    for name in (access_module.ADMIN_KEY_VARIABLE, access_module.SALT_VARIABLE, "VLLM_API_KEY"):
+    for name in (ADMIN_KEY_VARIABLE, SALT_VARIABLE, "VLLM_API_KEY"):
         monkeypatch.setenv(name, "secret-0123456789")
     assert "secret-0123456789" not in environment().values()
 
@@ -1449,45 +1087,16 @@ def test_few_adapters_of_a_tenant_are_read_for_the_first_time_at_once():
     }
 
 
-def test_tenants_take_turns_for_the_threads_that_unpack_images(monkeypatch):
-    """However many images one of them sends."""
-    register()
-    pools = [ThreadPoolExecutor(1) for _ in range(3)]
-    for module in (connector.__name__, share_threads.__module__):
-        monkeypatch.setattr(f"{module}.global_thread_pool", pools[2])
-    share_threads(SimpleNamespace(_executor=pools[0], _mm_executor=pools[1]))
-    access = {name: Caller(Role.TENANT, account=Account(Tenant(name))) for name in "ab"}
-    order = []
-
-    async def unpack(who):
-        current_caller.set(access[who])
-        with pytest.raises(GracefulHTTPError, match="expected an image in one of"):
-            await connector.MediaConnector().fetch_image_async("data:image/png;base64,aaaa")
-        order.append(who)
-
-    async def unpack_all():
-        held = threading.Event()
-        pools[2].submit(held.wait, 60)
-        waiting = [asyncio.create_task(unpack(who)) for who in "aaaaaaaab"]
-        await asyncio.sleep(0)  # until all have asked
-        held.set()
-        await asyncio.gather(*waiting)
-
-    asyncio.run(unpack_all())
-    assert order.index("b") <= 1
-
-
 @pytest.mark.smoke
-def test_texts_do_not_wait_for_threads_that_vllm_has_given_up(monkeypatch):
+def test_texts_do_not_wait_for_threads_that_vllm_has_given_up():
     """Where a chat's template takes too long, others have threads of their own from then on."""
     from vllm.renderers import base, hf
 
     if not hasattr(base, "_SwappableExecutor"):
         pytest.skip("vLLM 0.31 waits for its threads")
-    monkeypatch.setattr(f"{share_threads.__module__}.global_thread_pool", ThreadPoolExecutor(1))
     renderer = hf.HfRenderer.__new__(hf.HfRenderer)
     renderer.model_config = SimpleNamespace(renderer_num_workers=1)
-    renderer._executor, renderer._mm_executor = base._SwappableExecutor(1), ThreadPoolExecutor(1)
+    renderer._executor = base._SwappableExecutor(1)
     share_threads(renderer)
     stuck, held, order = threading.Event(), threading.Event(), []
 
@@ -1511,36 +1120,3 @@ def test_texts_do_not_wait_for_threads_that_vllm_has_given_up(monkeypatch):
     finally:
         stuck.set()
     renderer._executor.shutdown()
-
-
-def test_tenants_take_turns_for_the_threads_that_unpack_recordings(monkeypatch):
-    """However many of them one sends, of ten minutes each."""
-    from vllm.entrypoints.speech_to_text.base import serving as speech
-
-    held, order = threading.Event(), []
-    serving = speech.SpeechToTextBaseServing.__new__(speech.SpeechToTextBaseServing)
-    config = SimpleNamespace(additional_config={"multilora": {"tenants": "tenants.yaml"}})
-
-    def init(serving, engine_client, *_):
-        serving._preprocess_executor = ThreadPoolExecutor(1)
-        serving._decode_and_chunk_speech = lambda who: held.wait(60) and order.append(who)
-        serving._decode_and_chunk_speech_async = speech.make_async_with_semaphore(
-            serving._decode_and_chunk_speech, executor=serving._preprocess_executor
-        )
-
-    async def unpack(who):
-        current_caller.set(Caller(Role.TENANT, account=Account(Tenant(who))))
-        await serving._decode_and_chunk_speech_async(who)
-
-    async def unpack_all():
-        init_speech(init, serving, SimpleNamespace(vllm_config=config), None)
-        waiting = [asyncio.create_task(unpack(who)) for who in "aaaaaaaab"]
-        await asyncio.sleep(0)  # until all have asked
-        waiting[3].cancel()
-        await asyncio.wait(waiting[3:4])
-        held.set()
-        await asyncio.gather(*waiting, return_exceptions=True)
-
-    asyncio.run(unpack_all())
-    assert order.index("b") <= 2
-    assert len(order) == 8

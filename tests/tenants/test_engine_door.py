@@ -2,10 +2,7 @@
 
 import asyncio
 import re
-import threading
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
@@ -19,50 +16,25 @@ import pytest
 
 pytest.importorskip("vllm")
 
-import torch
 import vllm
-from vllm import PoolingParams
-from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError
-from vllm.multimodal.inputs import (
-    MultiModalBatchedField,
-    MultiModalFeatureSpec,
-    MultiModalFieldElem,
-    MultiModalKwargsItem,
-    PlaceholderRange,
-)
-from vllm.renderers import TokenizeParams
+from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
 from vllm.sampling_params import (
-    RepetitionDetectionParams,
     SamplingParams,
-    StructuredOutputsParams,
 )
 
 from tests.tenants.callers import as_caller
-from vllm_multilora.integration.attached import HIDDEN_FOLDERS, METER
-from vllm_multilora.integration.patching.ledger import apply_patches
-from vllm_multilora.integration.server import metering, model_names
+from vllm_multilora.gateway.table import MAX_ITEMS
+from vllm_multilora.integration.api_server.failure_delivery import HIDDEN_FOLDERS
+from vllm_multilora.integration.server import metering
 from vllm_multilora.integration.server.callers import (
     MOST_ANSWERS,
     MOST_BYTES,
     MOST_SCORES,
-    MOST_TENSORS,
     Caller,
     current_caller,
 )
 from vllm_multilora.integration.server.engine_door import add_request, send_request
-from vllm_multilora.integration.server.metering import ServerMeter
-from vllm_multilora.integration.server.request_bounds import (
-    MOST_COMPARISONS,
-    MOST_ID,
-    MOST_LENGTH,
-    MOST_SEED,
-    MOST_STOPS,
-    MOST_TEXT,
-    MOST_TOKENS,
-    require_short,
-)
-from vllm_multilora.integration.server.schema_checks import add_request as take_request
-from vllm_multilora.integration.server.schema_checks import check_structured_outputs
+from vllm_multilora.integration.server.metering import METER, ServerMeter
 from vllm_multilora.integration.tenant_of_request import tenant_of
 from vllm_multilora.metering.usage import Usage
 from vllm_multilora.tenants.limits import Account
@@ -86,10 +58,6 @@ class Request:
     request_id: str = "1"
     sampling_params: Any = None
     prompt_token_ids: Any = None
-    mm_features: Any = None
-    prompt_embeds: Any = None
-    reasoning_parser_kwargs: Any = None
-    session_id: str | None = None
 
 
 @dataclass
@@ -301,177 +269,6 @@ def test_scores_of_given_tokens_are_one_of_each_for_each_of_the_prompts(is_list)
         send(who, Processor(), request)
 
 
-def test_a_tenants_request_has_an_id_that_may_come_with_each_token():
-    for who in (Caller(Role.CLIENT), tenant("acme")):
-        processor = Processor()
-        send(who, processor, Request(request_id="x" * MOST_ID))
-        for more in ({"request_id": "x" * (MOST_ID + 1)}, {"session_id": "x" * (MOST_ID + 1)}):
-            if who.tenant is None:
-                send(who, processor, Request(**more))
-                continue
-            with pytest.raises(GracefulHTTPError, match=r"id.*: found 1025, expected 1024"):
-                send(who, processor, Request(**more))
-        assert who.tenant is None or len(processor.request_states) == 1
-
-
-def parameters(**given: Any) -> SamplingParams:
-    params = SamplingParams(**given)
-    if params.bad_words:
-        params.update_from_tokenizer(SimpleNamespace(encode=letters, max_token_id=127))
-    return params
-
-
-def letters(text: str, **_: Any) -> list[int]:
-    return list(map(ord, text))
-
-
-def repeated(compared: int) -> RepetitionDetectionParams:
-    return RepetitionDetectionParams(max_pattern_size=1, min_count=2 * compared)
-
-
-@pytest.mark.parametrize(
-    ("message", "most", "given"),
-    [
-        ("Texts in `stop`", MOST_STOPS, lambda count: {"stop": list(map(str, range(count)))}),
-        (
-            "Tokens in `stop_token_ids`",
-            MOST_STOPS,
-            lambda count: {"stop_token_ids": [*range(count)]},
-        ),
-        ("`allowed_token_ids`", MOST_TOKENS, lambda count: {"allowed_token_ids": [7] * count}),
-        ("`logit_bias`", MOST_TOKENS, lambda count: {"logit_bias": dict.fromkeys(range(count), 1)}),
-        ("Tokens in `bad_words`", 1_024, lambda count: {"bad_words": ["x" * count]}),
-        (
-            "`max_pattern_size`",
-            MOST_COMPARISONS,
-            lambda compared: {"repetition_detection": repeated(compared)},
-        ),
-        ("`max_tokens`", MOST_LENGTH, lambda most: {"max_tokens": most}),
-        ("`seed`", MOST_SEED, lambda seed: {"seed": seed}),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_of_what_a_tenants_request_asks_for_there_is_not_too_much(message, most, given):
-    for who in (Caller(Role.CLIENT), tenant("acme")):
-        processor = Processor()
-        send(who, processor, Request(sampling_params=parameters(**given(most))))
-        more = Request(request_id="2", sampling_params=parameters(**given(most + 1)))
-        if who.tenant is None:
-            send(who, processor, more)
-            continue
-        expected = f"{message}: found {most + 1}, expected {most} at most"
-        with pytest.raises(GracefulHTTPError, match=expected):
-            send(who, processor, more)
-        assert len(processor.request_states) == 1
-
-
-LONG = "a" * (MOST_TEXT + 1)
-
-
-@pytest.mark.parametrize(
-    ("fields", "is_refused"),
-    [
-        ({"query": "b", "documents": ["b", LONG]}, True),
-        ({"queries": [{"content": [{"type": "text", "text": LONG}]}]}, True),
-        ({"text_1": "b", "text_2": LONG}, True),
-        ({"query": [1], "items": [LONG[1:], "b"], "item_first": True}, True),
-        ({"query": [1], "items": [LONG[1:], [2]], "item_first": True}, False),
-        ({"query": "b", "documents": [LONG[1:]] * 2}, False),
-        ({"data_1": {"content": [{"type": "image_url", "image_url": {"url": LONG}}]}}, False),
-    ],
-    ids=("document", "content", "pair", "all-items", "item", "documents", "image"),
-)
-def test_a_tenants_texts_are_short_enough_to_be_scored(fields, is_refused):
-    """vLLM makes tokens of these without its own check, and of all items on its event loop."""
-    models = SimpleNamespace(
-        model_config=SimpleNamespace(max_model_len=128), lora_requests={}, is_base_model=bool
-    )
-    serving = SimpleNamespace(models=models, _get_active_default_mm_loras=lambda request: None)
-    request = SimpleNamespace(model=None, **fields)
-
-    def prepare(who):
-        return as_caller(who, lambda: asyncio.run(model_names.prepare(serving, request)))
-
-    assert prepare(Caller(Role.CLIENT)) is None
-    with (
-        pytest.raises(GracefulHTTPError, match="expected 1048576 at most")
-        if is_refused
-        else (nullcontext())
-    ):
-        prepare(tenant("acme"))
-
-
-@pytest.mark.parametrize(
-    ("limits", "most"),
-    [
-        ({"max_total_tokens": None}, MOST_TEXT),
-        ({"max_total_tokens": 128, "truncate_prompt_tokens": 10}, MOST_TEXT),
-        ({"max_total_tokens": 1 << 17}, 2 * MOST_TEXT),
-    ],
-    ids=("only-made-into-tokens", "truncated", "of-a-model-that-takes-long-ones"),
-)
-def test_a_tenants_text_is_short_enough_to_make_tokens_of_it(limits, most):
-    """vLLM needed nine gigabytes and half a minute for sixty megabytes."""
-    apply_patches()
-    params, tokenizer = TokenizeParams(**limits), SimpleNamespace(max_chars_per_token=128)
-
-    def taken(who, length):
-        text = "a" * length
-        return as_caller(who, lambda: len(params._text_len_check(tokenizer, text)))
-
-    assert [taken(who, most + 1) for who in (None, Caller(Role.CLIENT))] == [most + 1] * 2
-    assert taken(tenant("acme"), most) == most
-    with pytest.raises(GracefulHTTPError, match=f"found {most + 1}, expected {most} at most"):
-        taken(tenant("acme"), most + 1)
-
-
-@pytest.mark.parametrize(
-    "params",
-    [
-        {"bad_words": ["a" * (16 << 10)]},
-        {"structured_outputs": StructuredOutputsParams(choice=["a" * 100] * 2_700)},
-        {"structured_outputs": StructuredOutputsParams(json={"const": "a" * (256 << 10)})},
-    ],
-    ids=("bad_words", "choice", "json"),
-)
-def test_a_tenants_texts_that_vllm_looks_at_while_nobody_is_answered_are_short(params):
-    require_short(
-        SamplingParams(
-            bad_words=["a"] * 128, structured_outputs=StructuredOutputsParams(choice=["a"] * 1_000)
-        )
-    )
-    require_short(PoolingParams())
-    with pytest.raises(GracefulHTTPError, match="Bytes of"):
-        require_short(SamplingParams(**params))
-
-
-@pytest.mark.parametrize("field", ["extra_args", "reasoning_parser_kwargs"])
-def test_what_comes_with_a_tenants_request_nests_as_deeply_as_the_engine_can_read_it(field):
-    """It reads with recursion, in a thread that ends it where that goes too far."""
-
-    def ask(who: Caller | None, levels: int) -> None:
-        inner: list[Any] | dict[str, Any] = {}
-        for _ in range(levels - 2):
-            inner = [inner]
-        nested = {"a": inner}
-        request = Request(request_id=str(levels))
-        if field == "extra_args":
-            request.sampling_params = SamplingParams(extra_args=nested)
-        else:
-            request.reasoning_parser_kwargs = nested
-        send(who, processor, request)
-
-    for who in (Caller(Role.CLIENT), tenant("acme")):
-        processor = Processor()
-        ask(who, 64)
-        if who.tenant is None:
-            ask(who, 900)
-            continue
-        with pytest.raises(GracefulHTTPError, match=r"Levels of .*found 65, expected 64"):
-            ask(who, 65)
-        assert list(processor.request_states) == ["64"]
-
-
 def test_a_tenants_call_sends_the_engine_little_enough_to_take_it_in_in_a_moment():
     """A prompt and what comes with it are sent once for each answer."""
     prompt = [1] * (MOST_BYTES // 1_000)  # one byte each
@@ -493,127 +290,12 @@ def test_a_tenants_call_sends_the_engine_little_enough_to_take_it_in_in_a_moment
         assert list(processor.request_states) == ["0"]
 
 
-def test_a_tenants_call_has_images_sent_few_times_for_answers_to_one_prompt():
-    """vLLM sends them with each answer's request, which all others' wait behind."""
-    elem = MultiModalFieldElem(torch.zeros(MOST_TENSORS // 4), MultiModalBatchedField())
-    item = MultiModalKwargsItem({"pixel_values": elem})
-    image = MultiModalFeatureSpec(item, "image", "a", PlaceholderRange(offset=0, length=1))
-
-    def begin(who: Caller | None, number: int, answers: int) -> None:
-        request = Request(request_id=str(number), mm_features=[image])
-        parent = SimpleNamespace(sampling_params=SimpleNamespace(n=answers))
-        add = partial(add_request, Processor.add, processor, request, None, parent)
-        as_caller(who, add)
-
-    for who in (Caller(Role.CLIENT), tenant("acme")):
-        processor = Processor()
-        begin(who, 0, 1)
-        if who.tenant is None:
-            begin(who, 1, 2)
-            continue
-        with pytest.raises(GracefulHTTPError, match="268435456 bytes of images"):
-            begin(who, 1, 2)
-        assert list(processor.request_states) == ["0"]
-
-
 def test_there_is_room_in_vllms_second_model_runner_for_what_is_let_through():
     source = Path(vllm.__file__).with_name("v1") / "worker/gpu/sample/logit_bias.py"
     found = re.findall(r"^MAX_NUM_(\w+) = (\d+)$", source.read_text(), re.MULTILINE)
     room = {name: int(number) for name, number in found}
-    assert min(room["ALLOWED_TOKEN_IDS"], room["LOGIT_BIAS_TOKENS"]) >= MOST_TOKENS
-    assert room["STOP_TOKEN_IDS"] > MOST_STOPS  # the model's own are among these
-
-
-def test_a_tenants_schema_is_checked_beside_what_is_done_for_others(monkeypatch):
-    """vLLM checks on the event loop, where one of a line may take seconds."""
-    checked, taken, acme = [], [], tenant("acme")
-
-    def check(params: SamplingParams, *given: Any) -> None:
-        is_waited_for = threading.current_thread() is threading.main_thread()
-        assert is_waited_for or acme.account.checking.locked()  # none of its others is meanwhile
-        checked.append((given, is_waited_for))
-        if params.structured_outputs.regex == "bad":
-            raise VLLMValidationError("no such thing")
-
-    monkeypatch.setattr(
-        SamplingParams,
-        "_validate_structured_outputs",
-        lambda params, *given: check_structured_outputs(check, params, *given),
-    )
-    configs = {"model_config": "model", "structured_outputs_config": "config"}
-    client = SimpleNamespace(input_processor=SimpleNamespace(**configs, tokenizer="tokenizer"))
-
-    async def take(client: Any, request_id: str, prompt: str, params: Any) -> None:
-        params._validate_structured_outputs("model", "config", "tokenizer")
-        taken.append(prompt)
-
-    async def ask(who: Caller | None, regex: str, *, prompts: int = 1) -> None:
-        current_caller.set(who)
-        wanted = StructuredOutputsParams(regex=regex)
-        checked.clear()
-        taken.clear()
-        await asyncio.gather(
-            *(
-                take_request(take, client, "1", str(i), SamplingParams(structured_outputs=wanted))
-                for i in range(prompts)
-            )
-        )
-
-    given, long = ("model", "config", "tokenizer"), "a" * (256 << 10)
-    for who in (None, Caller(Role.CLIENT)):
-        asyncio.run(ask(who, long))
-        assert (checked, len(taken)) == ([(given, True)], 1)
-    asyncio.run(ask(acme, "good", prompts=3))
-    assert (checked, len(taken)) == ([(given, False)], 3)
-    with pytest.raises(VLLMValidationError, match="no such thing"):
-        asyncio.run(ask(acme, "bad"))
-    with pytest.raises(GracefulHTTPError, match="Bytes of"):
-        asyncio.run(ask(acme, long))
-    assert (checked, taken, acme.account.checking.locked()) == ([], [], False)
-
-
-def test_a_tenants_slow_schema_leaves_threads_to_what_vllm_does_on_them(monkeypatch):
-    """It looks up the hosts of images there."""
-    begun, go_on = asyncio.Event(), threading.Event()
-
-    async def ask() -> None:
-        loop = asyncio.get_running_loop()
-        loop.set_default_executor(ThreadPoolExecutor(1))
-
-        def check(*given: Any) -> None:
-            loop.call_soon_threadsafe(begun.set)
-            assert go_on.wait(30)
-
-        monkeypatch.setattr(SamplingParams, "_validate_structured_outputs", check)
-        current_caller.set(tenant("acme"))
-        params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))
-        configs = {"model_config": 1, "structured_outputs_config": 2, "tokenizer": 3}
-        client = SimpleNamespace(input_processor=SimpleNamespace(**configs))
-        asking = asyncio.create_task(take_request(AsyncMock(), client, "1", "prompt", params))
-        await asyncio.wait_for(begun.wait(), 30)
-        try:
-            await asyncio.wait_for(asyncio.to_thread(str), 10)
-        finally:
-            go_on.set()
-            await asking
-
-    asyncio.run(ask())
-
-
-@pytest.mark.smoke
-def test_a_tenants_structural_tag_is_checked_with_its_schemas():
-    """VLLM does so while it reads a body, on the event loop."""
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-
-    from vllm_multilora.plugin import register
-
-    register()
-    tag = {"type": "structural_tag", "format": {"type": "regex", "pattern": "("}}
-    read = partial(ChatCompletionRequest, messages=[], response_format=tag)
-    for who in (None, Caller(Role.CLIENT)):
-        with pytest.raises(VLLMValidationError, match="response_format structural_tag"):
-            as_caller(who, read)
-    assert as_caller(tenant("acme"), read).response_format.format["pattern"] == "("
+    assert room["LOGIT_BIAS_TOKENS"] >= MAX_ITEMS["logit_bias"]
+    assert room["STOP_TOKEN_IDS"] > MAX_ITEMS["stop_token_ids"]  # the model's own are among these
 
 
 def test_a_tenants_call_wants_as_many_answers_as_its_beam_searches_are_wide():

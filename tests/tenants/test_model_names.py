@@ -21,23 +21,24 @@ from vllm.exceptions import VLLMNotFoundError
 from vllm.lora.request import LoRARequest
 
 from tests.tenants.callers import as_caller
-from vllm_multilora.integration.attached import METER, ROUTES
+from vllm_multilora.gateway.names.models_list import card_for, models_for
+from vllm_multilora.integration.api_server import registered_versions
+from vllm_multilora.integration.api_server.registered_versions import Version
 from vllm_multilora.integration.patching.ledger import apply_patches
-from vllm_multilora.integration.server import adapter_directory, blends, registration, versions
+from vllm_multilora.integration.server import adapter_directory, blends, registration
 from vllm_multilora.integration.server.callers import (
     Caller,
-    card_for,
     current_caller,
     error_response,
 )
 from vllm_multilora.integration.server.http_calls import HttpCall, current_call
-from vllm_multilora.integration.server.metering import ServerMeter
+from vllm_multilora.integration.server.metering import METER, ServerMeter
 from vllm_multilora.integration.server.model_names import (
     check_model,
     check_pooling_model,
     prepare,
 )
-from vllm_multilora.integration.server.routes import ServerRoutes, show_available_models
+from vllm_multilora.integration.server.routes import ROUTES, ServerRoutes
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import Names, Tenant
@@ -83,10 +84,9 @@ def test_a_server_that_only_renders_prompts_lists_its_model_as_any_other():
     registry = OpenAIModelRegistry(
         SimpleNamespace(max_model_len=128), [BaseModelPath("base", "/folder/base")]
     )
-    apply_patches()
 
     def listed(who: Caller | None) -> dict[str, str]:
-        shown = as_caller(who, lambda: asyncio.run(registry.show_available_models()))
+        shown = asyncio.run(models_for(who, registry))
         return {card.id: card.root for card in shown.data}
 
     of_tenant = tenant(adapters=("*",))
@@ -112,7 +112,7 @@ def test_a_rendered_request_names_what_is_to_answer_it(models, asked, named, mon
     METER.set(processor, ServerMeter(None))
     models.engine_client = SimpleNamespace(output_processor=processor)
     for number in (1, 2):
-        versions.note(models.engine_client, number, versions.Version("12345678" * 8, 1.0, "lora"))
+        registered_versions.note(models.engine_client, number, Version("12345678" * 8, 1.0, "lora"))
     monkeypatch.setattr(blends, "why_none", lambda models: None)
     models.path.write_text("routes: {help-acme: acme-a, mixed: {blend: {acme-a: 0.5, zen-a: 0.5}}}")
 
@@ -250,7 +250,7 @@ def test_a_refusal_names_no_folder_to_who_may_see_none(models, asked, monkeypatc
 def test_a_version_that_is_not_served_is_not_answered_by_another(models, name, status):
     METER.set(processor := SimpleNamespace(), ServerMeter(None))
     models.engine_client = SimpleNamespace(output_processor=processor)
-    versions.note(models.engine_client, 1, versions.Version("12345678" * 8, 1.0, "lora"))
+    registered_versions.note(models.engine_client, 1, Version("12345678" * 8, 1.0, "lora"))
     models.lora_requests["help-yourself@12345678"] = LoRARequest(name, 9, "/help-yourself")
 
     async def original(serving, request):
@@ -269,10 +269,10 @@ def test_a_blend_stands_for_all_of_its_parts_in_their_versions(models):
     weights, client = (("acme-a", 1.0), ("zen-a", 0.5)), SimpleNamespace()
     blend = blends.blend_now(models, weights)
     assert registration.is_current(models, blend)
-    versions.note(client, 1, versions.Version("1" * 64, 1.0, "lora"))
-    assert versions.find(client, blend) is None
-    versions.note(client, 2, versions.Version("2" * 64, 1.0, "lora"))
-    assert versions.find(client, blend) is not None
+    registered_versions.note(client, 1, Version("1" * 64, 1.0, "lora"))
+    assert registered_versions.find(client, blend) is None
+    registered_versions.note(client, 2, Version("2" * 64, 1.0, "lora"))
+    assert registered_versions.find(client, blend) is not None
     models.lora_requests["zen-a"] = LoRARequest("zen-a", 9, "/zen-a")
     assert not registration.is_current(models, blend)
     del models.lora_requests["acme-a"]
@@ -311,13 +311,16 @@ def test_a_list_of_models_costs_a_tenant_no_time_for_those_of_others(models):
     """Each line takes the event loop's time, and nobody limits how often a tenant may ask."""
     made = []
 
-    async def original(seen):
+    async def show_available_models(seen):
         made.append(set(seen.lora_requests))
         cards = [ModelCard(id="base"), *(ModelCard(id=name) for name in seen.lora_requests)]
         return SimpleNamespace(data=cards)
 
+    methods = {"show_available_models": show_available_models}
+    models = type("Models", (SimpleNamespace,), methods)(**vars(models))
+
     def listed(who: Caller | None) -> set[str]:
-        shown = as_caller(who, lambda: asyncio.run(show_available_models(original, models)))
+        shown = asyncio.run(models_for(who, models))
         return {card.id for card in shown.data}
 
     everything = {"acme-a", "zen-a", "help-yourself"}

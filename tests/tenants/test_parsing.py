@@ -17,6 +17,7 @@ tenants:
   acme:
     keys: ["{KEY}", "{OTHER}"]
     adapters: [acme-*, legal]
+    allow: [media, grammars]
     routes: [support]
     base_model: true
     weight: 2.5
@@ -36,6 +37,7 @@ def test_everything_is_read():
         base_model=True,
         weight=2.5,
         limits=Limits(4, 0, 60000, 3, 5, 7),
+        allow=frozenset({"media", "grammars"}),
     )
     assert found.by_name["small"] == Tenant("small")
     assert found.keys[digest_of("sk-one")] == found.keys[digest_of("sk-two")] == "acme"
@@ -104,6 +106,12 @@ def tenant(text):
         (tenant("limits: {tokens: 1}"), "limits.tokens: found an unknown key"),
         (tenant("limits: {adapters: 1.5}"), "found 1.5"),
         (tenant("limits: {running: true}"), "found true, expected a whole number"),
+        (tenant("allow: media"), "allow: found a text of 5 characters, expected a list of media"),
+        (
+            tenant("allow: [grammar]"),
+            "allow.0: found a text of 7 characters, expected one of media",
+        ),
+        (tenant("allow: [media, 7]"), "allow.1: found 7, expected one of media, grammars"),
         (tenant('adapters: [""]'), "adapters.0: found a text of 0 characters"),
     ],
 )

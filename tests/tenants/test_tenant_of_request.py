@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 import pytest
 
-from vllm_multilora.integration.tenant_of_request import set_tenant, take_tenant, tenant_of
-from vllm_multilora.tenants.on_request import (
+from vllm_multilora.integration.tenant_of_request import (
     RequestTenant,
+    set_tenant,
+    take_tenant,
     tenant_in,
+    tenant_of,
     with_tenant,
     without_tenant,
 )

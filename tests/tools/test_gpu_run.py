@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,19 @@ import torch
 from torch.cuda import graphs, streams
 
 from tools.gpu import run, stress, times
+from tools.gpu import tests as kernel_tests
 from tools.kernels.measure.batches import LAYERS, BatchSpec
 from tools.kernels.measure.contenders import Entered, Multilora
 from tools.kernels.measure.timing import GraphTimer, WallTimer
 
 ROOT = Path(__file__).parents[2]
+
+
+PARTS = ("compile", "stress", "tests", "times", "sanitizer")
+
+
+def has_sanitizer() -> bool:
+    return shutil.which("compute-sanitizer") is not None
 
 
 def bare(**more: str) -> dict[str, str]:
@@ -35,11 +44,27 @@ def test_a_dry_run_lists_all_parts_and_what_they_lack(tmp_path):
     command = [str(ROOT / "tools/gpu/run.sh"), str(tmp_path), "--dry-run"]
     done = subprocess.run(command, env=bare(), capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    assert [line.partition(":")[0].split()[0] for line in lines] == [
-        "stress", "tests", "sanitizer", "times",
-    ]  # fmt: skip
-    assert "left out: there is no compute-sanitizer" in lines[2] or torch.cuda.is_available()
-    assert all((ROOT / word).exists() for word in lines[1].split() if word.startswith("tests/"))
+    assert [line.partition(":")[0].split()[0] for line in lines] == list(PARTS)
+    assert "left out: there is no program compute-sanitizer" in lines[-1] or has_sanitizer()
+
+
+def test_kernel_tests_are_run_by_what_they_tell_and_shared_out_among_processes():
+    """Every test is run by one process, and each process begins with the right values."""
+    found = []
+    for number in range(3):
+        done = subprocess.run(
+            kernel_tests.command("--collect-only"),
+            cwd=ROOT, env=bare(GPU_TESTS_PART=f"{number}/3", TRITON_INTERPRET="1"),
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        names = [line for line in done.stdout.splitlines() if "::" in line]
+        files = [name.partition("::")[0].rpartition("/")[2] for name in names]
+        assert list(dict.fromkeys(files)) == list(kernel_tests.TESTS)
+        found.append(names)
+    together = [name for names in found for name in names]
+    assert len(together) == len(set(together)) > 300
+    assert max(map(len, found)) - min(map(len, found)) <= 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it runs")
@@ -52,20 +77,24 @@ def test_without_a_card_it_says_so(tmp_path):
 
 @pytest.mark.slow
 def test_a_rehearsal_runs_all_parts_and_says_that_nothing_was_measured(tmp_path):
-    """Without a card, and on one without it. The tests are only collected."""
+    """Without a card, and on a machine with one but without it. The tests are only collected."""
     results = tmp_path / "results"
-    command = [str(ROOT / "tools/gpu/run.sh"), str(results), "--rehearse", "--minutes=9"]
-    done = subprocess.run(command, env=bare(), capture_output=True, text=True, check=False)
+    command = [str(ROOT / "tools/gpu/run.sh"), str(results), "--rehearse", "--minutes=20"]
+    environment = bare(TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     logs = {path.stem: path.read_text() for path in results.glob("*.log")}
     assert done.returncode == 0, (done.stdout, done.stderr, logs)
-    summary, stress, found = (
+    summary, compiled, stress, found = (
         json.loads((results / f"{name}.json").read_text())
-        for name in ("summary", "stress", "times")
+        for name in ("summary", "compile", "stress", "times")
     )
     assert json.loads(done.stdout) == summary
     assert {name: part["code"] for name, part in summary["parts"].items()} == dict.fromkeys(
-        ("stress", "tests", "sanitizer", "times"), 0
+        PARTS, 0
     )
+    assert compiled["architecture"] == "sm_90"
+    assert compiled["problems"] == []
+    assert compiled["kernels"] == len(list((tmp_path / "cache").glob("*/*.cubin"))) > 4
     for written in (summary, stress, found):
         assert written["measured"] is False
     assert not stress["on_gpu"]
@@ -78,6 +107,31 @@ def test_a_rehearsal_runs_all_parts_and_says_that_nothing_was_measured(tmp_path)
         assert case["microseconds"] == {"multilora (triton)": None, "base layer": None}
         assert (case["floor_microseconds"], case["left_out"]) == (None, {})
     assert set(found["plan_waits"].values()) == {None}
+    assert found["compiled_here"] == []
+    assert {case["max_rank"] for case in found["cases"]} == {16, 64, 256}
+    timed = subprocess.run(
+        [sys.executable, "-c", TIMED], cwd=ROOT, env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert timed.returncode == 0, timed.stderr
+    assert json.loads(timed.stdout) == []
+
+
+TIMED = """
+import json
+import torch
+from tools.gpu import compile, times
+from tools.kernels.measure.contenders import Multilora
+from tools.kernels.measure.timing import WallTimer
+from tools.kernels.measure.without_card import launched_without_card
+
+with launched_without_card(compiling=True) as launches:
+    for spec in compile.REHEARSED:
+        times.time_case(spec, [Multilora("triton")], WallTimer(), None, times.REHEARSAL)
+assert len(launches.launched) > 3
+print(json.dumps(launches.compiled))
+"""
+"""Times what a rehearsal compiles; prints which kernels had not been compiled before."""
 
 
 def test_a_rehearsal_is_not_for_compiled_kernels(monkeypatch, capsys):
@@ -207,7 +261,8 @@ def test_the_cases_are_the_stated_ones_and_each_is_there_once():
     specs = list(times.cases())
     assert len(specs) == len(set(specs))
     assert {spec.tokens for spec in specs} == {1, 8, 32, 64, 256}
-    assert {spec.ranks for spec in specs} == {8, 16, 64, "mixed"}
+    ranks = {(spec.max_rank, spec.ranks) for spec in specs}
+    assert ranks == {(16, 16), (64, 8), (64, 16), (64, 64), (64, "mixed"), (256, 256)}
     assert {spec.layer for spec in specs} == set(LAYERS.values())
     assert all(2 <= times.layers_of(spec) <= 16 for spec in specs)
 
@@ -233,7 +288,7 @@ def test_a_part_that_takes_too_long_is_ended_and_the_rest_goes_on(tmp_path, monk
         lambda folder, rehearsal: [
             run.Part("slow", sleeping, 0.01),
             run.Part("fine", fine, 1.0),
-            run.Part("lacking", fine, 1.0, needs="no_such_program"),
+            run.Part("lacking", fine, 1.0, program="no_such_program"),
         ],
     )
     monkeypatch.setenv("PYTHONPATH", "")
@@ -241,11 +296,38 @@ def test_a_part_that_takes_too_long_is_ended_and_the_rest_goes_on(tmp_path, monk
     found = run.run(tmp_path, 20.0, None)["parts"]
     assert found["slow"]["code"] == "too late"
     assert found["fine"]["code"] == 0
-    assert found["lacking"] == {"left_out": "there is no no_such_program"}
+    assert found["lacking"] == {"left_out": "there is no program no_such_program"}
     poller = select.poll()
     poller.register(held, select.POLLHUP)
     assert poller.poll(10_000), "what the part has started goes on beside the next one"
     os.close(held)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it looks for a card")
+@pytest.mark.parametrize(("code", "expected"), [(0, 0), (3, 1), (run.TOO_LATE, 0)])
+def test_a_part_fails_by_its_code_and_not_by_the_clock(tmp_path, monkeypatch, code, expected):
+    summary = {"parts": {"fine": {"code": 0}, "left": {"left_out": "why"}, "own": {"code": code}}}
+    monkeypatch.setattr(run, "run", lambda *_, **__: summary)
+    assert run.main([str(tmp_path / "results"), "--rehearse"]) == expected
+
+
+def test_a_program_of_a_modules_name_does_not_stand_for_the_module(tmp_path, monkeypatch):
+    program = tmp_path / "no_such_module"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    part = run.Part("own", ("true",), 1.0, module="no_such_module")
+    assert part.missing == "module no_such_module"
+    assert run.Part("own", ("true",), 1.0, program="no_such_module").missing is None
+    assert run.Part("own", ("true",), 1.0, module="pytest").missing is None
+
+
+def test_packages_on_the_callers_path_are_found_by_the_parts(tmp_path, monkeypatch):
+    (tmp_path / "carried.py").write_text("")
+    command = (sys.executable, "-c", "import carried, multilora_kernels")
+    monkeypatch.setattr(run, "parts", lambda folder, rehearsal: [run.Part("own", command, 1.0)])
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert run.run(tmp_path, 60.0, None)["parts"]["own"]["code"] == 0
 
 
 def test_tests_that_are_ended_leave_the_results_of_those_that_were_over(tmp_path):

@@ -381,12 +381,13 @@ import json, os
 from pathlib import Path
 import torch
 from multilora_kernels.configs import default_expand, default_shrink
-from tools.kernels.measure.ahead import Ahead, Work
+import tools.kernels
+from multilora_kernels.triton.compile_pool import CompilePool, compile_jobs
+from multilora_kernels.triton.compile_process import driver_of, target_of
 from tools.kernels.measure.batches import Layer, build
-from tools.kernels.measure.launch_cases import card_facts
+from tools.kernels.measure.launch_cases import card_facts, configured_launches
 from tools.kernels.measure.trials import LayerOnBatch, training_specs, workloads
 from tools.kernels.measure.tuning import Task, launch_case
-from tools.kernels.measure.without_card import compile_without_card
 
 def kept(pattern):
     return sorted(path.name for path in Path(os.environ["TRITON_CACHE_DIR"]).glob(pattern))
@@ -396,12 +397,17 @@ if __name__ == "__main__":
     task = Task(layer, range(1, 17), 6, 16, torch.float16)
     shrink, expand = workloads(layer, 16, 16, 2, facts)
     blocks = default_shrink(shrink), default_expand(expand)
-    with Ahead(1) as ahead:
-        problems = ahead.compile([Work(launch_case(task), facts, *blocks)])
+    target = target_of(facts.architecture)
+    with CompilePool(1, ("tools.kernels",)) as pool:
+        jobs = compile_jobs(configured_launches(launch_case(task), facts, *blocks), target)
+        problems = pool.compile(jobs)
     compiled, before = kept("*/*.cubin"), kept("*")
     spec = training_specs(layer, task.bucket, task.max_loras, task.max_rank)[0]
     for launch in LayerOnBatch(build(spec, "cpu", task.dtype), facts)._launches(*blocks):
-        compile_without_card(launch, facts.architecture)
+        with driver_of(target):
+            launch.kernel.warmup(
+                grid=launch.grid, **launch.arguments, **launch.constants, **launch.options
+            )
     print(json.dumps([problems, compiled, len(kept("*")) - len(before)]))
 """
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vllm_multilora.cli import main
-from vllm_multilora.integration.offline.source import Source
+from vllm_multilora.integration.patching.source import Source
 
 MODULES = {
     "vllm/__init__.py": "def __getattr__(name):\n    return {'LLM': 1}[name]\n",

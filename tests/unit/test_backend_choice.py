@@ -45,6 +45,19 @@ def test_backend_of_settings_and_device(backend, device, plain, invariant):
         assert choose_backend(settings, device, vllm_batch_invariant=True) == invariant
 
 
+@pytest.mark.parametrize(
+    ("backend", "device", "is_right"),
+    [("auto", "cuda", True), ("triton", "cpu", True), ("auto", "cpu", False)],
+)
+def test_vllms_kernels_are_for_gpus(backend, device, is_right):
+    settings = MultiLoRAConfig(backend=backend, kernels="vllm")
+    if is_right:
+        assert choose_backend(settings, device) == "triton"
+        return
+    with pytest.raises(ConfigError, match=r"-kernels vllm is for GPUs .* here is 'native'"):
+        choose_backend(settings, device)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
 def test_vllms_kernels_see_to_its_batch_invariance_themselves(device):
     settings = MultiLoRAConfig(backend="vllm")

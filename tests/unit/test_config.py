@@ -36,6 +36,10 @@ def test_batch_invariance_goes_with_backends_that_have_it(backend):
         ({"zzz": 1}, r"unknown setting 'zzz' in multilora \(known: enabled, backend, .*\)"),
         ({"backend": "cuda"}, "--multilora-backend .* must be one of auto, native, .* got 'cuda'"),
         ({"backend": None}, "--multilora-backend .* must be one of .* got None"),
+        (
+            {"kernels": "torch"},
+            "--multilora-kernels .* must be one of auto, ours, vllm, got 'torch'",
+        ),
         ({"enabled": "yes"}, "--multilora .* must be true, false or null, got 'yes'"),
         ({"batch_invariant": 1}, "--multilora-batch-invariant .* must be true or false, got 1"),
         ({"batch_invariant": True, "backend": "torch"}, "-backend torch: plain PyTorch's sums"),
@@ -59,6 +63,7 @@ def test_batch_invariance_goes_with_backends_that_have_it(backend):
         "unknown",
         "backend",
         "null-backend",
+        "kernels",
         "enabled",
         "batch-invariant",
         "invariant-torch",

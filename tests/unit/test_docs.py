@@ -67,7 +67,7 @@ def test_flags_of_the_plugin_exist(page: Path) -> None:
 FLAGS_OF_OTHERS = {
     *("--editable", "--extra-index-url", "--no-deps", "--yes"),
     *("--ipc", "--recursive", "--shm-size", "--times"),
-    *("--base", "--card"),
+    *("--base", "--card", "--dry-run", "--rehearse", "--vllm"),
 }
 """Of pip, of Docker and rsync, and of this project's tools."""
 

@@ -26,6 +26,7 @@ PLACEHOLDERS = {
 """What stands for something else, and something that may be typed in its place."""
 
 TESTS = {
+    "python -m tools.seams": "tests/tools/test_seams.py::test_the_command_prints_every_number",
     "curl": "tests/serving/test_registration.py::"
     "test_the_calls_of_the_docs_load_an_adapter_ask_it_and_unload_it",
     "make demo": "tests/serving/test_demo.py::"

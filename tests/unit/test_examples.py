@@ -215,12 +215,12 @@ def test_the_notebook_is_one_without_outputs() -> None:
 
 
 def test_the_image_is_a_supported_vllm() -> None:
-    from vllm_multilora.integration.patching.version import is_supported
+    from vllm_multilora.integration.patching.parts import CORE
 
     dockerfile = (EXAMPLES / "docker" / "Dockerfile").read_text()
     base = re.search(r"^FROM vllm/vllm-openai:v(\S+)", dockerfile, re.MULTILINE)
     assert base is not None
-    assert is_supported(base[1])
+    assert CORE.is_tested(base[1])
 
 
 def run_client(

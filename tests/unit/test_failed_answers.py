@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
-from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionStreamResponse
-from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.responses.context import SimpleContext
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
@@ -23,7 +20,11 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
 from vllm_multilora.failures import FailureKind, LoadFailure
-from vllm_multilora.integration.attached import HIDDEN_FOLDERS, ON_FAILURE
+from vllm_multilora.integration.api_server.failure_delivery import (
+    HIDDEN_FOLDERS,
+    deliver_failures,
+    process_outputs,
+)
 from vllm_multilora.integration.failures import (
     RefusalsInOneLine,
     to_stop_reason,
@@ -31,17 +32,17 @@ from vllm_multilora.integration.failures import (
 )
 from vllm_multilora.integration.patching.ledger import PATCHES
 from vllm_multilora.integration.server import failed_answers
-from vllm_multilora.integration.server.failure_delivery import (
-    beam_search,
-    deliver_failures,
-    process_outputs,
-)
 
 HANDLERS = "server.failed_answers:"
 LIMIT_S = 20.0
 GONE = GracefulHTTPError("adapter 'acme' could not be loaded", HTTPStatus.NOT_FOUND)
 NO_MEMORY = GracefulHTTPError("there is no memory", HTTPStatus.SERVICE_UNAVAILABLE)
 ERROR = {"code": "invalid_prompt", "message": GONE.message, "type": "Not Found"}
+NO_MEMORY_ERROR = {
+    "code": "server_error",
+    "message": NO_MEMORY.message,
+    "type": "Service Unavailable",
+}
 SAMPLING = SamplingParams(max_tokens=3)
 
 
@@ -90,9 +91,14 @@ class Responses:
         yield
 
 
-def test_a_streamed_response_ends_with_its_failure() -> None:
+@pytest.mark.parametrize(
+    ("failure", "error"), [(GONE, ERROR), (NO_MEMORY, NO_MEMORY_ERROR)], ids=["gone", "memory"]
+)
+def test_a_streamed_response_ends_with_its_failure(
+    failure: GracefulHTTPError, error: dict[str, str]
+) -> None:
     async def scenario() -> list[Any]:
-        responses = Responses()
+        responses = Responses(failure)
         events = responses.serving.responses_stream_generator(*responses.arguments())
         return [event async for event in events]
 
@@ -101,25 +107,9 @@ def test_a_streamed_response_ends_with_its_failure() -> None:
     assert kinds == ["response.created", "response.in_progress", "response.failed"]
     assert [event.sequence_number for event in events] == [0, 1, 2]
     told = json.loads(events[-1].model_dump_json(by_alias=True))["response"]
-    assert (told["status"], told["error"]) == ("failed", ERROR)
+    assert (told["status"], told["error"]) == ("failed", error)
     assert told["id"] == events[0].response.id
     assert events[0].response.status == "in_progress"
-
-
-def test_a_response_in_the_background_says_that_it_has_failed() -> None:
-    async def scenario() -> ResponsesResponse:
-        responses = Responses(NO_MEMORY)
-        kept = responses.keep("queued")
-        await responses.serving._run_background_request(*responses.arguments())
-        return kept
-
-    told = json.loads(within_limit(scenario).model_dump_json(by_alias=True))
-    assert told["status"] == "failed"
-    assert told["error"] == {
-        "code": "server_error",
-        "message": NO_MEMORY.message,
-        "type": "Service Unavailable",
-    }
 
 
 @pytest.mark.parametrize("failure", [GONE, EngineDeadError()], ids=["adapter", "engine"])
@@ -154,7 +144,7 @@ def test_a_response_that_is_not_to_be_made_any_more_stays_as_it_is(status: str) 
     async def scenario() -> str:
         responses = Responses()
         kept = responses.keep(status)
-        await responses.serving._run_background_request(*responses.arguments())
+        await responses.serving._run_background_request_stream(*responses.arguments())
         return kept.status
 
     assert within_limit(scenario) == status
@@ -171,87 +161,11 @@ def test_other_failures_and_those_without_the_plugin_are_left_to_vllm(
         responses = Responses(failure)
         kept = responses.keep("queued")
         with pytest.raises(type(failure)):
-            await responses.serving._run_background_request(*responses.arguments())
-        with pytest.raises(type(failure)):
             async for _ in responses.serving.responses_stream_generator(*responses.arguments()):
                 pass
         return kept.status
 
     assert within_limit(scenario) == "queued"
-
-
-COMPLETION = json.dumps(
-    {
-        "id": "chatcmpl-1",
-        "created": 1,
-        "model": "acme",
-        "choices": [{"index": 0, "delta": {"content": "error"}, "finish_reason": None}],
-        "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
-    }
-)
-
-
-@pytest.mark.parametrize("before", [[], [COMPLETION, COMPLETION]], ids=["at first", "later"])
-def test_a_streamed_message_ends_with_its_failure(before: list[str]) -> None:
-    serving = AnthropicServingMessages.__new__(AnthropicServingMessages)
-    serving.engine_client = SimpleNamespace(vllm_config=object())
-
-    events: list[Any]
-    if hasattr(serving, "chat_completion_stream_generator_raw"):  # from vLLM 0.33 on
-        kind = "not_found_error"
-        events = [ChatCompletionStreamResponse.model_validate_json(event) for event in before]
-        events.append(serving.create_error_response(GONE))
-    else:
-        kind = "Not Found"
-        texts = (*before, serving.create_streaming_error_response(GONE), "[DONE]")
-        events = [f"data: {text}\n\n" for text in texts]
-
-    async def completions() -> AsyncIterator[Any]:
-        for event in events:
-            yield event
-
-    async def scenario() -> list[str]:
-        return [event async for event in serving.message_stream_converter(completions())]
-
-    *rest, last = within_limit(scenario)
-    name, data = last.strip().split("\n")
-    assert name == "event: error"
-    assert json.loads(data.removeprefix("data: ")) == {
-        "type": "error",
-        "error": {"type": kind, "message": GONE.message},
-    }
-    assert bool(rest) is bool(before)
-    assert not any("message_stop" in event or "event: error" in event for event in rest)
-
-
-@pytest.mark.parametrize("before", [[], [COMPLETION, COMPLETION]], ids=["at first", "later"])
-def test_a_stream_that_vllm_makes_coheres_of_ends_with_its_failure(before: list[str]) -> None:
-    """With an exception, whose text is in the last event of one that has begun."""
-    serving = OpenAIServingChat.__new__(OpenAIServingChat)
-    serving.engine_client = SimpleNamespace(vllm_config=object())
-    completions = [f"data: {event}\n\n" for event in before]
-    error = f"data: {serving.create_streaming_error_response(GONE)}\n\n"
-    told: list[str] = []
-
-    async def chat(*args: Any) -> AsyncIterator[str]:
-        for event in (*completions, error):
-            yield event
-
-    async def listen() -> None:
-        told.clear()
-        async for event in failed_answers.stream_chat(chat, serving, None, None, "id-1", "acme"):
-            told.append(event)
-
-    within_limit(listen)
-    assert told == [*completions, error], "of a class that is not derived"
-    serving.create_chat_v2 = None
-    with pytest.raises(RuntimeError, match="'acme' could not be loaded"):
-        within_limit(listen)
-    assert told[: len(before)] == completions
-    assert len(told) == max(len(before), 1)
-    first = ChatCompletionStreamResponse.model_validate_json(told[0].removeprefix("data: "))
-    assert (first.id, first.model) == ("chatcmpl-1" if before else "id-1", "acme")
-    assert first.choices[0].finish_reason is None
 
 
 def test_one_line_is_logged_of_a_request_whose_adapter_fails(
@@ -319,33 +233,6 @@ def test_a_failure_names_no_folder_that_its_request_may_not_see() -> None:
     deliver_failures([output], {"r": state})
     assert "is gone" in output.stop_reason
     assert "/srv" not in output.stop_reason
-
-
-@pytest.mark.parametrize("several", [list, tuple])
-def test_an_offline_beam_search_says_that_its_prompt_lacks_an_invocation(
-    several: Callable[[Any], Any],
-) -> None:
-    """vLLM finds no sequence for it, and has no place for a reason."""
-    acme = LoRARequest("acme", 1, "/acme")
-    processor = SimpleNamespace()
-    llm = SimpleNamespace(llm_engine=SimpleNamespace(output_processor=processor))
-
-    def search(*_: Any) -> list[Any]:
-        state = state_of(acme)
-        reason = uninvoked_stop_reason(acme, (5,))
-        output = SimpleNamespace(
-            request_id="r", finish_reason=FinishReason.ERROR, stop_reason=reason
-        )
-        deliver_failures([output], {"r": state}, ON_FAILURE.get(processor))
-        return [SimpleNamespace(sequences=[]), SimpleNamespace(sequences=["found"])]
-
-    failed, served = beam_search(
-        search, llm, [[1], [2]], SimpleNamespace(beam_width=1), several([acme, None])
-    )
-    (sequence,) = failed.sequences
-    assert sequence.finish_reason == "error"
-    assert "is activated by the tokens [5], which" in sequence.stop_reason
-    assert served.sequences == ["found"]
 
 
 def test_nothing_is_kept_of_a_session_that_has_failed_while_more_input_may_come() -> None:

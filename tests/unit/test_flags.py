@@ -12,6 +12,9 @@ pytest.importorskip("vllm")
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.integration import flag_values
+from vllm_multilora.integration.api_server import engine_settings
+from vllm_multilora.integration.patching import decision
 from vllm_multilora.integration.patching.flags import (
     add_cli_args,
     add_flags,
@@ -19,7 +22,6 @@ from vllm_multilora.integration.patching.flags import (
     merge_flags,
 )
 from vllm_multilora.integration.patching.patch import Patch
-from vllm_multilora.integration.server import engine_config
 from vllm_multilora.slots.policy import PolicyError
 from vllm_multilora.store.folder import StoreUnavailableError
 
@@ -143,6 +145,16 @@ def test_settings_that_nobody_would_check_are_refused(monkeypatch):
         from_cli_args(made({"multilora": {"tenants": "file"}}), SimpleNamespace, args)
 
 
+def test_keys_are_refused_where_vllm_lacks_what_the_gateway_needs(monkeypatch):
+    def made(cls, args):
+        return SimpleNamespace(additional_config={"multilora": {"tenants": "file"}})
+
+    flag_values.from_cli_args(made, SimpleNamespace, SimpleNamespace())
+    monkeypatch.setattr(decision, "installed_version", lambda: "0.30.0")
+    with pytest.raises(ConfigError, match="protect nothing here"):
+        flag_values.from_cli_args(made, SimpleNamespace, SimpleNamespace())
+
+
 @pytest.mark.parametrize("flag", ["--multilora-tenants", "--multilora-admin-key-file"])
 def test_keys_are_refused_where_a_server_is_started_that_knows_none(flag):
     args, engine_args = parse(flag, "file")
@@ -163,7 +175,7 @@ def configure(tmp_path, monkeypatch):
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
 
-    from vllm_multilora.integration.server.engine_config import create_engine_config
+    from vllm_multilora.integration.engine_config import create_engine_config
 
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))  # for what it makes
     model = {
@@ -243,7 +255,7 @@ def test_more_pins_than_slots_stop_the_start(configure):
 def test_roots_that_are_no_folders_are_warned_of(configure, tmp_path, monkeypatch):
     """They may be mounted later."""
     warnings = []
-    monkeypatch.setattr(engine_config.logger, "warning", lambda *args: warnings.append(args[1:]))
+    monkeypatch.setattr(engine_settings.logger, "warning", lambda *args: warnings.append(args[1:]))
     (tmp_path / "file").touch()
     roots = [str(tmp_path / name) for name in (".", "nowhere", "file")]
     configure(allowed_roots=roots)

@@ -2,7 +2,6 @@
 
 import asyncio
 import importlib
-import inspect
 import json
 import time
 from types import SimpleNamespace
@@ -12,22 +11,11 @@ import pytest
 
 pytest.importorskip("starlette")
 
-from starlette.middleware import Middleware
-from starlette.requests import Request
 
-from vllm_multilora.integration.patching.ledger import missing
-from vllm_multilora.integration.server import http_calls
-from vllm_multilora.integration.server.access_middleware import PlainPathMiddleware
-from vllm_multilora.integration.server.http_calls import (
-    DROPPING_JSON,
-    MOST_ERROR,
-    HttpCall,
-    HttpCallMiddleware,
-    current_call,
-    init_entrypoints_middleware,
-)
+from vllm_multilora.gateway.answers import DROPPING_JSON, HttpCallMiddleware
+from vllm_multilora.integration.patching.gateway_seams import GATEWAY_SEAMS
+from vllm_multilora.integration.server.http_calls import MOST_ERROR, HttpCall, current_call
 
-SAGEMAKER_HEADER = "x-amzn-sagemaker-adapter-identifier"
 DIGEST = "0123456789abcdef" * 4
 OTHER = "fedcba9876543210" * 4
 SHOWN, OTHER_SHOWN = DIGEST[:16], OTHER[:16]
@@ -199,7 +187,7 @@ RUNS = {
 def test_an_error_that_repeats_what_a_client_has_sent_takes_no_time(part, text):
     """vLLM looks for paths in it, by expressions that take the third power of its length."""
     vllm = importlib.import_module(f"vllm.entrypoints.serve.exception_handling.{part}")
-    assert not missing({"error-texts", "validation-error-texts"})
+    assert not GATEWAY_SEAMS.missing({"error-texts", "validation-error-texts"})
     begun = time.thread_time()
     shown = behind(lambda: vllm.sanitize_message(f"No such thing: {text} (/home/me/secret)"))
     assert time.thread_time() - begun < 1.0
@@ -227,76 +215,8 @@ def behind(work):
     return found[0]
 
 
-def middlewares(original=lambda *rest: None, **arguments):
-    """Of a server, the first that acts first."""
-    app = SimpleNamespace(user_middleware=[])
-    app.add_middleware = lambda kind, **options: app.user_middleware.insert(0, Middleware(kind))
-    init_entrypoints_middleware(original, SimpleNamespace(**arguments), app)
-    return [each.cls for each in app.user_middleware]
-
-
-@pytest.mark.parametrize("lora", [False, True])
-def test_only_a_server_with_adapters_gets_the_middleware(lora):
-    ours = [PlainPathMiddleware, HttpCallMiddleware]
-    assert middlewares(enable_lora=lora) == (ours if lora else [])
-
-
-@pytest.mark.parametrize("api_key", [[], ["sk-api"]], ids=["no-key", "api-key"])
-def test_what_the_operator_adds_sees_a_request_before_it_is_checked_and_every_answer(api_key):
-    """As with vLLM's own check: a refusal has its `X-Request-Id`, too, where answers have one."""
-    from vllm.entrypoints.launchers.app import init_entrypoints_middleware as patched
-
-    found = middlewares(
-        lambda args, app: inspect.unwrap(patched)(args, app, ("generate",)),
-        enable_lora=True,
-        api_key=api_key,
-        middleware=["starlette.middleware.gzip.GZipMiddleware"] * 2,
-        enable_request_id_headers=True,
-        allowed_origins=[],
-        allow_credentials=False,
-        allowed_methods=[],
-        allowed_headers=[],
-    )
-    names = [kind.__name__ for kind in found]
-    ours = ["PlainPathMiddleware", *["AccessMiddleware"] * len(api_key), "HttpCallMiddleware"]
-    at = names.index(ours[0])
-    assert names[:2] == ["GZipMiddleware"] * 2
-    assert "XRequestIdMiddleware" in names[:at]
-    assert names[at:] == [*ours, *["AuthenticationMiddleware"] * len(api_key), "CORSMiddleware"]
-
-
-@pytest.mark.smoke
-@pytest.mark.parametrize(
-    ("header", "model"),
-    [(None, "zen-a"), ("", "zen-a"), (" \t", "zen-a"), ("acme-a", "acme-a")],
-    ids=["none", "empty", "spaces", "another"],
-)
-def test_sagemakers_header_names_a_model_unless_it_is_empty(header, model, monkeypatch):
-    module = pytest.importorskip(
-        "model_hosting_container_standards.sagemaker.lora.transforms.inject_to_body"
-    )
-    assert not missing({"sagemaker-model"})
-    transforming = module.InjectToBodyApiTransform({"model": f'headers."{SAGEMAKER_HEADER}"'})
-
-    async def receive():
-        return {"type": "http.request", "body": b'{"model": "zen-a", "prompt": [7]}'}
-
-    monkeypatch.setattr(http_calls, "loads_adapters_behind", lambda client: True)
-    app = SimpleNamespace(state=SimpleNamespace())
-    headers = [] if header is None else [(SAGEMAKER_HEADER.encode(), header.encode())]
-    scope = {"type": "http", "method": "POST", "path": "/invocations", "headers": headers}
-    request = Request({**scope, "app": app, "query_string": b""}, receive)
-
-    async def check():
-        await transforming.transform_request(request)
-        expected = {"model": model, "prompt": [7]}
-        assert await request.json() == json.loads(await request.body()) == expected
-
-    asyncio.run(check())
-
-
 def test_a_call_is_bound_to_nothing_at_first():
-    assert HttpCall({}) == HttpCall({}, None, None, None, None, "", None)
+    assert HttpCall({}) == HttpCall({}, None, None, None, None, (), "", None)
 
 
 @pytest.mark.parametrize(

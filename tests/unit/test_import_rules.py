@@ -6,6 +6,9 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
+from vllm_multilora.integration.patching.core_seams import CORE_SEAMS
+from vllm_multilora.integration.patching.parts import CORE, GATEWAY, TOOLS, part_of
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "multilora_kernels": ROOT / "kernels",
@@ -34,13 +37,14 @@ LAYERS = (
         "vllm_multilora.operations",
     ),
     ("vllm_multilora.integration",),
+    ("vllm_multilora.gateway",),
     ("vllm_multilora.plugin", "vllm_multilora.commands"),
     ("vllm_multilora.cli",),
     ("tools",),
 )
 """The lowest first. A module imports from its own layer and from those below it."""
 
-VLLM_IMPORTERS = ("vllm_multilora.integration", "tools")
+VLLM_IMPORTERS = ("vllm_multilora.integration", "vllm_multilora.gateway", "tools")
 
 Graph = dict[str, set[str]]
 
@@ -57,20 +61,14 @@ def is_in(name: str, package: str) -> bool:
 
 
 def imports_of(file: Path) -> set[str]:
-    """Every name that a file imports, at any depth of its code, but for type checkers alone."""
+    """Every name that a file imports, at any depth of its code, for type checkers included."""
     found: set[str] = set()
-    pending: list[ast.AST] = [ast.parse(file.read_text())]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            pending += node.orelse
-            continue
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-        pending += ast.iter_child_nodes(node)
     return found
 
 
@@ -98,6 +96,17 @@ def test_modules_import_only_what_their_floor_allows():
         if not any(is_in(name, importer) for importer in VLLM_IMPORTERS):
             wrong += [f"{name} imports {i}" for i in imported if is_in(i, "vllm")]
     assert not wrong, "\n".join(sorted(wrong))
+
+
+def test_the_gateway_imports_of_vllm_lora_requests_alone():
+    wrong = {
+        name: {each for each in imported if is_in(each, "vllm")}
+        for name, imported in imports().items()
+        if is_in(name, "vllm_multilora.gateway")
+    }
+    assert len(wrong) > 5
+    allowed = {"vllm.lora.request.LoRARequest"}
+    assert not {name: found for name, found in wrong.items() if not found <= allowed}
 
 
 def test_nothing_imports_in_circles():
@@ -156,6 +165,33 @@ def test_circles_are_found():
     graph: Graph = {one: {another} for one, another in pairwise(ring)}
     assert circles(graph | {"d": {"a"}}) == {frozenset("abc")}
     assert circles({"a": {"b", "c"}, "b": {"c"}}) == set()
+
+
+GATEWAY_IN_CORE = {
+    ("metrics.server_counts", "metering.usage"),
+}
+"""What the core still has of the gateway: this list may only get shorter."""
+
+
+def test_the_core_does_not_import_the_gateway():
+    prefix = "vllm_multilora."
+    found = set()
+    for name, imported in imports().items():
+        if name.startswith(prefix) and part_of(name) is CORE:
+            ours = {m for m in map(module_of, imported) if m is not None and m.startswith(prefix)}
+            others = {m.removeprefix(prefix) for m in ours if part_of(m) is not CORE}
+            found |= {(name.removeprefix(prefix), other) for other in others}
+    for patch in CORE_SEAMS.patches:
+        handler = f"integration.{patch.handler.partition(':')[0]}"
+        if part_of(handler) is GATEWAY:
+            found.add((f"the patch {patch.name}", handler))
+    assert not found - GATEWAY_IN_CORE, "the core may not know the gateway"
+    assert not GATEWAY_IN_CORE - found, "gone: take these out of the list"
+
+
+def test_every_list_of_a_parts_modules_names_modules_that_exist():
+    for package in (*GATEWAY.modules, *TOOLS.modules):
+        assert any(is_in(name, f"vllm_multilora.{package}") for name in MODULES), package
 
 
 def test_every_patch_of_vllm_is_in_the_ledger():

@@ -7,7 +7,6 @@ import pytest
 
 import vllm_multilora.integration
 from vllm_multilora.integration.patching.ledger import PATCHES
-from vllm_multilora.integration.patching.version import is_supported
 
 FOLDER = Path(vllm_multilora.integration.__file__).parent
 
@@ -35,4 +34,4 @@ def test_an_entry_says_why_and_what_its_target_takes(patch):
     assert patch.why
     assert patch.until
     assert patch.takes
-    assert all(is_supported(run.partition("/")[0]) for run in patch.checked)
+    assert all(patch.part.is_tested(run.partition("/")[0]) for run in patch.checked)

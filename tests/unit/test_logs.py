@@ -87,13 +87,11 @@ def test_lines_go_on_when_a_file_is_taken_that_does_not_name_the_project(configu
     code = f"""
 import logging
 from vllm_multilora.integration.logs import join_vllm_logging
-from vllm_multilora.integration.patching.ledger import PATCHES
-[patch] = [patch for patch in PATCHES if patch.name == "loggers"]
 {configure}
-assert patch.apply()
 logger = logging.getLogger("vllm_multilora.config")
 join_vllm_logging()
 configure({CONFIGURATION!r})
+join_vllm_logging()
 logger.info("shown")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -104,12 +102,10 @@ def test_what_vllm_logs_passes_a_filter_whatever_handlers_it_gets_later():
     code = f"""
 import logging
 from logging.config import dictConfig
-from vllm_multilora.integration.logs import add_filter
-from vllm_multilora.integration.patching.ledger import PATCHES
-[patch] = [patch for patch in PATCHES if patch.name == "loggers"]
-assert patch.apply()
+from vllm_multilora.integration.logs import add_filter, join_vllm_logging
 add_filter(lambda record: record.getMessage() != "hidden")
 dictConfig({CONFIGURATION!r})
+join_vllm_logging()
 for line in ("hidden", "shown"):
     logging.getLogger("vllm.entrypoints").info(line)
 """

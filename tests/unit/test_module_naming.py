@@ -75,7 +75,7 @@ def manager_of(mapper=None, *, targets=None, packed=None, pooling=False, model=N
         model.hf_to_vllm_mapper = mapper
     return SimpleNamespace(
         model=model,
-        lora_config=SimpleNamespace(target_modules=targets, enable_tower_connector_lora=False),
+        lora_config=SimpleNamespace(target_modules=targets),
         packed_modules_mapping=packed or {},
         is_pooling_model=pooling,
         _get_punica_wrapper=lambda name: None if name.startswith("visual.") else "language",
@@ -330,10 +330,6 @@ def test_layers_on_which_adapters_would_not_act_are_known_by_name():
     all_of_tower = {f"tower.{kind}" for kind in ("q_proj", "k_proj", *of_tower[1:])}
     assert found() == always | all_of_tower
     assert found(supports_mm=True) == found(punica_wrapper_mapping={"encoder": None}) == always
-    for kind, layer in (("Llama4VisionModel", "patch_embedding"), ("Projector", "linear_1")):
-        tower.__class__ = type(kind, (torch.nn.ModuleDict,), {})
-        assert found(supports_mm=True) == always | {f"tower.{layer}"}
-    tower.__class__ = torch.nn.ModuleDict
 
     def unknown() -> torch.nn.Module:
         raise NotImplementedError

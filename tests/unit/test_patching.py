@@ -11,8 +11,9 @@ import pytest
 
 from vllm_multilora.integration.patching import patch as patch_module
 from vllm_multilora.integration.patching import version as version_module
+from vllm_multilora.integration.patching.parts import CORE, Part
 from vllm_multilora.integration.patching.patch import Patch
-from vllm_multilora.integration.patching.version import installed_version, is_supported
+from vllm_multilora.integration.patching.version import installed_version
 
 
 @pytest.fixture
@@ -158,7 +159,7 @@ class Engine:
 
 sys.modules["target"] = types.ModuleType("target")
 sys.modules["target"].Engine = Engine
-entry = patch.Patch("end", "target:Engine.shutdown", "nowhere:shutdown", "test", (), "never")
+entry = patch.Patch("end", "target:Engine.shutdown", "nowhere:shutdown", "test", "never")
 assert entry.apply()
 engine = Engine()
 """
@@ -231,7 +232,17 @@ def test_in_an_unknown_vllm_a_target_that_takes_something_else_stays(
     ],
 )
 def test_supported_versions(version, supported):
-    assert is_supported(version) is supported
+    assert CORE.is_tested(version) is supported
+
+
+@pytest.mark.parametrize(
+    ("version", "is_newer"),
+    [("0.30.2", False), ("0.33.9", False), ("0.34.0rc1", True), ("1.0", True), ("dev", False)],
+)
+def test_versions_after_the_last_tested_one_are_newer(version, is_newer):
+    part = Part("one", "what it does", (0, 31), (0, 33))
+    assert part.is_newer(version) is is_newer
+    assert part.tested == "0.31 to 0.33"
 
 
 def test_vllms_version_is_read_from_disk_once(monkeypatch):

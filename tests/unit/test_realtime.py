@@ -10,9 +10,8 @@ import pytest
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.entrypoints.speech_to_text.realtime.connection import RealtimeConnection
 
-from vllm_multilora.integration.attached import METER
 from vllm_multilora.integration.patching.ledger import PATCHES
-from vllm_multilora.integration.server.metering import ServerMeter
+from vllm_multilora.integration.server.metering import METER, ServerMeter
 
 BASE, ADAPTER = "base", "acme"
 

@@ -17,7 +17,9 @@ from vllm.lora.request import LoRARequest
 from vllm.utils.counter import AtomicCounter
 
 from vllm_multilora.failures import FailureKind, LoadFailure, RequestFailure
-from vllm_multilora.integration.attached import METER
+from vllm_multilora.gateway.status.adapters import MAX_SHARE, NEW_S, RecentListing
+from vllm_multilora.integration.api_server import registered_versions
+from vllm_multilora.integration.api_server.registered_versions import Version
 from vllm_multilora.integration.blends import blended
 from vllm_multilora.integration.failures import from_stop_reason, to_stop_reason
 from vllm_multilora.integration.server import (
@@ -29,11 +31,10 @@ from vllm_multilora.integration.server import (
     versions,
 )
 from vllm_multilora.integration.server.http_calls import HttpCall, current_call
-from vllm_multilora.integration.server.metering import ServerMeter
+from vllm_multilora.integration.server.metering import METER, ServerMeter
 from vllm_multilora.integration.server.names_in_use import LocksInUse
 from vllm_multilora.integration.server.pending_looks import PendingLooks
 from vllm_multilora.integration.server.refusals import FIRST_PAUSE_S, LONGEST_PAUSE_S, Refusals
-from vllm_multilora.integration.server.status_route import MOST_SHARE, NEW_S, RecentListing
 from vllm_multilora.metering.usage import Status
 
 ANSWER: Any = SimpleNamespace()
@@ -250,7 +251,7 @@ def test_a_routes_file_on_storage_that_hangs_keeps_nobody_waiting_for_ever(
     assert asyncio.run(scenario()) == ["help"]
 
 
-@pytest.mark.parametrize("cost_s", [0.0, 0.99 * MOST_SHARE * NEW_S], ids=["free", "cheap"])
+@pytest.mark.parametrize("cost_s", [0.0, 0.99 * MAX_SHARE * NEW_S], ids=["free", "cheap"])
 def test_the_engine_is_asked_for_a_listing_once_a_second_whoever_asks(cost_s: float) -> None:
     async def scenario() -> None:
         clock, calls = Clock(), 0
@@ -293,7 +294,7 @@ def test_listings_take_a_small_share_of_the_time_however_long_each_takes(coming:
             many = (listing.get([coming * (2 * number + i)], ask) for i in range(2))
             await asyncio.gather(*many)
             clock.now += 0.1
-        assert 1 < calls <= 60 * MOST_SHARE / cost_s + 1
+        assert 1 < calls <= 60 * MAX_SHARE / cost_s + 1
 
     asyncio.run(scenario())
 
@@ -324,7 +325,7 @@ def test_what_somebody_sees_of_a_listing_is_in_what_it_costs() -> None:
             return {}, 0.0
 
         def show() -> dict[str, Any]:
-            clock.now += 2 * NEW_S * MOST_SHARE
+            clock.now += 2 * NEW_S * MAX_SHARE
             return {}
 
         for who in ("acme", "zen"):
@@ -539,7 +540,7 @@ def test_a_beam_search_does_not_go_on_with_an_adapter_that_was_removed() -> None
     engine, acme, used = Engine(), lora_of("acme", 7), []
     engine.output_processor = SimpleNamespace(request_states={})
     models: Any = SimpleNamespace(engine_client=engine, lora_requests={"acme": acme})
-    versions.note(engine, 7, versions.Version("abc", 1.0, "lora"))
+    registered_versions.note(engine, 7, Version("abc", 1.0, "lora"))
     log: Any = SimpleNamespace(write=used.append)
     METER.set(engine.output_processor, ServerMeter(log))
 
@@ -578,7 +579,7 @@ def test_an_answer_does_not_go_on_with_an_adapter_that_was_removed_while_a_tool_
     engine, acme = Engine(), lora_of("acme", 7)
     engine.output_processor = SimpleNamespace(request_states={})
     models: Any = SimpleNamespace(engine_client=engine, lora_requests={"acme": acme})
-    versions.note(engine, 7, versions.Version("abc", 1.0, "lora"))
+    registered_versions.note(engine, 7, Version("abc", 1.0, "lora"))
 
     def add(processor: Any, request: Any, *_: Any) -> None:
         processor.request_states[request.request_id] = request

@@ -12,9 +12,10 @@ from vllm.utils.counter import AtomicCounter
 
 from tests.store.names_only import Stores
 from vllm_multilora.adapters.directory import FIRST_NUMBER
-from vllm_multilora.integration.attached import NAMES
+from vllm_multilora.integration.api_server import registered_versions
+from vllm_multilora.integration.api_server.registered_versions import Version
 from vllm_multilora.integration.server import registration, shared_names, versions
-from vllm_multilora.integration.server.shared_names import SharedNames
+from vllm_multilora.integration.server.shared_names import NAMES, SharedNames
 from vllm_multilora.integration.updating import SERVER_VARIABLE, UPDATING_VARIABLE
 from vllm_multilora.store.folder import StoreUnavailableError
 from vllm_multilora.store.names_client import NamesClient
@@ -33,7 +34,7 @@ def adapter(number: int, name: str = "acme") -> LoRARequest:
 
 
 def note(models: Any, number: int) -> None:
-    versions.note(models.engine_client, number, versions.Version(str(number), 0.0, ""))
+    registered_versions.note(models.engine_client, number, Version(str(number), 0.0, ""))
 
 
 def served(models: Any) -> dict[str, int]:
@@ -89,7 +90,7 @@ def test_a_name_given_to_two_adapters_at_once_leads_to_one_and_the_other_is_free
         assert number not in freed
         await asyncio.sleep(0.01)  # after the time that an old version is known for
         for models in (one, two):
-            assert versions.find(models.engine_client, adapter(number)) is not None
+            assert registered_versions.find(models.engine_client, adapter(number)) is not None
 
     run(scenario)
 
@@ -106,7 +107,7 @@ def test_requests_on_their_way_find_what_was_reloaded_elsewhere_and_not_what_was
             await until(lambda: served(two) == {"acme": number})
 
         def is_known(number: int) -> bool:
-            return versions.find(two.engine_client, adapter(number)) is not None
+            return registered_versions.find(two.engine_client, adapter(number)) is not None
 
         await load(1)
         await load(2)

@@ -3,12 +3,14 @@
     tools/gpu/run.sh FOLDER [--minutes 10] [--vllm FOLDER] [--dry-run | --rehearse]
 
 Results are JSON files in FOLDER, one a part, and `summary.json`, which says what was run on which
-card, what failed and what was left out for which reason. The folder for --vllm is made where vLLM
-is installed, by `python -m tools.gpu.vllm_kernels`.
+card, what failed and what was left out for which reason. A part that its time is up for has failed
+at nothing: what it has found until then counts. The folder for --vllm is made where vLLM is
+installed, by `python -m tools.gpu.vllm_kernels`.
 
 `--rehearse` runs the same parts without a card, with the kernels in Triton's interpreter and at
-sizes at which that takes a minute or two: cases are built, results compared and files written as on
-a card. Nothing is measured, and the files say so: `"measured": false`, and null for every figure.
+sizes at which that takes a minute or two: kernels are compiled for sm_90, cases are built, results
+compared and files written as on a card. Nothing is measured, and the files say so: `"measured":
+false`, and null for every figure.
 """
 
 from __future__ import annotations
@@ -32,15 +34,9 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 _GRACE_S = 5.0  # for a part that ends by itself
 _LOOK_S = 0.2
-KERNEL_TESTS = (
-    "test_triton.py",
-    "test_triton_bits.py",
-    "test_triton_replay.py",
-    "test_prepared_launches.py",
-    "test_graph_capture.py",
-    "test_scatter.py",
-    "test_output_factors.py",
-)
+
+TOO_LATE = "too late"
+"""In the place of a part's code where its time was up; no failure."""
 
 
 @dataclass(frozen=True)
@@ -51,44 +47,56 @@ class Part:
         name: Of its result.
         command: What is run, at the root of the checkout.
         share: Of the time, at most; what is left over goes to later parts.
-        needs: A module or a program without which it is left out.
+        module: A Python module without which it is left out.
+        program: A program without which it is left out.
+        compiled: Whether kernels are compiled in a rehearsal, too, and not interpreted.
     """
 
     name: str
     command: tuple[str, ...]
     share: float
-    needs: str | None = None
+    module: str | None = None
+    program: str | None = None
+    compiled: bool = False
 
     @property
     def missing(self) -> str | None:
         """What it needs and this machine has not."""
-        if self.needs is None or shutil.which(self.needs):
-            return None
-        return None if importlib.util.find_spec(self.needs) else self.needs
+        # A program of a module's name may belong to another Python.
+        if self.module is not None and importlib.util.find_spec(self.module) is None:
+            return f"module {self.module}"
+        if self.program is not None and shutil.which(self.program) is None:
+            return f"program {self.program}"
+        return None
 
 
 def parts(folder: Path, *, rehearsal: bool = False) -> Iterator[Part]:
-    """All parts, the most important ones first.
+    """All parts: compiling, then tests by what they tell, then times, then the slow sanitizer.
 
     Args:
         folder: For results.
         rehearsal: Whether to do without a card and what comes with one. Tests are only collected:
             without a card they run in the interpreter whenever they run.
     """
-    stress = (sys.executable, "-m", "tools.gpu.stress")
-    yield Part("stress", (*stress, "--out", str(folder / "stress.json")), 0.2)
-    tests = tuple(f"tests/kernels/{name}" for name in KERNEL_TESTS)
-    report = f"--junitxml={folder / 'tests.xml'}"
-    pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", report, *tests)
-    yield Part("tests", (*pytest, *(["--collect-only"] if rehearsal else [])), 0.4, needs="pytest")
-    few = (*stress, "--replays=2")
+
+    def own(name: str, *arguments: str) -> tuple[str, ...]:
+        return (sys.executable, "-m", f"tools.gpu.{name}", *arguments)
+
+    def out(name: str) -> tuple[str, str]:
+        return "--out", str(folder / name)
+
+    rehearse = ("--rehearse",) if rehearsal else ()
+    yield Part("compile", own("compile", *out("compile.json"), *rehearse), 0.25, compiled=True)
+    yield Part("stress", own("stress", *out("stress.json")), 0.2)
+    tests = ("--collect-only",) if rehearsal else ("--out", str(folder))
+    yield Part("tests", own("tests", *tests), 0.4, module="pytest")
+    yield Part("times", own("times", *out("times.json"), *rehearse), 0.85)
+    few = own("stress", "--replays=2")
     if rehearsal:
-        yield Part("sanitizer", few, 0.15)
+        yield Part("sanitizer", few, 1.0)
     else:
         sanitizer = ("compute-sanitizer", "--error-exitcode=9", *few)
-        yield Part("sanitizer", sanitizer, 0.15, needs="compute-sanitizer")
-    times = (sys.executable, "-m", "tools.gpu.times", "--out", str(folder / "times.json"))
-    yield Part("times", (*times, *(["--rehearse"] if rehearsal else [])), 1.0)
+        yield Part("sanitizer", sanitizer, 1.0, program="compute-sanitizer")
 
 
 def run(
@@ -110,11 +118,12 @@ def run(
     """
     end = time.monotonic() + seconds
     summary: dict[str, Any] = {"measured": not rehearsal, "seconds": seconds, "parts": {}}
-    more = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if rehearsal else {}
     with tempfile.TemporaryDirectory() as paths:
         # Tests import the kernels by their name, which is not that of their folder.
         (Path(paths) / "multilora_kernels").symlink_to(ROOT / "kernels")
-        path = os.pathsep.join([paths, str(ROOT), *([str(vllm.absolute())] if vllm else [])])
+        path = [paths, str(ROOT), *([str(vllm.absolute())] if vllm else [])]
+        # What the caller has put there, carried packages for example, comes last.
+        path += filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
         for part in parts(folder, rehearsal=rehearsal):
             if ended:
                 break
@@ -123,7 +132,10 @@ def run(
             else:
                 begin = time.monotonic()
                 limit = max(1.0, (end - begin) * part.share)
-                given = {**more, "PYTHONPATH": path, "GPU_SECONDS": f"{limit:.0f}"}
+                given = {"PYTHONPATH": os.pathsep.join(path), "GPU_SECONDS": f"{limit:.0f}"}
+                if rehearsal:
+                    interpreted = "0" if part.compiled else "1"
+                    given |= {"TRITON_INTERPRET": interpreted, "CUDA_VISIBLE_DEVICES": ""}
                 code = _run_part(part, folder, given, ended)
                 took = time.monotonic() - begin
                 summary["parts"][part.name] = {"code": code, "seconds": round(took, 1)}
@@ -162,11 +174,11 @@ def _run_part(
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        return "ended" if ended else "too late"
+        return "ended" if ended else TOO_LATE
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs everything; 1 if a part failed, 2 where there is no GPU."""
+    """Runs everything; 1 if a part failed, 2 where there is no GPU. Too late is no failure."""
     parser = argparse.ArgumentParser(
         prog="tools/gpu/run.sh",
         description=__doc__,
@@ -212,7 +224,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(json.dumps(summary, indent=1))
     if ended:
         return 128 + ended[0]
-    return int(any(part.get("code", 0) != 0 for part in summary["parts"].values()))
+    codes = [part.get("code", 0) for part in summary["parts"].values()]
+    return int(any(code not in (0, TOO_LATE) for code in codes))
 
 
 if __name__ == "__main__":

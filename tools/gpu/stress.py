@@ -34,11 +34,23 @@ if __name__ == "__main__" and not torch.cuda.is_available():
 import tools.kernels
 from multilora_kernels import PreparedLinear, SlotIndex, SlotTable
 from tools.kernels.measure.batches import LAYERS, BatchSpec, LayerBatch, build
+from tools.kernels.measure.contenders import by_column
 from tools.kernels.measure.environment import command_arguments, current_environment
 
 assert tools.kernels  # finds the checkout's kernels
 SLOTS, FILLED = 16, 2  # the last ones are filled meanwhile, and in no batch
 MIXES = 12 if torch.cuda.is_available() else 4
+
+
+def specs(*, on_gpu: bool) -> list[BatchSpec]:
+    """The layers and batches."""
+    if not on_gpu:
+        tiny = LAYERS["8b.qkv"].scaled(128)
+        return [BatchSpec(tiny, 3, "distinct", ranks=16, max_loras=SLOTS, max_rank=16)]
+    return [
+        BatchSpec(LAYERS[name], tokens, "distinct", max_loras=SLOTS)
+        for name, tokens in (("8b.qkv", 32), ("8b.o", 1), ("8b.down", 256))
+    ]
 
 
 def mixes(tokens: int, seed: int = 0) -> list[np.ndarray[Any, Any]]:
@@ -142,7 +154,7 @@ class Filling:
             return values.pin_memory() if on_gpu else values
 
         a = [matrix(rank, each.size(-1)) for each in batch.lora_a]
-        b = [matrix(each.size(-2), rank) for each in batch.lora_b]
+        b = [matrix(rank, each.size(-2)) for each in batch.lora_b]  # by column, as the slots
         ranks = np.full(len(a), rank, np.int32)
         index = SlotIndex(
             np.arange(len(a), dtype=np.int32),
@@ -156,7 +168,7 @@ class Filling:
             torch.cuda.current_stream().synchronize()
         for host_a, host_b, in_a, in_b in zip(a, b, batch.lora_a, batch.lora_b, strict=True):
             same = in_a[slot, 0, :rank].cpu().equal(host_a)
-            self.wrong += not (same and in_b[slot, 0, :, :rank].cpu().equal(host_b))
+            self.wrong += not (same and in_b[slot, 0, :, :rank].mT.cpu().equal(host_b))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -173,17 +185,11 @@ def main(arguments: list[str] | None = None) -> int:
         "cases": {},
     }
     wrong, seconds = 0, float(os.environ.get("GPU_SECONDS", "3600"))
-    specs = [
-        BatchSpec(LAYERS[name], tokens, "distinct", max_loras=SLOTS)
-        for name, tokens in (("8b.qkv", 32), ("8b.o", 1), ("8b.down", 256))
-    ]
-    if not on_gpu:
-        tiny = LAYERS["8b.qkv"].scaled(128)
-        specs = [BatchSpec(tiny, 3, "distinct", ranks=16, max_loras=SLOTS, max_rank=16)]
-    for spec in specs:
-        batch = build(spec, device)
+    todo = specs(on_gpu=on_gpu)
+    for spec in todo:
+        batch = by_column(build(spec, device))
         with Filling(batch, None if on_gpu else 2) as filling:
-            failed, replays = wrong_replays(batch, chosen.replays, seconds / len(specs))
+            failed, replays = wrong_replays(batch, chosen.replays, seconds / len(todo))
         wrong += failed + filling.wrong
         result["cases"][f"{spec.layer.name}, {spec.tokens} tokens"] = {
             "replays": replays,

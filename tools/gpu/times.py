@@ -38,9 +38,17 @@ from tools.kernels.measure.limits import Peaks, adapter_work, measure_peaks
 from tools.kernels.measure.timing import Timer, timer_for
 
 assert tools.kernels  # finds the checkout's kernels
+KERNELS = ("shrink_kernel", "combine_kernel", "expand_kernel")
 TOKENS = (1, 32, 8, 256, 64)
 ACTIVE = (64, 8, 1)
-RANKS: tuple[Any, ...] = ("mixed", 16, 64, 8)
+SERVERS: tuple[tuple[int, tuple[Any, ...], tuple[str, ...]], ...] = (
+    (64, ("mixed",), tuple(LAYERS)),
+    (16, (16,), ("8b.gate_up", "8b.down")),
+    (256, (256,), ("8b.gate_up", "8b.down")),
+    (64, (16, 64, 8), tuple(LAYERS)),
+)
+"""Maximum rank of a server, ranks of its adapters, and layers, in the order of the cases."""
+
 _MOST_LAYERS, _ENOUGH_BYTES = 16, 512 << 20  # several times the largest card's L2
 
 
@@ -51,7 +59,7 @@ class Scale:
     Attributes:
         divisor: Of the layers' widths.
         slots: For adapters.
-        cases: At most so many.
+        cases: At most so many of each of `SERVERS`; None: all.
         layers: Of a graph, at most.
         repetitions: Of each case.
         copied, side: Bytes and matrices of the peaks.
@@ -60,7 +68,7 @@ class Scale:
 
     divisor: int = 1
     slots: int = 64
-    cases: int | None = None
+    cases: tuple[int, ...] | None = None
     layers: int = _MOST_LAYERS
     repetitions: int = 15
     copied: int = 1 << 30
@@ -69,31 +77,38 @@ class Scale:
 
 
 FULL = Scale()
-REHEARSAL = Scale(128, 4, cases=10, layers=2, repetitions=1, copied=1 << 20, side=64, seconds=0.1)
+REHEARSAL = Scale(
+    128, 4, cases=(8, 1, 1, 0), layers=2, repetitions=1, copied=1 << 20, side=64, seconds=0.1
+)
 
 
 def cases(scale: Scale = FULL) -> Iterator[BatchSpec]:
     """All cases: batches of one token a request, adapters in turn."""
-    return islice(_cases(scale.divisor, scale.slots), scale.cases)
+    seen: set[BatchSpec] = set()
+    for number, server in enumerate(SERVERS):
+        own = (spec for spec in _cases(server, scale) if spec not in seen)
+        for spec in islice(own, scale.cases[number] if scale.cases else None):
+            seen.add(spec)
+            yield spec
 
 
-def _cases(divisor: int, slots: int) -> Iterator[BatchSpec]:
-    seen = set()
-    for ranks in RANKS:
+def _cases(
+    server: tuple[int, tuple[Any, ...], tuple[str, ...]], scale: Scale
+) -> Iterator[BatchSpec]:
+    max_rank, ranks_of_adapters, layers = server
+    for ranks in ranks_of_adapters:
         for active in ACTIVE:
             for tokens in TOKENS:
-                for layer in LAYERS.values():
-                    spec = BatchSpec(
-                        layer.scaled(divisor),
+                for name in layers:
+                    yield BatchSpec(
+                        LAYERS[name].scaled(scale.divisor),
                         tokens,
                         "distinct",
                         ranks,
-                        max_loras=slots,
-                        active=min(active, tokens, slots),
+                        max_loras=scale.slots,
+                        max_rank=max_rank,
+                        active=min(active, tokens, scale.slots),
                     )
-                    if spec not in seen:
-                        seen.add(spec)
-                        yield spec
 
 
 def layers_of(spec: BatchSpec, scale: Scale = FULL) -> int:
@@ -157,6 +172,7 @@ def _case(
         "tokens": spec.tokens,
         "adapters": spec.active,
         "ranks": spec.ranks,
+        "max_rank": spec.max_rank,
         "layers": layers_of(spec, scale),
         "microseconds": microseconds,
         "floor_microseconds": floor,
@@ -223,6 +239,8 @@ def main(arguments: list[str] | None = None) -> int:
     elif not torch.cuda.is_available():
         print("PyTorch finds no GPU here; --dry-run lists the cases", file=sys.stderr)
         return 2
+    from multilora_kernels.triton.compile_ahead import counted_compilations  # imports Triton
+
     end = time.monotonic() + float(os.environ.get("GPU_SECONDS", "480"))
     device = torch.device("cpu" if chosen.rehearse else "cuda")
     timer, others = timer_for(device), load_contenders()
@@ -231,6 +249,8 @@ def main(arguments: list[str] | None = None) -> int:
         **current_environment(device, "tools.gpu.times", command_arguments(arguments)).facts(),
         "measured": not chosen.rehearse,
         "left_out": dict(others.left_out),
+        # Names of these kernels that `tools.gpu.compile` had not compiled.
+        "compiled_here": [],
         # What vLLM's kernels go by.
         "settings": {k: v for k, v in os.environ.items() if k.startswith("VLLM_")},
         "plan_waits": plan_waits(device, scale),
@@ -244,10 +264,12 @@ def main(arguments: list[str] | None = None) -> int:
     for number, spec in enumerate(todo):
         if number and time.monotonic() > end:  # one case there is in any event
             break
-        try:
-            case = time_case(spec, contenders, timer, peaks, scale)
-        except Exception as error:  # such as a lack of memory: other cases need less
-            case = _case(spec, scale, {}, None, {contenders[0].name: _in_words(error)})
+        with counted_compilations() as compiled:
+            try:
+                case = time_case(spec, contenders, timer, peaks, scale)
+            except Exception as error:  # such as a lack of memory: other cases need less
+                case = _case(spec, scale, {}, None, {contenders[0].name: _in_words(error)})
+        result["compiled_here"] += [name for name in compiled if name in KERNELS]
         result["cases"].append(case)
         result["cases_left"] = len(todo) - number - 1
         written = without_figures(result) if chosen.rehearse else result

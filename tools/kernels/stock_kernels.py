@@ -50,7 +50,7 @@ class StockKernels:
 
     def prepare(self, batch: LayerBatch) -> Callable[[], None]:
         """See `tools.kernels.measure.contenders.Contender`."""
-        operators = _operators(batch.x.device.type)
+        found = operators(batch.x.device.type)
         if batch.x.dtype not in _DTYPES:
             raise ContenderUnavailableError(
                 f"vLLM's kernels compute float16 and bfloat16, not {batch.x.dtype}"
@@ -62,7 +62,7 @@ class StockKernels:
         )
         metadata.prepare_tensors(torch.from_numpy(batch.token_slots).to(device, torch.int32))
         return _Call(
-            operators,
+            found,
             batch,
             metadata.meta_args(tokens, self._specialized),
             _describe_weights(batch),
@@ -80,7 +80,7 @@ class _Call:
         pointers: Device tensors that a captured graph of this call reads: kept alive by it.
     """
 
-    operators: _Operators
+    operators: Operators
     batch: LayerBatch
     metadata: tuple[torch.Tensor, ...]
     pointers: tuple[Any, ...]
@@ -113,18 +113,24 @@ def _describe_weights(batch: LayerBatch) -> tuple[Any, ...]:
 
 
 @dataclass(frozen=True)
-class _Operators:
+class Operators:
+    """The two operators that vLLM's layers call.
+
+    Attributes:
+        shrink, expand: As `torch.ops.vllm.lora_shrink` and `lora_expand`.
+    """
+
     shrink: Callable[..., None]
     expand: Callable[..., None]
 
 
 @lru_cache
-def _operators(device_type: str) -> _Operators:
+def operators(device_type: str) -> Operators:
     """The operators that vLLM registered, or their interpreted copies for CPU tensors."""
     if device_type != "cpu":
         if not HAS_TRITON:
             raise ContenderUnavailableError("vLLM finds no usable Triton here")
-        return _Operators(torch.ops.vllm.lora_shrink, torch.ops.vllm.lora_expand)
+        return Operators(torch.ops.vllm.lora_shrink, torch.ops.vllm.lora_expand)
     try:
         triton_availability.require(device_type)
     except TritonUnavailableError as error:
@@ -132,7 +138,7 @@ def _operators(device_type: str) -> _Operators:
     return _interpreted_operators()
 
 
-def _interpreted_operators() -> _Operators:
+def _interpreted_operators() -> Operators:
     import triton
     import triton.language as tl
 
@@ -148,7 +154,7 @@ def _interpreted_operators() -> _Operators:
         with _in_place_of_modules({products.__name__: products}):
             shrink = _copy(f"{_PACKAGE}.lora_shrink_op")
             expand = _copy(f"{_PACKAGE}.lora_expand_op")
-    return _Operators(shrink._lora_shrink, expand._lora_expand)
+    return Operators(shrink._lora_shrink, expand._lora_expand)
 
 
 def _module(name: str, **attributes: Any) -> ModuleType:

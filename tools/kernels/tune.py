@@ -35,8 +35,8 @@ from tools.kernels.measure.selection import Choice, Effort, Margins, UnusableCon
 from tools.kernels.measure.timing import Timer, timer_for
 
 if TYPE_CHECKING:  # these import Triton, which is asked for politely first
+    from multilora_kernels.triton.compile_pool import CompilePool
     from multilora_kernels.triton.launch import DeviceFacts
-    from tools.kernels.measure.ahead import Ahead
     from tools.kernels.measure.tuning import Task
 
 TOKENS = (16, 64, 256, 1024, 4096)
@@ -78,12 +78,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"note: to be found, the file must be named {facts.architecture}.json")
     device = torch.device("cuda")
     environment = current_environment(device, "tools.kernels.tune", command_arguments(arguments))
-    from tools.kernels.measure.ahead import Ahead
+    from multilora_kernels.triton.compile_pool import CompilePool
 
     timer = timer_for(device)
     try:
-        with Ahead(chosen.processes) as ahead:
-            tune_all(tasks, device, facts, shared_memory, timer, path, environment, ahead=ahead)
+        with CompilePool(chosen.processes, ("tools.kernels",)) as pool:
+            tune_all(tasks, device, facts, shared_memory, timer, path, environment, pool=pool)
     except UnusableConfigError as error:
         print(f"the computed default does not run as it should here: {error}", file=sys.stderr)
         return 1
@@ -149,7 +149,7 @@ def tune_all(
     environment: Environment,
     effort: Effort | None = None,
     margins: Margins | None = None,
-    ahead: Ahead | None = None,
+    pool: CompilePool | None = None,
 ) -> Table:
     """Tunes one task after the other; the file holds what is finished, if it is interrupted.
 
@@ -183,7 +183,7 @@ def tune_all(
             timer,
             effort or Effort(),
             margins or Margins(),
-            ahead,
+            pool,
         )
         say("shrink", tuned.shrink)
         say("expand", tuned.expand)

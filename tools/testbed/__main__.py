@@ -57,8 +57,8 @@ def main() -> int:
         results.keep(run, result)
         kept = results.load()
         compatibility.FILE.write_text(compatibility.page(kept))
-        ledger = results.LEDGER.read_text()
-        results.LEDGER.write_text(results.with_checked(ledger, kept))
+        for table in results.SEAM_TABLES:
+            table.write_text(results.with_checked(table.read_text(), kept))
     return status
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.testbed.results import RUNS, Result, load
+from tools.testbed.results import Result, load
 from vllm_multilora.integration.patching.ledger import PATCHES
+from vllm_multilora.integration.patching.patch import RUNS
 
 FILE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
@@ -67,10 +68,11 @@ ROWS = (
         "as a client may bring numbers of its own.",
     ),
     Row(
-        "adapters of towers and connectors",
-        SAME_PATH,
-        "With `--enable-tower-connector-lora`. Without it, adapters of these parts alone "
-        "are refused, and of those that adapt the language model too that part acts, as in vLLM.",
+        "`--enable-tower-connector-lora`",
+        NO,
+        "A server with this flag is left to stock vLLM, and its log says so. Without the flag, "
+        "adapters of towers and connectors alone are refused. Of those that adapt the language "
+        "model too, that part acts, as in vLLM.",
     ),
     Row(
         "speech (Whisper)",
@@ -225,6 +227,12 @@ def _lines(results: Mapping[str, Result]) -> Iterator[str]:
         "extends or imports is there, with the"
     )
     yield "same parameters as in the versions above."
+    yield ""
+    yield (
+        "The plugin asks the same of a newer vLLM when a server starts. LoRA serving is active "
+        "there if all that it needs is as known, and so"
+    )
+    yield "is the gateway (HTTP, names, keys, tenants): each decides for itself."
 
 
 def _title(run: str) -> str:

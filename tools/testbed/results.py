@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_multilora.integration.patching.patch import RUNS
+
 FILE = Path(__file__).parent / "results.json"
-LEDGER = Path(__file__).parents[2] / "vllm_multilora/integration/patching/ledger.py"
-RUNS = ("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2")
+_PATCHING = Path(__file__).parents[2] / "vllm_multilora/integration/patching"
+SEAM_TABLES = (_PATCHING / "core_seams.py", _PATCHING / "gateway_seams.py")
 
 
 @dataclass(frozen=True)
@@ -80,15 +82,23 @@ def checked(patch: str, results: Mapping[str, Result]) -> tuple[str, ...]:
     return tuple(name for name in RUNS if name in results and patch in results[name].called)
 
 
-def with_checked(ledger: str, results: Mapping[str, Result]) -> str:
-    """The ledger's text, each entry's `checked` being what the results say."""
+def with_checked(table: str, results: Mapping[str, Result]) -> str:
+    """The text of a part of the ledger, each entry's `checked` being what the results say.
+
+    An entry that all runs have called has none: that is the default.
+    """
 
     def entry(found: re.Match[str]) -> str:
         runs = checked(found["name"], results)
         listed = ", ".join(f'"{run}"' for run in runs) + ("," if len(runs) == 1 else "")
-        return f"{found['before']}checked=({listed})"
+        said = "" if runs == RUNS else f"{found['indent']}checked=({listed}),\n"
+        return f"{found['before']}{said}{found['until']}"
 
-    return _ENTRY.sub(entry, ledger)
+    return _ENTRY.sub(entry, table)
 
 
-_ENTRY = re.compile(r'(?P<before>name="(?P<name>[^"]+)".*?)checked=\([^)]*\)', re.DOTALL)
+_ENTRY = re.compile(
+    r'(?P<before>name="(?P<name>[^"]+)".*?\n)(?: +checked=\([^)]*\),\n)?'
+    r"(?P<until>(?P<indent> +)until=)",
+    re.DOTALL,
+)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Self
 
 import numpy as np
@@ -22,6 +21,7 @@ import numpy.typing as npt
 from multilora_kernels.packing import CONVERT, TRANSPOSE
 from vllm_multilora.adapters.applied import Applied
 from vllm_multilora.adapters.blends import Blend, BlendPart
+from vllm_multilora.adapters.config import AdapterConfig
 from vllm_multilora.adapters.errors import AdapterError
 from vllm_multilora.adapters.folder import CONFIG_NAME, TENSORS_NAME
 from vllm_multilora.adapters.intake import Intake, Rules, Source, Taken, error_of, open_adapter
@@ -74,14 +74,18 @@ class BlendSource:
         """
         problems: list[Problem] = []
         intakes: list[Intake] = []
-        for source in self._sources:
+        for part, source in zip(self._blend.parts, self._sources, strict=True):
+            # First: whatever the server could do with the part alone, it does not in a blend.
+            misfits = list(_misfits(part, source.config()))
             try:
-                intakes.append(source.check(layouts))
+                intake = source.check(layouts)
             except AdapterError as error:
-                problems += error.problems
-        if not problems:
-            for part, intake in zip(self._blend.parts, intakes, strict=True):
-                problems += _misfits(part, intake)
+                keys = {misfit.where for misfit in misfits}
+                problems += misfits
+                problems += [each for each in error.problems if each.where not in keys]
+            else:
+                problems += [*misfits, *_special_layers(part, intake)]
+                intakes.append(intake)
         if not problems:
             problems += _too_large(self._blend, intakes, layouts)
         if problems:
@@ -248,7 +252,7 @@ def _weighted(applied: Applied, weight: float) -> Applied:
     """What is applied of a part, with its weight in the scale of B."""
     of_b = {module.b_name for module in applied.modules}
     return Applied(
-        tuple(replace(module, scaling=module.scaling * weight) for module in applied.modules),
+        tuple(module._replace(scaling=module.scaling * weight) for module in applied.modules),
         applied.raw,
         tuple(
             (name, factor * weight if name in of_b else factor) for name, factor in applied.factors
@@ -256,9 +260,10 @@ def _weighted(applied: Applied, weight: float) -> Applied:
     )
 
 
-def _misfits(part: BlendPart, intake: Intake) -> Iterator[Problem]:
+def _misfits(part: BlendPart, config: AdapterConfig | None) -> Iterator[Problem]:
     """What keeps an adapter out of blends: where it is no sum that others can be added to."""
-    config = intake.config
+    if config is None:
+        return
     for where, found, why in (
         (
             "alora_invocation_tokens",
@@ -280,6 +285,10 @@ def _misfits(part: BlendPart, intake: Intake) -> Iterator[Problem]:
                 "unset in a part of a blend",
                 hint=f"{why}: ask for {part.name!r} by itself",
             )
+
+
+def _special_layers(part: BlendPart, intake: Intake) -> Iterator[Problem]:
+    """Notes an adapter of layers that no blend is packed for."""
     if intake.has_special:
         yield Problem.at(
             Code.UNSUPPORTED_FEATURE,

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from vllm_multilora.adapters.config_json import read_object
 from vllm_multilora.adapters.errors import AdapterFormatError
-from vllm_multilora.adapters.names import is_of
+from vllm_multilora.adapters.names import FUSED_EXPERTS, WRAPPED, is_of
 from vllm_multilora.adapters.patterns import (
     MOST_PATTERNS,
     Budget,
@@ -128,9 +128,24 @@ class AdapterConfig:
     def _weights(self) -> frozenset[str]:
         return frozenset(self.target_weights)
 
+    def key_of(self, module: str) -> str:
+        """The key that names a module: `target_parameters` if these name a parameter of it."""
+        name = module.removesuffix(WRAPPED)
+        in_experts = name.endswith(FUSED_EXPERTS) and "" in self._owners
+        is_owner = in_experts or is_of(name, self._owners - {""})
+        return "target_parameters" if is_owner else "target_modules"
+
+    @cached_property
+    def _owners(self) -> frozenset[str]:
+        """The modules whose parameters are targets; empty where a parameter alone is named."""
+        names = self.raw.get("target_parameters") or ()
+        return frozenset(name.rpartition(".")[0] for name in names)
+
     def _match(
         self, key: str, matcher: PatternMatcher[_Value], module: str, default: _Value
     ) -> _Value:
+        if not matcher:
+            return default
         try:
             matched = f"{module}.weight" if self.is_named_by_weight(module) else module
             value = matcher.get(matched)

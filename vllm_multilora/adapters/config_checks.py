@@ -59,9 +59,6 @@ def feature_problems(config: AdapterConfig, file: str) -> list[Problem]:
         for key, why in _UNSUPPORTED.items()
         if _is_set(key, config.raw)
     ]
-    if config.bias != "none":
-        why = "biases trained with the adapter are not supported"
-        found.append(_unsupported(file, "bias", config.bias, "'none'", why))
     start = config.raw.get("init_lora_weights")
     if isinstance(start, str) and start.lower() not in _PLAIN_INITIALISATIONS:
         why = (

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from multilora_kernels.dtypes import SAFETENSORS_DTYPES, DType
 from vllm_multilora.adapters.errors import AdapterFormatError, AdapterReadError
@@ -41,8 +40,7 @@ _OTHER_FORMATS = {
 }
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """A tensor in the file.
 
     Attributes:
@@ -219,7 +217,7 @@ def _tensor(name: str, entry: Any, start: int, file: str) -> TensorInfo | Proble
         return wrong(f"a name with {name.count('.')} dots", f"at most {_MOST_DOTS}")
     if not isinstance(entry, dict):
         return wrong(f"found {shown(entry)}", "an object")
-    dtype, shape, span = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in SAFETENSORS_DTYPES:
         return wrong(f"dtype is {shown(dtype)}", f"one of {', '.join(SAFETENSORS_DTYPES)}")
     if not _are_sizes(shape):
@@ -239,7 +237,10 @@ def _tensor(name: str, entry: Any, start: int, file: str) -> TensorInfo | Proble
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     if not isinstance(value, list) or len(value) > _MOST_DIMENSIONS:
         return False
-    return all(type(size) is int and 0 <= size < 2**63 for size in value)
+    # Without a generator: a file has two of these lists for each tensor.
+    if not set(map(type, value)) <= {int}:
+        return False
+    return not value or (min(value) >= 0 and max(value) < 2**63)
 
 
 def _gaps(tensors: Mapping[str, TensorInfo], start: int, size: int, file: str) -> Iterator[Problem]:

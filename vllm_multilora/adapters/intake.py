@@ -215,6 +215,10 @@ class Source:
             problems += error.problems
         raise error_of(dict.fromkeys(problems))
 
+    def config(self) -> AdapterConfig | None:
+        """The adapter's configuration; None where it cannot be read, which `check` explains."""
+        return self._read_config([])
+
     def digest(self) -> str:
         """The adapter's digest, of which no more is checked than it takes.
 

@@ -8,7 +8,14 @@ from enum import StrEnum
 from functools import cached_property
 
 from multilora_kernels.dtypes import FLOAT32, DType
-from vllm_multilora.adapters.names import FUSED_EXPERTS, HEADS, WRAPPED, WRAPPED_EXPERTS
+from vllm_multilora.adapters.names import (
+    FUSED_EXPERTS,
+    HEADS,
+    PARTS,
+    WRAPPED,
+    WRAPPED_EXPERTS,
+    TensorRole,
+)
 from vllm_multilora.adapters.naming import ModuleNaming
 
 BLOCK_BYTES = 64
@@ -116,7 +123,7 @@ class ModelLayout:
         naming: From modules' names in a checkpoint to their names here.
         special: Modules that vLLM serves from their tensors itself (embeddings, output heads,
             experts): they are no part of a packed adapter.
-        special_shapes: Of embeddings and output heads among the special modules.
+        special_shapes: Of embeddings and output heads, those included that vLLM does not adapt.
         linear_shapes: Of experts and linear layers among them; of experts that are held as one,
             under the names that PEFT has for both of their parameters.
         tied: Whether the output head has the embedding's weights.
@@ -151,6 +158,24 @@ class ModelLayout:
             found[part.name] = (*found.get(part.name, ()), part)
         return found
 
+    @cached_property
+    def by_tensor(self) -> Mapping[str, tuple[TensorRole, str]]:
+        """What PEFT calls A and B of plain modules: their roles, and the modules' names here.
+
+        Most tensors of most adapters are among them. Only modules that a checkpoint calls as the
+        running model does, and that slots have whole: other names have to be read part by part.
+        """
+        names = [
+            name
+            for name in self.by_name
+            if not self.is_special(name)
+            and name not in self.bypassed
+            and self.parts(name) == (name,)
+            and self.naming.rename(name) == name
+        ]
+        roles = [TensorRole(name, part) for name in names for part in PARTS]
+        return {role.of(role.module): (role, role.module) for role in roles}
+
     def parts(self, module: str) -> tuple[str, ...]:
         """The modules that slots have for one (its name here): itself, or those merged in it."""
         return self.merged.get(module, (module,))
@@ -166,10 +191,12 @@ class ModelLayout:
             module = module.removesuffix(WRAPPED)
         return module in self.special
 
-    def kind_of_special(self, module: str) -> SpecialKind:
-        """What a special module (its name here) is."""
+    def kind_of_special(self, module: str) -> SpecialKind | None:
+        """What a module (its name here) is that packed adapters do not fill; None for others."""
         if (shape := self.special_shapes.get(module)) is not None:
             return SpecialKind.EMBEDDING if shape.embedding else SpecialKind.OUTPUT_HEAD
+        if not self.is_special(module):
+            return None
         if f"{FUSED_EXPERTS}." in f"{module}.":
             return SpecialKind.EXPERTS
         if set(HEADS) & set(module.split(".")):

@@ -21,6 +21,9 @@ class LayoutKinds:
         self.all = layouts
         self.layouts: list[ModelLayout] = []
         self.of: list[int] = []
+        if len(layouts) == 1:
+            self.layouts, self.of = [*layouts], [0]
+            return
         kinds: list[ModelLayout] = []
         for layout in layouts:
             kind = _without_ranges(layout)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vllm_multilora.adapters.config import AdapterConfig
 from vllm_multilora.adapters.header import TensorInfo
@@ -11,8 +11,7 @@ from vllm_multilora.adapters.layout import ModelLayout, SliceLayout
 from vllm_multilora.adapters.tensor_checks import TensorReport
 
 
-@dataclass(frozen=True)
-class MatchedModule:
+class MatchedModule(NamedTuple):
     """A module's tensors, found to fit.
 
     Attributes:

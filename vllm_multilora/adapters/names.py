@@ -11,6 +11,7 @@ PREFIX = "base_model.model."
 WRAPPED = ".base_layer"
 """After the names of modules, in those of what PEFT wraps in them."""
 
+PARTS: tuple[Literal["A", "B"], ...] = ("A", "B")
 _PARTS: dict[str, Literal["A", "B"]] = {"lora_A": "A", "lora_B": "B"}
 _EMBEDDING_PARTS: dict[str, Literal["A", "B"]] = {"lora_embedding_A": "A", "lora_embedding_B": "B"}
 _MAGNITUDE = "lora_magnitude_vector"

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,7 @@ SPAN_BYTES = 2 << 20
 _Ints = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A part of a tensor that is to be packed, or only judged.
 
     Attributes:
@@ -64,8 +63,9 @@ def read_once(
         parts: What to do with its tensors, all of types in `KERNEL_DTYPES`.
         addresses: [parts], where their first elements go; 0: the part is only judged. None: all
             are.
-        show: Called with every span of the data, in order, on one other thread; the memory is used
-            again afterwards. None: spans of which no part is wanted are not read.
+        show: Called with every span of the data, in order, on one other thread where there are
+            several; the memory is used again afterwards. None: spans of which no part is wanted are
+            not read.
 
     Returns:
         The indexes of the parts that slots cannot hold: a value is NaN or infinite, or becomes so
@@ -80,6 +80,7 @@ def read_once(
     table, part_of = _cut(_Whole.of(parts, file.tensors, addresses), bounds)
     buffers = np.empty((2, int(np.diff(bounds).max(initial=0))), np.uint8)
     shown: list[Future[object] | None] = [None, None]
+    is_alone = len(bounds) <= 2  # one span: a thread would cost more than it saves
     bad: set[int] = set()
     with ThreadPoolExecutor(1) as beside:  # the thread starts with the first span that is shown
         for index, (begin, end) in enumerate(pairwise(bounds.tolist())):
@@ -92,7 +93,9 @@ def read_once(
             count = file.file.read_into(span.data, begin)
             if count < len(span):
                 raise file.ends_early(begin + count)
-            if show is not None:
+            if show is not None and is_alone:
+                show(span.data)
+            elif show is not None:
                 shown[index % 2] = _begin(beside, show, span.data)
             if first < last:
                 overflowing = table.pack(index, span)

@@ -108,6 +108,10 @@ class PatternMatcher(Generic[_Value]):
         self._known: dict[str, _Value | None] = {}
         self._budget = budget
 
+    def __bool__(self) -> bool:
+        """Whether there are any patterns."""
+        return bool(self._values)
+
     def get(self, name: str) -> _Value | None:
         """The value for a module's name; None if no pattern fits.
 

@@ -58,7 +58,9 @@ class Placement:
         self._left_out: dict[str, str] = {}  # a tensor of each such module
         self._is_adapted_elsewhere = False
         for tensor in tensors:
-            if not is_unused(tensor):
+            if (plain := layout.by_tensor.get(tensor)) is not None:
+                self._add(*plain, tensor)
+            elif not is_unused(tensor):
                 self._place(tensor)
         require_companions(self.modules, config, layout, problems)
         self._report_unknown()
@@ -96,7 +98,8 @@ class Placement:
             else:
                 self._left_out.setdefault(role.module, tensor)
         elif why := self._of_parts(self._layout.bypassed, name):
-            self._refuse_bypassed(tensor, why)
+            if not self._refuse_by_kind(role.module, name, tensor):
+                self._refuse_bypassed(role.module, tensor, why)
         elif self._layout.is_special(name) or self._layout.parts(name)[0] in self._layout.by_name:
             self._add(role, name, tensor)
         else:
@@ -106,19 +109,25 @@ class Placement:
         """The reason that there is for a module or, if it is merged, for a part of it."""
         return next((reasons[of] for of in self._layout.parts(name) if of in reasons), None)
 
-    def _refuse_bypassed(self, tensor: str, why: str) -> None:
+    def _key_of(self, module: str) -> str:
+        return self._config.key_of(module) if self._config else "target_modules"
+
+    def _refuse_bypassed(self, module: str, tensor: str, why: str) -> None:
         """An adapter that acts in part only would give other answers than PEFT."""
         self._problems.add(
             Code.UNSUPPORTED_FEATURE,
             tensor,
             f"of a layer on which adapters have no effect here: {why}",
             "layers that vLLM adapts",
-            hint="train without it in 'target_modules', or merge the adapter into the base model",
+            hint=f"train without it in {self._key_of(module)!r}, or merge the adapter into the "
+            "base model",
             cause=f"bypassed {why}",
         )
 
     def _add(self, role: TensorRole, name: str, tensor: str) -> None:
-        key = self._targets.leaves_out(role.module) if self._targets else None
+        found = self.modules.get(name)
+        is_known = found is not None and found.module == role.module
+        key = self._targets.leaves_out(role.module) if self._targets and not is_known else None
         if key is not None:
             self._problems.add(
                 Code.UNKNOWN_TENSOR,
@@ -129,7 +138,7 @@ class Placement:
                 cause=key,
             )
             return
-        shape = self._layout.special_shapes.get(name)
+        shape = self._layout.special_shapes.get(name) if role.embedding else None
         if role.embedding and not (shape is not None and shape.embedding):
             self._problems.add(
                 Code.UNKNOWN_TENSOR,
@@ -139,10 +148,10 @@ class Placement:
                 hint=self._missing.hint,
             )
             return
-        self._require_activatable(name, tensor)
-        self._require_multipliable(name, tensor)
-        outer = self._layout.outer_parameter(name.removesuffix(WRAPPED))
-        found = self.modules.setdefault(name, FoundModule(role.module, name, outer))
+        self._refuse_by_kind(role.module, name, tensor)
+        if found is None:
+            outer = self._layout.outer_parameter(name.removesuffix(WRAPPED))
+            found = self.modules[name] = FoundModule(role.module, name, outer)
         other = found.tensors.setdefault(role.part, tensor)
         if found.module != role.module or other != tensor:
             first = shown_name(found.tensors.get(role.part, found.module))
@@ -154,13 +163,25 @@ class Placement:
                 cause="duplicate",
             )
 
-    def _require_activatable(self, name: str, tensor: str) -> None:
-        """An activated adapter can have linear layers and the output head, as in PEFT."""
-        if not (self._config and self._config.invocation_tokens and self._layout.is_special(name)):
-            return
+    def _refuse_by_kind(self, module: str, name: str, tensor: str) -> bool:
+        """Whether adapters of this one's kind cannot have such a module; notes why."""
+        config = self._config
+        if config is None or not (config.invocation_tokens or config.dora):
+            return False
         kind = self._layout.kind_of_special(name)
-        if kind not in (SpecialKind.EMBEDDING, SpecialKind.EXPERTS):
-            return
+        if config.invocation_tokens and kind in (SpecialKind.EMBEDDING, SpecialKind.EXPERTS):
+            self._refuse_activated(kind, tensor)
+            return True
+        if not (config.dora and self._layout.dora):
+            return False
+        why = self._of_parts(self._layout.no_dora, name)
+        if kind is None and not why:
+            return False
+        self._refuse_dora(module, tensor, kind, why)
+        return True
+
+    def _refuse_activated(self, kind: SpecialKind, tensor: str) -> None:
+        """An activated adapter can have linear layers and the output head, as in PEFT."""
         self._problems.add(
             Code.UNSUPPORTED_FEATURE,
             tensor,
@@ -170,22 +191,17 @@ class Placement:
             cause="activated",
         )
 
-    def _require_multipliable(self, name: str, tensor: str) -> None:
+    def _refuse_dora(
+        self, module: str, tensor: str, kind: SpecialKind | None, why: str | None
+    ) -> None:
         """A DoRA adapter can have linear layers whose base weights can be read."""
-        if not (self._config and self._config.dora and self._layout.dora):
-            return
-        if self._layout.is_special(name):
-            found = f"of {self._layout.kind_of_special(name)}"
-            expected = "linear layers that the server fills"
-            hint = "train without it in 'target_modules'"
-        elif why := self._of_parts(self._layout.no_dora, name):
+        hint = f"train without it in {self._key_of(module)!r}"
+        if kind is not None:
+            found, expected = f"of {kind}", "linear layers that the server fills"
+        else:
             found = f"of a layer whose outputs cannot be multiplied: {why}"
             expected = "layers whose weights and outputs the server has whole"
-            hint = (
-                "train without it in 'target_modules', or serve it without what stands in the way"
-            )
-        else:
-            return
+            hint += ", or serve it without what stands in the way"
         self._problems.add(
             Code.UNSUPPORTED_FEATURE,
             tensor,
@@ -206,8 +222,18 @@ class Placement:
             hint = "convert the adapter to PEFT's format with the tool that has trained it"
         elif tensor.endswith(".lora_B.bias"):
             kind, said = "a bias of lora_B", bool(raw.get("lora_bias"))
+        elif last == "bias" and self._config and self._config.bias != "none":
+            self._problems.add(
+                Code.UNSUPPORTED_FEATURE,
+                tensor,
+                "a bias of the base model",
+                "none: biases trained with an adapter are not supported",
+                hint="train with 'bias': 'none'",
+                cause="biases",
+            )
+            return
         elif last == "bias":
-            kind, said = "a bias of the base model", raw.get("bias", "none") != "none"
+            kind = "a bias of the base model"
         elif last == "weight":
             # Modules to save other than heads have been refused with the configuration.
             saved = self._config.modules_to_save if self._config else ()

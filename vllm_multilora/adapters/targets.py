@@ -51,7 +51,7 @@ class Targets:
             return None  # PEFT adapts parameters whatever modules it adapts
         parts = module.split(".")
         number = self._layer(parts)
-        is_named = self._ends is None or is_of(module, self._whole) or _end(module) in self._ends
+        is_named = self._ends is None or _end(module) in self._ends or is_of(module, self._whole)
         # Of a tied head PEFT takes the name out of the list that it saves.
         if not (is_named and _fits(self._target, module, unknown=True)) and not (
             self._is_tied and number is None

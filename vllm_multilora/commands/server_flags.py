@@ -35,11 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser, *, needs_model: bool) -> argp
         "base model supports)",
     )
     group.add_argument(
-        "--enable-tower-connector-lora",
-        action="store_true",
-        help="adapters change towers and connectors of models that see or hear, too",
-    )
-    group.add_argument(
         "--dtype",
         default="auto",
         choices=("auto", "float16", "bfloat16", "float32"),
@@ -73,7 +68,6 @@ def server_of(arguments: argparse.Namespace, **more: Any) -> Server:
         arguments.model,
         max_lora_rank=arguments.max_lora_rank,
         lora_target_modules=None if modules is None else tuple(modules),
-        enable_tower_connector_lora=arguments.enable_tower_connector_lora,
         dtype=arguments.dtype,
         lora_dtype=arguments.lora_dtype,
         trust_remote_code=arguments.trust_remote_code,

@@ -33,6 +33,8 @@ def table(listing: Mapping[str, Any], *, now: float) -> list[str]:
     ]
     right = [number for number, is_right in enumerate(are_right) if is_right]
     lines = [*_totals(listing), "", *aligned([headings, *rows], right=right)]
+    if kernels := listing.get("kernels"):
+        lines += ["", *_kernels(kernels)]
     failed = [adapter for adapter in adapters if adapter["last_error"]]
     if failed:
         # A reason may have several lines, one for each thing that is wrong.
@@ -56,6 +58,16 @@ def _totals(listing: Mapping[str, Any]) -> list[str]:
         keys = ("adapters", "bytes", "adapters_limit", "bytes_limit")
         lines.append(f"host memory  {held(*(cpu[key] for key in keys))}")
     return [*lines, f"registered   {len(listing['data'])}"]
+
+
+_KERNEL_KEYS = ("layers", "kind", "rows", "kernels", "reason", "problem")
+
+
+def _kernels(kernels: Sequence[Mapping[str, str]]) -> list[str]:
+    """Which kernels serve which layers: what workers on a GPU have chosen at start."""
+    headings = ("LAYERS", "KIND", "ROWS", "KERNELS", "REASON", "PROBLEM WITH OURS")
+    rows = [[printable(row.get(key, "")) for key in _KERNEL_KEYS] for row in kernels]
+    return aligned([headings, *rows], right=[])
 
 
 def _text(value: object, now: float) -> str:

@@ -3,7 +3,7 @@
 The engine core ends the request with vLLM's own finish reason for errors. The reason travels as the
 output's stop reason, which vLLM passes on unread. The process that answers takes it out again: as
 an HTTP status and message in a server, as finish reason and text for `LLM.generate` (see
-`server/failure_delivery.py`).
+`api_server/failure_delivery.py`).
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ _UNINVOKED = "multilora-uninvoked:"
 _MOST_LOGGED = 1000
 """Characters of a reason that are logged."""
 
-REFUSAL_MARK = "\nmultilora-refused:"
+_REFUSAL_MARK = "\nmultilora-refused:"
 """Separates a refusal's sentences from its fields."""
+
+_CALL_FAILED = "Call to add_lora method failed: "
+"""What vLLM puts before the text of an error that it sends to another process."""
 
 STATUS = {
     FailureKind.GONE: HTTPStatus.NOT_FOUND,
@@ -76,26 +79,6 @@ def replaced_stop_reason(adapter: LoRARequest) -> str:
         FailureKind.UNREADABLE,
         f"adapter {adapter.lora_name!r} was reloaded while this request waited to go on with what "
         "the version before had computed; send it again",
-    )
-
-
-def slow_grammar_stop_reason() -> str:
-    """The text of a request that nobody is to wait for any longer."""
-    return _stop_reason(
-        _REQUESTS,
-        FailureKind.INVALID,
-        "the structured output takes too long to compute: ask for a simpler schema, regular "
-        "expression or grammar",
-    )
-
-
-def stuck_grammar_stop_reason() -> str:
-    """The text of a request whose grammar allows no token."""
-    return _stop_reason(
-        _REQUESTS,
-        FailureKind.INVALID,
-        "the structured output cannot be continued: its schema, regular expression or grammar "
-        "allows none of the tokens that the model has; ask for characters that these hold",
     )
 
 
@@ -141,7 +124,8 @@ def from_stop_reason(stop_reason: Any, tokenizer: Any = None) -> LoadFailure | N
     if not isinstance(stop_reason, str):
         return None
     if stop_reason.startswith(_UNINVOKED):
-        return _uninvoked(stop_reason.removeprefix(_UNINVOKED), tokenizer)
+        name, *tokens = json.loads(stop_reason.removeprefix(_UNINVOKED))
+        return uninvoked(name, tokens, tokenizer)
     if not stop_reason.startswith((_PREFIX, _REQUESTS)):
         return None
     prefix, kind, message = stop_reason.split(":", 2)
@@ -149,10 +133,15 @@ def from_stop_reason(stop_reason: Any, tokenizer: Any = None) -> LoadFailure | N
     return made(FailureKind(kind), message)
 
 
-def _uninvoked(fields: str, tokenizer: Any) -> RequestFailure:
-    """What `uninvoked_stop_reason` says, with the tokens' text where there is a tokenizer."""
-    name, *tokens = json.loads(fields)
-    text = ""
+def uninvoked(name: str, invocation: Sequence[int], tokenizer: Any) -> RequestFailure:
+    """The failure of a request whose prompt does not activate its adapter.
+
+    Args:
+        name: The adapter's.
+        invocation: The token ids that activate it.
+        tokenizer: The model's, for the tokens' text; None where there is none.
+    """
+    tokens, text = list(invocation), ""
     if tokenizer is not None:
         # Tokenizers may know fewer ids than the model has room for, and some raise for the rest.
         with suppress(Exception):
@@ -187,8 +176,6 @@ class RefusalsInOneLine(logging.Filter):
 class AdapterRefusedError(MultiLoRAError):
     """An adapter cannot be served; says all that is wrong, for people and for programs.
 
-    The text is all that reaches another process, so it carries the fields along at its end.
-
     Attributes:
         adapter_id: The adapter's number.
         failure: Why.
@@ -202,7 +189,6 @@ class AdapterRefusedError(MultiLoRAError):
         self.adapter_id = adapter_id
         self.failure = failure
         self.problems = problems
-        self._fields = json.dumps({"kind": failure.kind.value, "problems": problems})
 
     def in_one_line(self) -> str:
         """The first problem, shortened, and how many more there are."""
@@ -216,4 +202,25 @@ class AdapterRefusedError(MultiLoRAError):
             f"{problem['message']}; {problem['hint']}" if problem["hint"] else problem["message"]
             for problem in self.problems
         ]
-        return "\n".join(messages or [self.failure.message]) + REFUSAL_MARK + self._fields
+        return "\n".join(messages or [self.failure.message])
+
+
+class SentRefusalError(AdapterRefusedError):
+    """A refusal that leaves the engine core's process, of which vLLM sends the text alone.
+
+    So the text carries the fields at its end; `received_refusal` reads it.
+    """
+
+    def __str__(self) -> str:
+        fields = json.dumps({"kind": self.failure.kind.value, "problems": self.problems})
+        return super().__str__() + _REFUSAL_MARK + fields
+
+
+def received_refusal(error: Exception, adapter_id: int) -> AdapterRefusedError | None:
+    """The refusal in an error that an engine core has sent; None where it is any other error."""
+    message, mark, fields = str(error).partition(_REFUSAL_MARK)
+    if not mark:
+        return None
+    found = json.loads(fields)
+    failure = LoadFailure(FailureKind(found["kind"]), message.removeprefix(_CALL_FAILED))
+    return AdapterRefusedError(adapter_id, failure, found["problems"])

@@ -21,11 +21,15 @@ from typing import TypeAlias
 import msgspec
 
 from vllm_multilora.failures import FailureKind
+from vllm_multilora.integration.attached import Attached
 from vllm_multilora.store.channel import Channel, ChannelClosedError
 from vllm_multilora.store.folder import listen_alone, own_path, store_folder
 from vllm_multilora.store.waking import Waker
 
 logger = logging.getLogger(__name__)
+
+LINK: Attached[FillLink | None] = Attached("link")
+"""An executor's link, on which its workers answer; None where they cannot."""
 
 PATH_VARIABLE = "MULTILORA_FILL_LINK"
 """Tells workers where the socket is; set by the engine core while it starts them."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
 from contextlib import suppress
 from itertools import product
-from typing import Any
 
 from vllm_multilora.wording import CONTROLS, printable
 
@@ -41,14 +39,20 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def join_vllm_logging() -> None:
-    """Makes the project's loggers children of vLLM's.
+    """Makes the project's loggers children of vLLM's; safe to call again.
 
     They have its handlers and its level from then on, whenever vLLM sets them: newer versions do
-    so long after they have loaded their plugins.
+    so long after they have loaded their plugins. A process calls it again once it has taken its
+    logging configuration: a file silences all loggers that it does not name, unless it says
+    otherwise, and brings handlers without the filters of this module.
     """
     vllm_logger = logging.getLogger("vllm")
     for name in _PROJECT:
         logging.getLogger(name).parent = vllm_logger
+    for name, known in logging.root.manager.loggerDict.items():
+        if isinstance(known, logging.Logger) and name.partition(".")[0] in _PROJECT:
+            known.disabled = False
+    _filter()
 
 
 def add_filter(lines: logging.Filter) -> None:
@@ -56,14 +60,6 @@ def add_filter(lines: logging.Filter) -> None:
     if lines not in _filters:
         _filters.append(lines)
     _filter()
-
-
-def configure_loggers(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    original(*args, **kwargs)
-    _filter()
-    for name, known in logging.root.manager.loggerDict.items():
-        if isinstance(known, logging.Logger) and name.partition(".")[0] in _PROJECT:
-            known.disabled = False
 
 
 def _filter() -> None:

@@ -9,18 +9,24 @@ reported.
 from __future__ import annotations
 
 import logging
+import os
 import re
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_multilora.integration.patching.activation import settings_of
-from vllm_multilora.metrics.folder import find_folder, parent_folder
+from vllm_multilora.metrics.folder import create_folder, find_folder, parent_folder, remove_folder
 from vllm_multilora.metrics.recorder import Recorder
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = logging.getLogger(__name__)
+
+FOLDER_VARIABLE = "MULTILORA_METRICS_FOLDER"
+"""Tells several API servers of one `vllm serve` where the folder is: each has made a
+configuration of its own, with another instance in it than the engines'."""
 
 # vLLM gives each of an engine's data-parallel parts under Ray its own suffix.
 _PART = re.compile(r"_dp\d+$")
@@ -29,6 +35,29 @@ _PART = re.compile(r"_dp\d+$")
 def server_of(vllm_config: VllmConfig) -> str:
     """What the processes of one server call it."""
     return _PART.sub("", vllm_config.instance_id)
+
+
+def make_folder(vllm_config: VllmConfig) -> None:
+    """Makes the folder of an engine that this process is about to start.
+
+    It is removed with the configuration, at the latest when this process ends.
+    """
+    parallel = vllm_config.parallel_config
+    if parallel._api_process_count > 1 and parallel._api_process_rank >= 0:
+        return  # one of several API servers; the process that started them has made it
+    try:
+        folder = create_folder(vllm_config.instance_id, parent_folder())
+    except OSError as error:
+        logger.warning("There will be no LoRA metrics: no folder for them can be made: %s", error)
+        return
+    weakref.finalize(vllm_config, _remove, folder, os.getpid())
+    os.environ[FOLDER_VARIABLE] = str(folder)
+
+
+def _remove(folder: Path, maker: int) -> None:
+    # Not in a forked child, which has the maker's finalizers too.
+    if os.getpid() == maker:
+        remove_folder(folder)
 
 
 def folder_of(vllm_config: VllmConfig) -> Path | None:

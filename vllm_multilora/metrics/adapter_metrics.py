@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from vllm_multilora.failures import FailureKind
@@ -126,6 +126,12 @@ class AdapterMetrics(SlotEvents):
         self._slots_free.set(len(contents) - len(in_slots))
         self._adapters[Tier.GPU].set(len(in_slots))
         self._bytes[Tier.GPU].set(sum(self._use_of(i).size or 0 for i in in_slots))
+
+    def kernels(self, rows: Iterable[Mapping[str, str]]) -> None:
+        """Which kernels serve which layers; each of `defined.KERNELS`' labels is a key of a row."""
+        for row in rows:
+            labels = (row[label] for label in defined.KERNELS.labels)
+            self._recorder.series(defined.KERNELS, *labels).set(1)
 
     def host_memory(
         self, adapters: int, nbytes: int, *, adapters_limit: int | None, bytes_limit: int | None

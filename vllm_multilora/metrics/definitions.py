@@ -131,6 +131,16 @@ CACHE_ADAPTERS_LIMIT = _gauge(
 SLOTS = _gauge("vllm:lora_slots", "Slots for LoRA adapters (--max-loras).")
 SLOTS_FREE = _gauge("vllm:lora_slots_free", "Slots without a LoRA adapter now.")
 MAX_RANK = _gauge("vllm:lora_max_rank", "Highest rank a LoRA adapter may have (--max-lora-rank).")
+KERNELS = _gauge(
+    "vllm:lora_kernels",
+    "1 for each kind of layer and range of rows of a step, with the kernels that serve it: ours, "
+    "vllm or torch; and why: checked, or ours are wrong here, slower, unchecked, or switched off "
+    "(asked). Only where a GPU's kernels were chosen at start.",
+    "kind",
+    "rows",
+    "kernels",
+    "reason",
+)
 LOAD_FAILURES = _counter(
     "vllm:lora_adapter_load_failures_total",
     "Loads of LoRA adapters that failed, including registrations, by reason: gone, invalid, "
@@ -228,6 +238,7 @@ ALL = (
     SLOTS,
     SLOTS_FREE,
     MAX_RANK,
+    KERNELS,
     LOAD_FAILURES,
     REQUEST_WAIT,
     WANTED,

@@ -13,10 +13,7 @@ import resource
 import signal
 import socket
 import sys
-import time
-from pathlib import Path
 
-from vllm_multilora.store import sandbox
 from vllm_multilora.store.launch import READER
 
 
@@ -25,8 +22,6 @@ def main() -> int:
     if options.detach and os.fork():
         # Whoever started this process ends its children when it ends; the store is to outlive it.
         os._exit(0)
-    if options.detach:
-        _give_way()
     _prepare_process(options.processors)
     # Before NumPy is imported: its threads would make it unsafe to fork, and are of no use here.
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -72,21 +67,6 @@ def _numbered_above_clients(listener: socket.socket) -> socket.socket:
         return listener
     with listener:
         return socket.socket(fileno=fcntl.fcntl(listener, fcntl.F_DUPFD_CLOEXEC, highest))
-
-
-def _give_way() -> None:
-    """Has servers go first where Linux shares processors fairly among sessions.
-
-    A process's own niceness counts there among those of its session only: the store and its jobs.
-    """
-    for _ in range(10):
-        try:
-            Path("/proc/self/autogroup").write_text(str(sandbox.NICENESS))
-            return
-        except BlockingIOError:  # One change a tenth of a second, of all processes together.
-            time.sleep(0.1)
-        except OSError:
-            return
 
 
 def _prepare_process(processors: str) -> None:

@@ -30,7 +30,10 @@ class AdapterReader:
 
     def decode_layouts(self, data: bytes) -> list[ModelLayout]:
         """The layouts of `Configure`; raises `msgspec.MsgspecError`."""
-        return msgspec.msgpack.decode(data, type=list[ModelLayout])
+        layouts = msgspec.msgpack.decode(data, type=list[ModelLayout])
+        for layout in layouts:
+            layout.by_tensor  # noqa: B018 (jobs inherit it, and work it out no more)
+        return layouts
 
     def prepare(self, settings: StoreSettings) -> None:
         """Loads what jobs with these settings will need, once for all of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import selectors
 import socket
@@ -31,6 +32,12 @@ _FRAME = struct.Struct("<IB")
 _READ_BYTES = 64 << 10  # for more, each read would get memory from the system and give it back
 
 
+@functools.cache
+def _decoder(incoming: Any) -> msgspec.msgpack.Decoder[Any]:
+    """Reads one type of messages; making it takes longer than a job's messages do."""
+    return msgspec.msgpack.Decoder(incoming)
+
+
 class ChannelClosedError(MultiLoRAError, ConnectionError):
     """The other side has gone, or this side has given it up; the message says which."""
 
@@ -57,7 +64,7 @@ class Channel(Generic[Incoming]):
         take_descriptors: bool = False,
     ) -> None:
         self._socket = sock
-        self._decode: Callable[[bytes], Incoming] = msgspec.msgpack.Decoder(incoming).decode
+        self._decode: Callable[[bytes], Incoming] = _decoder(incoming).decode
         self._encode = msgspec.msgpack.Encoder().encode
         self._take_descriptors = take_descriptors
         self._outgoing: deque[tuple[memoryview, list[int]]] = deque()

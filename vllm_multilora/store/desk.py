@@ -33,6 +33,14 @@ from vllm_multilora.store.sandbox import cpu_limit_s
 MOST_STUCK = 16
 """Killed jobs of one source that may be stuck before no more are started for it."""
 
+BRIEF_S = 0.1
+"""Seconds of processor time at the model's own priority.
+
+A small adapter is read and checked in a third of that, and its requests wait for it. Whatever takes
+longer, a large adapter or a hostile one, would slow down others' tokens: it gives way to them.
+"""
+
+_LOOK_AT_BRIEF_S = 0.05
 _SOON_S = 1.0  # a killed job that has not ended by then is stuck
 _LOOK_S = 0.005
 _LOOK_AT_STUCK_S = 0.5
@@ -47,6 +55,7 @@ class _Job:
     channel: Channel[FromJob]
     turn_to_say: type[FromJob] | None = Opened
     killed: float = 0.0
+    is_brief: bool = True
 
 
 class Desk:
@@ -117,10 +126,14 @@ class Desk:
             self.kill(number)
 
     def look(self, loads: Loads) -> None:
-        """Notes who works, and who has ended."""
-        if loads.queue.queued:
-            for number, job in self._jobs.items():
-                use = job.running.use()
+        """Notes who works, who has worked for long, and who has ended."""
+        for number, job in self._jobs.items():
+            if not (job.is_brief or loads.queue.queued):
+                continue
+            use = job.running.use()
+            if job.is_brief and use.processor_s >= BRIEF_S:
+                job.is_brief = not job.running.yield_processors()
+            if loads.queue.queued:
                 loads.queue.looked_at(number, use.processor_s, _now(), is_ready=use.is_ready)
         for number, job in list(self._ending.items()):
             end = job.running.gone()
@@ -129,11 +142,15 @@ class Desk:
                 loads.gone(number, _failure_of(job, end), _now())
 
     def next_look(self) -> float | None:
-        """When to look for ends again."""
-        if not self._ending:
-            return None
-        fresh = any(_now() - job.killed < _SOON_S for job in self._ending.values())
-        return _now() + (_LOOK_S if fresh else _LOOK_AT_STUCK_S)
+        """When to look at jobs and for their ends again."""
+        now = _now()
+        pauses = [
+            _LOOK_S if now - job.killed < _SOON_S else _LOOK_AT_STUCK_S
+            for job in self._ending.values()
+        ]
+        if any(job.is_brief for job in self._jobs.values()):
+            pauses.append(_LOOK_AT_BRIEF_S)
+        return now + min(pauses) if pauses else None
 
     @property
     def reading(self) -> int:

@@ -16,7 +16,7 @@ import msgspec
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.wording import adapter_kind
 
-PROTOCOL = 8
+PROTOCOL = 9
 
 Role: TypeAlias = Literal["engine", "worker", "server", "observer"]
 

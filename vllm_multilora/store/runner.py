@@ -22,6 +22,9 @@ from vllm_multilora.store.adapter_reader import AdapterReader
 from vllm_multilora.store.entries import Load
 from vllm_multilora.store.jobs import run_job
 
+BACKGROUND_NICENESS = 6
+"""Niceness of a job that has worked for long: about a fifth of a processor that the model wants."""
+
 LONGEST_LOG = 1 << 20
 """Bytes of a store's own log; it may be in a folder that is in memory."""
 
@@ -81,6 +84,9 @@ class RunningJob(Protocol):
     def use(self) -> Use:
         """What it does with the processor."""
 
+    def yield_processors(self) -> bool:
+        """Lowers its priority below the model's; False where that has to be tried again."""
+
 
 class Runner(Protocol):
     """Starts jobs."""
@@ -135,7 +141,8 @@ def _be_child(sock: socket.socket, load: Load, reader: AdapterReader) -> None:
     """The whole life of a child; never returns."""
     code = 1
     try:
-        gc.freeze()  # collections would touch, and so copy, all of the store's objects
+        os.setsid()  # Linux may share processors among sessions: this one has a priority of its own
+        gc.disable()  # a collection would touch, and so copy, the store's objects; a job ends soon
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         # Whatever a hostile file makes of this process, it holds nothing of the store's.
@@ -198,6 +205,19 @@ class _Child:
     def use(self) -> Use:
         return _use(f"/proc/{self._pid}")
 
+    def yield_processors(self) -> bool:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, self._pid, BACKGROUND_NICENESS)
+        # Where Linux shares processors among sessions, a session's niceness counts and not its
+        # processes'.
+        try:
+            Path(f"/proc/{self._pid}/autogroup").write_text(str(BACKGROUND_NICENESS))
+        except BlockingIOError:  # one change a tenth of a second, of all users together
+            return False
+        except OSError:  # this kernel has no such groups, or the job has ended
+            pass
+        return True
+
 
 def _killed(number: int) -> End:
     why, kind = _SIGNALS.get(number, ("", FailureKind.INTERNAL))
@@ -238,6 +258,10 @@ class _Thread:
 
     def use(self) -> Use:
         return _use(f"/proc/self/task/{self._thread.native_id}")
+
+    def yield_processors(self) -> bool:
+        """A thread stays as it is: it holds the interpreter, for which the model's own wait."""
+        return True
 
 
 def _use(folder: str) -> Use:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import os
 import resource
 import signal
@@ -26,9 +27,6 @@ from vllm_multilora.store.channel import MOST_DESCRIPTORS
 
 MOST_MEMORY = 1 << 30
 """Bytes of its own that a job may take beside what the store had; the pack is not counted."""
-
-NICENESS = 6
-"""Above the store's: about a fifth of a processor that the model wants too."""
 
 _MOST_FILES = MOST_DESCRIPTORS + 64  # the segments that a pack lies in; and its own
 
@@ -63,8 +61,6 @@ def enter(allowed_roots: Sequence[str], timeout_s: float, *, files_in_memory: bo
     os.environ["PATH"] = ""
     syscalls.libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     _limit(timeout_s, MOST_MEMORY if files_in_memory else 0)
-    with contextlib.suppress(OSError):
-        os.nice(NICENESS)
     with contextlib.suppress(OSError):  # no Linux
         # Where memory is used up, of a container say, the kernel ends a job, and none who serve.
         Path("/proc/self/oom_score_adj").write_text("1000")
@@ -177,6 +173,7 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
         os.close(descriptor)
 
 
+@functools.cache
 def _code_paths() -> tuple[str, ...]:
     """Where code lies that Python may import late (PyTorch, for pickles); it is no secret."""
     names = ("stdlib", "platstdlib", "purelib", "platlib")

@@ -86,10 +86,12 @@ def call(number: int, *arguments: object) -> int:
 def mapped(descriptor: int, offset: int, size: int) -> Iterator[int]:
     """Maps a range of host memory to be written to, and gives its address; raises OSError.
 
-    The descriptor may be closed at once. `mmap.mmap` would keep a copy of it for each mapping.
+    The descriptor may be closed at once. `mmap.mmap` would keep a copy of it for each mapping. All
+    pages are mapped by this call: a fault for each of them would cost several times as much.
     """
     protection = mmap.PROT_READ | mmap.PROT_WRITE
-    address = libc.mmap(None, size, protection, mmap.MAP_SHARED, descriptor, offset)
+    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+    address = libc.mmap(None, size, protection, flags, descriptor, offset)
     if address == _MAP_FAILED:
         code = ctypes.get_errno()
         what = f"{size} bytes of host memory cannot be mapped: {os.strerror(code)}"

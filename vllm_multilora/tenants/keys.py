@@ -9,13 +9,36 @@ import secrets
 from collections.abc import Mapping
 from typing import Generic, TypeVar
 
+from vllm_multilora.config import MultiLoRAConfig
+
 _T = TypeVar("_T")
+
+ADMIN_KEY_VARIABLE = "MULTILORA_ADMIN_KEY"
+"""The environment variable that may hold the operator's key."""
+
+UNGUARDED = (
+    f"--multilora-tenants, --multilora-admin-key-file and {ADMIN_KEY_VARIABLE} protect nothing "
+    f"here, because vllm-multilora is not active: it needs --enable-lora without "
+    f"--enable-tower-connector-lora, a vLLM that its gateway fits (see vllm-multilora doctor) and "
+    f"vLLM's Python front end. Provide these, or leave all three out"
+)
+"""Why a server with keys does not start."""
 
 MAX_KEY_LENGTH = 512
 """Longer keys are wrong, and not worth hashing."""
 
 _PREFIX = "sha256:"
 _STORED = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+def has_keys(settings: MultiLoRAConfig) -> bool:
+    """Whether the settings name keys of operators or of tenants."""
+    return settings.tenants is not None or settings.admin_key_file is not None
+
+
+def key_in(environment: Mapping[str, str]) -> str:
+    """The admin key that the environment has; empty: none."""
+    return environment.get(ADMIN_KEY_VARIABLE, "").strip()
 
 
 def can_be_sent(key: str) -> bool:

@@ -123,10 +123,6 @@ class Pace:
 MOST_FIRST_READINGS = 2
 """Adapters of a tenant that an API server looks for, or has read for the first time, at once."""
 
-
-MOST_DOWNLOADS = 8
-"""Images and the like that are fetched for a tenant at once, from hosts that may take minutes."""
-
 WITHOUT_TURN_PER_MINUTE = 3_000
 """A tenant's requests that are refused without having a turn; after a minute without any, so many
 at once."""
@@ -148,10 +144,6 @@ class Account:
         first_readings: To be held while an adapter is looked for, and read for the first time.
             Neither the thread that looks nor the engine is told whose that is, so others' adapters
             wait for few of a tenant's.
-        downloads: To be held while something is fetched for one of its calls.
-        lookups: To be held while a host of that is looked up, for as long as that takes, whether
-            anybody waits or not.
-        checking: To be held while one of its structured outputs is checked.
         listing: How its models are listed, and its adapters, and its stored responses told.
         without_turn: Its requests that limits do not count, since they have no turn.
     """
@@ -171,9 +163,6 @@ class Account:
         self._bucket: TokenBucket | None = None
         self._refilled: asyncio.TimerHandle | None = None
         self.first_readings = asyncio.Semaphore(MOST_FIRST_READINGS)
-        self.downloads = asyncio.Semaphore(MOST_DOWNLOADS)
-        self.lookups = asyncio.Semaphore(MOST_DOWNLOADS)
-        self.checking = asyncio.Semaphore(1)
         self.listing: defaultdict[Endpoint, Pace] = defaultdict(lambda: Pace(clock))
         self.without_turn = TokenBucket(WITHOUT_TURN_PER_MINUTE, clock)
         self.update(tenant)

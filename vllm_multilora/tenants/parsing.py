@@ -9,14 +9,22 @@ from typing import Any
 
 from vllm_multilora.documents import Document, Keys, read_document, read_file
 from vllm_multilora.tenants.keys import read_stored
-from vllm_multilora.tenants.tenant import MOST_WEIGHT, Limits, Names, Tenant, Tenants, is_weight
+from vllm_multilora.tenants.tenant import (
+    ALLOWABLE,
+    MOST_WEIGHT,
+    Limits,
+    Names,
+    Tenant,
+    Tenants,
+    is_weight,
+)
 from vllm_multilora.wording import counted
 
 MIN_SALT_LENGTH = 32
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TOP = ("tenants", "cache_salt")
-_TENANT = ("keys", "adapters", "routes", "base_model", "weight", "limits")
+_TENANT = ("keys", "adapters", "routes", "base_model", "weight", "limits", "allow")
 _LIMITS = ("running", "waiting", "tokens_per_minute", "adapters", "resident", "answers")
 
 
@@ -112,6 +120,7 @@ class _Parser:
             base_model,
             float(weight),
             self._limits(found.get("limits"), (*place, "limits")),
+            self._allow(found.get("allow"), (*place, "allow")),
         )
 
     def _read_keys(self, name: str, data: Any, place: Keys) -> None:
@@ -148,6 +157,19 @@ class _Parser:
                     f"at its end",
                 )
         return Names(tuple(dict.fromkeys(data)))
+
+    def _allow(self, data: Any, place: Keys) -> frozenset[str]:
+        if data is None:
+            return frozenset()
+        words = ", ".join(ALLOWABLE)
+        if not isinstance(data, list):
+            raise self._error(place, f"found {_kind(data)}, expected a list of {words}")
+        for number, word in enumerate(data):
+            if not isinstance(word, str) or word not in ALLOWABLE:
+                raise self._error(
+                    (*place, str(number)), f"found {_kind(word)}, expected one of {words}"
+                )
+        return frozenset(data)
 
     def _limits(self, data: Any, place: Keys) -> Limits:
         if data is None:

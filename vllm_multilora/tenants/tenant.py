@@ -10,6 +10,18 @@ MOST_WEIGHT = 1_000_000_000
 """Sums of weights, and what is divided by them, stay far from what a float cannot hold."""
 
 
+MEDIA = "media"
+GRAMMARS = "grammars"
+STORED_RESPONSES = "stored_responses"
+
+ALLOWABLE: Mapping[str, str] = {
+    MEDIA: "images, recordings and videos in requests, and `/v1/audio`",
+    GRAMMARS: "structured outputs, response formats and tools",
+    STORED_RESPONSES: "responses that are stored, or made in the background",
+}
+"""What a tenant may only send if the tenants file says `allow`, by the word for it."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """How much a tenant may use at once; None is no limit.
@@ -84,6 +96,7 @@ class Tenant:
         base_model: Whether it may use the base model without an adapter.
         weight: Its share of what tenants compete for, relative to others'.
         limits: How much it may use at once.
+        allow: Words of `ALLOWABLE`.
     """
 
     name: str
@@ -92,6 +105,7 @@ class Tenant:
     base_model: bool = False
     weight: float = 1.0
     limits: Limits = field(default_factory=Limits)
+    allow: frozenset[str] = frozenset()
 
     def mentions(self, model: object) -> bool:
         """Whether it may use a model of a name, be it an adapter's or be it a route's."""

@@ -11,11 +11,7 @@ from functools import partial
 from typing import Any
 
 
-def take_turns(
-    executor: Executor,
-    owner_of: Callable[..., str],
-    is_wanted: Callable[..., bool] = lambda *_, **__: True,
-) -> Callable[[], None]:
+def take_turns(executor: Executor, owner_of: Callable[..., str]) -> Callable[[], None]:
     """Has an executor work for one owner after the other, and for each in the order of its work.
 
     Work has the context variables of who submits it.
@@ -23,40 +19,30 @@ def take_turns(
     Args:
         executor: Takes work from any thread.
         owner_of: Whose work is, by its arguments; asked by who submits it.
-        is_wanted: Whether it is still to be done, by the same; asked when it has its turn.
 
     Returns:
         To be called when the executor has other threads: has these do what none has begun.
     """
-    turns = _WorkTurns(executor.submit, owner_of, is_wanted)
+    turns = _WorkTurns(executor.submit, owner_of)
     executor.submit = turns.submit  # type: ignore[method-assign]
     return turns.begin_again
 
 
 class _WorkTurns:
-    def __init__(
-        self,
-        submit: Callable[..., Any],
-        owner_of: Callable[..., str],
-        is_wanted: Callable[..., bool],
-    ) -> None:
+    def __init__(self, submit: Callable[..., Any], owner_of: Callable[..., str]) -> None:
         self._submit = submit
         self._owner_of = owner_of
-        self._is_wanted = is_wanted
         self._lock = threading.Lock()
         # By owner, whose turn comes first is first.
-        self._lines: OrderedDict[
-            str, deque[tuple[Future[Any], Callable[[], Any], Callable[[], bool]]]
-        ] = OrderedDict()
+        self._lines: OrderedDict[str, deque[tuple[Future[Any], Callable[[], Any]]]] = OrderedDict()
 
     def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """As an executor's."""
         result: Future[Any] = Future()
         in_context = partial(copy_context().run, work, *args, **kwargs)
-        each = result, in_context, partial(self._is_wanted, *args, **kwargs)
         owner = self._owner_of(*args, **kwargs)
         with self._lock:
-            self._lines.setdefault(owner, deque()).append(each)
+            self._lines.setdefault(owner, deque()).append((result, in_context))
         self._submit(self._work)
         return result
 
@@ -72,12 +58,10 @@ class _WorkTurns:
             if not self._lines:
                 return  # other threads have done it all
             owner, line = next(iter(self._lines.items()))
-            result, work, is_wanted = line.popleft()
+            result, work = line.popleft()
             self._lines.move_to_end(owner)
             if not line:
                 del self._lines[owner]
-        if not is_wanted():
-            result.cancel()
         if not result.set_running_or_notify_cancel():
             return
         try:
@@ -87,4 +71,4 @@ class _WorkTurns:
         finally:
             # The error has this function's variables, which would hold it in turn: all that the
             # work had would stay until Python looks for circles.
-            del result, work, is_wanted
+            del result, work

@@ -104,9 +104,10 @@ def activated_dora(draft: Draft) -> None:
     _invoked(draft, use_dora=True)
 
 
-@bad_config(Code.UNSUPPORTED_FEATURE, words=("'bias' is 'lora_only'",))
+@bad_weights(Code.UNSUPPORTED_FEATURE, words=("'bias': 'none'",))
 def activated_bias(draft: Draft) -> None:
     _invoked(draft, bias="lora_only")
+    draft.tensors[f"{PREFIX}{Q0}.bias"] = torch.zeros(256)
 
 
 @bad_config(Code.UNSUPPORTED_FEATURE, words=("'lora_bias' is True",))

@@ -222,12 +222,6 @@ def bias_of_no_kind(draft: Draft) -> None:
     draft.config["bias"] = "some"
 
 
-@bad_config(Code.UNSUPPORTED_FEATURE, words=("'bias' is 'all'", "'none'"))
-def biases_trained(draft: Draft) -> None:
-    draft.config["bias"] = "all"
-    draft.tensors[f"{PREFIX}{Q0}.bias"] = torch.zeros(256)
-
-
 @bad_config(Code.UNSUPPORTED_FEATURE, words=("'use_dora' is True", "DoRA"))
 def dora(draft: Draft) -> None:
     draft.config["use_dora"] = True

@@ -186,9 +186,10 @@ def dora_activated(draft: Draft) -> None:
     draft.config["alora_invocation_tokens"] = [5, 6]
 
 
-@_bad(CONFIG, Code.UNSUPPORTED_FEATURE, words=("'bias' is 'lora_only'",))
+@_bad(WEIGHTS, Code.UNSUPPORTED_FEATURE, words=("'bias': 'none'",))
 def dora_with_biases(draft: Draft) -> None:
     draft.config["bias"] = "lora_only"
+    draft.tensors[f"{PREFIX}{Q0}.bias"] = torch.zeros(256)
 
 
 @_bad(WEIGHTS, Code.RANK_NOT_AS_CONFIGURED, words=("the rank 8", "'r' and 'rank_pattern'"))

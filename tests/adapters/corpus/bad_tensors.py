@@ -210,6 +210,12 @@ def magnitudes_without_dora(draft: Draft) -> None:
     draft.tensors[f"{PREFIX}{Q0}.lora_magnitude_vector"] = torch.ones(256)
 
 
+@bad_weights(Code.UNSUPPORTED_FEATURE, words=(f"{Q0}.bias", "'bias': 'none'"))
+def biases_trained(draft: Draft) -> None:
+    draft.config["bias"] = "all"
+    draft.tensors[f"{PREFIX}{Q0}.bias"] = torch.zeros(256)
+
+
 @bad_weights(Code.UNKNOWN_TENSOR, words=(f"{Q0}.bias", "a bias of the base model"))
 def a_bias_that_the_configuration_denies(draft: Draft) -> None:
     draft.tensors[f"{PREFIX}{Q0}.bias"] = torch.zeros(256)

@@ -225,6 +225,11 @@ def unset_features(draft: Draft) -> None:
 
 
 @valid()
+def biases_asked_for_where_the_base_has_none(draft: Draft) -> None:
+    draft.config["bias"] = "all"
+
+
+@valid()
 def some_values_zero(draft: Draft) -> None:
     """As B is before training: the module changes nothing."""
     draft.tensors[name_of(Q0, "B")].zero_()

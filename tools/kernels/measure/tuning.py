@@ -16,11 +16,12 @@ from multilora_kernels.configs import (
     default_shrink,
 )
 from multilora_kernels.configs.table import Entry
+from multilora_kernels.triton.compile_pool import CompilePool, compile_jobs
+from multilora_kernels.triton.compile_process import target_of
 from multilora_kernels.triton.launch import DeviceFacts
-from tools.kernels.measure.ahead import Ahead, Work
 from tools.kernels.measure.batches import Layer, build
 from tools.kernels.measure.candidates import expand_candidates, shrink_candidates
-from tools.kernels.measure.launch_cases import LaunchCase
+from tools.kernels.measure.launch_cases import LaunchCase, configured_launches
 from tools.kernels.measure.selection import Choice, Effort, Margins, choose
 from tools.kernels.measure.timing import Timer
 from tools.kernels.measure.trials import (
@@ -104,7 +105,7 @@ def tune(
     timer: Timer,
     effort: Effort,
     margins: Margins,
-    ahead: Ahead | None = None,
+    pool: CompilePool | None = None,
 ) -> Tuned:
     """Chooses the first half's configuration, then the second half's beside it.
 
@@ -116,7 +117,8 @@ def tune(
         timer: How to measure.
         effort: How often.
         margins: What to ask for.
-        ahead: Compiles a half's candidates before they are timed; None: each in its turn.
+        pool: Compiles a half's candidates before they are timed; None: each in its turn. Whoever
+            times meets the same errors at the same configurations, and leaves them out.
 
     Raises:
         UnusableConfigError: The computed default does not run as it should on this device.
@@ -137,8 +139,12 @@ def tune(
     defaults = default_shrink(shrink_workload), default_expand(expand_workload)
 
     def prepare(halves: Sequence[tuple[ShrinkConfig, ExpandConfig]]) -> None:
-        if ahead is not None:
-            ahead.compile([Work(launch_case(task), facts, *both) for both in halves])
+        if pool is not None:
+            case = launch_case(task)
+            launches = [
+                launch for both in halves for launch in configured_launches(case, facts, *both)
+            ]
+            pool.compile(compile_jobs(launches, target_of(facts.architecture)))
 
     prepare([(first, defaults[1]) for first in (defaults[0], *plan.shrink)])
     shrink = choose(

@@ -10,8 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vllm_multilora.integration.attached import ADAPTERS
-from vllm_multilora.integration.engine.adapters import EngineAdapters
+from vllm_multilora.integration.engine.adapters import ADAPTERS, EngineAdapters
 from vllm_multilora.integration.engine.core import adapters_of
 from vllm_multilora.integration.engine.entries import Entry
 from vllm_multilora.integration.engine.quarantine import RELOADS
@@ -74,6 +73,7 @@ def engine_report(
         "seconds": time.perf_counter() - begun,
         "slots": {"total": len(contents), "free": contents.count(None)},
         "store": adapters.store_address,
+        "kernels": adapters.observer.kernels,
         "cpu": {
             "adapters": memory.adapters if memory else 0,
             "bytes": memory.bytes if memory else 0,

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.adapters.required import RequiredDigests
 from vllm_multilora.failures import LoadFailure
+from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.engine.arrivals import Arrivals
 from vllm_multilora.integration.engine.blends import KnownBlends
 from vllm_multilora.integration.engine.entries import Entries, Entry
@@ -41,7 +42,10 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from vllm_multilora.integration.engine.observer import AdapterObserver
-    from vllm_multilora.tenants.on_request import RequestTenant
+    from vllm_multilora.integration.tenant_of_request import RequestTenant
+
+ADAPTERS: Attached[EngineAdapters | None] = Attached("adapters")
+"""An engine core's adapters; None where stock vLLM runs."""
 
 
 class EngineAdapters:

@@ -21,24 +21,22 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.adapters.required import RequiredDigests
 from vllm_multilora.integration import kv_blocks
-from vllm_multilora.integration.attached import (
-    ADAPTERS,
-    EARLY_STORE,
-    LINK,
-    REACHED,
-    SERVER,
-    Attached,
-)
-from vllm_multilora.integration.engine import grammars, invocation, prefix_keys
-from vllm_multilora.integration.engine.adapters import EngineAdapters
+from vllm_multilora.integration.attached import Attached
+from vllm_multilora.integration.engine import invocation, prefix_keys
+from vllm_multilora.integration.engine.adapters import ADAPTERS, EngineAdapters
 from vllm_multilora.integration.engine.machines import MachineStores
 from vllm_multilora.integration.engine.observer import AdapterObserver
 from vllm_multilora.integration.engine.parties import Store, Workers
-from vllm_multilora.integration.engine.reaching import reach
+from vllm_multilora.integration.engine.reaching import REACHED, reach
 from vllm_multilora.integration.engine.scheduler import AdapterAwareMixin
 from vllm_multilora.integration.engine.workers import LinkedWorkers, WaitingStore, WaitingWorkers
-from vllm_multilora.integration.failures import RefusalsInOneLine
-from vllm_multilora.integration.fill_link import PATH_VARIABLE, FillLink
+from vllm_multilora.integration.failures import (
+    AdapterRefusedError,
+    RefusalsInOneLine,
+    SentRefusalError,
+)
+from vllm_multilora.integration.fill_link import LINK, PATH_VARIABLE, FillLink
+from vllm_multilora.integration.logs import join_vllm_logging
 from vllm_multilora.integration.metrics import server_of
 from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
 from vllm_multilora.integration.patching.cache_settings import cpu_budget, store_settings
@@ -66,6 +64,12 @@ _REFUSALS_IN_ONE_LINE = RefusalsInOneLine()
 _D = TypeVar("_D")
 _T = TypeVar("_T")
 
+SERVER: Attached[str] = Attached("server")
+"""What an executor's server was called when its workers started."""
+
+EARLY_STORE: Attached[StoreClient | None] = Attached("early-store")
+"""What keeps this machine's store up until an executor's engine core has connected to it."""
+
 
 @contextmanager
 def starting_workers(executor: Any, vllm_config: VllmConfig) -> Iterator[None]:
@@ -78,6 +82,7 @@ def starting_workers(executor: Any, vllm_config: VllmConfig) -> Iterator[None]:
             the store up as its `EARLY_STORE`, and its server's name as its `SERVER`.
         vllm_config: Of the engine.
     """
+    join_vllm_logging()
     server = server_of(vllm_config)
     SERVER.set(executor, server)
     link = _make_link(vllm_config)
@@ -157,7 +162,6 @@ def adapters_of(engine_core: Any) -> EngineAdapters | None:
         ADAPTERS.set(engine_core, adapters)
         if adapters is not None:
             engine_core.scheduler.attach_adapters(adapters)
-            grammars.keep_apart(engine_core.structured_output_manager)
     return ADAPTERS.get(engine_core)
 
 
@@ -179,6 +183,7 @@ def _make_adapters(engine_core: Any) -> EngineAdapters | None:
         slots=lora_config.max_loras,
         max_rank=lora_config.max_lora_rank,
     )
+    observer.serves_with(executor.collective_rpc(calls.kernels_in_use)[0])
     slots = SlotAssignment(
         lora_config.max_loras,
         ContainedPolicy(make_policy(settings.cache_policy)),
@@ -308,9 +313,10 @@ def add_lora(
     """Registers an adapter: vLLM's `add_lora`, with the reading done by the store.
 
     Returns:
-        What was read: its digest, and after a colon its kind if it is not a plain one; true, as
-        vLLM's own answer is. A future where vLLM's engine core process answers a client's call
-        with it; the result itself in an engine core that is called directly.
+        What was read: its digest, and after colons its kind, if it is not a plain one, and the
+        tokens that activate it, if any do; true, as vLLM's own answer is. A future where vLLM's
+        engine core process answers a client's call with it; the result itself in an engine core
+        that is called directly.
 
     Raises:
         AdapterRefusedError: The adapter cannot be served; the future holds it likewise.
@@ -327,19 +333,29 @@ def add_lora(
             version = adapters.version(request.lora_int_id)
             return True if version is None else _as_answer(version)
 
+        def tell(registered: Future[bool]) -> None:
+            error = registered.exception()
+            if isinstance(error, AdapterRefusedError) and hasattr(engine_core, "input_queue"):
+                read.set_exception(SentRefusalError(*error.args))
+            else:
+                _tell(read, what, registered)
+
         registered = adapters.register(request)
         if not (registered.done() and registered.exception()):
             # It may have been about to go, as one does whose folder is put back as it was.
             number = request.lora_int_id
             engine_core.scheduler.users.keep({number, *adapters.blends_with(number)})
-        registered.add_done_callback(partial(_tell, read, what))
+        registered.add_done_callback(tell)
         return read
 
     return _carry_out(engine_core, adapters, register)
 
 
 def _as_answer(version: PackInfo) -> str:
-    return version.digest if version.kind == "lora" else f"{version.digest}:{version.kind}"
+    if version.kind == "lora":
+        return version.digest
+    tokens = ",".join(map(str, version.invocation_tokens))
+    return ":".join(filter(None, (version.digest, version.kind, tokens)))
 
 
 def remove_lora(

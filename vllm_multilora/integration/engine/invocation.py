@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_multilora.integration.activated import from_token, last_occurrence
-from vllm_multilora.integration.attached import ACTIVATION
+from vllm_multilora.integration.attached import Attached
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from vllm_multilora.store.messages import PackInfo
+
+ACTIVATION: Attached[Activation] = Attached("activation")
+"""Where the activated adapter of a `Request` begins to act, and in which version."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from vllm.v1.request import RequestStatus
 
@@ -11,11 +11,26 @@ from vllm_multilora.integration.failures import to_stop_reason
 from vllm_multilora.integration.tenant_of_request import tenant_of
 
 if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
     from vllm.v1.request import Request
 
-    from vllm_multilora.integration.engine.adapters import EngineAdapters
+    from vllm_multilora.failures import LoadFailure
+    from vllm_multilora.integration.tenant_of_request import RequestTenant
 
 HAS_RUN = (RequestStatus.RUNNING, RequestStatus.PREEMPTED)
+
+
+class ReloadedAdapters(Protocol):
+    """What reloads need of an engine's adapters; `EngineAdapters` has it."""
+
+    def is_reloading(self, adapter_id: int) -> bool:
+        """Whether the store has been asked for an adapter's reload, and has not answered."""
+
+    def failure(self, adapter_id: int, *, reload: bool = False) -> LoadFailure | None:
+        """Why an adapter cannot be had, or its reload."""
+
+    def want(self, request: LoRARequest, tenant: RequestTenant | None = None) -> LoadFailure | None:
+        """A request for an adapter has arrived; returns why it cannot be served."""
 
 
 class LateReloads:
@@ -31,7 +46,7 @@ class LateReloads:
         # Requests that are held back, by adapter, for all adapters of which a reload is on its way.
         self._held: dict[int, dict[str, None]] = {}
 
-    def hold(self, request: Request, adapters: EngineAdapters) -> bool:
+    def hold(self, request: Request, adapters: ReloadedAdapters) -> bool:
         """Whether a new request with an adapter is held back."""
         lora = request.lora_request
         assert lora is not None
@@ -51,7 +66,7 @@ class LateReloads:
         lora = request.lora_request
         return lora is not None and request.request_id in self._held.get(lora.lora_int_id, ())
 
-    def ask(self, requests: Mapping[str, Request], adapters: EngineAdapters) -> dict[str, str]:
+    def ask(self, requests: Mapping[str, Request], adapters: ReloadedAdapters) -> dict[str, str]:
         """Asks for the reloads whose turn it is, and ends what waits for one that has failed.
 
         No step may look at such a request for long: others of its adapter, which the version before

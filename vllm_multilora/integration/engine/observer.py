@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from vllm_multilora.failures import LoadFailure
 from vllm_multilora.integration.blends import label_of
@@ -16,7 +16,17 @@ from vllm_multilora.store.messages import Loaded, Totals
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-    from vllm_multilora.integration.engine.adapters import EngineAdapters
+    from vllm_multilora.slots.assignment import SlotAssignment
+    from vllm_multilora.states import AdapterState
+
+
+class ObservedAdapters(Protocol):
+    """What an observer asks of an engine's adapters; `EngineAdapters` has it."""
+
+    slots: SlotAssignment
+
+    def state(self, adapter_id: int) -> AdapterState:
+        """Where an adapter is."""
 
 
 class AdapterObserver(SlotEvents):
@@ -31,6 +41,7 @@ class AdapterObserver(SlotEvents):
     Attributes:
         usage: Each adapter's use.
         host_memory: What the store has said last of host memory; None if nothing.
+        kernels: Which kernels serve which layers, where a worker has chosen; the first one's.
     """
 
     def __init__(
@@ -43,6 +54,7 @@ class AdapterObserver(SlotEvents):
     ) -> None:
         self.usage = AdapterUsage()
         self.host_memory: Totals | None = None
+        self.kernels: list[dict[str, str]] = []
         self._requests = requests
         self._names: dict[int, str] = {}
         self._metrics: AdapterMetrics | None = None
@@ -51,6 +63,12 @@ class AdapterObserver(SlotEvents):
                 recorder, self._names.get, self.usage.of, slots=slots, max_rank=max_rank
             )
         self._changed: set[int] = set()
+
+    def serves_with(self, kernels: list[dict[str, str]]) -> None:
+        """Takes what a worker says of its kernels; see `kernel_rows`."""
+        self.kernels = kernels
+        if self._metrics is not None:
+            self._metrics.kernels(kernels)
 
     def known(self, request: LoRARequest) -> None:
         """An adapter has come to be known."""
@@ -152,7 +170,7 @@ class AdapterObserver(SlotEvents):
         self._names.pop(adapter_id, None)
         self._changed.add(adapter_id)  # it may have left a slot
 
-    def settle(self, adapters: EngineAdapters) -> None:
+    def settle(self, adapters: ObservedAdapters) -> None:
         """What was begun is complete; costs next to nothing where nothing has changed."""
         if not self._changed:
             return

@@ -3,8 +3,7 @@
 vLLM hashes a request's blocks with the adapter's name and path. Here, the adapter's part of such a
 key is the digest of its weights. So the same weights have the same keys under every name, on every
 server and after every restart, and other weights have other keys. KV connectors and offloading that
-use vLLM's block hashes inherit this. So does the encoder cache, if adapters change how a tower
-encodes an image (`enable_tower_connector_lora`): its keys contain the digest too.
+use vLLM's block hashes inherit this.
 
 Hashes are computed when a request arrives, if its adapter's weights are known by then; otherwise
 when the request has its turn, since a request that waits for its adapter has none before that.
@@ -23,17 +22,22 @@ The base model is not part of vLLM's keys; servers that share a KV store must se
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import RequestStatus
 
 from vllm_multilora.integration.activated import start_of
-from vllm_multilora.integration.attached import HASHER, VERSION
+from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.engine import invocation
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
+
+HASHER: Attached[Callable[[Any], list[Any]] | None] = Attached("hasher")
+"""What hashes the blocks of a `Request` with an adapter; None where nothing is cached."""
+
+VERSION: Attached[str] = Attached("version")
+"""The digest of the weights that a `Request` runs on; not set before they are known."""
 
 
 def withhold(request: Request, hasher: Callable[[Any], list[Any]] | None) -> None:
@@ -59,12 +63,6 @@ def set_version(request: Request, digest: str) -> bool:
         return False
     VERSION.set(request, digest)
     invocation.activate(request, digest)
-    request.mm_features = [
-        replace(feature, identifier=f"{digest}:{feature.mm_hash}")
-        if _depends_on_adapter(feature)
-        else feature
-        for feature in request.mm_features
-    ]
     _hash_again(request)
     return True
 
@@ -81,14 +79,8 @@ def _holds_results(request: Request, digest: str) -> bool:
         return True
     if request.status is not RequestStatus.PREEMPTED:
         return False
-    # Workers that have run it may remember where its adapter begins to act, and images by keys.
-    is_moved = start_of(request.lora_request) != (invocation.start_in(request, digest) or 0)
-    return is_moved or any(map(_depends_on_adapter, request.mm_features))
-
-
-def _depends_on_adapter(feature: Any) -> bool:
-    """Whether adapters change what a tower makes of an image: its key is not its hash alone."""
-    return feature.mm_hash is not None and feature.identifier != feature.mm_hash
+    # Workers that have run it may remember where its adapter begins to act.
+    return start_of(request.lora_request) != (invocation.start_in(request, digest) or 0)
 
 
 def _hash_again(request: Request) -> None:

@@ -23,8 +23,8 @@ import torch
 
 from vllm_multilora.adapters.blends import is_blend
 from vllm_multilora.failures import FailureKind, LoadFailure
-from vllm_multilora.integration.attached import VERSION
 from vllm_multilora.integration.engine.late_reloads import has_begun
+from vllm_multilora.integration.engine.prefix_keys import VERSION
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.utils.network_utils import get_ip
 
+from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.fill_link import FillLink
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.remote_link import Purpose, RemoteDoor
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = logging.getLogger(__name__)
+
+REACHED: Attached[list[RemoteMachine]] = Attached("reached")
+"""The other machines that an executor's workers are on, where they can be heard."""
 
 _ARRIVAL_LIMIT_S = 10.0
 

@@ -38,7 +38,6 @@ from vllm_multilora.integration.engine.fair_queue import (
     queue_of,
 )
 from vllm_multilora.integration.engine.freed_blocks import FreedBlocks
-from vllm_multilora.integration.engine.grammars import take_bad
 from vllm_multilora.integration.engine.late_reloads import HAS_RUN, LateReloads
 from vllm_multilora.integration.engine.users import AdapterUsers
 from vllm_multilora.integration.engine.versions import Announcements
@@ -347,7 +346,7 @@ class AdapterAwareMixin:
             return []
         adapters.poll()
         self._has_polled = True
-        failing, self._failing = self._failing | take_bad(self, output), {}
+        failing, self._failing = self._failing, {}
         lost = adapters.take_lost()
         if self._quarantines:
             lost |= adapters.take_quarantined(output, self.requests)

@@ -14,12 +14,19 @@ from multilora_kernels.native import load_library
 from vllm_multilora import __version__
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.failures import describe_failure
+from vllm_multilora.integration.offline.gpu_tools import (
+    chosen_kernels,
+    triton_folder,
+    triton_problems,
+)
+from vllm_multilora.integration.patching import ledger
 from vllm_multilora.integration.patching.activation import choose_backend
+from vllm_multilora.integration.patching.decision import acts, said_of
+from vllm_multilora.integration.patching.parts import CORE
+from vllm_multilora.integration.patching.seams import Seams
 from vllm_multilora.integration.patching.version import (
-    SUPPORTED_TEXT,
     distributions,
     installed_version,
-    is_supported,
 )
 from vllm_multilora.store import folder, sandbox
 from vllm_multilora.wording import counted
@@ -44,10 +51,7 @@ def diagnose() -> int:
         print("vLLM            not installed: pip install 'vllm-multilora[cuda]' or '[cpu]'")
         return 1
     installed = installed_version()
-    supported = is_supported(installed)
-    print(f"vLLM            {installed or 'no metadata'} (supported: {SUPPORTED_TEXT})")
-    if not supported:
-        problems.append(f"vLLM {installed} is not supported; --multilora forces the plugin on")
+    print(f"vLLM            {installed or 'no metadata'} (tested: {CORE.tested})")
     problems += _check_distributions(dict(distributions()))
     problems += _check_entry_point()
 
@@ -56,8 +60,16 @@ def diagnose() -> int:
     print(f"platform        {current_platform.device_name or current_platform.device_type}")
     device = "cuda" if current_platform.is_cuda_alike() else current_platform.device_type
     print(f"kernels         {_kernels(device, problems)}")
+    if device == "cuda":
+        problems += triton_problems()
+        print(f"Triton's cache  {triton_folder()}")
+    if chosen := [*chosen_kernels()]:
+        print("kernels chosen at earlier starts")
+        print("\n".join(f"  {line}" for line in chosen))
     print(f"store           {_store(problems)}")
     print(f"checks in it    {', '.join(sandbox.protection())}")
+    for seams in ledger.SEAMS:
+        problems += _check_decision(seams)
     print("patches")
     try:
         problems += _check_patches()
@@ -73,12 +85,20 @@ def diagnose() -> int:
     return 0
 
 
-def _check_patches() -> list[str]:
-    from vllm_multilora.integration.patching.ledger import PATCHES
+def _check_decision(seams: Seams) -> list[str]:
+    """Shows whether a part acts on this vLLM, and why it does not."""
+    is_on = acts(seams)
+    print(f"{seams.part.name:15} {'acts on this vLLM' if is_on else 'inactive (see below)'}")
+    if is_on:
+        return []
+    hint = "; --multilora forces it on" if seams.part is CORE else ""
+    return [f"{said_of(seams)}{hint}"]
 
+
+def _check_patches() -> list[str]:
     problems = []
-    width = max(len(patch.name) for patch in PATCHES)
-    for patch in PATCHES:
+    width = max(len(patch.name) for patch in ledger.PATCHES)
+    for patch in ledger.PATCHES:
         applied = patch.apply()
         print(f"  {'in place' if applied else 'MISSING '}  {patch.name:{width}} {patch.target}")
         if not applied:

@@ -55,7 +55,6 @@ class Server:
         tensor_parallel_size: Workers that share the model.
         fully_sharded_loras: Whether LoRA is sharded as far as it goes.
         lora_target_modules: The modules that adapters are restricted to; None: all.
-        enable_tower_connector_lora: Whether adapters change towers and connectors, too.
         dtype: The base model's.
         lora_dtype: The slots'; `auto` is the model's.
         max_model_len: The longest request; None: the model's own.
@@ -69,7 +68,6 @@ class Server:
     tensor_parallel_size: int = 1
     fully_sharded_loras: bool = False
     lora_target_modules: tuple[str, ...] | None = None
-    enable_tower_connector_lora: bool = False
     dtype: str = "auto"
     lora_dtype: str = "auto"
     max_model_len: int | None = None
@@ -109,7 +107,6 @@ class Server:
                 max_lora_rank=self.max_lora_rank,  # type: ignore[arg-type]
                 tensor_parallel_size=self.tensor_parallel_size,
                 fully_sharded_loras=self.fully_sharded_loras,
-                enable_tower_connector_lora=self.enable_tower_connector_lora,
                 dtype=self.dtype,  # type: ignore[arg-type]
                 lora_dtype=self.lora_dtype,
                 max_model_len=self.max_model_len,  # type: ignore[arg-type]
@@ -216,11 +213,6 @@ class _UnrunnableManager(LoRAModelManager):
         if self.supports_mm:
             self.mm_mapping = model.get_mm_mapping()
             parts = self.mm_mapping.language_model[:1]
-            self.supports_tower_connector_lora = (
-                self.lora_config.enable_tower_connector_lora and model.supports_tower_connector_lora
-            )
-            if self.supports_tower_connector_lora:
-                parts = [*parts, *self.mm_mapping.tower_model, *self.mm_mapping.connector]
         if vllm_config.model_config.is_encoder_decoder:
             parts = [*parts, ENCODER]
         nothing: Any = object()

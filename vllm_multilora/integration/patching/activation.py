@@ -1,4 +1,4 @@
-"""Whether the plugin is active for an engine, and with which backend: one answer for all."""
+"""Whether LoRA serving is active for an engine, and with which backend: one answer for all."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ from multilora_kernels import resolve_backend
 from vllm_multilora import __version__
 from vllm_multilora.config import CONFIG_KEY, MultiLoRAConfig, flag_of
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.integration.patching.version import (
-    SUPPORTED_TEXT,
-    installed_version,
-    is_supported,
-)
+from vllm_multilora.integration.patching.core_seams import CORE_SEAMS
+from vllm_multilora.integration.patching.decision import acts, said_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,6 +27,12 @@ def settings_of(vllm_config: VllmConfig) -> MultiLoRAConfig:
     return MultiLoRAConfig.from_additional_config(_additional(vllm_config))
 
 
+def given_to(vllm_config: VllmConfig) -> dict[str, Any]:
+    """The settings that were given for an engine; empty where none were."""
+    given: dict[str, Any] = _additional(vllm_config).get(CONFIG_KEY) or {}
+    return given
+
+
 def _additional(vllm_config: VllmConfig) -> dict[str, Any]:
     # vLLM also allows a platform's own object there; such an engine has no settings of ours.
     additional = vllm_config.additional_config
@@ -37,23 +40,23 @@ def _additional(vllm_config: VllmConfig) -> dict[str, Any]:
 
 
 def is_active(vllm_config: VllmConfig) -> bool:
-    """Whether the plugin acts for this engine: LoRA is on, and so is the plugin."""
-    return vllm_config.lora_config is not None and is_enabled(settings_of(vllm_config))
+    """Whether the core acts for this engine: it is on, LoRA is on, and not for towers."""
+    lora = vllm_config.lora_config
+    return lora is not None and not adapts_towers(lora) and is_enabled(settings_of(vllm_config))
 
 
-def is_active_behind(client: Any) -> bool:
-    """Whether the plugin acts for the engine behind a client of vLLM's.
+def adapts_towers(given: Any) -> bool:
+    """Whether adapters act in towers and connectors: such servers are left to vLLM.
 
-    A server that only renders prompts has no engine, and its client no configuration of one.
+    Args:
+        given: vLLM's `LoRAConfig`, or the arguments of a server.
     """
-    vllm_config = getattr(client, "vllm_config", None)
-    return vllm_config is not None and is_active(vllm_config)
+    return bool(getattr(given, "enable_tower_connector_lora", False))
 
 
 def is_enabled(settings: MultiLoRAConfig) -> bool:
-    """Whether the plugin is on: by its settings or, where these leave it open, vLLM's version."""
-    enabled = settings.enabled
-    return is_supported(installed_version()) if enabled is None else enabled
+    """Whether the core is on: by its settings or, where these leave it open, by what vLLM is."""
+    return acts(CORE_SEAMS) if settings.enabled is None else settings.enabled
 
 
 def kernel_backend(vllm_config: VllmConfig) -> str:
@@ -88,12 +91,6 @@ def loads_adapters(vllm_config: VllmConfig) -> bool:
         Exception: As `kernel_backend`.
     """
     return kernel_backend(vllm_config) != "vllm"
-
-
-def loads_adapters_behind(client: Any) -> bool:
-    """Whether it does so for the engine behind a client of vLLM's; see `is_active_behind`."""
-    vllm_config = getattr(client, "vllm_config", None)
-    return vllm_config is not None and loads_adapters(vllm_config)
 
 
 def choose_backend(
@@ -144,6 +141,11 @@ def choose_backend(
                 "the backend 'torch' reads each batch's plan on the host, which CUDA graphs cannot "
                 "capture: choose --multilora-backend triton, or add --enforce-eager"
             )
+    if settings.kernels == "vllm" and resolved != "triton":
+        raise ConfigError(
+            f"--multilora-kernels vllm is for GPUs with Triton, and the backend here is "
+            f"{resolved!r}: leave it out, or use --multilora-backend vllm to leave LoRA to vLLM"
+        )
     if not invariant or resolved == "native":
         return resolved
     if resolved == "triton":
@@ -157,26 +159,27 @@ def choose_backend(
 
 
 def announce(vllm_config: VllmConfig) -> None:
-    """Checks the settings of a new engine and logs, once, what the plugin will do."""
+    """Checks the settings of a new engine and logs, once, what LoRA serving will do."""
     settings = settings_of(vllm_config)
-    given = _additional(vllm_config).get(CONFIG_KEY)
+    given = given_to(vllm_config)
     if vllm_config.lora_config is None:
         if given and settings.enabled is not False:
-            logger.warning(
-                "These flags have no effect without --enable-lora: %s.", _as_flags(given)
-            )
+            logger.warning("These flags have no effect without --enable-lora: %s.", as_flags(given))
         return
-    installed = installed_version()
-    if settings.enabled is None and not is_supported(installed):
-        logger.warning(
-            "vllm-multilora %s supports vLLM %s and found %s: it stays inactive and vLLM runs as "
-            "it is. --multilora forces it on.",
-            __version__,
-            SUPPORTED_TEXT,
-            installed or "no version",
-        )
-    elif not is_active(vllm_config):
+    if settings.enabled is None and (said := said_of(CORE_SEAMS)):
+        is_on = is_enabled(settings)
+        logger.warning("%s.%s", said, "" if is_on else " --multilora forces it on.")
+    if settings.enabled is False:
         logger.info("vllm-multilora is switched off (--no-multilora).")
+    elif not is_enabled(settings):
+        return
+    elif adapts_towers(vllm_config.lora_config):
+        logger.warning(
+            "vllm-multilora %s leaves this server to vLLM's own LoRA, because it serves no "
+            "adapters of towers and connectors (--enable-tower-connector-lora).%s",
+            __version__,
+            f" These flags have no effect: {as_flags(given)}." if given else "",
+        )
     elif (backend := kernel_backend(vllm_config)) == "vllm" and settings.backend == "auto":
         logger.info(
             "vllm-multilora %s has no kernels for this platform: vLLM's own compute its adapters.",
@@ -184,12 +187,13 @@ def announce(vllm_config: VllmConfig) -> None:
         )
     else:
         logger.info("vllm-multilora %s is active; LoRA kernels: %s.", __version__, backend)
-    idle = {name: value for name, value in (given or {}).items() if name not in _ALWAYS_HEEDED}
+    idle = {name: value for name, value in given.items() if name not in _ALWAYS_HEEDED}
     if idle and is_active(vllm_config) and not loads_adapters(vllm_config):
-        logger.warning("These flags have no effect with vLLM's own kernels: %s.", _as_flags(idle))
+        logger.warning("These flags have no effect with vLLM's own kernels: %s.", as_flags(idle))
 
 
-def _as_flags(given: Mapping[str, Any]) -> str:
+def as_flags(given: Mapping[str, Any]) -> str:
+    """Settings as the flags that were given for them."""
     return ", ".join(
         flag_of(name).replace("--", "--no-", 1) if value is False else flag_of(name)
         for name, value in given.items()

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.config import CONFIG_KEY, MultiLoRAConfig, flag_of, given_settings
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.integration.patching.ledger import missing
-from vllm_multilora.integration.patching.version import SUPPORTED_TEXT
+from vllm_multilora.integration.patching.core_seams import CORE_SEAMS
+from vllm_multilora.integration.patching.parts import CORE
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
@@ -83,7 +83,7 @@ def _own_settings(additional_config: Any) -> Mapping[str, Any]:
 def add_cli_args(original: Callable[..., Any], parser: Any) -> Any:
     parser = original(parser)
     # A flag that nobody reads would promise something: without it vLLM refuses it.
-    if not missing(("flag-values", "settings-check")):
+    if not CORE_SEAMS.missing(("flag-values", "settings-check")):
         add_flags(parser)
     return parser
 
@@ -91,9 +91,9 @@ def add_cli_args(original: Callable[..., Any], parser: Any) -> Any:
 def from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
     engine_args = original(cls, args)
     merge_flags(args, engine_args)
-    if _own_settings(engine_args.additional_config) and missing(("settings-check",)):
+    if _own_settings(engine_args.additional_config) and CORE_SEAMS.missing(("settings-check",)):
         raise ConfigError(
             f"the settings of {CONFIG_KEY} in --additional-config cannot be checked with this "
-            f"vLLM: leave them out, or install vLLM {SUPPORTED_TEXT}"
+            f"vLLM: leave them out, or install vLLM {CORE.tested}"
         )
     return engine_args

@@ -13,10 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_multilora.integration.patching.parts import CORE, Part
 from vllm_multilora.integration.patching.post_import import when_imported
-from vllm_multilora.integration.patching.version import installed_version, is_supported
+from vllm_multilora.integration.patching.version import installed_version
 
 logger = logging.getLogger(__name__)
+
+RUNS = ("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2")
+"""The vLLM versions that are tested, and with `/2` their second model runners."""
 
 _MARK = "__multilora_patch__"
 _LITERALS = (str, int, float, bool, type(None))
@@ -28,7 +32,7 @@ _patching = threading.Lock()
 
 @dataclass(frozen=True)
 class Patch:
-    """One entry of the ledger in `ledger.py`.
+    """One entry of the ledger.
 
     Attributes:
         name: Short name, unique.
@@ -39,23 +43,24 @@ class Patch:
             where the target is one. The originals of static and class methods and of properties
             are plain functions.
         why: What vLLM lacks and what the handler does about it.
-        checked: The vLLM versions, and with `/2` their second model runners, with which tests have
-            called the handler.
         until: What would make the patch unnecessary.
+        checked: The runs, of `RUNS`, in which tests have called the handler.
         package: Where handlers are found.
         takes: The target's parameters, those of `__init__` for a class, as known versions write
-            them; compared before a vLLM that is not supported is changed, and by `vllm-multilora
+            them; compared before a vLLM that is not tested is changed, and by `vllm-multilora
             doctor --against`.
+        part: The part of the plugin that needs it.
     """
 
     name: str
     target: str
     handler: str
     why: str
-    checked: tuple[str, ...]
     until: str
+    checked: tuple[str, ...] = RUNS
     package: str = "vllm_multilora.integration"
     takes: tuple[str, ...] = ()
+    part: Part = CORE
 
     @property
     def module(self) -> str:
@@ -96,7 +101,7 @@ class Patch:
 
         Returns:
             Whether the patch is in place. If the target is missing, or is another one in a vLLM
-            that is not supported, vLLM stays as it is and one line in the log says so, once.
+            that is not tested, vLLM stays as it is and one line in the log says so, once.
         """
         try:
             # Outside the lock: an import may wait for another thread's, and that one patches.
@@ -133,15 +138,15 @@ class Patch:
         """Why a target is not the one that the handler is for; empty where it is, or must be.
 
         A handler stands between vLLM and its own function even where the plugin is inactive, as
-        it is in a vLLM that is not supported: it must be able to take what vLLM hands over.
+        it may be in a vLLM that is not tested: it must be able to take what vLLM hands over.
         """
-        if is_supported(version := installed_version()):
+        if self.part.is_tested(version := installed_version()):
             return ""
         taken = _parameters(original)
         if taken is not None and taken in map(_literal_defaults, self.takes):
             return ""
         return (
-            f"is not what it is in supported versions: in vLLM {version} it "
+            f"is not what it is in tested versions: in vLLM {version} it "
             f"{'is no function' if taken is None else f'takes ({taken})'}"
         )
 
@@ -184,7 +189,7 @@ class Patch:
         what it replaces.
 
         Raises:
-            ImportError: As `load_handler`, in a vLLM that is supported.
+            ImportError: As `load_handler`, in a vLLM that is tested.
             AttributeError: Likewise.
         """
         try:
@@ -192,7 +197,7 @@ class Patch:
         except (ImportError, AttributeError) as error:
             if sys.is_finalizing():
                 return _stock
-            if is_supported(installed_version()):
+            if self.part.is_tested(installed_version()):
                 raise
             logger.warning(
                 "vllm-multilora cannot carry out its patch %r with vLLM %s: %s cannot be imported "

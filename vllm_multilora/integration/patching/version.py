@@ -1,4 +1,4 @@
-"""Which vLLM is installed, and whether this plugin supports it."""
+"""Which vLLM is installed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import functools
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-
-SUPPORTED = ((0, 31), (0, 33))
-"""The first and last supported minor versions, both included."""
-SUPPORTED_TEXT = "0.31 to 0.33"
 
 
 def distributions() -> Iterator[tuple[str, str]]:
@@ -26,12 +22,3 @@ def distributions() -> Iterator[tuple[str, str]]:
 def installed_version() -> str | None:
     """The version of the installed vLLM; None if its metadata is missing."""
     return next((text for _, text in distributions()), None)
-
-
-def is_supported(version_text: str | None) -> bool:
-    """Whether the plugin was checked with this version of vLLM."""
-    try:
-        major, minor = (int(part) for part in (version_text or "").split(".")[:2])
-    except ValueError:
-        return False
-    return SUPPORTED[0] <= (major, minor) <= SUPPORTED[1]

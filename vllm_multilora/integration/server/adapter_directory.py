@@ -26,7 +26,7 @@ from vllm.lora.request import LoRARequest
 from vllm_multilora.adapters.allowed_roots import AllowedRoots
 from vllm_multilora.adapters.directory import AdapterDirectories, AdapterFolder, Settling
 from vllm_multilora.adapters.problems import SIGNATURE_CODES
-from vllm_multilora.integration.attached import DIRECTORY, ROUTES
+from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server import callers, registration, versions
 from vllm_multilora.integration.server.pending_looks import PendingLooks
@@ -45,6 +45,9 @@ _GRACE_S = versions.GRACE_S + 4 * SCAN_S
 _MOST_NAMED = 5
 
 _T = TypeVar("_T")
+
+DIRECTORY: Attached[DirectoryServer] = Attached("directory")
+"""What serves the adapter directories for vLLM's `OpenAIServingModels`."""
 
 
 @dataclass
@@ -178,7 +181,7 @@ class DirectoryServer:
     def _serve(self, folder: AdapterFolder) -> _Served | None:
         """Takes an adapter into the table of names, unless its name is somebody else's."""
         name, models = folder.name, self._models
-        is_route = name in (ROUTES.get(models) or ())
+        is_route = name in (registration.ROUTE_NAMES.get(models) or ())
         if models.is_base_model(name) or name in models.lora_requests or is_route:
             self._directories.tell(f"{folder.path} is not served: another model has its name")
             return None

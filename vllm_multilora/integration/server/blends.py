@@ -15,8 +15,9 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from vllm_multilora.adapters.blends import BlendError, is_blend, weights_in
 from vllm_multilora.integration.blends import blended
-from vllm_multilora.integration.patching.activation import is_active_behind, settings_of
+from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server import callers, registration, versions
+from vllm_multilora.integration.server.activation import is_active_behind
 from vllm_multilora.integration.server.http_calls import BLEND_FIELD as FIELD
 from vllm_multilora.integration.server.http_calls import current_call
 

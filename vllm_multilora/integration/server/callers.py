@@ -7,7 +7,6 @@ without this module.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from contextvars import ContextVar
@@ -18,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.exceptions import GracefulHTTPError
-from vllm.v1.serial_utils import MsgpackEncoder
 
 from vllm_multilora.integration.failures import without_folders
 from vllm_multilora.tenants.limits import LimitReachedError
@@ -52,25 +50,6 @@ MOST_BYTES = 16 << 20
 """That a tenant's call may have the engine receive, which takes it a few nanoseconds for each and
 several bytes of memory; a token of a prompt is three."""
 
-MOST_TENSORS = 256 << 20
-"""Bytes of tensors, images say, that a tenant's call may have the engine receive once more: vLLM
-sends them for each answer to a prompt, while they have come with the call's body once."""
-
-MOST_UNPACKED = 1 << 30
-"""Bytes that a tenant's call may have images, videos and recordings unpacked to: a few kilobytes
-become half a gigabyte, and all that are in a call are held until the last has come."""
-
-MOST_READING_S = 20.0
-"""Of a processor, that a tenant's call may take to have its images read, however small they are:
-some take minutes for a megabyte, on threads that others' images wait for."""
-
-MOST_WATCHED = 1 << 35
-"""Pixels of videos that a tenant's call may have gone through: nine minutes of full HD, of 30
-frames a second. All frames up to the last one that is used are, however few these are."""
-
-LEAST_FRAME = 1 << 12
-"""Pixels that a frame counts as, which may be none: a video need not have those that it tells."""
-
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=lambda _: None)
 
 
@@ -94,7 +73,6 @@ class Caller:
         retry_after_s: When a request over the tenant's limits may come again.
         has_turn: Whether it is one of the tenant's running calls.
         most_results: Numbers that the answer to a tenant's pooling call may hold.
-        body_bytes: Of a tenant's call, and of those that it goes on with.
     """
 
     role: Role
@@ -106,16 +84,10 @@ class Caller:
     retry_after_s: int | None = None
     has_turn: bool = False
     most_results: int = MOST_RESULTS
-    body_bytes: int = 0
     _answers: int = 0
     _scores: int = 0
     _results: int = 0
     _bytes: int = 0
-    _tensors: int = 0
-    _unpacked: int = 0
-    _reading_s: float = 0.0
-    _watched: int = 0
-    _users: int = 1
     _used: set[str] = field(default_factory=set)
 
     @property
@@ -230,55 +202,7 @@ class Caller:
                 self._bytes, MOST_BYTES, "bytes sent at most, a prompt's for each answer to it."
             )
 
-    def count_tensors(self, tensors: Any, more: int) -> None:
-        """The call has the engine receive tensors so many times more than once.
-
-        Raises:
-            GracefulHTTPError: A tenant's is too much: all others' requests wait behind them.
-        """
-        if self.account is not None and more:
-            parts: Sequence[Any] = MsgpackEncoder().encode(tensors)  # which copies none
-            self._tensors += sum(memoryview(part).nbytes for part in parts) * more
-            self._bound(
-                self._tensors, MOST_TENSORS, "bytes of images and the like sent again for answers."
-            )
-
-    def count_unpacked(self, size: int) -> None:
-        """The call has so many bytes more of images and the like, on any thread.
-
-        Raises:
-            GracefulHTTPError: A tenant's are too many: the server would run out of memory.
-        """
-        self._unpacked += size
-        self._bound(self._unpacked, MOST_UNPACKED, "bytes of unpacked images and the like.")
-
-    def require_open(self) -> None:
-        """Raises GracefulHTTPError if the request has been answered, and what it wants is no use.
-
-        vLLM refuses a request for the first of its chats to embed, say, and reads on in the others.
-        """
-        if not self._users:
-            raise GracefulHTTPError("The call has been answered.", HTTPStatus.BAD_REQUEST)
-
-    def count_reading(self, seconds: float) -> None:
-        """The call has so much more of a processor taken to read its images, on any thread.
-
-        Raises:
-            GracefulHTTPError: A tenant's take too much: others' images wait for the threads.
-        """
-        self._reading_s += seconds
-        self._bound(self._reading_s, MOST_READING_S, "seconds of a processor to read its images.")
-
-    def count_watched(self, frames: int, pixels: int) -> None:
-        """The call has so many frames more gone through, of so many pixels each, on any thread.
-
-        Raises:
-            GracefulHTTPError: A tenant's are too many: others' images wait for the threads.
-        """
-        self._watched += frames * max(pixels, LEAST_FRAME)
-        self._bound(self._watched, MOST_WATCHED, "pixels of videos, up to the last frames used.")
-
-    def _bound(self, wanted: float, most: float, what: str) -> None:
+    def _bound(self, wanted: int, most: int, what: str) -> None:
         if self.account is not None and wanted > most:
             raise GracefulHTTPError(f"One call may want {most} {what}", HTTPStatus.BAD_REQUEST)
 
@@ -287,15 +211,9 @@ class Caller:
         tenant = self.tenant
         return chosen if tenant is None else tenant_salt(self.secret, tenant.name, chosen)
 
-    def works_on(self, task: asyncio.Task[Any]) -> None:
-        """Keeps what the request uses until a task is done, which may go on after the answer."""
-        self._users += 1
-        task.add_done_callback(lambda _: self.ended())
-
     def ended(self) -> None:
-        """The request has been answered, or a task that worked on for it is done."""
-        self._users -= 1
-        if self.account is None or self._users:
+        """Gives back what the request uses, once it has been answered."""
+        if self.account is None:
             return
         for name in self._used:
             self.account.release(name)
@@ -360,13 +278,3 @@ def turn_to_read() -> AbstractAsyncContextManager[Any]:
     """
     account = current_account()
     return nullcontext() if account is None else account.first_readings
-
-
-def card_for(caller: Caller | None, card: Any, *, is_base: bool, is_route: bool) -> Any | None:
-    """A line of `/v1/models` as a caller may see it; None where it may not."""
-    if caller is None:
-        return card
-    if not caller.may_use(card.id, is_base=is_base, is_route=is_route):
-        return None
-    # `root` is the folder of an adapter, and often of the base model.
-    return card.model_copy(update={"root": card.id}) if caller.hides_folders else card

@@ -10,7 +10,8 @@ from typing import Any
 from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from vllm_multilora.integration.patching.activation import is_active
+from vllm_multilora.integration.engine.adapter_status import METHOD, Report
+from vllm_multilora.integration.server.activation import is_active
 
 _STOPPING = "Server shutting down"
 """What vLLM's engine core answers all calls with once it has been told to stop."""
@@ -47,3 +48,16 @@ async def call_utility(
         ) from error
     finally:
         call.cancel()
+
+
+async def engine_reports(client: Any, asked: list[int]) -> list[Report]:
+    """Asks each engine for its report; vLLM's own `collective_rpc` returns that of the first."""
+    answers = await asyncio.gather(
+        *(
+            client._call_utility_async(
+                "collective_rpc", METHOD, None, (asked,), None, engine=engine
+            )
+            for engine in client.core_engines
+        )
+    )
+    return [report for answer in answers for report in answer]

@@ -7,20 +7,26 @@ is refused, whatever let it through before.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMNotFoundError
 
 from vllm_multilora.adapters.blends import folders_of
-from vllm_multilora.integration.attached import HIDDEN_FOLDERS, SEE_OFF
-from vllm_multilora.integration.patching.activation import loads_adapters
+from vllm_multilora.integration.api_server.failure_delivery import HIDDEN_FOLDERS
+from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.server import metering
+from vllm_multilora.integration.server.activation import manages_adapters
 from vllm_multilora.integration.server.callers import MOST_SCORES, Caller, current_caller
-from vllm_multilora.integration.server.request_bounds import require_bounded
-from vllm_multilora.integration.tenant_of_request import set_tenant
+from vllm_multilora.integration.tenant_of_request import RequestTenant, set_tenant
 from vllm_multilora.tenants.limits import Meter
-from vllm_multilora.tenants.on_request import RequestTenant
 from vllm_multilora.tenants.salts import tenant_salt
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+SEE_OFF: Attached[Callable[[LoRARequest], None]] = Attached("see-off")
+"""What an `OutputProcessor` calls with the adapter of every request that goes to the engine. It
+raises if the request is not to go there."""
 
 
 def add_request(
@@ -42,7 +48,6 @@ def add_request(
             answers = 1 if parent is None else parent.sampling_params.n
             caller.count_answers(answers)
             caller.count_bytes((request.prompt_token_ids, request.sampling_params), answers)
-            caller.count_tensors((request.mm_features, request.prompt_embeds), answers - 1)
     if is_new and request.lora_request is not None and (see_off := SEE_OFF.get(processor)):
         see_off(request.lora_request)
     original(processor, request, prompt, parent, index, *args, **kwargs)
@@ -90,19 +95,8 @@ async def send_request(
     try:
         await original(client, request, *args, **kwargs)
     except BaseException:
-        if is_new and loads_adapters(client.vllm_config):
+        if is_new and manages_adapters(client.vllm_config):
             await client.abort(request.request_id, internal=True)
-        raise
-
-
-def add_offline(original: Callable[..., str], engine: Any, *args: Any, **kwargs: Any) -> str:
-    """Adds a request of `LLM`; where its engine does not take it, nobody waits for it."""
-    states = engine.output_processor.request_states
-    known = len(states)
-    try:
-        return original(engine, *args, **kwargs)
-    except BaseException:
-        engine.abort_request([*states][known:], internal=True)
         raise
 
 
@@ -111,12 +105,10 @@ def mark(request: Any, caller: Caller) -> None:
 
     Raises:
         VLLMNotFoundError: Nobody has granted the request what would answer it.
-        GracefulHTTPError: There is too much of something in it.
     """
     tenant = caller.tenant
     if tenant is None:
         return
-    require_bounded(request)
     adapter = request.lora_request
     name = None if adapter is None else adapter.lora_name
     if name not in caller.granted:

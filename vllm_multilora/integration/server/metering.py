@@ -24,17 +24,13 @@ from vllm.v1.engine.async_llm import InputStreamError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_multilora.adapters.blends import is_blend
-from vllm_multilora.integration.attached import (
-    ENDED,
-    METER,
-    PROMPT,
-    UNREAD_SCORES,
-)
+from vllm_multilora.integration.api_server.failure_delivery import ON_OUTPUTS
+from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.engine.versions import version_in
 from vllm_multilora.integration.patching.activation import settings_of
-from vllm_multilora.integration.server.access import stop_waiting
 from vllm_multilora.integration.server.callers import Caller, current_caller, current_tenant
 from vllm_multilora.integration.server.http_calls import SHOWN_DIGITS, HttpCall, current_call
+from vllm_multilora.integration.server.key_settings import stop_waiting
 from vllm_multilora.metering.usage import Status, Usage
 from vllm_multilora.metering.usage_log import UsageLog
 from vllm_multilora.metrics.names import BLENDS
@@ -45,6 +41,16 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 logger = logging.getLogger(__name__)
+
+METER: Attached[ServerMeter] = Attached("meter")
+"""What follows the requests of an API server's `OutputProcessor` to their ends."""
+
+UNREAD_SCORES: Attached[int] = Attached("unread-scores")
+"""Log probabilities that a stream's client has not read yet, by what collects its outputs."""
+
+PROMPT: Attached[Prompt | None] = Attached("prompt")
+"""What the prompt of a `RequestState`, or of the `ParentRequest` of several, has used so far; None
+once it has ended."""
 
 _ENDS = {FinishReason.ABORT: Status.ABORTED, FinishReason.ERROR: Status.FAILED}
 
@@ -206,7 +212,6 @@ class ServerMeter:
         PROMPT.set(state, None)
         prompt.choices -= 1
         usage = prompt.usage
-        ENDED.set(state, usage)
         if status is not None and usage.status is Status.OK:
             usage.status = status
         if prompt.is_beam:
@@ -313,7 +318,13 @@ def start(models: Any) -> None:
         has_latencies=settings.latency_metrics,
         takes_prefills=client.vllm_config.kv_transfer_config is not None,
     )
-    METER.set(client.output_processor, meter)
+    attach(client.output_processor, meter)
+
+
+def attach(processor: Any, meter: ServerMeter) -> None:
+    """Has a meter follow the requests of vLLM's `OutputProcessor`."""
+    METER.set(processor, meter)
+    ON_OUTPUTS.set(processor, meter.look)
 
 
 def begin(processor: Any, state: Any) -> None:
@@ -325,17 +336,6 @@ def begin(processor: Any, state: Any) -> None:
     """
     if (meter := METER.get(processor)) is not None:
         meter.begin(state)
-
-
-def look(processor: Any, outputs: Iterable[Any]) -> None:
-    """A step has outputs, which vLLM has not seen yet.
-
-    Args:
-        processor: vLLM's `OutputProcessor`.
-        outputs: vLLM's `EngineCoreOutput`s.
-    """
-    if (meter := METER.get(processor)) is not None:
-        meter.look(outputs, processor.request_states)
 
 
 # What vLLM calls

@@ -10,30 +10,34 @@ import contextlib
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import REGISTRY, Metric
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+from starlette.responses import Response
+from starlette.routing import Route
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from vllm_multilora.integration.attached import LISTS
-from vllm_multilora.integration.metrics import folder_of, recorder
-from vllm_multilora.integration.patching.activation import is_active, loads_adapters
+from vllm_multilora.integration.attached import Attached
+from vllm_multilora.integration.metrics import FOLDER_VARIABLE, folder_of, recorder
+from vllm_multilora.integration.server.activation import is_active, manages_adapters
 from vllm_multilora.metrics.collector import LoRACollector
-from vllm_multilora.metrics.folder import create_folder, parent_folder, remove_folder
 from vllm_multilora.metrics.recorder import Recorder
 from vllm_multilora.metrics.request_lists import RequestLists, labels_of
 from vllm_multilora.metrics.server_counts import COUNTS
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from starlette.requests import Request
     from vllm.config import VllmConfig
 
 logger = logging.getLogger(__name__)
 
-FOLDER_VARIABLE = "MULTILORA_METRICS_FOLDER"
-"""Tells several API servers of one `vllm serve` where the folder is: each has made a
-configuration of its own, with another instance in it than the engines'."""
+LISTS: Attached[Callable[[int, Any], None] | None] = Attached("lists")
+"""What takes the lists of adapters in an engine's statistics, of a `PrometheusStatLogger`; None
+where vLLM's own metric does, as it is."""
 
 _MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 """Where vLLM's API servers keep the values of their metrics, if they share them."""
@@ -41,32 +45,9 @@ _MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 _COLLECTOR = LoRACollector()
 
 
-def make_folder(vllm_config: VllmConfig) -> None:
-    """Makes the folder of an engine that this process is about to start.
-
-    It is removed with the configuration, at the latest when this process ends.
-    """
-    parallel = vllm_config.parallel_config
-    if parallel._api_process_count > 1 and parallel._api_process_rank >= 0:
-        return  # one of several API servers; the process that started them has made it
-    try:
-        folder = create_folder(vllm_config.instance_id, parent_folder())
-    except OSError as error:
-        logger.warning("There will be no LoRA metrics: no folder for them can be made: %s", error)
-        return
-    weakref.finalize(vllm_config, _remove, folder, os.getpid())
-    os.environ[FOLDER_VARIABLE] = str(folder)
-
-
-def _remove(folder: Path, maker: int) -> None:
-    # Not in a forked child, which has the maker's finalizers too.
-    if os.getpid() == maker:
-        remove_folder(folder)
-
-
 def show(vllm_config: VllmConfig) -> None:
     """Shows an engine's metrics in this process, its client; the newest engine's are shown."""
-    if not loads_adapters(vllm_config):
+    if not manages_adapters(vllm_config):
         return
     folder = folder_of(vllm_config)
     if folder is None and (path := os.environ.get(FOLDER_VARIABLE)):
@@ -86,10 +67,22 @@ def _recorder(config: weakref.ref[VllmConfig], folder: Path) -> Recorder | None:
     return None if vllm_config is None else recorder(vllm_config, "server", folder)
 
 
-def shown_beside(collector: Any) -> Iterable[Metric]:
-    """What is shown beside the values of several API servers: nothing beside anybody else's."""
-    folder = os.environ.get(_MULTIPROCESS)
-    return _COLLECTOR.collect() if folder and collector._path == folder else ()
+def add_routes(app: FastAPI) -> None:
+    """Adds the LoRA metrics to `/metrics` of one of several API servers.
+
+    There vLLM's route reads the files of all servers into a new registry for each answer, which
+    nobody else can register with. So a route of ours comes before it.
+    """
+    if _MULTIPROCESS not in os.environ:
+        return  # vLLM shows the registry that the metrics are in
+    registry = get_prometheus_registry()
+    registry.register(_COLLECTOR)
+
+    def show_all(_: Request) -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    paths = "/metrics", "/metrics/"
+    app.routes[:0] = [Route(path, show_all, include_in_schema=False) for path in paths]
 
 
 def init_stat_loggers(
@@ -97,10 +90,6 @@ def init_stat_loggers(
 ) -> None:
     original(self, vllm_config, *args, **kwargs)
     show(vllm_config)
-
-
-def collect(original: Callable[..., Iterable[Metric]], self: Any) -> Iterable[Metric]:
-    return [*original(self), *shown_beside(self)]
 
 
 def record(

@@ -11,7 +11,6 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
 
 from vllm_multilora.adapters.served_names import name_fault
-from vllm_multilora.integration.attached import METER, ROUTES
 from vllm_multilora.integration.server import (
     blends,
     multimodal,
@@ -21,10 +20,8 @@ from vllm_multilora.integration.server import (
 )
 from vllm_multilora.integration.server.callers import Caller, current_caller
 from vllm_multilora.integration.server.http_calls import BLEND_FIELD, current_call, look_for_call
-from vllm_multilora.integration.server.request_bounds import (
-    require_few_repeats,
-    require_short_scored,
-)
+from vllm_multilora.integration.server.metering import METER
+from vllm_multilora.integration.server.routes import ROUTES
 
 _GENERATES = "Blends of adapters are served by endpoints that generate, not by this one."
 
@@ -72,9 +69,6 @@ async def prepare(serving: Any, request: Any) -> ErrorResponse | None:
         return refusal
     if refusal is not None:
         return _as_shown(refusal, caller, serving.models, request.model)
-    if (refusal := multimodal.refuse_features(request)) is not None:
-        return refusal
-    require_short_scored(request, serving.models)
     if _lacks_language(request):
         caller.grant(None)  # the base model says to vLLM which language a recording is in
     name = request.model
@@ -200,8 +194,6 @@ async def check_model(original: Callable[..., Any], serving: Any, request: Any) 
     if refusal is None:
         refusal = bind(serving, request, asked)
     if refusal is None:
-        call = current_call.get()
-        require_few_repeats(request, renders=call is not None and call.renders)
         _name_rendered(request, asked)
     return refusal
 

@@ -9,6 +9,11 @@ from dataclasses import dataclass
 
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
+from vllm_multilora.integration.attached import Attached
+
+REFUSALS: Attached[Refusals] = Attached("refusals")
+"""Adapters that vLLM's resolvers found and the engine refused, by `OpenAIServingModels`."""
+
 FIRST_PAUSE_S = 2.0
 LONGEST_PAUSE_S = 60.0
 _MOST = 1024

@@ -8,9 +8,8 @@ reload that fails leaves it serving.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,13 +21,15 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_multilora.adapters.problems import Code, Problem, shown_name
 from vllm_multilora.adapters.served_names import name_fault, path_fault
-from vllm_multilora.failures import FailureKind
-from vllm_multilora.integration.attached import SEE_OFF
+from vllm_multilora.integration.api_server import registered_versions
+from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.blends import blend_of
-from vllm_multilora.integration.failures import REFUSAL_MARK, STATUS, without_folder
-from vllm_multilora.integration.patching.activation import loads_adapters_behind
-from vllm_multilora.integration.server import metering, shared_names, versions
+from vllm_multilora.integration.failures import STATUS, AdapterRefusedError, without_folder
+from vllm_multilora.integration.server import metering, shared_names
+from vllm_multilora.integration.server.activation import manages_adapters_behind
 from vllm_multilora.integration.server.callers import TYPES
+from vllm_multilora.integration.server.engine_door import SEE_OFF
+from vllm_multilora.integration.server.versions import GRACE_S
 
 if TYPE_CHECKING:
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -37,10 +38,13 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
+ROUTE_NAMES: Attached[Container[str]] = Attached("route-names")
+"""The names of the routes of vLLM's `OpenAIServingModels`, which no adapter may have."""
+
 MOST_ADAPTERS = 65_536
 """That an API server serves at a time: as many as an engine knows."""
 
-LATE_GRACE_S = 3 * versions.GRACE_S
+LATE_GRACE_S = 3 * GRACE_S
 """How long an adapter stays that a request has brought back after that. By then other API servers,
 which look at adapter directories for themselves, know too that its version is an old one."""
 
@@ -57,29 +61,50 @@ class AdapterErrorResponse(ErrorResponse):
     error: AdapterErrorInfo
 
 
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    status.value: {"model": AdapterErrorResponse, "description": description}
-    for status, description in (
-        (HTTPStatus.UNAUTHORIZED, "The request has no valid key."),
-        (HTTPStatus.BAD_REQUEST, "The name, the path or the adapter itself is wrong."),
-        (HTTPStatus.FORBIDDEN, "The path is outside the allowed folders, or the key too weak."),
-        (HTTPStatus.NOT_FOUND, "There is no such adapter."),
-        (HTTPStatus.INTERNAL_SERVER_ERROR, "The server has failed."),
-        (HTTPStatus.SERVICE_UNAVAILABLE, "The storage failed, or memory or time ran out."),
-    )
-}
-"""The answers of vLLM's routes for adapters other than 200, as `/openapi.json` describes them."""
+def _described(
+    model: type[ErrorResponse], texts: Mapping[HTTPStatus, str]
+) -> dict[int | str, dict[str, Any]]:
+    return {
+        status.value: {"model": model, "description": description}
+        for status, description in texts.items()
+    }
+
+
+REFUSALS = _described(
+    AdapterErrorResponse,
+    {
+        HTTPStatus.UNAUTHORIZED: "The request has no valid key.",
+        HTTPStatus.BAD_REQUEST: "The name, the path or the adapter itself is wrong.",
+        HTTPStatus.FORBIDDEN: "The path is outside the allowed folders, or the key too weak.",
+        HTTPStatus.NOT_FOUND: "There is no such adapter.",
+        HTTPStatus.INTERNAL_SERVER_ERROR: "The server has failed.",
+        HTTPStatus.SERVICE_UNAVAILABLE: "The storage failed, or memory or time ran out.",
+    },
+)
+"""Answers other than 200 of vLLM's routes for adapters, as `/openapi.json` describes them."""
+
+STATUS_REFUSALS = _described(
+    ErrorResponse,
+    {
+        HTTPStatus.UNAUTHORIZED: "The request has no valid key.",
+        HTTPStatus.NOT_FOUND: "The plugin is off, or LoRA is.",
+        HTTPStatus.SERVICE_UNAVAILABLE: "The engine did not answer in time.",
+    },
+)
+"""The same for `GET /v1/lora_adapters`."""
 
 
 def acts_for(models: OpenAIServingModels) -> bool:
     """Whether the plugin loads the adapters of the engine behind a server, and not vLLM itself."""
-    return loads_adapters_behind(getattr(models, "engine_client", None))
+    return manages_adapters_behind(getattr(models, "engine_client", None))
 
 
 async def load_adapter(
     models: Any, request: Any, base_model_name: str | None
 ) -> ErrorResponse | str:
     """`POST /v1/load_lora_adapter`: reads and checks an adapter, and serves it from now on.
+
+    A call that has waited while an equal one loaded the adapter succeeds with it.
 
     Answers 400 with all problems where the adapter is bad, 403 where its path is not allowed, 404
     where there is none, 503 where it could not be read.
@@ -88,7 +113,11 @@ async def load_adapter(
     refusal = _refuse_text(models, name, path)
     if refusal is not None:
         return refusal
+    success = f"Success: LoRA adapter '{name}' added successfully."
+    before = models.lora_requests.get(name)
     async with models.lora_resolver_lock[name]:
+        if _has_loaded(models, request, before):
+            return success
         refusal = await models._check_load_lora_adapter_request(request)
         if refusal is not None:
             return refusal
@@ -107,7 +136,19 @@ async def load_adapter(
             return refusal
         await serve(models, lora)
         logger.info("Loaded LoRA adapter: name '%s', path '%s'", name, shown_name(path))
-        return f"Success: LoRA adapter '{name}' added successfully."
+        return success
+
+
+def _has_loaded(models: Any, request: Any, before: LoRARequest | None) -> bool:
+    """Whether what a call is to load was loaded since its name led to `before`."""
+    loaded = models.lora_requests.get(request.lora_name)
+    return (
+        loaded is not None
+        and loaded is not before
+        and not request.load_inplace
+        and loaded.lora_path == request.lora_path
+        and loaded.is_3d_lora_weight == request.is_3d_lora_weight
+    )
 
 
 async def unload_adapter(models: Any, request: Any) -> ErrorResponse | str:
@@ -144,6 +185,18 @@ def _refuse_text(models: Any, name: str, path: str) -> AdapterErrorResponse | No
             f"adapter {name!r}: '{shown_name(path)}' is no path, since it {fault}",
         )
     return one_too_many(models, name, "lora_name")
+
+
+def _route_refusal(models: Any, name: str) -> AdapterErrorResponse | None:
+    """The answer where a name is a route's, under which no adapter could be reached."""
+    if name not in (ROUTE_NAMES.get(models) or ()):
+        return None
+    return error_response(
+        HTTPStatus.BAD_REQUEST,
+        f"the name {name!r} is a route's; give the adapter another one, or take the route out of "
+        f"the routes file",
+        param="lora_name",
+    )
 
 
 def one_too_many(models: Any, name: str, param: str) -> AdapterErrorResponse | None:
@@ -208,11 +261,11 @@ async def serve(models: Any, lora: LoRARequest) -> None:
 
 async def remove(models: Any, lora: LoRARequest) -> None:
     """Frees an adapter's slot and host memory; returns when its running requests have ended."""
-    versions.forget(models.engine_client, lora.lora_int_id)
+    registered_versions.forget(models.engine_client, lora.lora_int_id)
     await models.engine_client.engine_core.remove_lora_async(lora.lora_int_id)
 
 
-async def remove_later(models: Any, lora: LoRARequest, delay_s: float = versions.GRACE_S) -> None:
+async def remove_later(models: Any, lora: LoRARequest, delay_s: float = GRACE_S) -> None:
     """Removes an adapter when requests that had found its name have reached the engine."""
     await asyncio.sleep(delay_s)
     # A folder that was put back as it was has the number that it had.
@@ -227,7 +280,7 @@ def start(models: Any) -> None:
         if is_current(models, lora):
             return
         if metering.goes_on_with_an_answer():
-            if versions.find(models.engine_client, lora) is not None:
+            if registered_versions.find(models.engine_client, lora) is not None:
                 return  # whoever has taken the name away will remove the adapter
             # It was removed between two requests to the engine for one answer: steps of a beam
             # search, parts of a recording, what comes before and after the call of a tool. This
@@ -280,22 +333,18 @@ async def to_its_end(work: Coroutine[Any, Any, _T]) -> _T:
 
 def _refusal(lora: LoRARequest, error: Exception) -> AdapterErrorResponse:
     """The answer to an adapter that the engine refused."""
-    message, mark, fields = str(error).partition(REFUSAL_MARK)
-    if not mark:
+    if not isinstance(error, AdapterRefusedError):
         status = HTTPStatus.INTERNAL_SERVER_ERROR
         if isinstance(error, GracefulHTTPError):
             status = error.http_status
-        return error_response(status, f"adapter {lora.lora_name!r}: {message}")
-    found = json.loads(fields)
-    kind = FailureKind(found["kind"])
+        return error_response(status, f"adapter {lora.lora_name!r}: {error}")
     problems = [
         Problem.from_dict(problem).with_texts(lambda text: without_folder(text, lora))
-        for problem in found["problems"]
+        for problem in error.problems
     ]
     is_forbidden = any(problem.code == Code.NOT_ALLOWED for problem in problems)
-    status = HTTPStatus.FORBIDDEN if is_forbidden else STATUS[kind]
-    # What vLLM's utility call puts before the message is of no use to a client.
-    message = without_folder(message.removeprefix("Call to add_lora method failed: "), lora)
+    status = HTTPStatus.FORBIDDEN if is_forbidden else STATUS[error.failure.kind]
+    message = without_folder(str(error), lora)
     return error_response(status, f"adapter {lora.lora_name!r}: {message}", problems)
 
 
@@ -320,6 +369,8 @@ def error_response(
 async def load_lora_adapter(
     original: Callable[..., Any], models: Any, request: Any, base_model_name: str | None = None
 ) -> Any:
+    if (refusal := _route_refusal(models, request.lora_name)) is not None:
+        return refusal
     if acts_for(models):
         # Whole, for a caller too that gives up meanwhile: else nobody frees what the engine has.
         return await asyncio.shield(in_background(load_adapter(models, request, base_model_name)))

@@ -25,11 +25,10 @@ from vllm_multilora.adapters.folder import CONFIG_NAME
 from vllm_multilora.adapters.limits import DEFAULT_LIMITS
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.failures import describe_failure
-from vllm_multilora.integration.attached import REFUSALS
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server import adapter_directory, callers, registration
 from vllm_multilora.integration.server.pending_looks import PendingLooks
-from vllm_multilora.integration.server.refusals import Refusals
+from vllm_multilora.integration.server.refusals import REFUSALS, Refusals
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
-from copy import copy
+from collections.abc import Mapping
 from functools import cached_property
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -35,17 +34,17 @@ from vllm_multilora.adapters.blends import folders_of, is_blend
 from vllm_multilora.documents import WatchedFile
 from vllm_multilora.failures import FailureKind, LoadFailure, RequestFailure
 from vllm_multilora.integration import failures
-from vllm_multilora.integration.attached import ON_FAILURE, ROUTES
-from vllm_multilora.integration.patching.activation import is_active_behind, settings_of
+from vllm_multilora.integration.api_server.failure_delivery import ON_FAILURE
+from vllm_multilora.integration.attached import Attached
+from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server import (
     blends,
     registration,
     resolvers,
-    versions,
 )
+from vllm_multilora.integration.server.activation import is_active_behind
 from vllm_multilora.integration.server.callers import (
     Caller,
-    card_for,
     current_caller,
     error_response,
 )
@@ -67,6 +66,9 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 logger = logging.getLogger(__name__)
+
+ROUTES: Attached[ServerRoutes] = Attached("routes")
+"""The routes of vLLM's `OpenAIServingModels`."""
 
 REFRESH_S = 1.0
 """Least time between two looks at the file while only known names are asked for."""
@@ -323,6 +325,7 @@ def start(models: Any) -> None:
     if path is not None:
         routes = ServerRoutes(models, path)
         ROUTES.set(models, routes)
+        registration.ROUTE_NAMES.set(models, routes)
         ON_FAILURE.set(models.engine_client.output_processor, routes.note_failure)
 
 
@@ -345,54 +348,3 @@ def _facts(request: Any) -> RequestFacts:
 
 def _error(status: HTTPStatus, message: str) -> ErrorResponse:
     return error_response(status, message, "model")
-
-
-async def show_available_models(original: Callable[..., Any], models: Any) -> Any:
-    caller, routes = current_caller.get(), ROUTES.get(models)
-    shown = await original(_as_seen(models, caller))
-    for card in shown.data:
-        lora = models.lora_requests.get(card.id)
-        version = None if lora is None else versions.find(models.engine_client, lora)
-        if version is not None:
-            card.digest, card.created = version.digest, int(version.loaded)
-            card.kind = version.kind
-    cards = [
-        card_for(caller, card, is_base=models.is_base_model(card.id), is_route=False)
-        for card in shown.data
-    ]
-    if routes is not None:
-        cards += [
-            card_for(caller, card, is_base=False, is_route=True)
-            for card in await routes.cards(caller)
-        ]
-    shown.data = [card for card in cards if card is not None]
-    return shown
-
-
-def _as_seen(models: Any, caller: Caller | None) -> Any:
-    """The models, with a tenant's adapters alone.
-
-    A line of the list takes longer to make than many requests take to be read, and nobody is
-    answered meanwhile: thousands of others' adapters must not be a tenant's means to that.
-    """
-    tenant = None if caller is None else caller.tenant
-    if tenant is None:
-        return models
-    seen, names = copy(models), tenant.adapters
-    seen.lora_requests = {
-        name: lora for name, lora in models.lora_requests.items() if name in names
-    }
-    return seen
-
-
-async def check_load_request(original: Callable[..., Any], models: Any, request: Any) -> Any:
-    refusal = await original(models, request)
-    name = request.lora_name
-    if refusal is not None or name not in (ROUTES.get(models) or ()):
-        return refusal
-    return error_response(
-        HTTPStatus.BAD_REQUEST,
-        f"the name {name!r} is a route's; give the adapter another one, or take the route out of "
-        f"the routes file",
-        "lora_name",
-    )

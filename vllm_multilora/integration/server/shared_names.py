@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from vllm.lora.request import LoRARequest
 
 from vllm_multilora.adapters.directory import FIRST_NUMBER
-from vllm_multilora.integration.attached import NAMES
-from vllm_multilora.integration.server import versions
+from vllm_multilora.integration.api_server import registered_versions
+from vllm_multilora.integration.attached import Attached
+from vllm_multilora.integration.server.versions import GRACE_S
 from vllm_multilora.integration.updating import SERVER_VARIABLE, UPDATING_VARIABLE
 from vllm_multilora.store.folder import StoreUnavailableError
 from vllm_multilora.store.launch import StoreProcess
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = logging.getLogger(__name__)
+
+NAMES: Attached[SharedNames] = Attached("names")
+"""What shares the names of vLLM's `OpenAIServingModels` with other API servers."""
 
 _SETTLE_LIMIT_S = 5.0
 
@@ -56,12 +60,13 @@ class SharedNames:
         details: dict[str, str | bool] = {"is_3d_lora_weight": bool(lora.is_3d_lora_weight)}
         if lora.base_model_name is not None:
             details["base_model_name"] = lora.base_model_name
-        version = versions.find(self._models.engine_client, lora)
+        version = registered_versions.find(self._models.engine_client, lora)
         if version is not None:
             details |= {
                 "digest": version.digest,
                 "loaded": str(version.loaded),
                 "kind": version.kind,
+                "invocation": version.invocation_text,
             }
         await self._settle(
             self._client.publish(lora.lora_name, lora.lora_int_id, lora.lora_path, details)
@@ -118,13 +123,14 @@ class SharedNames:
             return
         if before is not None:  # whose requests may be on their way
             loop = asyncio.get_running_loop()
-            loop.call_later(versions.GRACE_S, self._forget, before.lora_int_id)
+            loop.call_later(GRACE_S, self._forget, before.lora_int_id)
         base = message.details.get("base_model_name")
         digest = message.details.get("digest")
         if isinstance(digest, str):
             loaded, kind = float(message.details["loaded"]), str(message.details["kind"])
-            version = versions.Version(digest, loaded, kind)
-            versions.note(self._models.engine_client, message.adapter, version)
+            tokens = registered_versions.read_invocation(str(message.details["invocation"]))
+            version = registered_versions.Version(digest, loaded, kind, tokens)
+            registered_versions.note(self._models.engine_client, message.adapter, version)
         table[message.name] = LoRARequest(
             lora_name=message.name,
             lora_int_id=message.adapter,
@@ -135,7 +141,7 @@ class SharedNames:
 
     def _forget(self, adapter: int) -> None:
         if all(lora.lora_int_id != adapter for lora in self._models.lora_requests.values()):
-            versions.forget(self._models.engine_client, adapter)
+            registered_versions.forget(self._models.engine_client, adapter)
 
 
 def start(models: Any) -> None:

@@ -6,38 +6,33 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from vllm.multimodal.media.connector import global_thread_pool
-from vllm.utils.async_utils import make_async
-
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.failures import RefusalsInOneLine
 from vllm_multilora.integration.logs import PrintableLines, add_filter
-from vllm_multilora.integration.patching.activation import is_active_behind, settings_of
-from vllm_multilora.integration.patching.ledger import missing
+from vllm_multilora.integration.patching.activation import settings_of
+from vllm_multilora.integration.patching.gateway_seams import GATEWAY_SEAMS
 from vllm_multilora.integration.server import (
     adapter_directory,
+    engine_calls,
     metering,
-    multimodal,
     registration,
     routes,
     shared_names,
-    status_route,
 )
-from vllm_multilora.integration.server.access import ADMIN_KEY_VARIABLE, has_keys, key_in
+from vllm_multilora.integration.server.activation import is_active_behind
 from vllm_multilora.integration.server.callers import current_tenant
+from vllm_multilora.integration.server.mounting import GATEWAY, is_gateway_mounted
 from vllm_multilora.integration.server.names_in_use import LocksInUse
+from vllm_multilora.tenants.keys import ADMIN_KEY_VARIABLE, has_keys, key_in
 from vllm_multilora.tenants.work_turns import take_turns
 
 _FILTERS = (RefusalsInOneLine(), PrintableLines())
 """Of what vLLM logs in an API server, the first that acts first."""
-_GUARDS = (
-    *("middleware", "api-key", "model-names", "model-names-pooling", "models-list"),
-    *("engine-door", "stored-responses", "ids-of-images", "ids-of-images-pooling"),
-)
+_GUARDS = ("flag-values", "model-names", "model-names-pooling", "engine-door")
 
 
 def require_guards(models: Any) -> None:
-    """Sees to it that no server with keys serves without the patches that enforce them.
+    """Stops a server with keys that lacks a patch that enforces them.
 
     Raises:
         ConfigError: This vLLM lacks what a guard replaces.
@@ -48,7 +43,14 @@ def require_guards(models: Any) -> None:
     settings = settings_of(models.engine_client.vllm_config)
     if not has_keys(settings) and not key_in(os.environ):
         return
-    if lacking := missing(_GUARDS):
+    if not is_gateway_mounted():
+        raise ConfigError(
+            f"--multilora-tenants, --multilora-admin-key-file and {ADMIN_KEY_VARIABLE} cannot be "
+            f"enforced: this server was not started from arguments that vLLM has read, so its "
+            f"application lacks the middleware {GATEWAY}. Start it with `vllm serve`, or leave "
+            f"all three out"
+        )
+    if lacking := GATEWAY_SEAMS.missing(_GUARDS):
         raise ConfigError(
             f"--multilora-tenants, --multilora-admin-key-file and {ADMIN_KEY_VARIABLE} cannot be "
             f"enforced with this vLLM, which lacks what the patches {', '.join(lacking)} need: "
@@ -57,21 +59,15 @@ def require_guards(models: Any) -> None:
 
 
 def share_threads(renderer: Any) -> None:
-    """Has tenants take turns where vLLM makes prompts of their texts and images.
+    """Lets tenants take turns where vLLM makes tokens of their texts.
 
-    One thread does so unless `--renderer-num-workers` says otherwise, and takes a second for a
-    million characters; a few threads unpack images, of which a request may have a thousand.
+    One thread does so unless `--renderer-num-workers` says otherwise, and takes a second for half a
+    million characters.
     """
-    _share_replaceable(renderer._executor)
-    for executor in (renderer._mm_executor, global_thread_pool):
-        take_turns(executor, _owner)
-
-
-def _share_replaceable(executor: Any) -> None:
-    """The same where vLLM may give threads up that do not come to an end, and begin with others."""
-    begin_again = take_turns(executor, _owner)
+    executor = renderer._executor
+    begin_again = take_turns(executor, lambda *_, **__: current_tenant() or "")
     replace = getattr(executor, "replace_inner", None)
-    if replace is None:  # vLLM 0.31 waits
+    if replace is None:  # vLLM 0.31 has no threads that it gives up
         return
 
     def replace_inner() -> None:
@@ -81,28 +77,6 @@ def _share_replaceable(executor: Any) -> None:
     executor.replace_inner = replace_inner
 
 
-def _owner(*_: Any, **__: Any) -> str:
-    return current_tenant() or ""
-
-
-def init_speech(
-    original: Callable[..., None], serving: Any, engine_client: Any, *args: Any, **kwargs: Any
-) -> None:
-    """Has tenants take turns where recordings are unpacked to be transcribed or translated.
-
-    Two threads do so, and take seconds for one of ten minutes.
-    """
-    original(serving, engine_client, *args, **kwargs)
-    vllm_config = getattr(engine_client, "vllm_config", None)
-    if vllm_config is None or settings_of(vllm_config).tenants is None:
-        return
-    take_turns(serving._preprocess_executor, _owner)
-    # In vLLM they wait for a semaphore before, in the order in which they come.
-    serving._decode_and_chunk_speech_async = make_async(
-        serving._decode_and_chunk_speech, serving._preprocess_executor
-    )
-
-
 async def init_static_loras(original: Callable[..., Any], models: Any) -> None:
     require_guards(models)
     if registration.acts_for(models):
@@ -110,7 +84,7 @@ async def init_static_loras(original: Callable[..., Any], models: Any) -> None:
         for lines in _FILTERS:
             add_filter(lines)
         # The engines find their store and show their metrics now, not with their first request.
-        await status_route.engine_reports(models.engine_client.engine_core, [])
+        await engine_calls.engine_reports(models.engine_client.engine_core, [])
     await original(models)
     if registration.acts_for(models):
         registration.start(models)
@@ -119,7 +93,6 @@ async def init_static_loras(original: Callable[..., Any], models: Any) -> None:
     client = models.engine_client  # tenants are apart also where vLLM loads the adapters
     if is_active_behind(client) and settings_of(client.vllm_config).tenants is not None:
         share_threads(client.renderer)
-        multimodal.share_connections()
     # In this order: a folder that somebody gives a route's name is not served, and stops no server.
     routes.start(models)
     await adapter_directory.start(models)

@@ -1,24 +1,21 @@
-"""Which version of its weights each registered adapter is, in an API server.
+"""The version of its adapter that each HTTP request is bound to.
 
-The engine answers a registration with the digest of what it has read, and with the adapter's kind
-if it is not a plain one. A client may ask for a specific version with the model name `name@digits`,
-the first digits of its digest.
+A client may ask for a specific version with the model name `name@digits`, the first digits of the
+digest of its weights.
 """
 
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from vllm_multilora.adapters.served_names import MOST_NAME_BYTES
-from vllm_multilora.integration.attached import VERSIONS
-from vllm_multilora.integration.blends import blend_of
+from vllm_multilora.integration.api_server.registered_versions import Version, find
+from vllm_multilora.integration.server import invoked_prompts
 from vllm_multilora.integration.server.callers import error_response
 from vllm_multilora.integration.server.http_calls import SHOWN_DIGITS, current_call
 
@@ -30,55 +27,6 @@ GRACE_S = 5.0
 
 _ASKS = re.compile(r"(?s)(.+)@([0-9a-f]{8,64})")
 _MOST_CHARACTERS = MOST_NAME_BYTES + 1 + 64
-
-
-@dataclass(frozen=True)
-class Version:
-    """What is known of an adapter's weights.
-
-    Attributes:
-        digest: Of the weights.
-        loaded: When they were registered, in seconds since 1970.
-        kind: As of `PackInfo`.
-    """
-
-    digest: str
-    loaded: float
-    kind: str
-
-
-def note(client: Any, adapter: int, version: Version) -> None:
-    """An adapter was registered; registering the same again changes nothing.
-
-    Args:
-        client: vLLM's `EngineClient` of this server.
-        adapter: Its number.
-        version: What was read.
-    """
-    known = VERSIONS.get_or_make(client, dict)
-    if adapter not in known or known[adapter].digest != version.digest:
-        known[adapter] = version
-
-
-def forget(client: Any, adapter: int) -> None:
-    """An adapter is gone."""
-    (VERSIONS.get(client) or {}).pop(adapter, None)
-
-
-def find(client: Any, lora: LoRARequest) -> Version | None:
-    """The version that an adapter was registered in; None if no engine has read it yet.
-
-    That of a blend follows from those of its parts.
-    """
-    known = VERSIONS.get(client) or {}
-    blend = blend_of(lora)
-    if blend is None:
-        return known.get(lora.lora_int_id)
-    parts = [known[part.number] for part in blend.parts if part.number in known]
-    if len(parts) < len(blend.parts):
-        return None
-    loaded = max(part.loaded for part in parts)
-    return Version(blend.digest([part.digest for part in parts]), loaded, "blend")
 
 
 def take_asked(models: Any, request: Any, *, is_name: Callable[[str], bool]) -> str:
@@ -113,6 +61,8 @@ def bind(models: Any, request: Any, asked: str) -> ErrorResponse | None:
         return _not_served(request.model, asked, version, is_adapter=lora is not None)
     if lora is not None:
         _answers(models, lora, asked)
+        if (call := current_call.get()) is not None:
+            invoked_prompts.expect(call, request, version)
     return None
 
 
@@ -143,21 +93,6 @@ def _not_served(
         what = "has not been read yet" if is_adapter else "is no adapter, and has no versions"
     message = f"The model `{name}` {what}; version {asked} was asked for."
     return error_response(status, message, "model")
-
-
-async def add_lora(original: Callable[..., Any], client: Any, lora: LoRARequest) -> Any:
-    answer = await original(client, lora)
-    if not isinstance(answer, str):
-        return answer
-    if blend_of(lora) is not None:
-        return True
-    digest, _, kind = answer.partition(":")
-    note(client, lora.lora_int_id, Version(digest, time.time(), kind or "lora"))
-    return True
-
-
-def add_lora_offline(original: Callable[..., Any], engine: Any, lora: LoRARequest) -> bool:
-    return bool(original(engine, lora))
 
 
 def maybe_get_adapters(

@@ -27,9 +27,10 @@ class BatchMapping:
         type: vLLM's mapping type (language model, tower or connector).
         base_rows: [requests], how many of a request's first tokens in the step its adapter does
             not act on; None: all adapters act on all tokens.
-        activation: What `base_rows` follow from once it is known how far requests are: the first
-            tokens [requests] that adapters act on, and the requests' rows in the runner's states.
-            None where there is nothing to follow.
+        starts: The first tokens [requests] that adapters act on, from which `base_rows` follow
+            once it is known how far requests are; None where adapters act on all tokens.
+        states: [requests], where vLLM's second model runner keeps each request's state; None with
+            the first.
     """
 
     is_prefill = True
@@ -49,7 +50,8 @@ class BatchMapping:
         )
         self.type = type
         self.base_rows = base_rows
-        self.activation: tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]] | None = None
+        self.starts: npt.NDArray[np.integer] | None = None
+        self.states: npt.NDArray[np.integer] | None = None
 
     def __eq__(self, other: Any) -> bool:
         return (
@@ -123,11 +125,12 @@ def make_lora_inputs(
     mapping = BatchMapping(
         state.lora_ids[idx_mapping], num_scheduled_tokens, None, LoRAMappingType.LANGUAGE
     )
+    mapping.states = idx_mapping
     requests = [state.lora_requests.get(req_id) for req_id in req_ids]
     # By number: requests for two versions of an adapter are equal to vLLM, which goes by name.
     active = {request.lora_int_id: request for request in requests if request is not None}
     if any(isinstance(request, ActivatedLoRARequest) for request in active.values()):
-        mapping.activation = np.array([start_of(request) for request in requests]), idx_mapping
+        mapping.starts = np.array([start_of(request) for request in requests])
     return mapping, mapping, list(active.values())
 
 

@@ -5,12 +5,12 @@ shallow copy per layer that shares the plans and index buffers and adds the laye
 Layers that keep the shared wrapper, such as classification heads, are computed at the full
 `max_lora_rank`: vLLM zeroes what an adapter does not fill, so that is correct, only slower.
 
-On a GPU a step costs one asynchronous copy for the plan, one more where the model has embedding
-layers with LoRA, one where it has classification heads, and one where an output layer with LoRA
-gets other rows than all tokens of the step, as in prefill (`OutputRows`); nothing waits for the
-device. All buffers keep their addresses, and a CUDA graph holds the kernels whatever batch it is
-captured with, so any graph replays with any batch. Left out are they only of graphs that vLLM
-replays for batches without adapters alone.
+On a GPU a step costs one asynchronous copy for the plan, which brings the metadata of expert layers
+too, and one more where the model has embedding layers with LoRA, where it has classification heads,
+and where an output layer with LoRA gets other rows than all tokens of the step, as in prefill
+(`OutputRows`). Nothing waits for the device. All buffers keep their addresses, and a CUDA graph
+holds the kernels whatever batch it is captured with, so any graph replays with any batch. They are
+omitted only from graphs that vLLM replays for adapter-free batches.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
         super().__init__(max_num_batched_tokens, max_batches, device)
         self.backend = backend
         self.max_loras, self.max_batches = lora_config.max_loras, max_batches
-        layout = PlanLayout(max_num_batched_tokens, self.max_loras)
+        layout = PlanLayout(max_num_batched_tokens, self.max_loras, slot_runs=True)
         self.plan = BatchPlan(layout, device)
         self.output_rows = OutputRows(layout, device)
         self._stock_rows = StockRows(max_num_batched_tokens, self.max_loras, device)
@@ -83,7 +83,12 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
         self.shrink_ranks = self.expand_ranks = self.factors = None
         self._slot_owners: list[int | None] = []
         self._slot_of = {0: -1}
-        self._prepared = {}
+        self._choices, self._prepared = {}, {}
+
+    def read_slot_runs(self) -> None:
+        """Has steps bring what vLLM's own kernels read, too, for all layers of this wrapper."""
+        self.plan.sends_slot_runs = True
+        self.output_rows.read_slot_runs()
 
     def adopt_layers(self, layers: Iterable[BaseLayerWithLoRA]) -> None:
         """Learns which layers use this wrapper, so that a step prepares what they read and no more.
@@ -117,16 +122,15 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
         """
         own = copy.copy(self)
         own.shrink_ranks, own.expand_ranks, own.factors = shrink_ranks, expand_ranks, factors
-        own._prepared = {}
+        own._choices, own._prepared = {}, {}
         return own
 
     @torch.inference_mode()  # PyTorch changes what was made in a step in this mode only
     def memory_lost(self) -> None:
         """Makes what steps read on the device valid again after a sleep that kept no memory."""
         self._stock_rows.clear()
-        self._experts_memory_lost()
-        for buffer in (self.plan.buffer, self.output_rows.buffer):
-            buffer.zero_()
+        self.plan.clear()
+        self.output_rows.clear()
         for (_, rank), ranks in self._full_ranks.items():
             ranks.fill_(rank)
 
@@ -162,7 +166,7 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
         self.plan.update(token_slots, own_graphs=own_graphs)
         self.output_rows.set_step(self.plan, token_slots, sampler_slots)
         self._stock_rows.update(token_slots, sampler_slots, vocab_size)
-        self._update_experts(token_slots)
+        self._update_experts()
         rows = len(sampler_slots)
         self.indices_len[:] = (len(token_slots), rows, rows, len(token_slots))
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from copy import copy
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from vllm.config import LoRAConfig
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.punica_wrapper.punica_selector import get_punica_wrapper
+
+from multilora_kernels import BatchPlan
+from vllm_multilora.integration.step.stock_metadata import step_metadata
 
 
 class ExpertLayers:
@@ -19,6 +19,7 @@ class ExpertLayers:
     A model without such layers has no such wrapper, and its steps prepare nothing for one.
     """
 
+    plan: BatchPlan
     _stock: PunicaWrapperBase | None = None
 
     def _pass_experts_to_stock(self, *args: Any, lora_config: LoRAConfig) -> None:
@@ -32,22 +33,18 @@ class ExpertLayers:
             lora_config = copy(lora_config)
             lora_config.specialize_active_lora = False
             self._stock = get_punica_wrapper(*args, lora_config=lora_config)
+            if hasattr(self._stock, "token_mapping_meta"):
+                self._stock.token_mapping_meta = step_metadata(self.plan)
+                self.plan.sends_slot_runs = True
 
-    def _update_experts(self, token_slots: npt.NDArray[np.int64]) -> None:
-        """Prepares a step for the expert layers, if there are any.
+    def _update_experts(self) -> None:
+        """Prepares a step for the expert layers, if there are any; the plan is up to date.
 
-        vLLM sorts and counts the tokens' slots on the device and waits for the results. The same
-        function does so on the host if the slots are there, and then only copies.
+        The metadata travels with the plan. What is left is the flag that vLLM reads on the host.
         """
         meta = getattr(self._stock, "token_mapping_meta", None)
         if meta is not None:
-            meta.prepare_tensors(torch.from_numpy(token_slots))
-
-    def _experts_memory_lost(self) -> None:
-        """No token has an adapter until a step says so: graphs read padding rows' slots too."""
-        meta = getattr(self._stock, "token_mapping_meta", None)
-        if meta is not None:
-            meta.token_lora_mapping.fill_(-1)
+            meta.no_lora_flag_cpu[0] = not self.plan.rows
 
     @property
     def token_mapping_meta(self) -> Any:

@@ -7,8 +7,8 @@ elsewhere, the first call does it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -19,9 +19,17 @@ from multilora_kernels import (
     PreparedLinear,
     PreparedShrink,
 )
+from multilora_kernels.by_rows import PreparedByRows
 from multilora_kernels.prepared import Prepared
+from multilora_kernels.trial.choices import Choice
+from vllm_multilora.integration.step.stock_kernels import StockExpand, StockLinear, StockShrink
 
-_Call = TypeVar("_Call", bound=Prepared)
+OURS, VLLM, TORCH = "ours", "vllm", "torch"
+"""Names of the kernels that a start may choose between."""
+
+CallKey = tuple[str | int | bool, ...]
+"""Which of a layer's calls: its name, and what else tells it apart."""
+
 _Slices = tuple[torch.Tensor, ...]
 
 
@@ -39,14 +47,30 @@ class PreparedLayers:
     shrink_ranks: torch.Tensor | None
     expand_ranks: torch.Tensor | None
     factors: OutputFactors | None
+    # By call, its kernels where a start has chosen; our own elsewhere.
+    _choices: Mapping[CallKey, Choice]
     # By what is called, and how: the layer's weights, and the call prepared with them.
-    _prepared: dict[tuple[Any, ...], tuple[object, Prepared]]
+    _prepared: dict[CallKey, tuple[object, Prepared]]
     _full_ranks: dict[tuple[int, int], torch.Tensor]
 
-    def linear(self, a: _Slices, b: _Slices, *, add_inputs: bool = True) -> PreparedLinear | None:
+    def take_kernels(self, choices: Mapping[CallKey, Choice]) -> None:
+        """Has other kernels compute some of the layer's calls; before the model is compiled.
+
+        Args:
+            choices: By call: `("linear", add_inputs)`, `("shrink",)`, `("expand", offset,
+                add_inputs)`, `("logits",)`. Their kernels are `OURS`, `VLLM` and `TORCH`.
+        """
+        self._choices, self._prepared = dict(choices), {}
+
+    @property
+    def reads_rests(self) -> bool:
+        """Whether kernels of the layer read weights past an adapter's rank: vLLM's do."""
+        return any(VLLM in choice.backends for choice in self._choices.values())
+
+    def linear(self, a: _Slices, b: _Slices, *, add_inputs: bool = True) -> Prepared | None:
         """For `add_lora_linear`."""
 
-        def prepare() -> PreparedLinear:
+        def ours(backend: str) -> Prepared:
             return PreparedLinear(
                 a,
                 b,
@@ -54,26 +78,34 @@ class PreparedLayers:
                 self.plan.layout,
                 add_inputs=add_inputs,
                 factors=self.factors if add_inputs else None,
-                backend=self.backend,
+                backend=backend,
             )
 
-        return self._call(("linear", add_inputs), b, prepare)
+        def stock() -> Prepared:
+            return StockLinear(a, b, self.plan.layout, add_inputs=add_inputs)
 
-    def shrink(self, a: _Slices) -> PreparedShrink | None:
+        key = "linear", add_inputs
+        return self._call(key, b, lambda: self._chosen(key, ours, stock))
+
+    def shrink(self, a: _Slices) -> Prepared | None:
         """For `add_shrink`."""
 
-        def prepare() -> PreparedShrink:
+        def ours(backend: str) -> Prepared:
             ranks = self._ranks(self.shrink_ranks, len(a), a[0].size(-2))
-            return PreparedShrink(a, ranks, self.plan.layout, backend=self.backend)
+            return PreparedShrink(a, ranks, self.plan.layout, backend=backend)
 
-        return self._call(("shrink",), a, prepare)
+        def stock() -> Prepared:
+            return StockShrink(a, self.plan.layout)
+
+        key = ("shrink",)
+        return self._call(key, a, lambda: self._chosen(key, ours, stock))
 
     def expand(
         self, b: _Slices | torch.Tensor, offset: int = 0, *, add_inputs: bool = True
-    ) -> PreparedExpand | None:
+    ) -> Prepared | None:
         """For `add_expand`, and for `add_lora_embedding` with its one tensor."""
 
-        def prepare() -> PreparedExpand:
+        def ours(backend: str) -> Prepared:
             slices = slices_of(b)
             return PreparedExpand(
                 slices,
@@ -81,28 +113,49 @@ class PreparedLayers:
                 self.plan.layout,
                 offset=offset,
                 add_inputs=add_inputs,
-                backend=self.backend,
+                backend=backend,
             )
 
-        return self._call(("expand", offset, add_inputs), b, prepare)
+        def stock() -> Prepared:
+            layout = self.plan.layout
+            return StockExpand(slices_of(b), layout, offset=offset, add_inputs=add_inputs)
 
-    def logits(self, a: torch.Tensor, b: torch.Tensor, columns: int) -> PreparedLinear | None:
+        key = "expand", offset, add_inputs
+        return self._call(key, b, lambda: self._chosen(key, ours, stock))
+
+    def logits(self, a: torch.Tensor, b: torch.Tensor, columns: int) -> Prepared | None:
         """For `add_lora_logits` with so many columns of y."""
 
-        def prepare() -> PreparedLinear:
+        def ours(backend: str) -> Prepared:
             return PreparedLinear(
                 (a,),
                 (b[..., :columns, :],),
                 self._ranks(self.shrink_ranks, 1, a.size(-2)),
                 self.plan.layout,
-                backend=self.backend,
+                backend=backend,
             )
 
-        return self._call(("logits", columns), b, prepare)
+        def stock() -> Prepared:
+            return StockLinear((a,), (b,), self.plan.layout)
+
+        key = "logits", columns
+        return self._call(key, b, lambda: self._chosen(("logits",), ours, stock))
+
+    def _chosen(
+        self, key: CallKey, ours: Callable[[str], Prepared], stock: Callable[[], Prepared]
+    ) -> Prepared:
+        """The call by the kernels that were chosen for it."""
+        choice = self._choices.get(key)
+        if choice is None:
+            return ours(self.backend)
+        calls = {OURS: lambda: ours(self.backend), TORCH: lambda: ours("torch"), VLLM: stock}
+        made = [calls[name]() for _, name in choice.ranges]
+        bounds = [most for most, _ in choice.ranges if most is not None]
+        return PreparedByRows(self.plan.layout, bounds, made) if bounds else made[0]
 
     def _call(
-        self, key: tuple[Any, ...], weights: object, prepare: Callable[[], _Call]
-    ) -> _Call | None:
+        self, key: CallKey, weights: object, prepare: Callable[[], Prepared]
+    ) -> Prepared | None:
         known: Any = self._prepared.get(key)
         if torch.compiler.is_compiling():
             # A layer calls its own wrapper, with its own weights.

@@ -10,6 +10,7 @@ import msgspec
 from vllm_multilora.integration.fill_link import Answer
 from vllm_multilora.integration.orders import Order
 from vllm_multilora.integration.remote_link import Address, dial, this_machine
+from vllm_multilora.integration.worker.kernel_choice.reporting import kernel_rows
 from vllm_multilora.integration.worker.store_relay import StoreRelay
 from vllm_multilora.store.folder import StoreUnavailableError
 from vllm_multilora.store.launch import store_host
@@ -91,6 +92,11 @@ def open_memory(
     place = ranks.index(manager.rank)
     manager.filler.open_memory(address, server, machine=machine, place=place)
     return msgspec.msgpack.encode(manager.model_manager.layout), manager.largest_adapter
+
+
+def kernels_in_use(worker: Any) -> list[dict[str, str]]:
+    """Which kernels serve which layers of this worker, as of `kernel_rows`."""
+    return kernel_rows(_manager(worker).model_manager.kernel_record)
 
 
 def carry_out(worker: Any, orders: list[Order]) -> None:

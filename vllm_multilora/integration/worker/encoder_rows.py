@@ -1,9 +1,16 @@
-"""How many rows the layers of an encoder have, and which layers have an encoder's rows."""
+"""Maps the rows of an encoder to adapters, in models with encoder and decoder such as Whisper.
+
+vLLM maps the decoder's rows alone. The encoder computes the items (recordings, say) of all requests
+that begin in a step as one batch, and each request has its item before its first token.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig
 from vllm.lora import model_manager
@@ -13,14 +20,14 @@ from vllm.multimodal.encoder_budget import MultiModalBudget
 from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
 
 ENCODER = "encoder"
-"""What the wrapper of an encoder is called where a decoder follows."""
+"""Name of the encoder's wrapper in `punica_wrapper_mapping`."""
 
 
 def encoder_wrapper(
     vllm_config: VllmConfig, lora_config: Any, device: torch.device
 ) -> MultiLoRAPunicaWrapper:
-    """The punica wrapper of a model's encoder, where a decoder follows."""
-    module: Any = model_manager  # has ours in its place
+    """Makes the punica wrapper of a model's encoder, in front of a decoder."""
+    module: Any = model_manager  # its get_punica_wrapper returns ours
     wrapper = module.get_punica_wrapper(
         MultiModalBudget(vllm_config, MULTIMODAL_REGISTRY).get_encoder_budget(),
         max_batches=vllm_config.scheduler_config.max_num_seqs,
@@ -32,31 +39,56 @@ def encoder_wrapper(
 
 
 def reads_encoder(module: str) -> bool:
-    """Whether a module's rows are an encoder's: of it, or of the attention to what it has made."""
+    """Whether a module computes the encoder's rows: in it, or in the attention to its output."""
     return ".encoder." in f".{module}." or module.endswith(".encoder_attn.kv_proj")
 
 
-def count_all_tower_tokens(model: Any) -> None:
-    """Has a model count a token of its tower that stands for the whole image.
-
-    The towers of LLaVA's kind may be CLIPs, which have such a token and drop it at their end; vLLM
-    counts what is handed on, and takes rows of one request's image for another's. Of LLaVA-NeXT's,
-    and of those that hand it on, it does count them all.
+def scheduled_items(
+    runner: Any, scheduled: Mapping[str, Sequence[int]]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The items that vLLM's first model runner encodes in a step, in its order.
 
     Args:
-        model: A model; without such a tower it stays as it is.
+        runner: The model runner.
+        scheduled: The numbers of requests' items, by request id, as the scheduler has sent them.
+
+    Returns:
+        int64 [items] twice: the adapter of each item's request, 0 for none, and its rows.
     """
-    tower = getattr(getattr(model, "vision_tower", None), "vision_model", None)
-    embeddings = getattr(tower, "embeddings", None)
-    patches, tokens = (getattr(embeddings, f"num_{of}", 0) for of in ("patches", "positions"))
-    if patches >= tokens:
-        return
-    count = model.get_mm_lora_token_counts
+    batch = runner.input_batch
+    found = [
+        (batch.request_lora_mapping[batch.req_id_to_index[name]], _rows(feature))
+        for name, numbers in scheduled.items()
+        for feature in (runner.requests[name].mm_features[number] for number in numbers)
+        if feature.data is not None
+    ]
+    ids, rows = np.array(found, dtype=np.int64).reshape(-1, 2).T
+    return ids, rows
 
-    def get_mm_lora_token_counts(**item: Any) -> tuple[int, int | None]:
-        counted, connector_tokens = count(**item)
-        if counted % tokens:
-            counted = -(-counted // patches) * tokens
-        return counted, connector_tokens
 
-    model.get_mm_lora_token_counts = get_mm_lora_token_counts
+def first_items(
+    runner: Any, ids: npt.NDArray[np.integer], states: npt.NDArray[np.integer]
+) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.int64]]:
+    """The items that vLLM's second model runner encodes in a step, in its order.
+
+    They are those of the requests of which no token has been computed: vLLM schedules a request's
+    item with its first tokens, also when it begins again after a preemption.
+
+    Args:
+        runner: The model runner.
+        ids: int64 [requests], the adapter of each request of the step, 0 for none.
+        states: [requests], where the runner keeps each request's state.
+
+    Returns:
+        As `scheduled_items`.
+    """
+    begins = runner.req_states.num_computed_prefill_tokens[states] == 0
+    names = map(runner.req_states.index_to_req_id.__getitem__, states[begins].tolist())
+    features = runner.encoder_cache.mm_features
+    rows = [sum(map(_rows, features[name])) for name in names]
+    return ids[begins], np.array(rows, dtype=np.int64)
+
+
+def _rows(feature: Any) -> int:
+    rows: int = feature.mm_position.get_num_embeds()
+    return rows

@@ -22,6 +22,10 @@ from vllm.lora.layers.column_parallel_linear import (
 from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.models import supports_multimodal
 
 from multilora_kernels.dtypes import of_torch
@@ -30,7 +34,6 @@ from vllm_multilora.integration.step.heads import ClassificationHead
 from vllm_multilora.integration.worker.encoder_rows import ENCODER
 from vllm_multilora.integration.worker.experts import experts_left_alone
 from vllm_multilora.integration.worker.module_naming import (
-    is_of_other_part,
     module_naming,
     refused_layers,
 )
@@ -122,7 +125,9 @@ def running_layout(manager: LoRAModelManager, *, dora: bool) -> RunningLayout:
         naming=module_naming(manager, names, bypassed),
         special=special_names,
         special_shapes={
-            name: shape for name, module in special.items() if (shape := _special_shape(module))
+            name: shape
+            for name, module in (*special.items(), *unadapted_embeddings(manager))
+            if (shape := _special_shape(module))
         },
         linear_shapes=dict(_linear_shapes(manager, special, repeated)),
         tied=bool(getattr(text_config, "tie_word_embeddings", False)),
@@ -234,16 +239,11 @@ def _of_first_source(outputs: Sequence[int], sources: Sequence[str]) -> int:
 def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
     """Layers on which adapters would not act, by checkpoints' names, and why."""
     for name in refused_layers(manager):  # such as an embedding model's last one
-        if is_of_other_part(manager, name):
-            part = f"this part of {type(manager.model).__name__}"
-            yield (
-                name,
-                f"vLLM has no adapters of {part}, whatever --enable-tower-connector-lora says",
-            )
-        else:
-            yield name, "vLLM adapts no layers of its kind"
+        yield name, "vLLM adapts no layers of its kind"
     for name in _reordered_layers(manager):
         yield name, _REORDERED
+    reason = f"vLLM adapts no embeddings and output heads of {type(manager.model).__name__}"
+    yield from ((name, reason) for name, _ in unadapted_embeddings(manager))
     reason = "vLLM does not say whose images its rows are of"
     yield from _with_sources(manager, _tower_layers(manager), reason)
     for start, reason in _without_the_steps_rows(manager.model):
@@ -286,16 +286,6 @@ def _layers_held_by_attention(manager: LoRAModelManager) -> list[str]:
     return [name for name, base in bases if base is not None and id(base) in held]
 
 
-# What runs before a token is added for the whole image, with padding between sounds, or for one
-# image after the other (Keye).
-_UNCOUNTED = {
-    "Llama4VisionModel": ("patch_embedding",),
-    "Qwen3OmniMoeAudioEncoder": ("conv_out",),
-    "Projector": ("linear_1", "linear_2"),
-    "KeyeVL1_5Projector": ("linear_1", "linear_2"),
-}
-
-
 def _without_the_steps_rows(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
     """Beginnings of the names of layers that have other rows than the step's, and why.
 
@@ -304,8 +294,6 @@ def _without_the_steps_rows(model: torch.nn.Module) -> Iterator[tuple[str, str]]
     for block, part in model.named_modules():
         if getattr(part, "is_sequence_parallel", False):
             yield f"{block}.", "each of vLLM's ranks computes some of its rows only"
-        for kind in _UNCOUNTED.get(type(part).__name__, ()):
-            yield f"{block}.{kind}", "vLLM counts other rows of images and sounds than it has"
         if hasattr(part, "vision_experts"):  # of Ernie 4.5 VL
             yield f"{block}.", "vLLM computes rows of texts apart from those of images"
         if isinstance(part, MambaMixer):
@@ -361,8 +349,22 @@ def _tower_layers(manager: LoRAModelManager) -> Iterator[str]:
     yield from (name for name, module in manager.modules.items() if module not in language)
 
 
-def _special_shape(module: BaseLayerWithLoRA) -> SpecialShape | None:
+def unadapted_embeddings(
+    manager: LoRAModelManager,
+) -> Iterator[tuple[str, VocabParallelEmbedding]]:
+    """Embeddings and output heads that the model has, and that vLLM does not adapt in it."""
+    for name, part in manager.model.named_modules(remove_duplicate=False):
+        is_wrapped = name in manager.modules or name.endswith(".base_layer")
+        if isinstance(part, VocabParallelEmbedding) and not is_wrapped:
+            yield name, part
+
+
+def _special_shape(module: torch.nn.Module) -> SpecialShape | None:
     """Sizes of an embedding or a head in the whole model; None for other layers."""
+    if isinstance(module, ParallelLMHead):
+        return SpecialShape(module.embedding_dim, module.org_vocab_size, embedding=False)
+    if isinstance(module, VocabParallelEmbedding):
+        return SpecialShape(module.org_vocab_size, module.embedding_dim, embedding=True)
     if isinstance(module, VocabParallelEmbeddingWithLoRA):
         base: Any = module.base_layer
         return SpecialShape(base.org_vocab_size, base.embedding_dim, embedding=True)

@@ -27,14 +27,16 @@ from vllm_multilora.integration.fill_link import (
     WorkerLink,
     attach_worker,
 )
+from vllm_multilora.integration.logs import join_vllm_logging
 from vllm_multilora.integration.orders import Order
 from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
 from vllm_multilora.integration.patching.cache_settings import cpu_budget, store_settings
+from vllm_multilora.integration.patching.core_seams import PUNICA_WRAPPER
 from vllm_multilora.integration.patching.flags import checks_in
-from vllm_multilora.integration.patching.ledger import PUNICA_WRAPPER
 from vllm_multilora.integration.remote_link import Address, dial
 from vllm_multilora.integration.step.mapping import BatchMapping, rows_before
 from vllm_multilora.integration.worker.activated_rows import base_rows_of
+from vllm_multilora.integration.worker.encoder_rows import first_items
 from vllm_multilora.integration.worker.experts import leave_experts_alone
 from vllm_multilora.integration.worker.filler import SlotFiller
 from vllm_multilora.integration.worker.model_manager import MultiLoRAModelManager
@@ -158,6 +160,21 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
             )
         if mapping is not None:
             self._adapter_manager.set_adapter_mapping(mapping)
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the model has an encoder in front of its decoder, whose rows are mapped too."""
+        return self._adapter_manager.encoder_wrapper is not None
+
+    def map_encoder(self, ids: npt.NDArray[np.integer], rows: npt.NDArray[np.int64]) -> None:
+        """Maps the encoder's rows of a step whose adapters are in their slots already.
+
+        Args:
+            ids: int64 [items], the adapter of each item's request; 0 for none.
+            rows: int64 [items], how many rows each item has.
+        """
+        if len(ids):
+            self._adapter_manager.map_encoder(self._without_missing(ids), rows)
 
     def _without_missing(self, ids: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
         """Adapters of rows, 0 where the row's adapter is in no slot."""
@@ -344,6 +361,7 @@ def _not_by_workers(verb: str) -> str:
 def make_worker_manager(
     original: type, vllm_config: VllmConfig, *args: Any, **kwargs: Any
 ) -> LRUCacheWorkerLoRAManager:
+    join_vllm_logging()
     # Our manager fills slots for our kernels; stock ones need stock's cleared slots.
     if not loads_adapters(vllm_config) or not PUNICA_WRAPPER.is_applied():
         return original(vllm_config, *args, **kwargs)
@@ -414,13 +432,15 @@ def set_active_loras_from_inputs(
     **kwargs: Any,
 ) -> None:
     if isinstance(prompts, BatchMapping):
-        if prompts.activation is not None:
-            starts, rows = prompts.activation
-            computed = runner.req_states.num_computed_prefill_tokens[rows]
-            prompts.base_rows = rows_before(starts, computed, prompts.tokens)
+        assert prompts.states is not None, "a mapping that the second model runner has not made"
+        if prompts.starts is not None:
+            computed = runner.req_states.num_computed_prefill_tokens[prompts.states]
+            prompts.base_rows = rows_before(prompts.starts, computed, prompts.tokens)
         manager = manager_of(runner)
         if manager is not None:
             manager.set_active_adapters(requests, prompts)
+            if manager.has_encoder:
+                manager.map_encoder(*first_items(runner, prompts.ids, prompts.states))
             return
         prompts, tokens = prompts.prompt_mapping, prompts.index_mapping
         requests = set(requests)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from vllm import envs
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.lora.layers import (
     BaseLayerWithLoRA,
@@ -22,6 +23,7 @@ from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
 
 from multilora_kernels import SlotTable, host_memory
+from multilora_kernels.trial.records import Record
 from vllm_multilora.adapters.layout import ModelLayout
 from vllm_multilora.adapters.pack_index import RankIndex
 from vllm_multilora.integration.patching.activation import settings_of
@@ -29,14 +31,17 @@ from vllm_multilora.integration.step.heads import ClassificationHead
 from vllm_multilora.integration.step.mapping import BatchMapping
 from vllm_multilora.integration.step.output_rows import first_row
 from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
+from vllm_multilora.integration.step.punica_prepared import slices_of
 from vllm_multilora.integration.step.short_forward import shorten_forward
+from vllm_multilora.integration.step.stock_kernels import restore_tables
 from vllm_multilora.integration.worker.encoder_rows import (
     ENCODER,
-    count_all_tower_tokens,
     encoder_wrapper,
     reads_encoder,
 )
 from vllm_multilora.integration.worker.experts import experts_left_alone
+from vllm_multilora.integration.worker.kernel_choice.slot_rests import SlotRests, SlotWeights
+from vllm_multilora.integration.worker.kernel_choice.start import StartSettings, choose_kernels
 from vllm_multilora.integration.worker.layout import is_ranked, running_layout
 from vllm_multilora.integration.worker.output_factors import SlotFactors
 from vllm_multilora.integration.worker.slot_buffers import layer_bytes, wrapper_bytes
@@ -111,16 +116,18 @@ class MultiLoRAModelManager(LoRAModelManager):
     and activating adapters, inherited from the base class, are not used.
 
     Attributes:
-        encoder_wrapper: For what has the rows of an encoder, in a model with encoder and decoder;
-            None in others, where encoders are vLLM's towers.
+        encoder_wrapper: Maps the encoder's rows in a model with encoder and decoder; None in
+            other models, where encoders are towers, which have no adapters.
         layout: What the model accepts of an adapter.
         factors: What DoRA adapters multiply outputs by; None where they are not served.
         repeated_rows: As of `RunningLayout`.
+        kernel_record: Which kernels serve which layers; None where nothing was chosen.
     """
 
     encoder_wrapper: MultiLoRAPunicaWrapper | None
     layout: ModelLayout
     factors: SlotFactors | None
+    kernel_record: Record | None
     punica_wrapper_mapping: dict[str, MultiLoRAPunicaWrapper]  # type: ignore[assignment]
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: VllmConfig) -> None:
@@ -138,17 +145,17 @@ class MultiLoRAModelManager(LoRAModelManager):
             return None
         return super()._get_punica_wrapper(module_name)
 
-    def _set_adapter_mapping(self, mapping: Any) -> None:
-        wrapper = self.encoder_wrapper
-        if wrapper is None or mapping.type is not LoRAMappingType.TOWER:
-            super()._set_adapter_mapping(mapping)
-            return
-        slots = self.lora_slots + 1
-        wrapper.update_metadata(mapping, self.lora_index_to_id, slots, self.vocab_size)
+    def map_encoder(self, ids: npt.NDArray[np.integer], rows: npt.NDArray[np.integer]) -> None:
+        """Maps the rows that the encoder computes in this step to adapters.
 
-    def _maybe_init_mm(self, vllm_config: VllmConfig, max_num_batched_tokens: int) -> None:
-        count_all_tower_tokens(self.model)
-        super()._maybe_init_mm(vllm_config, max_num_batched_tokens)
+        Args:
+            ids: int64 [items], the adapter of each item's request; 0 for none.
+            rows: int64 [items], how many rows each item has.
+        """
+        assert self.encoder_wrapper is not None, "a model without an encoder before its decoder"
+        mapping = BatchMapping(ids, rows, None, LoRAMappingType.TOWER)
+        slots = self.lora_slots + 1
+        self.encoder_wrapper.update_metadata(mapping, self.lora_index_to_id, slots, self.vocab_size)
 
     def _create_lora_modules(self) -> None:
         super()._create_lora_modules()
@@ -175,13 +182,22 @@ class MultiLoRAModelManager(LoRAModelManager):
             if self.factors is not None and number < len(packed):
                 factors = self.factors.of_layer(number)
             layer.set_mapping(wrapper.for_layer(*ranks, factors))
+        dtype: Any = config.model_config.dtype
+        wrapper = next(iter(self._wrappers()))
+        kernels = StartSettings(
+            settings_of(config).kernels, dtype, vllm_is_invariant=envs.VLLM_BATCH_INVARIANT
+        )
+        self.kernel_record = choose_kernels(self.modules, wrapper.backend, kernels)
+        self._rests = _slot_rests(layers)
+        for layer, _ in layers:
             prepare(layer)
             if self.device.type == "cpu":
                 shorten_forward(layer)
         if self.device.type != "cpu":
-            dtype: Any = config.model_config.dtype
-            warm_up(self.modules.values(), dtype)
-            self.slot_table.warm_up()
+            parallel = config.parallel_config
+            count = parallel.local_world_size
+            share = {"workers": count, "worker": parallel.rank % count}
+            warm_up(self.modules.values(), dtype, self.slot_table, **share)
         # Slots of special layers that hold something; the others need no clearing.
         self._filled: set[tuple[str, int]] = set()
 
@@ -276,6 +292,7 @@ class MultiLoRAModelManager(LoRAModelManager):
                 ranks = _true_ranks(weights, layer.rows.stop - layer.rows.start)
                 expand[layer.rows] = ranks
                 shrink[layer.rows] = np.clip(ranks - layer.first_rank, 0, layer.held_ranks)
+        self._rests.clear(slot, shrink, expand)
         self._rank_columns.write(slot, shrink, expand)
 
     def _fill_special(
@@ -384,6 +401,7 @@ class MultiLoRAModelManager(LoRAModelManager):
         self._shrink_ranks.zero_()
         self._expand_ranks.zero_()
         self._reordered.memory_lost()
+        restore_tables()
         if self.factors is not None:
             self.factors.memory_lost()
         if self.device.type != "cpu":
@@ -414,6 +432,20 @@ def _store_by_column(modules: Iterable[Any], dtype: Any, device: torch.device) -
     for module, (a_shapes, b_shapes) in zip(modules, shapes, strict=True):
         module.lora_a_stacked = tuple(next(slots) for _ in a_shapes)
         module.lora_b_stacked = tuple(next(slots).mT for _ in b_shapes)
+
+
+def _slot_rests(layers: Iterable[tuple[Any, slice]]) -> SlotRests:
+    """What is cleared when a slot is filled: of layers whose kernels read past the true ranks.
+
+    Args:
+        layers: Each with its slices' rows in the rank tables.
+    """
+    slices: dict[int, SlotWeights] = {}
+    for layer, own in layers:
+        if layer.punica_wrapper.reads_rests:
+            weights = zip(_stacked_a(layer), slices_of(layer.lora_b_stacked), strict=True)
+            slices |= {own.start + i: SlotWeights(a, b) for i, (a, b) in enumerate(weights)}
+    return SlotRests(slices)
 
 
 def _stacked_a(module: BaseLayerWithLoRA) -> Sequence[torch.Tensor]:

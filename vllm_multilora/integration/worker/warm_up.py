@@ -22,6 +22,7 @@ from vllm.lora.layers import (
     VocabParallelEmbeddingWithLoRA,
 )
 
+from multilora_kernels import SlotTable
 from vllm_multilora.integration.worker.layout import is_ranked
 from vllm_multilora.integration.worker.sharding import first_column, is_sharded
 from vllm_multilora.wording import counted
@@ -48,34 +49,59 @@ def prepare(layer: BaseLayerWithLoRA) -> None:
         wrapper.linear(a, b)
 
 
-def warm_up(layers: Iterable[BaseLayerWithLoRA], dtype: torch.dtype) -> None:
+def warm_up(
+    layers: Iterable[BaseLayerWithLoRA],
+    dtype: torch.dtype,
+    slots: SlotTable,
+    *,
+    workers: int = 1,
+    worker: int = 0,
+) -> None:
     """Calls each layer's kernels once for every number of rows that may choose other blocks.
 
     Of an output layer, too: with `prompt_logprobs` or drafted tokens it has several for a request.
     MoE expert layers, whose kernels are vLLM's, and classification heads, which run once for a
-    request, are left out.
+    request, are left out. All kernels are compiled in several processes before the calls.
 
     Args:
         layers: Layers with their own `MultiLoRAPunicaWrapper`, before the first step.
         dtype: Of the model's activations.
+        slots: Fills slots, with kernels of its own.
+        workers: Processes of this machine that warm up at the same time.
+        worker: The number of this one of them.
     """
-    begin, seen = time.perf_counter(), set()
-    for layer in layers:
-        if not is_ranked(layer):
-            continue
-        wrapper: Any = layer.punica_wrapper
-        most = wrapper.plan.layout.max_tokens
-        factors = wrapper.factors
-        has_bias = None if factors is None else factors.bias is not None
-        signature = type(layer), most, has_bias, *map(_facts, _weights(layer))
-        seen.add(signature)
-        for rows in _row_counts(most):
-            _call(layer, rows, dtype)
+    begin = time.perf_counter()
+    ranked: list[Any] = [layer for layer in layers if is_ranked(layer)]
+
+    def call_all() -> None:
+        for layer in ranked:
+            for rows in _row_counts(layer.punica_wrapper.plan.layout.max_tokens):
+                _call(layer, rows, dtype)
+        slots.warm_up()
+
+    compiled = ""
+    if any(layer.punica_wrapper.backend.startswith("triton") for layer in ranked):
+        from multilora_kernels.triton.compile_ahead import call_compiled  # imports Triton
+
+        found = call_compiled(call_all, workers=workers, worker=worker)
+        compiled = (
+            f": {counted(found.kernels, 'kernel')}, of which {found.processes} processes compiled "
+            f"what Triton's cache lacked, and this one {len(found.late)}"
+        )
+    else:
+        call_all()
     logger.info(
-        "LoRA kernels for %s of layer are ready after %.1f s.",
-        counted(len(seen), "kind"),
+        "LoRA kernels for %s of layer are ready after %.1f s%s.",
+        counted(len(set(map(_kind, ranked))), "kind"),
         time.perf_counter() - begin,
+        compiled,
     )
+
+
+def _kind(layer: Any) -> tuple[Any, ...]:
+    factors, most = layer.punica_wrapper.factors, layer.punica_wrapper.plan.layout.max_tokens
+    has_bias = None if factors is None else factors.bias is not None
+    return type(layer), most, has_bias, *map(_facts, _weights(layer))
 
 
 def _weights(layer: Any) -> tuple[torch.Tensor, ...]:

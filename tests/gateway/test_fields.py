@@ -1,0 +1,423 @@
+"""The table of fields: what tenants may send, and what is said of the rest."""
+
+import json
+
+import pytest
+
+from vllm_multilora.gateway.fields import MAX_DEPTH, MAX_SHORT_TEXT, FieldError, check_body
+from vllm_multilora.gateway.table import REFUSED_ROUTES, TENANT_ROUTES
+from vllm_multilora.tenants.tenant import ALLOWABLE
+
+ALL = frozenset(ALLOWABLE)
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+RESPONSES, MESSAGES, EMBED = "/v1/responses", "/v1/messages", "/v2/embed"
+LONG = "a" * (MAX_SHORT_TEXT + 1)
+PIXEL = "data:image/png;base64,iVBORw0KGgo="
+SCHEMA = {"type": "object", "properties": {"a": {"type": "string", "description": LONG}}}
+TOOL = {"type": "function", "function": {"name": "f", "description": LONG, "parameters": SCHEMA}}
+
+
+def fault(path, body, allow=frozenset()):
+    """What is said of a body, and of which field; None where it passes."""
+    try:
+        check_body(body, TENANT_ROUTES[path], allow)
+    except FieldError as error:
+        return str(error), error.param
+    return None
+
+
+def nested(levels):
+    value = "a"
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+TEXTS = {
+    "prompt": (COMPLETIONS, {"model": "a", "prompt": LONG, "max_tokens": 1, "stop": ["b"]}),
+    "tokens": (
+        COMPLETIONS,
+        {"prompt": [1, 2, 3], "logit_bias": {"5": 1.0}, "lora_blend": {"a": 1}},
+    ),
+    "prompts": (COMPLETIONS, {"prompt": [[1], [2]], "suffix": LONG, "metadata": {"task": "x"}}),
+    "chat": (
+        CHAT,
+        {
+            "messages": [
+                {"role": "system", "content": LONG},
+                {"role": "user", "content": [{"type": "text", "text": LONG}]},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [
+                        {
+                            "id": "1",
+                            "type": "function",
+                            "function": {"name": "f", "arguments": json.dumps({"url": LONG})},
+                        }
+                    ],
+                },
+                {"role": "tool", "tool_call_id": "1", "content": LONG},
+            ],
+            "documents": [{"title": "a", "anything": LONG}],
+            "chat_template_kwargs": {"enable_thinking": False},
+            "response_format": {"type": "text"},
+            "tools": None,
+            "tool_choice": "none",
+        },
+    ),
+    "batch": (f"{CHAT}/batch", {"messages": [[{"role": "user", "content": LONG}]]}),
+    "response": (
+        RESPONSES,
+        {
+            "input": [
+                {"role": "user", "content": [{"type": "input_text", "text": LONG}]},
+                {
+                    "type": "message",
+                    "id": "m",
+                    "status": "completed",
+                    "role": "assistant",
+                    "content": [{"type": "output_text", "text": LONG, "annotations": [{"b": 1}]}],
+                },
+                {"type": "function_call", "call_id": "1", "name": "f", "arguments": LONG},
+                {"type": "function_call_output", "call_id": "1", "output": LONG},
+                {
+                    "type": "reasoning",
+                    "id": "r",
+                    "summary": [{"type": "summary_text", "text": LONG}],
+                },
+            ],
+            "instructions": LONG,
+            "text": {"format": {"type": "text"}, "verbosity": "low"},
+            "reasoning": {"effort": "low"},
+            "store": False,
+            "background": False,
+        },
+    ),
+    "anthropic": (
+        MESSAGES,
+        {
+            "system": [{"type": "text", "text": LONG, "cache_control": {"type": "ephemeral"}}],
+            "messages": [
+                {"role": "user", "content": LONG},
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "thinking", "thinking": LONG, "signature": LONG},
+                        {"type": "tool_use", "id": "1", "name": "f", "input": {"image": [LONG]}},
+                    ],
+                },
+                {
+                    "role": "user",
+                    "content": [
+                        {
+                            "type": "tool_result",
+                            "tool_use_id": "1",
+                            "content": [{"type": "text", "text": LONG}],
+                        }
+                    ],
+                },
+            ],
+            "max_tokens": 1,
+            "stop_sequences": ["a"],
+            "output_config": {"effort": "low"},
+        },
+    ),
+    "cohere": (
+        "/cohere/v2/chat",
+        {
+            "messages": [{"role": "user", "content": "a"}],
+            "documents": [LONG, {"id": "1", "data": {"text": LONG}}],
+            "k": 1,
+            "p": 0.5,
+        },
+    ),
+    "embeddings": ("/v1/embeddings", {"input": [LONG, "b"], "encoding_format": "base64"}),
+    "cohere-embed": (EMBED, {"texts": [LONG], "input_type": "query"}),
+    "score": ("/score", {"text_1": LONG, "text_2": [LONG], "truncate_prompt_tokens": 1}),
+    "score-parts": ("/v1/score", {"queries": {"content": [{"type": "text", "text": LONG}]}}),
+    "rerank": ("/v2/rerank", {"query": LONG, "documents": [LONG], "top_n": 1}),
+    "tokenize": ("/tokenize", {"prompt": LONG}),
+    "detokenize": ("/detokenize", {"tokens": [1, 2]}),
+    "sagemaker": ("/invocations", {"messages": [], "text_1": LONG, "max_tokens": 1}),
+}
+
+
+@pytest.mark.parametrize(("path", "body"), TEXTS.values(), ids=TEXTS)
+def test_text_is_every_tenants(path, body):
+    assert fault(path, body) is None
+
+
+REFUSED = {
+    "unknown": (COMPLETIONS, {"prompt": "a", "new_field": 1}, "here: `new_field`.", "new_field"),
+    "null": (COMPLETIONS, {"vllm_xargs": None}, "here: `vllm_xargs`.", "vllm_xargs"),
+    "several": (
+        CHAT,
+        {"messages": [], **{f"f{number}": 1 for number in range(10)}},
+        "here: `f0`, `f1`, `f2`, `f3`, `f4`, `f5`, `f6`, `f7` and 2 more.",
+        "f0",
+    ),
+    "long-name": (COMPLETIONS, {LONG: 1}, f"here: `{'a' * 64}...`.", f"{'a' * 64}..."),
+    "surrogate": (COMPLETIONS, {"\ud800": 1}, "here: `\\ud800`.", "\\ud800"),
+    "other-route": (MESSAGES, {"seed": 1}, "here: `seed`.", "seed"),
+    "list": (COMPLETIONS, ["prompt"], "The body is a list, expected a JSON object.", None),
+    "long-model": (COMPLETIONS, {"model": LONG}, "`model`: found a text of 1025", "model"),
+    "long-stop": (COMPLETIONS, {"stop": ["a", LONG]}, "`stop`: found a text of 1025", "stop"),
+    "long-key": (COMPLETIONS, {"logit_bias": {LONG: 1}}, "a key of 1025 char", "logit_bias"),
+    "long-role": (CHAT, {"messages": [{"role": LONG}]}, "a text of 1025", "messages"),
+    "long-type": (
+        CHAT,
+        {"messages": [{"content": [{"type": LONG}]}]},
+        f"type is not allowed for this tenant: {'a' * 64}...",
+        "messages",
+    ),
+    "type-of-no-text": (
+        CHAT,
+        {"messages": [{"type": ["text"]}]},
+        "type is not allowed for this tenant: a list.",
+        "messages",
+    ),
+    "message-key": (
+        CHAT,
+        {"messages": [{"role": "user", "author": {}}]},
+        "keys that are not allowed for this tenant: `author`.",
+        "messages",
+    ),
+    "many-stops": (COMPLETIONS, {"stop": ["a"] * 65}, "found 65 items, expected 64", "stop"),
+    "many-stop-sequences": (MESSAGES, {"stop_sequences": ["a"] * 65}, "65 items", "stop_sequences"),
+    "many-stop-tokens": (CHAT, {"stop_token_ids": [1] * 65}, "65 items", "stop_token_ids"),
+    "much-bias": (
+        CHAT,
+        {"logit_bias": {str(token): 1 for token in range(1_025)}},
+        "found 1025 items, expected 1024",
+        "logit_bias",
+    ),
+    "long-answer": (CHAT, {"max_tokens": (1 << 30) + 1}, "1073741824 at most", "max_tokens"),
+    "longer-answer": (
+        RESPONSES,
+        {"max_output_tokens": 1e300},
+        "found a larger one, expected a number, 1073741824 at most",
+        "max_output_tokens",
+    ),
+    "number-in-a-text": (
+        CHAT,
+        {"max_completion_tokens": "9" * 20},
+        "found a string, expected a number",
+        "max_completion_tokens",
+    ),
+    "large-seed": (COMPLETIONS, {"seed": 1 << 63}, "expected a number", "seed"),
+    "no-number": (COMPLETIONS, {"seed": float("nan")}, "expected a number", "seed"),
+    "many-answers": (COMPLETIONS, {"n": 2_049}, "2048 at most", "n"),
+    "chosen-id": (RESPONSES, {"request_id": "resp_1"}, "here: `request_id`.", "request_id"),
+    "deep": (COMPLETIONS, {"prompt": nested(65)}, "expected 64 at most", "prompt"),
+    "deep-setting": (COMPLETIONS, {"metadata": {"a": nested(64)}}, "expected 64", "metadata"),
+    "deep-arguments": (
+        MESSAGES,
+        {"messages": [{"content": [{"type": "tool_use", "input": nested(61)}]}]},
+        "expected 64 at most",
+        "messages",
+    ),
+}
+
+
+@pytest.mark.parametrize(("path", "body", "message", "param"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("allow", [frozenset(), ALL], ids=["nothing", "everything"])
+def test_what_no_tenant_may_send_is_named(path, body, message, param, allow):
+    found = fault(path, body, allow)
+    assert found is not None
+    assert message in found[0]
+    assert found[1] == param
+    assert len(found[0]) < 1_000
+
+
+def test_numbers_and_items_are_counted_to_their_limits():
+    bias = {str(token): 1 for token in range(1_024)}
+    most = {"n": 2_048, "max_tokens": 1 << 30, "seed": (1 << 63) - 1, "logit_bias": bias}
+    assert fault(COMPLETIONS, {**most, "stop": ["a"] * 64, "stop_token_ids": [1] * 64}) is None
+    assert fault(COMPLETIONS, {"n": None, "seed": -5, "stop": "a", "max_tokens": 1.0}) is None
+
+
+def test_depth_is_counted_to_its_limit():
+    assert fault(COMPLETIONS, {"prompt": nested(MAX_DEPTH)}) is None
+    assert fault(COMPLETIONS, {"metadata": {"a": nested(MAX_DEPTH - 1)}}) is None
+
+
+def message_with(part):
+    return {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, part]}]}
+
+
+MEDIA = {
+    "image": (
+        CHAT,
+        message_with({"type": "image_url", "image_url": {"url": PIXEL}}),
+        "`image_url`",
+    ),
+    "image-without-type": (CHAT, message_with({"image_url": PIXEL}), "`image_url`"),
+    "video": (
+        CHAT,
+        message_with({"type": "video_url", "video_url": {"url": PIXEL}}),
+        "`video_url`",
+    ),
+    "audio": (
+        CHAT,
+        message_with({"type": "input_audio", "input_audio": {"data": LONG, "format": "wav"}}),
+        "`input_audio`",
+    ),
+    "response-image": (
+        RESPONSES,
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": PIXEL}]}]},
+        "`image_url`",
+    ),
+    "tool-output-image": (
+        RESPONSES,
+        {
+            "input": [
+                {
+                    "type": "function_call_output",
+                    "output": [{"type": "input_image", "image_url": PIXEL}],
+                }
+            ]
+        },
+        "`image_url`",
+    ),
+    "anthropic-image": (
+        MESSAGES,
+        message_with(
+            {
+                "type": "image",
+                "source": {"type": "base64", "media_type": "image/png", "data": LONG},
+            }
+        ),
+        "`source`",
+    ),
+    "cohere-images": (EMBED, {"images": [PIXEL]}, "`images` is not allowed for this tenant"),
+    "rerank-image": (
+        "/rerank",
+        {
+            "query": "a",
+            "documents": [{"content": [{"type": "image_url", "image_url": {"url": PIXEL}}]}],
+        },
+        "`image_url`",
+    ),
+}
+
+
+@pytest.mark.parametrize(("path", "body", "message"), MEDIA.values(), ids=MEDIA)
+def test_media_are_for_tenants_that_may_send_them(path, body, message):
+    assert message in fault(path, body)[0]
+    assert message in fault(path, body, ALL - {"media"})[0]
+    assert fault(path, body, {"media"}) is None
+
+
+ADDRESSES = ("https://example.com/a.png", "file:///etc/passwd", " data:,", "DATA:,", "")
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+@pytest.mark.parametrize(
+    ("path", "make"),
+    [
+        (CHAT, lambda url: message_with({"type": "image_url", "image_url": {"url": url}})),
+        (CHAT, lambda url: message_with({"image_url": url})),
+        (CHAT, lambda url: message_with({"image_url": [url]})),
+        (CHAT, lambda url: message_with({"audio_url": {"url": url}})),
+        (CHAT, lambda url: message_with({"video_url": {"url": url}})),
+        (RESPONSES, lambda url: {"input": [{"type": "input_image", "image_url": url}]}),
+        (
+            MESSAGES,
+            lambda url: message_with({"type": "image", "source": {"type": "url", "url": url}}),
+        ),
+        (EMBED, lambda url: {"images": [PIXEL, url]}),
+    ],
+    ids=["part", "short", "list", "audio", "video", "response", "anthropic", "cohere"],
+)
+def test_media_come_in_the_request_and_from_no_address(path, make, address):
+    assert "expected a `data:` URL" in fault(path, make(address), ALL)[0]
+    assert fault(path, make(PIXEL), ALL) is None
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": PIXEL}, "uuid": "another's"},
+        {"type": "image_embeds", "image_embeds": "a"},
+        {"type": "audio_embeds", "audio_embeds": "a"},
+        {"type": "prompt_embeds", "data": "a"},
+        {"image_pil": "a"},
+        {"type": "input_file", "file_id": "a"},
+    ],
+    ids=["uuid", "image-embeds", "audio-embeds", "prompt-embeds", "pil", "file"],
+)
+def test_ids_and_embeddings_are_no_tenants(part):
+    assert "not allowed for this tenant" in fault(CHAT, message_with(part), ALL)[0]
+
+
+GATED = {
+    "response-format": (COMPLETIONS, {"response_format": {"type": "json_object"}}, "grammars"),
+    "structured": (CHAT, {"structured_outputs": {"regex": "a"}}, "grammars"),
+    "tools": (CHAT, {"tools": [TOOL]}, "grammars"),
+    "tool-choice": (CHAT, {"tool_choice": "required"}, "grammars"),
+    "format": (
+        RESPONSES,
+        {"text": {"format": {"type": "json_schema", "schema": SCHEMA}}},
+        "grammars",
+    ),
+    "response-tools": (
+        RESPONSES,
+        {"tools": [{"type": "function", "parameters": SCHEMA}]},
+        "grammars",
+    ),
+    "anthropic-tools": (MESSAGES, {"tools": [{"name": "f", "input_schema": SCHEMA}]}, "grammars"),
+    "anthropic-format": (
+        MESSAGES,
+        {"output_config": {"format": {"type": "json_schema"}}},
+        "grammars",
+    ),
+    "counted-tools": (f"{MESSAGES}/count_tokens", {"tools": [{"name": "f"}]}, "grammars"),
+    "tokenized-tools": ("/tokenize", {"messages": [], "tools": [TOOL]}, "grammars"),
+    "sagemaker": ("/invocations", {"messages": [], "tools": [TOOL]}, "grammars"),
+    "store": (RESPONSES, {"store": True}, "stored_responses"),
+    "background": (RESPONSES, {"background": True}, "stored_responses"),
+    "previous": (RESPONSES, {"previous_response_id": "resp_1"}, "stored_responses"),
+}
+
+
+@pytest.mark.parametrize(("path", "body", "word"), GATED.values(), ids=GATED)
+def test_field_needs_its_word(path, body, word):
+    (name,) = body.keys() - {"messages"}
+    expected = (
+        f"`{name}` is not allowed for this tenant: the server's operator has not allowed `{word}`."
+    )
+    assert fault(path, body) == (expected, name)
+    assert fault(path, body, ALL - {word}) == (expected, name)
+    assert fault(path, body, {word}) is None
+
+
+def test_tools_in_messages_need_the_word_for_tools():
+    change = {
+        "type": "tool_addition",
+        "tool": {"type": "tool_definition", "definition": {"name": "f", "input_schema": SCHEMA}},
+    }
+    body = {"messages": [{"role": "system", "content": [change]}]}
+    assert "`tool`" in fault(MESSAGES, body)[0]
+    assert fault(MESSAGES, body, {"grammars"}) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [(RESPONSES, {"text": {"verbosity": LONG}}), (MESSAGES, {"output_config": {"effort": LONG}})],
+    ids=["responses", "messages"],
+)
+def test_harmless_value_of_a_gated_field_has_short_texts(path, body):
+    assert "found a text of 1025 characters" in fault(path, body)[0]
+
+
+def test_no_route_is_both_allowed_and_refused():
+    assert not TENANT_ROUTES.keys() & REFUSED_ROUTES
+
+
+@pytest.mark.parametrize("path", TENANT_ROUTES)
+def test_fields_of_a_route_are_of_one_kind_each(path):
+    route = TENANT_ROUTES[path]
+    kinds = [route.plain, route.contents, route.documents, route.gated.keys()]
+    assert sum(map(len, kinds)) == len(frozenset().union(*kinds))
+    assert route.is_form or "model" in route.plain

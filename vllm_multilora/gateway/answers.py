@@ -1,0 +1,170 @@
+"""Names the adapter and its version in answers.
+
+- The headers `x-multilora-adapter` and `x-multilora-version`. A stream's headers are sent before
+  anything is computed. They name the version that the adapter's name stood for at that time, which
+  the request is bound to.
+- The field `multilora` of the answer, or of a stream's first event once it is known. It names the
+  version that computed the answer. The two differ if an adapter's files have changed without a
+  registration, and its old version was no longer in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from starlette.datastructures import Headers, MutableHeaders
+
+from vllm_multilora.integration.server.http_calls import (
+    BLEND_FIELD,
+    SHOWN_DIGITS,
+    HttpCall,
+    current_call,
+)
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+ADAPTER_HEADER = "x-multilora-adapter"
+"""Names the adapter that made the answer, or that a route has led the request to."""
+
+VERSION_HEADER = "x-multilora-version"
+"""The adapter's version: the first digits of its digest."""
+
+RENDERING = "/render"
+"""End of the paths of endpoints whose answers are requests for `/inference/v1/generate`."""
+
+DROPPING_JSON = ("/messages", "/inference/v1/generate", "/cohere/v2/chat", "/v2/embed", RENDERING)
+"""Ends of the paths of endpoints that drop fields of their body which they do not know."""
+_DROPPING_FORMS = ("/transcriptions", "/translations")
+"""The same, of those that take forms."""
+
+_ESCAPED = re.compile(rb"\\u00[5-7]")  # among them are all letters of the field
+_FORM_FIELD = re.compile(rb'[\s;]name="?%s["\s;]' % BLEND_FIELD.encode(), re.IGNORECASE)
+_LONGEST_FORM_FIELD = 32
+
+_EVENT = b"data: {"
+
+
+class HttpCallMiddleware:
+    """Fills `current_call`, and names adapter and version in the answer, streamed ones included.
+
+    Args:
+        app: What answers the requests.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        call = HttpCall(Headers(scope=scope))
+        token = current_call.set(call)
+        path = scope.get("path", "")
+        call.renders = path.endswith(RENDERING)
+        if path.endswith((*DROPPING_JSON, *_DROPPING_FORMS)):
+            receive = _noticing(receive, call, is_form=path.endswith(_DROPPING_FORMS))
+        try:
+            await self._app(scope, receive, _Answer(call, send).send)
+        finally:
+            current_call.reset(token)
+
+
+def _noticing(receive: Receive, call: HttpCall, *, is_form: bool) -> Receive:
+    """Notices a field for a blend in a body: in a form as it passes, in JSON once it is whole."""
+    seen = bytearray()
+
+    async def receive_noticing() -> Message:
+        message = await receive()
+        seen.extend(message.get("body", b""))
+        if is_form:
+            call.drops_blend |= _FORM_FIELD.search(seen) is not None
+            del seen[:-_LONGEST_FORM_FIELD]
+        elif not message.get("more_body"):
+            call.drops_blend |= _asks_for_blend(seen)
+            seen.clear()
+        return message
+
+    return receive_noticing
+
+
+def _asks_for_blend(body: bytearray) -> bool:
+    """Whether JSON has a field for a blend; it is parsed only if it could have one."""
+    # Letters may be escaped, and JSON in UTF-16 and UTF-32 has null bytes.
+    if BLEND_FIELD.encode() not in body and b"\0" not in body and not _ESCAPED.search(body):
+        return False
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):  # which the endpoint refuses
+        return False
+    return isinstance(content, dict) and content.get(BLEND_FIELD) is not None
+
+
+class _Answer:
+    """An answer on its way to the client."""
+
+    def __init__(self, call: HttpCall, send: Send) -> None:
+        self._call = call
+        self._send = send
+        self._start: Message | None = None  # held until the body is there
+        self._is_complete = False  # nothing is to be added any more
+
+    async def send(self, message: Message) -> None:
+        if not self._is_complete:
+            if message["type"] == "http.response.start":
+                if self._begin(message):
+                    return
+            elif message["type"] == "http.response.body":
+                message = self._named(message)
+                if self._start is not None:
+                    start, self._start = self._start, None
+                    await self._send(start)
+        await self._send(message)
+
+    def _begin(self, start: Message) -> bool:
+        """Adds the headers; whether they are to be held until the body is there."""
+        call, headers = self._call, MutableHeaders(scope=start)
+        if call.adapter is not None:
+            # A header holds ASCII, and neither begins nor ends with spaces; other names are
+            # percent-encoded, as in a URL.
+            inner_space = " " if call.adapter == call.adapter.strip() else ""
+            headers[ADAPTER_HEADER] = quote(call.adapter, safe="/:@+*" + inner_space)
+        if call.digest is not None:
+            headers[VERSION_HEADER] = call.digest[:SHOWN_DIGITS]
+        kind = headers.get("content-type", "")
+        is_json = kind.startswith("application/json")
+        is_answer = call.lora is not None and start["status"] == 200
+        self._is_complete = not is_answer or not (is_json or kind.startswith("text/event-stream"))
+        if is_answer and is_json:
+            self._start = start
+        return self._start is not None
+
+    def _named(self, message: Message) -> Message:
+        """The first part of a body that can name what has computed it, with that in it."""
+        body, ran, start = message.get("body", b""), self._call.ran, self._start
+        event = 0 if start is not None else body.find(_EVENT)
+        at = event if start is not None else event + len(_EVENT) - 1
+        if start is not None:
+            self._is_complete = True  # it is whole, or begins here
+        if ran is None or event < 0 or body[at : at + 1] != b"{":
+            return message
+        self._is_complete = True
+        field = _field(self._call, ran)
+        rest = body[at + 1 :]
+        named = b"".join((body[: at + 1], field, b"" if rest[:1] == b"}" else b",", rest))
+        if start is not None:
+            headers = MutableHeaders(scope=start)
+            headers[VERSION_HEADER] = ran[:SHOWN_DIGITS]
+            if (length := headers.get("content-length")) is not None:
+                headers["content-length"] = str(int(length) + len(named) - len(body))
+        return {**message, "body": named}
+
+
+def _field(call: HttpCall, ran: str) -> bytes:
+    assert call.lora is not None
+    value = {"adapter": call.lora.lora_name, "version": ran[:SHOWN_DIGITS]}
+    return b'"multilora":' + json.dumps(value, separators=(",", ":")).encode()

@@ -1,0 +1,73 @@
+"""The application that stands between clients and vLLM's own.
+
+vLLM mounts it as it mounts any class that `--middleware` names; the plugin adds it to the server's
+arguments. Without keys it names adapters in answers, and does nothing else to a request.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from vllm_multilora.errors import MultiLoRAError
+from vllm_multilora.gateway.answers import HttpCallMiddleware
+from vllm_multilora.gateway.errors import error_answer
+from vllm_multilora.gateway.first_errors import stop_at_first_errors
+from vllm_multilora.gateway.invocations import InvocationsMiddleware
+from vllm_multilora.gateway.keys.access import access_for
+from vllm_multilora.gateway.keys.middleware import AccessMiddleware
+from vllm_multilora.gateway.own_routes import add_routes
+from vllm_multilora.gateway.paths import route_path
+from vllm_multilora.integration.logs import join_vllm_logging
+from vllm_multilora.wording import CONTROLS
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+
+class Gateway:
+    """Everything of this plugin that acts on HTTP before vLLM does.
+
+    Args:
+        app: What vLLM has behind this middleware.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._inner: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._start(scope, receive, send)
+        elif CONTROLS.search(scope["path"]):
+            # The pattern of a Starlette route ends in `$`, which also matches before a line break:
+            # such a path would reach an endpoint as another one than it was checked as.
+            message = "There is nothing at a path with control characters."
+            answer = error_answer(HTTPStatus.NOT_FOUND, message, path=route_path(scope))
+            await answer(scope, receive, send)
+        else:
+            await self._for(scope["app"])(scope, receive, send)
+
+    async def _start(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Reads the keys when the server starts, and stops the server where they cannot be used."""
+        join_vllm_logging()  # uvicorn has taken its logging configuration just before
+        try:
+            inner = self._for(scope["app"])
+        except MultiLoRAError as error:
+            await receive()
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
+        await inner(scope, receive, send)
+
+    def _for(self, server: Any) -> ASGIApp:
+        """What is behind this class, made when vLLM's application is first at hand."""
+        if self._inner is None:
+            inner: ASGIApp = HttpCallMiddleware(InvocationsMiddleware(self._app))
+            access = access_for(server.state.args)
+            add_routes(server, access)
+            if access is not None:
+                inner = AccessMiddleware(inner, access)
+                if access.locks.tenants:
+                    stop_at_first_errors(server)
+            self._inner = inner
+        return self._inner

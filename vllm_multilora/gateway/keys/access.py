@@ -1,0 +1,233 @@
+"""Finds out whose a key is; the middleware asks here for every request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import operator
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_multilora.documents import DocumentError, WatchedFile
+from vllm_multilora.integration.server.callers import Caller
+from vllm_multilora.integration.server.key_settings import (
+    COUNT_VARIABLE,
+    SALT_VARIABLE,
+    STOPPED_WITH_SERVER,
+    api_keys_in,
+    parse_admin_keys,
+    read_admin_keys,
+    warn_of_open_updates,
+)
+from vllm_multilora.integration.server.mounting import settings_in
+from vllm_multilora.tenants.keys import KeyRing, digest_of
+from vllm_multilora.tenants.limits import Account
+from vllm_multilora.tenants.parsing import parse_tenants
+from vllm_multilora.tenants.rules import Locks, Role
+
+if TYPE_CHECKING:
+    from vllm_multilora.tenants.tenant import Tenants
+
+logger = logging.getLogger(__name__)
+
+REFRESH_S = 1.0
+"""Between two looks at the files of keys."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Whose a key is.
+
+    Attributes:
+        role: What the key makes of its owner.
+        tenant: The tenant's name; None for everybody else.
+    """
+
+    role: Role
+    tenant: str | None = None
+
+
+class Access:
+    """The keys of one API server, and its tenants; used on its event loop only.
+
+    Args:
+        api_keys: vLLM's.
+        admin_keys: The operators', where they have no file.
+        admin_path: The file of the operators' keys; None where there is none.
+        tenants_path: The tenants file; None where there are no tenants.
+        folders: What only operators may see named.
+        secret: Of the tenants' salts, where the file has none.
+        servers: How many API servers share the tenants' limits.
+
+    Attributes:
+        locks: Which kinds of keys there are.
+        forwarded_key: The key that vLLM's own check of `--api-key` accepts; None where it has none.
+
+    Raises:
+        DocumentError: A file of keys cannot be used.
+    """
+
+    def __init__(
+        self,
+        *,
+        api_keys: Sequence[str] = (),
+        admin_keys: Sequence[str] = (),
+        admin_path: str | None = None,
+        tenants_path: str | None = None,
+        folders: Sequence[str] = (),
+        secret: str = "",
+        servers: int = 1,
+    ) -> None:
+        has_admin = bool(admin_keys) or admin_path is not None
+        self.locks = Locks(bool(api_keys), has_admin, tenants_path is not None)
+        self._folders = folders
+        self._secret = secret
+        self._servers = servers
+        self._api_keys, self._admin_keys = api_keys, admin_keys
+        self.forwarded_key = api_keys[0] if api_keys else None
+        self._accounts: dict[str, Account] = {}
+        self._watching: asyncio.Task[None] | None = None
+        self._admin: WatchedFile[list[str]] | None = None
+        self._file: WatchedFile[Tenants] | None = None
+        if admin_path is not None:
+            self._admin = WatchedFile(admin_path, self._parse_admin, "admin keys")
+        if tenants_path is not None:
+            self._file = WatchedFile(tenants_path, self._parse, "tenants")
+        self._take()
+
+    def caller(self, key: str | None) -> Caller:
+        """The owner of a key; a stranger where it is nobody's, or there is none."""
+        identity = None if key is None else self._ring.owner(key)
+        if identity is None:
+            identity = Identity(Role.STRANGER)
+        account = None if identity.tenant is None else self._accounts[identity.tenant]
+        hides = not self.locks.shows_folders(identity.role)
+        return Caller(identity.role, self._folders, hides, account, self._salt)
+
+    def tenants_now(self) -> list[dict[str, Any]]:
+        """What each tenant uses in this API server, and what it may use in all of them together."""
+        return [
+            {
+                "id": name,
+                "object": "tenant",
+                "running": account.running,
+                "waiting": account.waiting,
+                "adapters": account.adapters_in_use,
+                "weight": account.tenant.weight,
+                "limits": asdict(account.tenant.limits),
+            }
+            for name, account in sorted(self._accounts.items())
+            if name in self._tenants
+        ]
+
+    def stop(self) -> None:
+        """Lets no tenant's call wait for its turn any more."""
+        for account in self._accounts.values():
+            account.stop()
+
+    def watch(self) -> None:
+        """Has the files looked at every second from now on; on the event loop, more than once."""
+        if self._watching is None and (self._admin or self._file):
+            self._watching = asyncio.create_task(self._read_again())
+
+    async def _read_again(self) -> None:
+        while True:
+            await asyncio.sleep(REFRESH_S)
+            try:
+                for file in self._files():
+                    await file.refresh_aside()
+            except RuntimeError as error:  # no thread could be started
+                logger.error("The keys stay as they were for now: %s", error)
+            if any(map(operator.is_not, self._values(), self._in_force)):
+                self._take()
+
+    def _files(self) -> list[WatchedFile[Any]]:
+        return [file for file in (self._admin, self._file) if file is not None]
+
+    def _values(self) -> list[Any]:
+        """What the files say."""
+        return [file.value for file in self._files()]
+
+    def _take(self) -> None:
+        """Puts in force what the files say now.
+
+        Tenants that it names no more keep their accounts while there is anything in them: they may
+        be back before their calls end, and what they have used counts then.
+        """
+        self._in_force = self._values()
+        tenants = self._file.value if self._file is not None else None
+        self._tenants = tenants.by_name if tenants is not None else {}
+        for name, tenant in self._tenants.items():
+            if name in self._accounts:
+                self._accounts[name].update(tenant)
+            else:
+                self._accounts[name] = Account(tenant, self._servers)
+        for name in self._accounts.keys() - self._tenants.keys():
+            if self._accounts[name].is_idle:
+                del self._accounts[name]
+        keys = tenants.keys if tenants is not None else {}
+        self._ring = KeyRing(
+            {**{key: Identity(Role.TENANT, name) for key, name in keys.items()}, **self._fixed()}
+        )
+        own = tenants.cache_salt if tenants is not None else None
+        self._salt = self._secret if own is None else own
+
+    def _fixed(self) -> dict[bytes, Identity]:
+        """Whose the keys are that no tenant has, by their digests."""
+        # Without an admin key, vLLM's is what operators have.
+        role = Role.CLIENT if self.locks.admin_key else Role.OPERATOR
+        admin_keys = self._admin_keys if self._admin is None else self._admin.value
+        return {
+            **{digest_of(key): Identity(role) for key in self._api_keys},
+            **{digest_of(key): Identity(Role.OPERATOR) for key in admin_keys},
+        }
+
+    def _parse_admin(self, file: str, text: str) -> list[str]:
+        keys = parse_admin_keys(file, text)
+        tenants = {} if self._file is None else self._file.value.keys
+        for digest in map(digest_of, keys):
+            if digest in tenants:
+                raise DocumentError(
+                    f"{file}: found a key that is also the tenant {tenants[digest]!r}'s, expected "
+                    f"a different one"
+                )
+        return keys
+
+    def _parse(self, file: str, text: str) -> Tenants:
+        tenants = parse_tenants(file, text)
+        for digest in tenants.keys.keys() & self._fixed().keys():
+            raise DocumentError(
+                f"{file}: found a key of the tenant {tenants.keys[digest]!r} that is also the "
+                f"server's admin key or API key, expected a different one"
+            )
+        return tenants
+
+
+def access_for(args: Namespace) -> Access | None:
+    """What guards a server with these arguments; None where it has no keys."""
+    settings = settings_in(args)
+    if settings is None:
+        return None
+    access = Access(
+        api_keys=api_keys_in(args),
+        admin_keys=read_admin_keys(settings, os.environ),
+        admin_path=settings.admin_key_file,
+        tenants_path=settings.tenants,
+        folders=_as_named(*settings.allowed_roots, *settings.adapter_dir),
+        secret=os.environ.get(SALT_VARIABLE, ""),
+        servers=int(os.environ.get(COUNT_VARIABLE, "1")),
+    )
+    warn_of_open_updates(access.locks)
+    if not access.locks.any:
+        return None
+    STOPPED_WITH_SERVER.add(access)
+    return access
+
+
+def _as_named(*folders: str) -> tuple[str, ...]:
+    """Folders as messages name them: by their absolute paths, and by where links lead."""
+    paths = (*map(os.path.abspath, folders), *map(os.path.realpath, folders))
+    return tuple(dict.fromkeys(paths))

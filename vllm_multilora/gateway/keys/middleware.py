@@ -1,0 +1,243 @@
+"""Finds out who sends each request, refuses what they may not ask, and gives tenants their turns.
+
+It stands in front of vLLM's own check of `--api-key`. Requests of known callers carry vLLM's key on
+from here, so that check lets them pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+
+from vllm_multilora.gateway.body import LargeBodyError, read_body
+from vllm_multilora.gateway.endpoints import called_route, endpoint_of, refused_word
+from vllm_multilora.gateway.errors import error_answer
+from vllm_multilora.gateway.fields import MAX_SHORT_TEXT, FieldError, needs
+from vllm_multilora.gateway.keys.access_log import keep_refusals_few
+from vllm_multilora.gateway.limits.listing import list_in_turn
+from vllm_multilora.gateway.limits.pauses import STRANGERS_PER_MINUTE, pause
+from vllm_multilora.gateway.limits.turns import ClientGoneError, turn_of
+from vllm_multilora.gateway.paths import route_path
+from vllm_multilora.gateway.stored import UnknownResponseError, require_own_path
+from vllm_multilora.integration.server.callers import Caller, current_caller
+from vllm_multilora.metrics.server_counts import COUNTS
+from vllm_multilora.tenants.limits import (
+    Account,
+    LimitReachedError,
+    ServerStoppedError,
+    TokenBucket,
+)
+from vllm_multilora.tenants.rules import (
+    OF_TENANTS,
+    Endpoint,
+    Role,
+    refusal,
+)
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from vllm_multilora.gateway.keys.access import Access
+
+_REFUSALS = (HTTPStatus.NOT_FOUND, HTTPStatus.TOO_MANY_REQUESTS)
+_MESSAGES = {
+    HTTPStatus.UNAUTHORIZED: "The request has no valid key; expected `Authorization: Bearer KEY`.",
+    HTTPStatus.FORBIDDEN: "The key does not allow this; expected an admin key or, on a server "
+    "without one, the API key.",
+}
+_STATUS = {
+    LimitReachedError: HTTPStatus.TOO_MANY_REQUESTS,
+    ServerStoppedError: HTTPStatus.SERVICE_UNAVAILABLE,
+    LargeBodyError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    FieldError: HTTPStatus.BAD_REQUEST,
+    UnknownResponseError: HTTPStatus.NOT_FOUND,
+}
+_CLIENT_GONE = 499  # as proxies call it; nobody reads it
+_DROPPED_HEADERS = (b"endpoint-load-metrics-format", b"x-data-parallel-rank")
+"""Headers that tenants' requests lose. The first has vLLM collect all metrics for one answer, while
+nobody else is answered. The second chooses the engine, where one tenant's requests would then hold
+up others'."""
+
+_ECHOED_HEADERS = (b"x-request-id", b"traceparent", b"tracestate")
+_PACED = (Endpoint.MODELS, Endpoint.STATUS, Endpoint.STORED)
+
+
+class AccessMiddleware:
+    """Refuses what a caller may not ask, and passes the rest on with its caller known.
+
+    Args:
+        app: Answers the requests that pass.
+        access: The server's keys.
+        strangers_per_minute: See `STRANGERS_PER_MINUTE`.
+    """
+
+    def __init__(
+        self, app: ASGIApp, access: Access, strangers_per_minute: float = STRANGERS_PER_MINUTE
+    ) -> None:
+        self._app = app
+        self._access = access
+        self._strangers = TokenBucket(strangers_per_minute)
+        keep_refusals_few()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._access.watch()  # from the server's start on: its lifespan comes by here, too
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        if is_preflight(scope, headers):
+            await self._app(scope, receive, send)
+            return
+        path = route_path(scope)
+        endpoint = endpoint_of(scope.get("method", "GET"), path)
+        caller = self._access.caller(presented_key(headers))
+        status = refusal(self._access.locks, caller.role, endpoint, path)
+        message = None if status is None else _MESSAGES[status]
+        if caller.tenant is not None and status is None:
+            word = refused_word(endpoint, path, caller.tenant.allow)
+            if word is not None:
+                status, message = HTTPStatus.FORBIDDEN, f"This path is {needs(word)}."
+        if status is not None and message is not None:
+            COUNTS.count_refused(None if caller.tenant is None else caller.tenant.name, status)
+            if caller.account is not None:
+                await pause(caller.account.without_turn)
+            elif status is HTTPStatus.UNAUTHORIZED:
+                await pause(self._strangers)
+            await _refuse(status, message, scope, receive, send)
+            return
+        if caller.role is not Role.STRANGER:
+            scope = self._with_server_key(scope)
+        token = current_caller.set(caller)
+        try:
+            if caller.account is not None and endpoint in OF_TENANTS:
+                await self._call(caller, caller.account, endpoint, scope, receive, send)
+            elif caller.role is Role.STRANGER:
+                await self._app(scope, receive, self._refusing(send))
+            else:
+                await self._app(scope, receive, send)
+        finally:
+            current_caller.reset(token)
+            caller.ended()
+
+    def _with_server_key(self, scope: Scope) -> Scope:
+        """The request with the key that vLLM's own check accepts, if there is such a check."""
+        if (key := self._access.forwarded_key) is None:
+            return scope
+        headers = [pair for pair in scope["headers"] if pair[0] != b"authorization"]
+        return {**scope, "headers": [*headers, (b"authorization", f"Bearer {key}".encode())]}
+
+    def _refusing(self, send: Send) -> Send:
+        """Counts and delays what vLLM's own check of its API key refuses, as `__call__` does.
+
+        Without tenants, that check answers most of the strangers.
+        """
+
+        async def send_refusal(message: Message) -> None:
+            if message.get("status") == HTTPStatus.UNAUTHORIZED:
+                COUNTS.count_refused(None, HTTPStatus.UNAUTHORIZED)
+                await pause(self._strangers)
+            await send(message)
+
+        return send_refusal
+
+    async def _call(
+        self,
+        caller: Caller,
+        account: Account,
+        endpoint: Endpoint,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """Passes a tenant's request on when it has its turn.
+
+        Refusals are delayed where there are many.
+        """
+        path = route_path(scope)
+        headers = [pair for pair in scope["headers"] if pair[0] not in _DROPPED_HEADERS]
+        scope = {**scope, "headers": headers}
+
+        async def send_marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                if caller.retry_after_s is not None:
+                    MutableHeaders(scope=message)["retry-after"] = str(caller.retry_after_s)
+                if message["status"] in _REFUSALS:
+                    COUNTS.count_refused(account.tenant.name, message["status"])
+            await send(message)
+
+        try:
+            _require_short(headers)
+            if endpoint is Endpoint.CALL:
+                receive = await turn_of(account, receive)
+                caller.has_turn = True
+                receive = await read_body(receive, called_route(path), caller)
+            if endpoint is Endpoint.STORED:
+                require_own_path(caller, path)
+            if endpoint in _PACED:
+                await list_in_turn(
+                    self._app, account.listing[endpoint], scope, receive, send_marked
+                )
+            else:
+                await self._app(scope, receive, send_marked)
+        except (
+            LimitReachedError,
+            ServerStoppedError,
+            LargeBodyError,
+            FieldError,
+            UnknownResponseError,
+        ) as error:
+            if isinstance(error, LimitReachedError):
+                caller.retry_after_s = error.retry_after_s
+                await pause(account.without_turn)
+            param = error.param if isinstance(error, FieldError) else None
+            answer = error_answer(_STATUS[type(error)], str(error), path=path, param=param)
+            await answer(scope, receive, send_marked)
+        except ClientGoneError:  # operators' middlewares expect an answer
+            await Response(status_code=_CLIENT_GONE)(scope, receive, send_marked)
+
+
+def _require_short(headers: list[tuple[bytes, bytes]]) -> None:
+    """Looks at what goes to the engine with a request and comes back with each of its tokens.
+
+    Raises:
+        FieldError: There is too much of it.
+    """
+    for name, value in headers:
+        if name in _ECHOED_HEADERS and len(value) > MAX_SHORT_TEXT:
+            raise FieldError(
+                f"Header `{name.decode()}`: found {len(value)} characters, expected "
+                f"{MAX_SHORT_TEXT} at most."
+            )
+
+
+async def _refuse(
+    status: HTTPStatus, message: str, scope: Scope, receive: Receive, send: Send
+) -> None:
+    answer = error_answer(status, message, path=route_path(scope))
+    if status is HTTPStatus.UNAUTHORIZED:
+        answer.headers["www-authenticate"] = "Bearer"
+    await answer(scope, receive, send)
+
+
+def is_preflight(scope: Mapping[str, Any], headers: Mapping[str, str]) -> bool:
+    """Whether vLLM's CORS middleware answers a request, as browsers send it ahead of another.
+
+    Any other one with the method OPTIONS reaches the endpoints: `/metrics` answers all methods.
+    """
+    asks = "origin" in headers and "access-control-request-method" in headers
+    return asks and scope.get("method") == "OPTIONS"
+
+
+def presented_key(headers: Mapping[str, str]) -> str | None:
+    """The key in a request's headers: a bearer token, or `x-api-key` as Anthropic's clients send.
+
+    None where there is none.
+    """
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token:
+        return token
+    return headers.get("x-api-key")

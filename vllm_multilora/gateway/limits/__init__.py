@@ -1,0 +1,1 @@
+"""Turns of tenants: for calls, and for lists of what there is."""

@@ -1,0 +1,1 @@
+"""Names: the list of models that a caller sees."""

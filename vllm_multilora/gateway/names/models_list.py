@@ -1,0 +1,85 @@
+"""`GET /v1/models` with adapters' digests and with routes, as each caller may see it.
+
+The route takes the place of vLLM's own in vLLM's application, behind its check of the API key.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+
+from vllm_multilora.integration.api_server import registered_versions
+from vllm_multilora.integration.server.callers import Caller, current_caller
+from vllm_multilora.integration.server.routes import ROUTES
+
+MODELS = "/v1/models"
+
+
+def add_route(server: FastAPI) -> None:
+    """Puts the route before vLLM's own."""
+    server.add_api_route(MODELS, show_models, methods=["GET"], include_in_schema=False)
+    routes = server.router.routes
+    routes.insert(0, routes.pop())
+
+
+async def show_models(raw_request: Request) -> JSONResponse:
+    """Answers with the models, adapters and routes that the caller may see."""
+    shown = await models_for(current_caller.get(), raw_request.app.state.openai_serving_models)
+    return JSONResponse(shown.model_dump())
+
+
+async def models_for(caller: Caller | None, models: Any) -> Any:
+    """Returns vLLM's list of models as a caller may see it.
+
+    Args:
+        caller: Who asks; None where no keys are set.
+        models: vLLM's table of models, of a server with an engine or without one.
+    """
+    routes = ROUTES.get(models)
+    shown = await _as_seen(models, caller).show_available_models()
+    for card in shown.data:
+        lora = models.lora_requests.get(card.id)
+        version = None if lora is None else registered_versions.find(models.engine_client, lora)
+        if version is not None:
+            card.digest, card.created = version.digest, int(version.loaded)
+            card.kind = version.kind
+    cards = [
+        card_for(caller, card, is_base=models.is_base_model(card.id), is_route=False)
+        for card in shown.data
+    ]
+    if routes is not None:
+        cards += [
+            card_for(caller, card, is_base=False, is_route=True)
+            for card in await routes.cards(caller)
+        ]
+    shown.data = [card for card in cards if card is not None]
+    return shown
+
+
+def _as_seen(models: Any, caller: Caller | None) -> Any:
+    """Returns the models with a tenant's adapters alone.
+
+    A line of the list takes longer to make than many requests take to read, and nobody is answered
+    meanwhile. So a tenant's list must not take time for thousands of others' adapters.
+    """
+    tenant = None if caller is None else caller.tenant
+    if tenant is None:
+        return models
+    seen, names = copy(models), tenant.adapters
+    seen.lora_requests = {
+        name: lora for name, lora in models.lora_requests.items() if name in names
+    }
+    return seen
+
+
+def card_for(caller: Caller | None, card: Any, *, is_base: bool, is_route: bool) -> Any | None:
+    """Returns a line of the list as a caller may see it; None where it may not."""
+    if caller is None:
+        return card
+    if not caller.may_use(card.id, is_base=is_base, is_route=is_route):
+        return None
+    # `root` is the folder of an adapter, and often of the base model.
+    return card.model_copy(update={"root": card.id}) if caller.hides_folders else card

@@ -1,0 +1,1 @@
+"""The status route, and the page that shows it."""

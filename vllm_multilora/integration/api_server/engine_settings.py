@@ -1,0 +1,148 @@
+"""What a new engine's configuration needs for LoRA serving: checked, and completed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm import envs
+from vllm.usage.usage_lib import UsageContext
+
+from vllm_multilora import __version__
+from vllm_multilora.adapters.directory import require_directories
+from vllm_multilora.adapters.required import RequiredDigests
+from vllm_multilora.adapters.signers import Signers
+from vllm_multilora.config import MultiLoRAConfig
+from vllm_multilora.errors import ConfigError
+from vllm_multilora.integration.api_server.kv_connectors import require_adapters_apart
+from vllm_multilora.integration.api_server.row_order import require_rows_in_order
+from vllm_multilora.integration.metrics import make_folder
+from vllm_multilora.integration.patching.activation import kernel_backend, settings_of
+from vllm_multilora.integration.patching.cache_settings import (
+    check_cache_settings,
+    lift_default_count,
+)
+from vllm_multilora.integration.patching.core_seams import CORE_SEAMS
+from vllm_multilora.integration.patching.flags import checks_in
+from vllm_multilora.integration.patching.parts import CORE
+from vllm_multilora.integration.patching.version import installed_version
+from vllm_multilora.integration.updating import allow_updating
+from vllm_multilora.store.folder import store_folder
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger(__name__)
+
+_ESSENTIAL = (
+    *("punica-wrapper", "worker-manager", "batch-mapping", "batch-inputs", "scheduler-class"),
+    *("executor", "add-request"),
+)
+"""Patches that act together: with one of them missing, requests get the base model's answers."""
+
+COMPILED_WITH = "multilora_compiled_with"
+"""Key in `additional_config` that tells whose compiled code a configuration may use."""
+
+
+def complete(vllm_config: VllmConfig, engine_args: Any, usage_context: UsageContext | None) -> None:
+    """Checks a new engine's configuration, and completes it where the plugin loads its adapters.
+
+    Args:
+        vllm_config: Of the engine.
+        engine_args: vLLM's `EngineArgs` that it was made from.
+        usage_context: What the engine is for; None where nobody starts one with it.
+
+    Raises:
+        ConfigError: A setting cannot be used, or adapters cannot be served with this vLLM.
+    """
+    settings = settings_of(vllm_config)
+    backend = kernel_backend(vllm_config)
+    if backend == "vllm":
+        if vllm_config.lora_config is not None:
+            require_nothing_to_check(settings)
+        return
+    # What torch.compile has made of stock's layers, or of another version's, is not for us: this is
+    # part of the configuration's hash, by which vLLM finds compiled code again.
+    if isinstance(vllm_config.additional_config, dict):
+        vllm_config.additional_config[COMPILED_WITH] = f"{__version__} {backend}"
+    require_patches()
+    check_cache_settings(settings, vllm_config)
+    require_directories(settings.adapter_dir)
+    warn_of_roots(settings.allowed_roots)
+    if (required := settings.require_digest) is not None:
+        RequiredDigests(required)  # a mistake in it stops the start
+    if (keys := settings.signing_keys) is not None:
+        Signers.read(keys)  # likewise
+    require_adapters_apart(vllm_config.kv_transfer_config)
+    require_rows_in_order(vllm_config)
+    lift_default_count(engine_args, vllm_config)
+    allow_updating(vllm_config)
+    # Whoever starts no engine with it, and only looks, names no use of a configuration.
+    if usage_context is not None:
+        if settings.store == "process":
+            store_folder()  # a mistake in MULTILORA_STORE_FOLDER stops the start, too
+        if not engine_args.disable_log_stats:
+            make_folder(vllm_config)
+    warn_of_rust(usage_context)
+
+
+def require_patches() -> None:
+    """Refuses to act in a vLLM where requests would be answered by other weights than they name.
+
+    Raises:
+        ConfigError: This vLLM is not tested, and lacks what a patch needs that others rely on.
+    """
+    if CORE.is_tested(installed_version()):
+        return
+    if lacking := CORE_SEAMS.missing(_ESSENTIAL):
+        raise ConfigError(
+            f"--multilora cannot force the plugin on with vLLM {installed_version()}, which lacks "
+            f"what the patches {', '.join(lacking)} need: leave it out to use vLLM's own LoRA, or "
+            f"install vLLM {CORE.tested}"
+        )
+
+
+def require_nothing_to_check(settings: MultiLoRAConfig) -> None:
+    """Refuses, where vLLM's own code loads adapters, settings that say which it may load.
+
+    Raises:
+        ConfigError: There are such settings.
+    """
+    if checks := checks_in(settings):
+        raise ConfigError(
+            f"{checks} would check no adapter here, because vLLM's own code loads "
+            f"them: vllm-multilora is not active, or has been told to leave them to vLLM. Leave "
+            f"out --no-multilora, --multilora-backend vllm and --enable-tower-connector-lora, and "
+            f"use vLLM {CORE.tested} on a platform that vllm-multilora has kernels for; or leave "
+            f"these flags out"
+        )
+
+
+def warn_of_roots(roots: Sequence[str]) -> None:
+    """Says which of the allowed roots are no folders, as after a slip of the pen.
+
+    Such a root is no error: it may be mounted later, and is looked at for each adapter.
+    """
+    for root in roots:
+        try:
+            Path(root, "..").stat()  # adapters below need it entered, and not listed
+        except OSError as error:
+            logger.warning(
+                "--multilora-allowed-roots names %r, which is not a folder that the server can "
+                "enter (%s): adapters below it are refused until it is. Create or mount it, or "
+                "correct the flag.",
+                root,
+                error.strerror,
+            )
+
+
+def warn_of_rust(usage_context: UsageContext | None) -> None:
+    """Says what is missing where vLLM's Rust front end serves, which loads no plugins."""
+    if usage_context is UsageContext.OPENAI_API_SERVER and envs.VLLM_USE_RUST_FRONTEND:
+        logger.warning(
+            "vLLM's Rust front end (VLLM_USE_RUST_FRONTEND=1) loads no plugins: adapter "
+            "directories, routes, GET /v1/lora_adapters, exact answers to registrations and LoRA "
+            "metrics are missing. Unset it to have them."
+        )

@@ -1,0 +1,114 @@
+"""Which version of its weights each registered adapter is, in an engine's client.
+
+The engine answers a registration with the digest of what it has read, and with the adapter's kind
+and invocation if it is not a plain one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_multilora.integration.attached import Attached
+from vllm_multilora.integration.blends import blend_of
+from vllm_multilora.integration.failures import received_refusal
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+VERSIONS: Attached[dict[int, Version]] = Attached("versions")
+"""The version of each registered adapter of an engine client, by the adapter's number."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """What is known of an adapter's weights.
+
+    Attributes:
+        digest: Of the weights.
+        loaded: When they were registered, in seconds since 1970.
+        kind: As of `PackInfo`.
+        invocation: Token ids that activate an activated adapter; none for others.
+    """
+
+    digest: str
+    loaded: float
+    kind: str
+    invocation: tuple[int, ...] = ()
+
+    @property
+    def invocation_text(self) -> str:
+        """The invocation as `read_invocation` reads it."""
+        return ",".join(map(str, self.invocation))
+
+
+def read_invocation(text: str) -> tuple[int, ...]:
+    """Token ids from a text."""
+    return tuple(map(int, text.split(","))) if text else ()
+
+
+def note(client: Any, adapter: int, version: Version) -> None:
+    """An adapter was registered; registering the same again changes nothing.
+
+    Args:
+        client: vLLM's `EngineClient` of this server.
+        adapter: Its number.
+        version: What was read.
+    """
+    known = VERSIONS.get_or_make(client, dict)
+    if adapter not in known or known[adapter].digest != version.digest:
+        known[adapter] = version
+
+
+def forget(client: Any, adapter: int) -> None:
+    """An adapter is gone."""
+    (VERSIONS.get(client) or {}).pop(adapter, None)
+
+
+def find(client: Any, lora: LoRARequest) -> Version | None:
+    """The version that an adapter was registered in; None if no engine has read it yet.
+
+    That of a blend follows from those of its parts.
+    """
+    known = VERSIONS.get(client) or {}
+    blend = blend_of(lora)
+    if blend is None:
+        return known.get(lora.lora_int_id)
+    parts = [known[part.number] for part in blend.parts if part.number in known]
+    if len(parts) < len(blend.parts):
+        return None
+    loaded = max(part.loaded for part in parts)
+    return Version(blend.digest([part.digest for part in parts]), loaded, "blend")
+
+
+async def add_lora(original: Callable[..., Any], client: Any, lora: LoRARequest) -> Any:
+    with _refusals_of(lora):
+        answer = await original(client, lora)
+    if not isinstance(answer, str):
+        return answer
+    if blend_of(lora) is not None:
+        return True
+    digest, kind, invocation, *_ = [*answer.split(":"), "", ""]
+    version = Version(digest, time.time(), kind or "lora", read_invocation(invocation))
+    note(client, lora.lora_int_id, version)
+    return True
+
+
+def add_lora_offline(original: Callable[..., Any], engine: Any, lora: LoRARequest) -> bool:
+    with _refusals_of(lora):
+        return bool(original(engine, lora))
+
+
+@contextmanager
+def _refusals_of(lora: LoRARequest) -> Iterator[None]:
+    """Raises an engine core's refusal of an adapter as what it is, without what carried it."""
+    try:
+        yield
+    except Exception as error:
+        refusal = received_refusal(error, lora.lora_int_id)
+        if refusal is None:
+            raise
+        raise refusal from None

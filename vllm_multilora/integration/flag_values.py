@@ -1,0 +1,32 @@
+"""The values of the plugin's flags: an HTTP server gets the gateway.
+
+A server whose keys nothing would guard is refused at once.
+
+`engine_config` checks the same of servers with an engine; a server without one, such as
+`vllm launch render`, makes no engine's configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_multilora.config import MultiLoRAConfig
+from vllm_multilora.errors import ConfigError
+from vllm_multilora.integration.patching import flags
+from vllm_multilora.integration.patching.decision import acts
+from vllm_multilora.integration.patching.gateway_seams import GATEWAY_SEAMS
+from vllm_multilora.integration.server.mounting import mount_gateway
+from vllm_multilora.tenants.keys import UNGUARDED, has_keys
+
+
+def from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
+    engine_args = flags.from_cli_args(original, cls, args)
+    additional = engine_args.additional_config
+    if isinstance(additional, dict):
+        settings = MultiLoRAConfig.from_additional_config(additional)
+        if has_keys(settings) and not acts(GATEWAY_SEAMS):
+            raise ConfigError(UNGUARDED)
+    if hasattr(args, "middleware"):
+        mount_gateway(args)
+    return engine_args

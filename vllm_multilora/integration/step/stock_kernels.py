@@ -1,0 +1,253 @@
+"""A layer's products by vLLM's own kernels, on our slots and our plan.
+
+Slots keep the layout that suits our kernels: B's columns are contiguous. vLLM's expand kernel takes
+B's strides as arguments, and only the function that describes B to it insists on contiguous rows.
+So both kinds of kernels read the same slots: there is no second copy of B, which would take half as
+much memory again, and nothing is converted when an adapter comes.
+
+What it costs instead: vLLM's kernels multiply by all ranks that a slot has room for, so the part
+past an adapter's rank must be zeros. Slots that they read are cleared there whenever an adapter is
+copied in (`worker/slot_rests.py`), at most the bytes of a slot, beside the steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from multilora_kernels import BatchPlan, PlanLayout
+from multilora_kernels.prepared import Prepared
+from multilora_kernels.skipping import tokens_to_skip
+from multilora_kernels.trial.kinds import LayerKind
+from multilora_kernels.trial.problems import Weights
+from vllm_multilora.integration.step.stock_metadata import kernel_arguments
+
+
+class _WeightTables:
+    """What vLLM's kernels look up of a layer's weights: addresses and strides, on the device.
+
+    vLLM finds them by the weights' addresses, and never makes them anew. Captured graphs read them
+    where they are, so that they are written again after a sleep that kept no memory.
+
+    Args:
+        a: Per slice, [slots, 1, ranks, inputs]; empty for a call that expands.
+        b: Per slice, [slots, 1, outputs, ranks]; empty for a call that shrinks.
+        offset: First column of y.
+    """
+
+    def __init__(
+        self, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], offset: int = 0
+    ) -> None:
+        from vllm.lora.ops.triton_ops.utils import _LORA_A_PTR_DICT, _get_lora_a_ptr
+
+        values: list[Any] = []
+        if a:
+            _LORA_A_PTR_DICT.pop(tuple(each.data_ptr() for each in a), None)
+            values += _get_lora_a_ptr(list(a), a[0].device)
+        if b:
+            values += _describe_b(b, offset)
+        found = [each for each in values if isinstance(each, torch.Tensor)]
+        own = {each.data_ptr() for each in (*a, *b)}
+        tables = [each for each in found if each.data_ptr() not in own]
+        self._copies = [(each, each.to("cpu", copy=True)) for each in tables]
+
+    def restore(self) -> None:
+        """Writes the tables again: their memory was lost."""
+        for table, copy in self._copies:
+            table.copy_(copy)
+
+
+_tables: WeakSet[_WeightTables] = WeakSet()
+
+
+def restore_tables() -> None:
+    """Writes all layers' tables again, after a sleep that kept no memory."""
+    for table in _tables:
+        table.restore()
+
+
+def _describe_b(b: Sequence[torch.Tensor], offset: int) -> tuple[Any, ...]:
+    """Makes vLLM know B's slots, whichever way they are stored; returns what it knows of them.
+
+    Raises:
+        RuntimeError: This vLLM describes weights in another way.
+    """
+    from vllm.lora.ops.triton_ops.utils import _LORA_B_PTR_DICT, _get_lora_b_ptr
+
+    key = tuple(each.data_ptr() for each in b)
+    _LORA_B_PTR_DICT.pop(key, None)  # of weights that lay there before
+    rows = [each.as_strided(each.shape, _contiguous_strides(each)) for each in b]
+    values = tuple(_get_lora_b_ptr(rows, offset, b[0].device))
+    if b[0].is_contiguous():
+        return values
+    columns = []
+    for place, dim in ((3, -2), (4, -1)):  # where it has the strides of rows and of ranks
+        known, expected = values[place], [each.stride(dim) for each in rows]
+        if isinstance(known, torch.Tensor):
+            fits = known.tolist() == expected
+            own: Any = known.new_tensor([each.stride(dim) for each in b])
+        else:
+            fits = {known} == set(expected)
+            own = b[0].stride(dim)
+        if not fits:
+            raise RuntimeError("vLLM describes the weights of LoRA layers in an unknown way")
+        columns.append(own)
+    values = (*values[:3], *columns, *values[5:])
+    if isinstance(values[3], int) and len({each.stride(-1) for each in b}) > 1:
+        raise RuntimeError("slices of several widths need a table of strides, found a number")
+    _LORA_B_PTR_DICT[key] = values
+    return values
+
+
+def _contiguous_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(tensor.shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return tuple(strides)
+
+
+class _StockCall(Prepared):
+    """What vLLM's calls have in common."""
+
+    def __init__(self, layout: PlanLayout, tables: _WeightTables) -> None:
+        super().__init__(layout)
+        self._tables = tables
+        _tables.add(tables)
+        every_slot = torch.tensor([layout.max_loras + 1], dtype=torch.int32)
+        # Whether a batch needs kernels is decided here; in a graph they are always there.
+        self._flags = torch.tensor([False]), every_slot
+
+    def _metadata(self, plan: torch.Tensor, tokens: int) -> tuple[torch.Tensor, ...]:
+        return (*kernel_arguments(plan, self._layout, tokens), *self._flags)
+
+
+class StockLinear(_StockCall):
+    """As `PreparedLinear`.
+
+    Args:
+        a: Per slice, [slots, 1, ranks, inputs].
+        b: Per slice, [slots, 1, outputs, ranks]; zeros past an adapter's rank, as in a.
+        layout: The layout of the plans to come, with slot runs.
+        add_inputs: Whether y is added to.
+    """
+
+    def __init__(
+        self,
+        a: Sequence[torch.Tensor],
+        b: Sequence[torch.Tensor],
+        layout: PlanLayout,
+        *,
+        add_inputs: bool = True,
+    ) -> None:
+        super().__init__(layout, _WeightTables(a, b))
+        self._a, self._b, self._add_inputs = list(a), list(b), add_inputs
+        self._width, self._rank = sum(each.size(-2) for each in b), b[0].size(-1)
+
+    def run(
+        self,
+        out: torch.Tensor,
+        given: torch.Tensor,
+        plan: torch.Tensor,
+        header: npt.NDArray[np.int32],
+    ) -> None:
+        if not self._add_inputs:
+            out[:, : self._width].zero_()
+        if not given.size(0) or tokens_to_skip(header, out):
+            return
+        h = given.new_empty((len(self._a), given.size(0), self._rank), dtype=torch.float32)
+        metadata = self._metadata(plan, given.size(0))
+        torch.ops.vllm.lora_shrink(given, self._a, h, *metadata, 1.0)
+        torch.ops.vllm.lora_expand(
+            h, self._b, out, *metadata, offset_start=0, add_inputs=self._add_inputs
+        )
+
+
+class StockShrink(_StockCall):
+    """As `PreparedShrink`.
+
+    Args:
+        a: Per slice, [slots, 1, ranks, inputs]; zeros past an adapter's rank.
+        layout: The layout of the plans to come, with slot runs.
+    """
+
+    def __init__(self, a: Sequence[torch.Tensor], layout: PlanLayout) -> None:
+        super().__init__(layout, _WeightTables(a, ()))
+        self._a = list(a)
+
+    def run(
+        self,
+        out: torch.Tensor,
+        given: torch.Tensor,
+        plan: torch.Tensor,
+        header: npt.NDArray[np.int32],
+    ) -> None:
+        if not given.size(0) or tokens_to_skip(header, out):
+            out.zero_()
+            return
+        metadata = self._metadata(plan, given.size(0))
+        torch.ops.vllm.lora_shrink(given, self._a, out, *metadata, 1.0)
+
+
+class StockExpand(_StockCall):
+    """As `PreparedExpand`.
+
+    Args:
+        b: Per slice, [slots, 1, outputs, ranks]; zeros past an adapter's rank.
+        layout: The layout of the plans to come, with slot runs.
+        offset: First column of y.
+        add_inputs: Whether y is added to.
+    """
+
+    def __init__(
+        self,
+        b: Sequence[torch.Tensor],
+        layout: PlanLayout,
+        *,
+        offset: int = 0,
+        add_inputs: bool = True,
+    ) -> None:
+        super().__init__(layout, _WeightTables((), b, offset))
+        self._b, self._add_inputs = list(b), add_inputs
+        self._span = slice(offset, offset + sum(each.size(-2) for each in b))
+
+    def run(
+        self,
+        out: torch.Tensor,
+        given: torch.Tensor,
+        plan: torch.Tensor,
+        header: npt.NDArray[np.int32],
+    ) -> None:
+        if not self._add_inputs:
+            out[:, self._span].zero_()
+        if not out.size(0) or tokens_to_skip(header, out):
+            return
+        metadata = self._metadata(plan, out.size(0))
+        torch.ops.vllm.lora_expand(
+            given,
+            self._b,
+            out,
+            *metadata,
+            offset_start=self._span.start,
+            add_inputs=self._add_inputs,
+        )
+
+
+def prepare(
+    kind: LayerKind, weights: Weights, layout: PlanLayout
+) -> Callable[[torch.Tensor, torch.Tensor, BatchPlan], None]:
+    """The call of a kind of layer, for a trial; see `multilora_kernels.trial.backends`."""
+    from vllm.lora.ops.triton_ops.utils import _LORA_A_PTR_DICT, _LORA_B_PTR_DICT
+
+    # They would keep all kinds' weights; a trial's process has no other layers.
+    _LORA_A_PTR_DICT.clear()
+    _LORA_B_PTR_DICT.clear()
+    if kind.operation == "shrink":
+        return StockShrink(weights.a, layout)
+    if kind.operation == "expand":
+        return StockExpand(weights.b, layout, offset=kind.offset, add_inputs=kind.add_inputs)
+    return StockLinear(weights.a, weights.b, layout, add_inputs=kind.add_inputs)
