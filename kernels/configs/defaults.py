@@ -22,6 +22,9 @@ SHORT_BATCH = 128
 _BLOCK_M = ((SHORT_BATCH, 16), (512, 32))
 _LARGEST_BLOCK_M = 64
 _LARGEST_BLOCK_R = 64
+_LOW_BLOCK_R = 32
+_HIGH_RANK = 256
+_COLUMNS_OF_A_BLOCK = 64
 
 # Nobody on the host knows how many adapters a small batch has. Blocks are chosen as if there were
 # so many blocks of tokens: too many parts cost more in planes than they win.
@@ -46,6 +49,7 @@ _MOST_PARTS = 8
 # shows that they fit.
 _PER_PROCESSOR, _PER_SMALL_PROCESSOR, _PER_COMPUTE_UNIT = 3, 2, 1
 _PER_PROCESSOR_SECOND = 3
+_PER_PROCESSOR_LOW = 4
 _SMALL_PROCESSORS = {"sm_86", "sm_89", "sm_120", "sm_121"}
 
 
@@ -98,14 +102,16 @@ def default_expand(workload: Workload) -> ExpandConfig:
         )
     is_short = block_m == MIN_BLOCK
     block_r = _block_r(workload.max_rank)
-    # With 64 lanes in a wave, a block of so few ranks needs more columns for wide loads.
-    is_thin = is_short and block_r == MIN_BLOCK and workload.architecture.startswith("gfx")
+    # A block of so few ranks needs more columns, or too few bytes of B are under way; on AMD's
+    # cards, whose waves have 64 lanes, its loads would be narrow as well.
+    is_thin = block_r == MIN_BLOCK and workload.architecture.startswith("gfx")
+    is_low = block_r <= _LOW_BLOCK_R and workload.width >= _COLUMNS_OF_A_BLOCK * workload.processors
     return ExpandConfig(
         block_m=block_m,
-        # Where a rank is low, a short batch takes several at a time.
-        block_n=128 if is_thin else 64,
+        # Where an adapter's rank is lower than the server's, the kernel takes more by itself.
+        block_n=128 if is_short and (is_thin or is_low) else _COLUMNS_OF_A_BLOCK,
         block_r=block_r,
-        num_warps=4 if is_short else 8,
+        num_warps=4 if is_short and workload.max_rank <= _HIGH_RANK else 8,
         num_stages=2,
         per_processor=_per_processor_second(workload, is_short=is_short),
     )
@@ -166,13 +172,22 @@ def _per_processor(workload: Workload, *, is_short: bool) -> int:
 
 def _per_processor_second(workload: Workload, *, is_short: bool) -> int:
     # A rank of more than one block takes more registers, and a compute unit has fewer.
-    is_crowded = workload.max_rank > _LARGEST_BLOCK_R or workload.architecture.startswith("gfx")
+    is_amd = workload.architecture.startswith("gfx")
+    is_crowded = workload.max_rank > _LARGEST_BLOCK_R or is_amd
+    # All of h's blocks are in registers.
+    if workload.max_rank > (_HIGH_RANK // 2 if is_amd else _HIGH_RANK):
+        return 1
     if not is_short:
         return 1 if is_crowded else 2
-    # So do narrow accesses to y's rows. Few tokens have more planes, and so fewer programs that
-    # each read them.
-    is_crowded |= workload.width % 16 != 0
-    return 2 if is_crowded or workload.tokens <= _FEW_TOKENS else _PER_PROCESSOR_SECOND
+    # So do narrow accesses to y's rows.
+    if is_crowded or workload.width % 16 != 0:
+        return 2
+    if (block_r := _block_r(workload.max_rank)) <= _LOW_BLOCK_R:
+        # Slots whose ranks are contiguous take a few registers more.
+        is_small = workload.architecture in _SMALL_PROCESSORS
+        return 3 if is_small and block_r == _LOW_BLOCK_R else _PER_PROCESSOR_LOW
+    # Few tokens have more planes, and so fewer programs that each read them.
+    return 2 if workload.tokens <= _FEW_TOKENS else _PER_PROCESSOR_SECOND
 
 
 def _blocks(workload: Workload, block_m: int) -> int:

@@ -138,7 +138,9 @@ def combine_kernel(
         rank = tl.load(ranks + slice_id * ranks_slice + slot * ranks_slot)
         token, live = load_tokens(plan, order, start, rows, tokens, BLOCK_M)
         row = planes + (slice_id.to(tl.int64) * tokens + token) * R
-        total = sum_planes(row, first_column, live, rank, tokens, SLICES, R, SPLIT_K, BLOCK_N)
+        left = rank - first_column
+        own = row + first_column
+        total = sum_planes(own, live, left, tokens, SLICES, R, SPLIT_K, BLOCK_N, 1)[0]
         total = tl.where(column[None, :] < rank, total, 0.0)
         written = column < R if ZEROS else column < round_up(rank, GRAIN)
         own = h + slice_id * h_slice.to(tl.int64) * GRAIN + column

@@ -9,7 +9,8 @@ before, since all runs need the same sum.
 """
 
 # Constexpr parameters are upper-case, as is Triton's habit; Triton functions are not typed.
-# ruff: noqa: N803, N806
+# Tuples are put together by `+`: Triton knows no other way.
+# ruff: noqa: N803, N806, RUF005
 # mypy: allow-untyped-defs
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from multilora_kernels.triton.tiles import (
 
 _MIN_BLOCK = tl.constexpr(MIN_BLOCK)
 _MOST_SUMS = tl.constexpr(2048)  # of a block of y; 16 for each of 128 threads
+_AHEAD = tl.constexpr(2)  # blocks of B that are asked for while one is multiplied
 
 
 def prepare_expand(
@@ -214,9 +216,11 @@ def expand_kernel(
                         factor = factors + slot * FACTORS_SLOT + before
                         if bias is not None:
                             kept = bias + before
-                    # As in the first half: one body per power of two up to BLOCK_R.
-                    for halvings in tl.static_range(0, 8):
-                        if BLOCK_R >> halvings >= _MIN_BLOCK:
+                    # One body per power of two up to the highest rank; for float32 just one.
+                    for halvings in tl.static_range(0, 12):
+                        if halvings == 11 or (
+                            _MIN_BLOCK << (11 - halvings) < 2 * R and BLOCK_R > _MIN_BLOCK
+                        ):
                             _expand_blocks(
                                 y_rows + before,
                                 planes + (slice_id.to(tl.int64) * tokens + token) * R,
@@ -240,7 +244,7 @@ def expand_kernel(
                                 BLOCK_M,
                                 BLOCK_N,
                                 BLOCK_R,
-                                BLOCK_R >> halvings,
+                                _MIN_BLOCK << (11 - halvings),
                                 PDL,
                             )
                 elif OVERWRITE:
@@ -293,48 +297,65 @@ def _expand_blocks(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BODY: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`y += sum(planes)[:, :rank] @ b[:, :rank].T`, if BLOCK is the one for this rank.
+    """`y += sum(planes)[:, :rank] @ b[:, :rank].T`, if BODY is the one for this rank.
 
     For blocks of columns `first` up to `to`.
     """
-    HALF: tl.constexpr = BLOCK // 2 if BLOCK > _MIN_BLOCK else 0
+    HALF: tl.constexpr = BODY // 2 if BODY > _MIN_BLOCK else 0
     OUT: tl.constexpr = y.dtype.element_ty
+    # Ranks above the widest block are several blocks, all of them products of one column block.
+    BLOCK: tl.constexpr = BODY if BODY < BLOCK_R else BLOCK_R
+    BLOCKS: tl.constexpr = ((BODY if BODY < R else R) + BLOCK - 1) // BLOCK
     # With fewer ranks more columns at a time, or too few bytes of B would be under way.
     FITS: tl.constexpr = _MOST_SUMS // (BLOCK_M * BLOCK_N)
     WIDER: tl.constexpr = FITS if FITS < BLOCK_R // BLOCK else BLOCK_R // BLOCK
     COLUMNS: tl.constexpr = BLOCK_N * WIDER if WIDER > 1 else BLOCK_N
-    short = tl.minimum(rank, BLOCK_R)
-    if (short > HALF) & (short <= BLOCK):
+    # Blocks are as narrow as this for float32; several of them would not fit into registers.
+    LOOPED: tl.constexpr = R > BODY and BLOCK_R == _MIN_BLOCK
+    if (rank > HALF) & (LOOPED or rank <= BODY):
         lane = tl.arange(0, COLUMNS)
-        end = to * BLOCK_N
-        weights = _load_b(
-            b, b_row, b_column, first * BLOCK_N, 0, width, end, rank, GRAIN, COLUMNS, BLOCK
-        )
+        end = tl.minimum(to * BLOCK_N, width)
+        weights = _load_b(b, b_row, b_column, first * BLOCK_N, end, rank, GRAIN, COLUMNS, BLOCK)
         if PDL:
             # Returns when the first half has ended and its stores are visible. All that came
             # before, the weights included, was loaded while it still ran.
             tl.extra.cuda.gdc_wait()
-        total = sum_planes(h, 0, live, rank, tokens, SLICES, R, SPLIT_K, BLOCK)
+        # Summed once for all columns, and kept in the type that B is multiplied in.
+        totals = sum_planes(h, live, rank, tokens, SLICES, R, SPLIT_K, BLOCK, BLOCKS)
+        sums = ()
+        for i in tl.static_range(BLOCKS):
+            total = _as_factor(totals[i], rank - i * BLOCK, b, OUT, BLOCK)
+            sums = sums + (total,)  # type: ignore[assignment]
+        block = tl.cast(b_column, tl.int64) * BLOCK  # elements from block to block
         for done in tl.range(first * BLOCK_N, end, COLUMNS, num_stages=1):
             column = done + lane
-            inside = (column < width) & (column < end)
+            inside = column < end
             at = y[:, None] + column[None, :]
             mask = live[:, None] & inside[None, :]
-            following = _load_b(
-                b, b_row, b_column, done + COLUMNS, 0, width, end, rank, GRAIN, COLUMNS, BLOCK
-            )
+            begin = done + COLUMNS
+            following = _load_b(b, b_row, b_column, begin, end, rank, GRAIN, COLUMNS, BLOCK)
             product = tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32)
-            product = _add_product(product, total, weights, 0, rank, OUT, BLOCK)
-            if (R > BLOCK_R) & (BLOCK == BLOCK_R):
-                for r in range(BLOCK, rank, BLOCK):
-                    more = _load_b(
-                        b, b_row, b_column, done, r, width, end, rank, GRAIN, COLUMNS, BLOCK
+            loaded = (weights,)
+            for i in tl.static_range(1, BLOCKS + _AHEAD):
+                if i < BLOCKS:
+                    own, left = b + i * block, rank - i * BLOCK
+                    more = _load_b(own, b_row, b_column, done, end, left, GRAIN, COLUMNS, BLOCK)
+                    loaded = loaded + (more,)  # type: ignore[assignment]
+                if i >= _AHEAD:
+                    left = rank - (i - _AHEAD) * BLOCK
+                    product = _add_product(
+                        product, sums[i - _AHEAD], loaded[i - _AHEAD], left, GRAIN, BLOCK
                     )
-                    sums = sum_planes(h, r, live, rank, tokens, SLICES, R, SPLIT_K, BLOCK)
-                    product = _add_product(product, sums, more, r, rank, OUT, BLOCK)
+            if LOOPED:
+                for r in range(BLOCK, rank, BLOCK):
+                    own, left = b + tl.cast(b_column, tl.int64) * r, rank - r
+                    more = _load_b(own, b_row, b_column, done, end, left, GRAIN, COLUMNS, BLOCK)
+                    total = sum_planes(h + r, live, left, tokens, SLICES, R, SPLIT_K, BLOCK, 1)[0]
+                    total = _as_factor(total, left, b, OUT, BLOCK)
+                    product = _add_product(product, total, more, left, GRAIN, BLOCK)
             if not OVERWRITE:
                 product += tl.load(at, mask=mask, other=0.0).to(tl.float32)
             if factor is not None:  # noqa: SIM102 (known when it is compiled)
@@ -349,38 +370,41 @@ def _expand_blocks(
 
 @triton.jit
 def _load_b(
-    b,
+    b,  # pointer to the first rank
     b_row,
     b_column,
     first_column,
-    first_r,
-    width,
     end,
     rank,
     GRAIN: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`b[first_column:, first_r:].T`, [BLOCK, COLUMNS].
+    """`b[first_column:].T`, [BLOCK, COLUMNS].
 
-    Of the columns below `width` and `end`, and to the end of the 16 bytes in which the rank ends.
+    Of the columns below `end`, and to the end of the 16 bytes in which the rank ends.
     """
     column = first_column + tl.arange(0, COLUMNS)
-    r = first_r + tl.arange(0, BLOCK)
+    r = tl.arange(0, BLOCK)
     at = b + (column.to(tl.int64) * b_row)[None, :] + r[:, None] * b_column
-    mask = ((column < width) & (column < end))[None, :] & (r < round_up(rank, GRAIN))[:, None]
+    mask = (column < end)[None, :] & (r < round_up(rank, GRAIN))[:, None]
     return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
-def _add_product(product, total, weights, first_r, rank, OUT: tl.constexpr, BLOCK: tl.constexpr):
-    """`product + total @ weights`."""
-    r = first_r + tl.arange(0, BLOCK)
+def _as_factor(total, rank, b, OUT: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of h as it is multiplied by B: zeros past the rank, and in B's type if y has it."""
     # Past the rank lies whatever the memory held, even NaN: both factors must be zero there.
-    total = tl.where(r[None, :] < rank, total, 0.0)
-    weights = tl.where(r[:, None] < rank, weights, 0.0)
-    if weights.dtype == OUT:
-        total = total.to(OUT)
+    total = tl.where(tl.arange(0, BLOCK)[None, :] < rank, total, 0.0)
+    return total.to(OUT) if b.dtype.element_ty == OUT else total
+
+
+@triton.jit
+def _add_product(product, total, weights, rank, GRAIN: tl.constexpr, BLOCK: tl.constexpr):
+    """`product + total @ weights`."""
+    if GRAIN > 1:
+        # Their load goes on past the rank.
+        weights = tl.where(tl.arange(0, BLOCK)[:, None] < rank, weights, 0.0)
     return dot(total, weights, product)
 
 

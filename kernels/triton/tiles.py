@@ -11,7 +11,8 @@ program reads once; no program is without work while there are as many pieces as
 """
 
 # Constexpr parameters are upper-case, as is Triton's habit; Triton functions are not typed.
-# ruff: noqa: N803, N806
+# Tuples are put together by `+`: Triton knows no other way.
+# ruff: noqa: N803, N806, RUF005
 # mypy: allow-untyped-defs
 
 from __future__ import annotations
@@ -40,8 +41,7 @@ _ROWS = tl.constexpr(PLAN_ROWS)
 _TILES = tl.constexpr(PLAN_TILES)
 _TOKENS = tl.constexpr(PLAN_TOKENS)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-# Planes of h that are asked for at once: up to so many, or in groups of so many.
-_PLANES, _GROUP = tl.constexpr(8), tl.constexpr(6)
+_PLANES = tl.constexpr(8)  # of one block of h that are all asked for at once, at most
 
 
 def store_grain(h: torch.Tensor) -> int:
@@ -146,8 +146,7 @@ def round_up(rank, GRAIN: tl.constexpr):
 
 @triton.jit
 def sum_planes(
-    h,  # pointers to the rows in the first plane, [BLOCK_M]
-    first_r,
+    h,  # pointers to the rows' first column in the first plane, [BLOCK_M]
     live,
     rank,
     tokens,
@@ -155,29 +154,67 @@ def sum_planes(
     R: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
-    """`sum(planes)[:, first_r:]`, float32 [BLOCK_M, BLOCK], in ascending order of the planes."""
-    r = first_r + tl.arange(0, BLOCK)
-    at = h[:, None] + r[None, :]
+    """`sum(planes)`, in ascending order of the planes.
+
+    Returns a tuple of BLOCKS neighbouring blocks of columns, each float32 [BLOCK_M, BLOCK].
+    """
+    at = h[:, None] + tl.arange(0, BLOCK)[None, :]
     H_GRAIN: tl.constexpr = 128 // h.dtype.element_ty.primitive_bitwidth
-    WIDE: tl.constexpr = R % H_GRAIN == 0
-    mask = live[:, None] & (r < round_up(rank, H_GRAIN if WIDE else 1))[None, :]
-    total = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    GRAIN: tl.constexpr = H_GRAIN if R % H_GRAIN == 0 else 1
+    totals = ()
+    for i in tl.static_range(BLOCKS):
+        block = _load_plane(at + i * BLOCK, live, rank - i * BLOCK, GRAIN, BLOCK)
+        totals = totals + (block,)  # type: ignore[assignment]
     plane = tokens.to(tl.int64) * (SLICES * R)
     # Pipelining these loops would keep a copy of the planes in shared memory for nothing.
-    if WIDE and SPLIT_K <= _PLANES:
+    if GRAIN > 1 and SPLIT_K <= _PLANES and BLOCKS == 1:
         for _ in tl.range(1, SPLIT_K, num_stages=1):
             at += plane
-            total += tl.load(at, mask=mask, other=0.0)
+            totals = _add_plane(totals, at, live, rank, GRAIN, BLOCK, BLOCKS)
     else:
         # The compiler must not see how many groups there are, or it asks for all planes at once
         # and has no registers for them. Loads of single elements take more by themselves.
-        GROUP: tl.constexpr = _GROUP if WIDE else 1
+        GROUP: tl.constexpr = _group(GRAIN, h.shape[0], BLOCKS)
         for first in tl.range(1, rank * 0 + SPLIT_K, GROUP, num_stages=1):
             for i in tl.static_range(GROUP):
                 at += plane
-                total += tl.load(at, mask=mask & (first + i < SPLIT_K), other=0.0)
-    return total
+                there = tl.where(first + i < SPLIT_K, rank, 0)
+                totals = _add_plane(totals, at, live, there, GRAIN, BLOCK, BLOCKS)
+    return totals
+
+
+@triton.constexpr_function
+def _group(grain, rows, blocks):
+    """Planes that are asked for at once: fewer of several blocks, for registers are few."""
+    if grain == 1:
+        return 1
+    return 6 if blocks == 1 else max(1, (8 if rows <= 16 else 4) // blocks)
+
+
+@triton.jit
+def _add_plane(
+    totals,
+    at,
+    live,
+    rank,
+    GRAIN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    sums = ()
+    for i in tl.static_range(BLOCKS):
+        block = _load_plane(at + i * BLOCK, live, rank - i * BLOCK, GRAIN, BLOCK)
+        sums = sums + (totals[i] + block,)  # type: ignore[assignment]
+    return sums
+
+
+@triton.jit
+def _load_plane(at, live, rank, GRAIN: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of a plane as float32, to the end of the 16 bytes in which the rank ends."""
+    mask = live[:, None] & (tl.arange(0, BLOCK) < round_up(rank, GRAIN))[None, :]
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit

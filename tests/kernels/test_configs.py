@@ -101,6 +101,20 @@ def test_decoding_reads_little_of_h_beside_the_weights(layer, batch_invariant):
         assert 4 * shrink.split_k * min(runs, blocks) <= 0.15 * weights
 
 
+@pytest.mark.parametrize("max_rank", [16, 32, 64, 128, 256])
+def test_decoding_in_wide_layers_keeps_15_kib_of_b_under_way(max_rank):
+    """What an H100 needs on each multiprocessor for its bandwidth, with a block of B a program."""
+    for tokens in (8, 32, 64, 128):
+        for layer in ("8b.gate_up", "70b.qkv", "70b.gate_up"):
+            width = sum(LAYERS[layer].outputs)
+            workload = changed(WORKLOAD, tokens=tokens, width=width, max_rank=max_rank)
+            expand = default_expand(workload)
+            pieces = 8 * width // expand.block_n  # of eight adapters
+            programs = min(pieces / workload.processors, expand.per_processor)
+            block = expand.block_n * expand.block_r * workload.item_size
+            assert programs * block >= 15 << 10, (tokens, layer)
+
+
 def test_invariant_blocks_do_not_depend_on_the_tokens_or_the_table(write):
     for half in (choose_shrink, choose_expand):
         before = half(WORKLOAD, batch_invariant=True)

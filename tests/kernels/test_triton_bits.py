@@ -122,11 +122,14 @@ TYPES = {
 }
 
 
+@pytest.mark.parametrize(
+    "ranks", [[[13, 24, 3], [0, 9, 24]], [[136, 70, 3], [0, 133, 64]]], ids=str
+)
 @pytest.mark.parametrize(("dtype", "weight_dtype"), TYPES.values(), ids=TYPES.keys())
-def test_a_sum_beforehand_has_the_same_bits(monkeypatch, dtype, weight_dtype):
+def test_a_sum_beforehand_has_the_same_bits(monkeypatch, dtype, weight_dtype, ranks):
     """An adapter's rank neither ends a block nor a load, and some tokens have no adapter."""
-    ranks = [[13, 24, 3], [0, 9, 24]]
-    options = {"widths": (40, 24), "k": 1100, "max_rank": 24, "slots": 3, "ranks": ranks}
+    max_rank = max(map(max, ranks))
+    options = {"widths": (40, 24), "k": 1100, "max_rank": max_rank, "slots": 3, "ranks": ranks}
     problem = problem_here(
         [0, 1, -1, 2] * 9, dtype=dtype, weight_dtype=weight_dtype, tile_rows=16, **options
     )

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ class Compiled:
         types: Of each tensor's elements, as Triton calls them.
         loads: How wide each tensor is read; on AMD's cards all of them together, as `all`.
         stores: How wide each tensor is written; likewise.
+        cubin: The machine code of NVIDIA's cards, which the command does not print.
     """
 
     case: str
@@ -108,6 +109,7 @@ class Compiled:
     types: dict[str, str]
     loads: Widths
     stores: Widths
+    cubin: bytes = field(default=b"", repr=False)
 
     @property
     def problem(self) -> str | None:
@@ -185,6 +187,7 @@ def compile_launch(title: str, launch: Launch, architecture: str) -> Compiled:
         types=dict(pointers.values()),
         loads={name: dict(sorted(sizes.items())) for name, sizes in widths[False].items()},
         stores={name: dict(sorted(sizes.items())) for name, sizes in widths[True].items()},
+        cubin=compiled.asm["cubin"],
     )
 
 
@@ -348,7 +351,7 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     if chosen.json:
         for result in results:
-            print(json.dumps(asdict(result)))
+            print(json.dumps({k: v for k, v in asdict(result).items() if k != "cubin"}))
     else:
         print(table(results))
     bad = [r for r in results if r.problem is not None]

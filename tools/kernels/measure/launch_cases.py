@@ -130,13 +130,20 @@ class LaunchCase:
 
 
 _QKV, _GATE_UP = (4096, (4096, 1024, 1024)), (8192, (28672, 28672))
+_GATE_UP_8B = (4096, (14336, 14336))
 CASES = (
     LaunchCase("qkv decode", *_QKV, max_rank=16, tokens=16),
     LaunchCase("qkv decode", *_QKV, max_rank=64, tokens=8),
     LaunchCase("qkv decode", *_QKV, max_rank=64, tokens=64),
+    LaunchCase("qkv decode", *_QKV, max_rank=256, tokens=8, by_column=True),
+    LaunchCase("qkv decode", *_QKV, max_rank=256, tokens=64, by_column=True),
     LaunchCase("qkv decode", *_QKV, max_rank=320, tokens=64),
+    LaunchCase("qkv decode", *_QKV, max_rank=512, tokens=8, by_column=True),
+    LaunchCase("gate-up 8B decode", *_GATE_UP_8B, max_rank=16, tokens=8, by_column=True),
+    LaunchCase("gate-up 8B decode", *_GATE_UP_8B, max_rank=32, tokens=8, by_column=True),
+    LaunchCase("gate-up 8B decode", *_GATE_UP_8B, max_rank=32, tokens=64),
     LaunchCase("o mixed", 4096, (4096,), max_rank=64, tokens=256),
-    LaunchCase("gate-up 8B mixed", 4096, (14336, 14336), 128, tokens=256, by_column=True),
+    LaunchCase("gate-up 8B mixed", *_GATE_UP_8B, 128, tokens=256, by_column=True),
     LaunchCase("qkv mixed", *_QKV, max_rank=64, tokens=512),
     LaunchCase("qkv prefill", *_QKV, max_rank=64, tokens=2048),
     LaunchCase("qkv prefill", *_QKV, max_rank=64, tokens=8192),
