@@ -48,7 +48,7 @@ def show_slots(folder: str) -> None:
     config: Any = type("Config", (), {"instance_id": "an engine"})()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(metrics.FOLDER_VARIABLE, str(engine))
-        patch.setattr(metrics, "loads_adapters", lambda config: True)
+        patch.setattr(metrics, "manages_adapters", lambda config: True)
         metrics.show(config)
 
 

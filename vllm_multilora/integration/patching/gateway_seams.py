@@ -89,6 +89,7 @@ _PATCHES: tuple[patch.Patch, ...] = (
         handler="server.invoked_prompts:process_tokens",
         why="A stream has begun, with status 200, before the engine core sees that a prompt lacks "
         "the tokens that its activated adapter acts from. Answers 400 once the prompt has tokens.",
+        checked=(),
         until="vLLM lets a request be refused between its tokens and its stream.",
     ),
     Patch(
