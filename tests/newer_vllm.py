@@ -15,12 +15,12 @@ BROKEN_CORE = {
 """Renames a parameter that nobody gives by name: vLLM itself works as before."""
 
 BROKEN_GATEWAY = {
-    "multimodal/media/image.py": (
-        "def load_bytes(self, data: bytes)",
-        "def load_bytes(self, data: bytes, hint: str = '')",
+    "entrypoints/serve/exception_handling/utils.py": (
+        "def sanitize_message(message: str)",
+        "def sanitize_message(message: str, hint: str = '')",
     )
 }
-"""Adds a parameter to what unpacks images; vLLM itself never gives it."""
+"""Adds a parameter to what shortens errors' texts; vLLM itself never gives it."""
 
 
 def make_newer(folder: Path, changes: Mapping[str, tuple[str, str]]) -> dict[str, str]:

@@ -188,7 +188,7 @@ def test_one_beam_is_pefts_answer_and_more_find_none_worse(
             lora_request=[*failing, *loras_of(llama, cases)],
         )
         for output in outputs[: len(failing)]:
-            assert [beam.tokens for beam in output.sequences] == [[]]
+            assert not any(beam.tokens for beam in output.sequences)
         return outputs[len(failing) :]
 
     for one, three, case in zip(search(1), search(3), cases, strict=True):

@@ -5,6 +5,7 @@ of vLLM's kernels. A `sitecustomize` module spoils our kernels in the server and
 which it tries them.
 """
 
+import logging
 import os
 import textwrap
 from collections.abc import Iterator
@@ -94,7 +95,10 @@ def spoiled(interpreter, monkeypatch) -> None:
     exec(SPOIL, {})
 
 
-def test_a_server_with_one_spoiled_kind_of_layer_answers_rightly(llama: Scenario, spoiled, capfd):
+def test_a_server_with_one_spoiled_kind_of_layer_answers_rightly(
+    llama: Scenario, spoiled, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm_multilora"), "handlers", [caplog.handler])
     with engine_with(llama) as llm:
         (found,) = llm.collective_rpc(kernels_of_layers)
         assert found["down_proj"] == "torch"
@@ -106,10 +110,7 @@ def test_a_server_with_one_spoiled_kind_of_layer_answers_rightly(llama: Scenario
             if metric.name == KERNELS.name
         }
         assert shown == {("ours", "checked"), ("torch", "wrong")}
-    said = capfd.readouterr()
-    assert (
-        "torch for linear 176 -> 96 (down_proj): ours are wrong here: row " in said.out + said.err
-    )
+    assert "torch for linear 176 -> 96 (down_proj): ours are wrong here: row " in caplog.text
 
 
 def test_the_spoiled_kernels_would_answer_wrongly(llama: Scenario, spoiled):

@@ -49,7 +49,7 @@ def assert_adapter_answers(scenario: Scenario, server: VllmServer, key: str = ""
             assert completions.token_ids(response) == case.expected.tokens
 
 
-def test_lora_is_served_when_a_patch_for_images_does_not_fit(
+def test_lora_is_served_when_a_patch_of_the_gateway_does_not_fit(
     llama: Scenario, tmp_path: Path
 ) -> None:
     environment = make_newer(tmp_path / "newer", BROKEN_GATEWAY)
@@ -59,7 +59,7 @@ def test_lora_is_served_when_a_patch_for_images_does_not_fit(
     assert log.count(CORE_ACTIVE) == 1
     assert "is active; LoRA kernels: native" in log
     assert log.count(GATEWAY_OFF) == 1
-    assert "because of unpacked-images: takes (self, data, hint='')" in log
+    assert "because of error-texts: takes (message, hint='')" in log
 
     write_tenants(tmp_path / "tenants.json", {"acme": {"adapters": [ADAPTER]}})
     tenants = ("--multilora-tenants", str(tmp_path / "tenants.json"))
