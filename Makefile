@@ -18,7 +18,7 @@ export VLLM_NO_USAGE_STATS := 1
 VLLM ?= 0.32
 RUNNER ?= 1
 
-.PHONY: help install demo test pytest ruff mypy test-fast test-vllm test-all lint bench bench-kernels coverage docs metadata dist dist-check clean
+.PHONY: help install demo test pytest ruff mypy test-fast test-vllm test-all check-newest lint bench bench-kernels coverage docs metadata dist dist-check clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -66,6 +66,11 @@ $(VENV)-vllm-%/.installed: $(STAMP) $(shell find tools/testbed/make_env.sh tools
 
 test-vllm: $(VENV)-vllm-$(VLLM)/.installed ## smoke tests with a vLLM and a model runner: VLLM=0.31|0.32|0.33 [RUNNER=2]
 	$(VENV)-vllm-$(VLLM)/bin/python -m tools.testbed --runner $(RUNNER)
+
+check-newest: $(STAMP) ## what the newest vLLM on the package index changes of what the plugin uses
+	rm -rf build/newest
+	$(BIN)/pip download --quiet --no-deps --pre --only-binary :all: --dest build/newest vllm
+	$(BIN)/vllm-multilora doctor --against build/newest/vllm-*.whl
 
 test-all: test ## all tests, and the smoke tests with every vLLM and both model runners
 	for vllm in 0.31 0.32 0.33; do for runner in 1 2; do \
