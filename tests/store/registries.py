@@ -12,7 +12,7 @@ from vllm_multilora.failures import FailureKind
 from vllm_multilora.slots.policies.lru import LruPolicy
 from vllm_multilora.store.arena import Arena
 from vllm_multilora.store.entries import Client
-from vllm_multilora.store.job_messages import CheckOnly, Failure, Go, Place
+from vllm_multilora.store.job_messages import Failure, Place
 from vllm_multilora.store.memory import HostMemory
 from vllm_multilora.store.messages import Contents, Evicted, Failed, Loaded, StoreSettings, Want
 from vllm_multilora.store.registry import Registry
@@ -79,11 +79,9 @@ class World:
         self.loads[load.number] = load
 
     def tell(self, job, message, segments):
-        expected = {Go: "opened", Place: "checked", CheckOnly: "checked"}
-        assert self.jobs[job] == expected[type(message)]
-        if not isinstance(message, Go):
-            assert isinstance(message, Place) == (self.loads[job].allocation is not None)
-        self.jobs[job] = "checking" if isinstance(message, Go) else "reading"
+        assert self.jobs[job] == "checked"
+        assert isinstance(message, Place) == (self.loads[job].allocation is not None)
+        self.jobs[job] = "reading"
 
     def kill(self, job):
         if job in self.jobs:
@@ -122,7 +120,7 @@ class World:
     # Jobs
 
     def opened(self, job: int, version: str | None = None) -> None:
-        self.jobs[job] = "opened"
+        self.jobs[job] = "checking"
         version = self.loads[job].path if version is None else version
         self.registry.loads.opened(job, version, self.now)
 

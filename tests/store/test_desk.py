@@ -22,7 +22,6 @@ from vllm_multilora.store.job_messages import (
     Checked,
     Done,
     Failure,
-    Go,
     Opened,
     Place,
     ToJob,
@@ -126,11 +125,23 @@ def world() -> DeskWorld:
 def test_a_job_that_says_what_it_should_is_heard(world):
     client = world.client(-1)
     ticket = world.want(client, 1)
-    assert world.say("/adapters/1", OPENED) == [Go()]
+    assert world.say("/adapters/1", OPENED) == []
     (place,) = world.say("/adapters/1", CHECKED)
     assert isinstance(place, Place)
     world.say("/adapters/1", DONE)
     assert isinstance(world.answer(client, ticket), Loaded)
+
+
+def test_job_of_known_files_when_it_has_gone_on_is_killed_unheard(world):
+    client = world.client(-1)
+    first, second = world.want(client, 1), world.want(client, 2)
+    for message in (OPENED, CHECKED, DONE):
+        world.say("/adapters/1", message)
+    assert isinstance(world.answer(client, first), Loaded)
+    assert world.say("/adapters/2", OPENED, CHECKED) == []
+    assert world.started["/adapters/2"].is_killed
+    assert isinstance(world.answer(client, second), Loaded)
+    assert world.memory.totals().bytes == PAGE
 
 
 def test_what_a_socket_cannot_hold_is_said_bit_by_bit(world):

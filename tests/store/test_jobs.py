@@ -19,7 +19,7 @@ from vllm_multilora.store import runner, sandbox
 from vllm_multilora.store.arena import PAGE, PLACE_BITS
 from vllm_multilora.store.channel import MOST_DESCRIPTORS, Channel
 from vllm_multilora.store.entries import Binding, Load
-from vllm_multilora.store.job_messages import Checked, Done, FromJob, Go, Opened, Place
+from vllm_multilora.store.job_messages import Checked, Done, FromJob, Opened, Place
 from vllm_multilora.store.messages import StoreSettings
 from vllm_multilora.store.runner import ForkRunner, ThreadRunner, Use
 from vllm_multilora.store.segments import SharedSegments
@@ -36,11 +36,9 @@ def segments():
     made.close_all()
 
 
-def next_of(channel):
-    while not (received := channel.receive()):
-        pass
-    ((message, _),) = received
-    return message
+def messages_of(channel):
+    while True:
+        yield from (message for message, _ in channel.receive())
 
 
 def test_a_pack_may_lie_in_many_segments_and_in_several_extents_of_each(segments):
@@ -54,11 +52,11 @@ def test_a_pack_may_lie_in_many_segments_and_in_several_extents_of_each(segments
     job, sock = ForkRunner().start(load, FakeReader())
     sock.settimeout(PATIENT_S)
     with closing(Channel(sock, FromJob)) as channel:
-        assert isinstance(next_of(channel), Opened)
-        channel.send(Go())
-        assert isinstance(next_of(channel), Checked)
+        messages = messages_of(channel)
+        assert isinstance(next(messages), Opened)
+        assert isinstance(next(messages), Checked)
         channel.send(Place(places.tobytes(), extents), list(map(segments.descriptor, numbers)))
-        assert isinstance(next_of(channel), Done)
+        assert isinstance(next(messages), Done)
     job.kill()
     empty, full = bytes(PAGE), content_of(path) * PAGE
     for number in numbers:
@@ -77,11 +75,11 @@ def test_a_job_says_what_the_system_gives_it_no_memory_for(segments):
     job, sock = start_fake()
     sock.settimeout(PATIENT_S)
     with closing(Channel(sock, FromJob)) as channel:
-        assert isinstance(next_of(channel), Opened)
-        channel.send(Go())
-        assert isinstance(next_of(channel), Checked)
+        messages = messages_of(channel)
+        assert isinstance(next(messages), Opened)
+        assert isinstance(next(messages), Checked)
         channel.send(Place(places.tobytes(), [(0, 0, too_large)]), [segments.descriptor(0)])
-        failure = next_of(channel)
+        failure = next(messages)
     job.kill()
     assert failure.kind is FailureKind.NO_MEMORY
     assert f"{too_large} bytes of host memory cannot be mapped" in failure.message
@@ -93,7 +91,7 @@ def held_by_a_job() -> set[str]:
     try:
         sock.settimeout(PATIENT_S)
         with closing(Channel(sock, FromJob)) as channel:
-            assert isinstance(next_of(channel), Opened)
+            assert isinstance(next(messages_of(channel)), Opened)
             held = {path.name for path in Path(f"/proc/{job._pid}/fd").iterdir()}
     finally:
         job.kill()
@@ -135,7 +133,7 @@ def test_a_job_is_confined_before_it_opens_an_adapter(tmp_path):
         job, sock = ForkRunner().start(load, Reader())
         sock.settimeout(PATIENT_S)
         with closing(Channel(sock, FromJob)) as channel:
-            said = next_of(channel)
+            said = next(messages_of(channel))
             limited = (resource.RLIMIT_CPU, resource.RLIMIT_FSIZE)
             limits = [resource.prlimit(job._pid, number) for number in limited]
         job.kill()
@@ -185,7 +183,7 @@ def test_a_job_on_a_thread_is_there_until_it_has_ended():
     with sock:
         sock.settimeout(PATIENT_S)
         with closing(Channel(sock, FromJob)) as channel:
-            assert isinstance(next_of(channel), Opened)
+            assert isinstance(next(messages_of(channel)), Opened)
             assert job.gone() is None
     job._thread.join(PATIENT_S)
     assert job.gone() is not None

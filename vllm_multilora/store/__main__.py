@@ -26,7 +26,9 @@ def main() -> int:
     # Before NumPy is imported: its threads would make it unsafe to fork, and are of no use here.
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
+    from vllm_multilora.store.rehearsal import rehearse
     from vllm_multilora.store.runner import ForkRunner
+    from vllm_multilora.store.sandbox import prepare as prepare_sandbox
     from vllm_multilora.store.server import Server
 
     module, _, name = options.reader.partition(":")
@@ -36,6 +38,9 @@ def main() -> int:
     server = Server(listener, ForkRunner(log), reader, keep=options.keep)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
+    prepare_sandbox()
+    if not rehearse(reader):
+        logging.warning("No adapter could be read in rehearsal: loads take longer")
     gc.collect()
     gc.freeze()
     server.run()

@@ -17,13 +17,10 @@ from vllm_multilora.store.channel import Channel, ChannelClosedError
 from vllm_multilora.store.entries import Load
 from vllm_multilora.store.job_messages import (
     Checked,
-    CheckOnly,
     Done,
     Failure,
     FromJob,
-    Go,
     Opened,
-    Place,
     ToJob,
 )
 from vllm_multilora.store.loads import Loads
@@ -44,8 +41,6 @@ _LOOK_AT_BRIEF_S = 0.05
 _SOON_S = 1.0  # a killed job that has not ended by then is stuck
 _LOOK_S = 0.005
 _LOOK_AT_STUCK_S = 0.5
-
-_ANSWER_TO: dict[type[ToJob], type[FromJob]] = {Go: Checked, Place: Done, CheckOnly: Done}
 
 
 @dataclass(eq=False)
@@ -89,7 +84,7 @@ class Desk:
         job = self._jobs.get(number)
         if job is None:
             return
-        job.turn_to_say = _ANSWER_TO.get(type(message))
+        job.turn_to_say = Done
         try:
             job.channel.send(message, descriptors)
             job.channel.wait_in(self._selector)
@@ -202,7 +197,7 @@ def _hear(job: _Job, message: FromJob, loads: Loads) -> None:
         if not isinstance(message, Failure):
             if type(message) is not job.turn_to_say:
                 raise ValueError(f"{type(message).__name__} out of turn")
-            job.turn_to_say = None
+            job.turn_to_say = Checked if isinstance(message, Opened) else None
         _pass_on(job.load.number, message, loads)
     except ValueError as error:
         found = f"{title(job.load.path)}: what its check says makes no sense: {error}"

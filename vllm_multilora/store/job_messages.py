@@ -14,7 +14,7 @@ MOST_CHARACTERS = 65_536
 
 
 class Opened(Message, frozen=True):
-    """The files are open; answered by `Go`, unless the job is ended: others have read these.
+    """The files are open. The job goes on; the store ends it where others have read these files.
 
     Attributes:
         version: Tells files from others; empty: nothing does.
@@ -77,10 +77,6 @@ class Failure(Message, frozen=True):
         return Failure(self.kind, _cut(self.message, LONGEST_MESSAGE), problems)
 
 
-class Go(Message, frozen=True):
-    """The files are to be checked."""
-
-
 class Place(Message, frozen=True):
     """Where to pack to; the segments' descriptors come with it.
 
@@ -98,7 +94,7 @@ class CheckOnly(Message, frozen=True):
 
 
 FromJob: TypeAlias = Opened | Checked | Done | Failure
-ToJob: TypeAlias = Go | Place | CheckOnly
+ToJob: TypeAlias = Place | CheckOnly
 
 
 def _cut(text: str, longest: int) -> str:

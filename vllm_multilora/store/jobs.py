@@ -66,8 +66,7 @@ def _read(
     with reader.open(path, rules) as source:
         # Where a file is missing ("-"), two adapters of one version are not the same.
         version = "" if "-" in source.version.split() else source.version
-        channel.send(Opened(version))
-        _next(channel)  # Go
+        channel.send(Opened(version))  # the store ends the job where these files are known
         intake = source.check(load.layouts)
         blocks = np.ascontiguousarray(intake.block_bytes, np.int64)
         contents = Contents(

@@ -14,7 +14,7 @@ from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.answers import Answers, Effects
 from vllm_multilora.store.arena import Allocation
 from vllm_multilora.store.entries import Binding, Client, Load, Owner, Pack, Ticket
-from vllm_multilora.store.job_messages import CheckOnly, Failure, Go, Place
+from vllm_multilora.store.job_messages import CheckOnly, Failure, Place
 from vllm_multilora.store.memory import HostMemory
 from vllm_multilora.store.messages import Contents, PackInfo
 from vllm_multilora.store.queue import FairQueue, Lane
@@ -110,8 +110,6 @@ class Loads:
             self._succeed(load, pack, pack.info, now, was_read=False)
         elif (leader := next(leaders, None)) is not None:
             self._follow(load, leader)
-        else:
-            self._effects.tell(number, Go(), ())
 
     def checked(
         self, number: int, contents: Contents, blocks: NDArray[np.int64], now: float

@@ -266,10 +266,19 @@ class _Thread:
 
 def _use(folder: str) -> Use:
     try:
-        state, *fields = Path(folder, "stat").read_text().rpartition(")")[2].split()
+        state, *fields = _read(f"{folder}/stat").rpartition(b")")[2].split()
         seconds = (int(fields[10]) + int(fields[11])) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
         return Use(0.0, is_ready=False)
     with contextlib.suppress(OSError, ValueError, IndexError):
-        seconds = int(Path(folder, "schedstat").read_text().split()[0]) / 1e9  # finer
-    return Use(seconds, is_ready=state == "R")
+        seconds = int(_read(f"{folder}/schedstat").split()[0]) / 1e9  # finer
+    return Use(seconds, is_ready=state == b"R")
+
+
+def _read(path: str) -> bytes:
+    """What a short file says; `Path.read_bytes` takes three times as long, and jobs are many."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, 4096)
+    finally:
+        os.close(descriptor)

@@ -30,6 +30,8 @@ MOST_MEMORY = 1 << 30
 
 _MOST_FILES = MOST_DESCRIPTORS + 64  # the segments that a pack lies in; and its own
 
+_FILES_IN_MEMORY = ("memfd_create",)  # system calls that making such files takes
+
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP = 1, 22
 _PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS = 38, 39
 _SECCOMP_MODE_FILTER = 2
@@ -72,7 +74,15 @@ def enter(allowed_roots: Sequence[str], timeout_s: float, *, files_in_memory: bo
             raise OSError(error.errno, message) from error
         # Where the kernel has no seccomp, Landlock holds: `protection` says so.
         with contextlib.suppress(OSError):
-            _enter_seccomp(allowed=("memfd_create",) if files_in_memory else ())
+            _enter_seccomp(_FILES_IN_MEMORY if files_in_memory else ())
+
+
+def prepare() -> None:
+    """Works out what each job's `enter` needs, once for all of those that this process forks."""
+    _code_paths()
+    landlock_version()
+    for allowed in ((), _FILES_IN_MEMORY):
+        _program(allowed)
 
 
 def protection() -> list[str]:
@@ -93,6 +103,7 @@ def _takes_filters() -> bool:
     return bool(result < 0 and ctypes.get_errno() == errno.EFAULT)
 
 
+@functools.cache
 def landlock_version() -> int:
     """The version of Landlock that the kernel has; 0: none."""
     try:
@@ -186,17 +197,16 @@ def _code_paths() -> tuple[str, ...]:
     return tuple(dict.fromkeys(paths))
 
 
-def _enter_seccomp(allowed: Sequence[str]) -> None:
+def _enter_seccomp(allowed: tuple[str, ...]) -> None:
     """Forbids system calls by a filter: they fail with EPERM.
 
     A process that the job starts would outlive it, and write into memory that is others' by then.
     Threads end with the job; what `clone3` is to start is out of a filter's sight, so that it is
     unknown here, and libraries start their threads by `clone`.
     """
-    arch = syscalls.audit_arch()
-    if arch is None:
+    program = _program(allowed)
+    if program is None:
         return
-    program = _filter(arch, syscalls.numbers_of_forbidden(allowed), syscalls.clone())
     code = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))
     result = syscalls.libc.prctl(
@@ -204,6 +214,15 @@ def _enter_seccomp(allowed: Sequence[str]) -> None:
     )
     if result != 0:
         raise OSError(ctypes.get_errno(), "seccomp")
+
+
+@functools.cache
+def _program(allowed: tuple[str, ...]) -> bytes | None:
+    """The filter's program; None: this machine's system calls are not known here."""
+    arch = syscalls.audit_arch()
+    if arch is None:
+        return None
+    return _filter(arch, syscalls.numbers_of_forbidden(allowed), syscalls.clone())
 
 
 def _filter(arch: int, forbidden: Sequence[int], clone: int) -> bytes:
