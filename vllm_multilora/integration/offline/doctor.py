@@ -14,6 +14,7 @@ from multilora_kernels.native import load_library
 from vllm_multilora import __version__
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.failures import describe_failure
+from vllm_multilora.integration.cpp_compiler import compiler_problem
 from vllm_multilora.integration.offline.gpu_tools import (
     chosen_kernels,
     triton_folder,
@@ -63,6 +64,8 @@ def diagnose() -> int:
     if device == "cuda":
         problems += triton_problems()
         print(f"Triton's cache  {triton_folder()}")
+    if current_platform.is_cpu():
+        print(f"torch.compile   {compiler_problem() or 'a C++ compiler was found'}")
     if chosen := [*chosen_kernels()]:
         print("kernels chosen at earlier starts")
         print("\n".join(f"  {line}" for line in chosen))

@@ -16,10 +16,12 @@ from vllm.config import VllmConfig
 from vllm.lora.layers.utils import LoRAMappingType
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.platforms import current_platform
 
 from vllm_multilora.errors import ConfigError, MultiLoRAError
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration import kv_blocks
+from vllm_multilora.integration.cpp_compiler import compile_only_with_compiler
 from vllm_multilora.integration.fill_link import (
     Answer,
     FillFailed,
@@ -80,6 +82,8 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
         """Wraps the model's layers and connects to the engine core; returns the model."""
         leave_experts_alone(model)
+        if current_platform.is_cpu():
+            compile_only_with_compiler()
         wrapped = super().create_lora_manager(model, vllm_config)
         manager = self._adapter_manager
         self._vllm_config = vllm_config
