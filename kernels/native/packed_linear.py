@@ -27,6 +27,8 @@ _CALL = struct.Struct("=11q")  # struct packed_call
 _RELEASING_BYTES = 8 << 20  # of weights: reading more takes long enough to let others run
 _ROWS_HINT = 16  # for oneDNN, which packs alike for all
 
+_FINITE_BITS = 0x80, 0x7F80  # of positive bfloat16 numbers that are neither subnormal nor infinite
+
 _expected: dict[tuple[torch.Size, torch.dtype], bool] = {}  # whether oneDNN packs them so
 _numbered: Numbered[PackedLinear] = Numbered()
 
@@ -133,12 +135,25 @@ def pack(weight: torch.Tensor) -> PackedLinear | None:
     if not _is_in_blocks(weight) or not hasattr(torch.ops.mkldnn, "data_ptr"):
         return None
     weight = weight.detach().contiguous()
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
     # Their order is oneDNN's own affair, and may be another one in another release.
     key = weight.shape, weight.dtype
     if key not in _expected:
-        _expected[key] = _is_packed_as_expected(packed, weight)
-    return PackedLinear(packed, weight.dtype, *weight.shape) if _expected[key] else None
+        # Zeros, as a model's own weights may be, look alike in any order.
+        marked = _distinct_numbers(weight.shape, weight.dtype)
+        _expected[key] = _is_packed_as_expected(_packed(marked), marked)
+    return PackedLinear(_packed(weight), weight.dtype, *weight.shape) if _expected[key] else None
+
+
+def _packed(weight: torch.Tensor) -> torch.Tensor:
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
+    return packed
+
+
+def _distinct_numbers(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers that differ from those near them, so that a wrong order shows."""
+    bits = torch.arange(*_FINITE_BITS, dtype=torch.int16)
+    bits = bits.repeat(-(-shape.numel() // bits.numel()))[: shape.numel()]
+    return bits.view(torch.bfloat16).to(dtype).view(shape)
 
 
 def _is_in_blocks(weight: torch.Tensor) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ from multilora_kernels.trial.problems import Batch, Problem, Weights
 
 MAX_ELEMENTS = 1 << 26
 """Outputs of a case: beyond it, float32 copies of them would take gigabytes of the device."""
+MAX_TIMING_SECONDS = 20.0
+"""Time that a trial's timing may take. The case that is timed when it ends is timed to its end."""
 MAX_PROBLEM_CHARACTERS = 300
 """An error of a compiler may be thousands of lines; a log line shows its beginning."""
 
@@ -54,6 +57,7 @@ class Ended:
         rows: Rows of its batch.
         problem: What was wrong; empty if nothing was.
         seconds: Of one call, summed over the batches that are timed; None where nothing is timed.
+        timing_s: Seconds that timing it took.
     """
 
     kind: int
@@ -61,6 +65,35 @@ class Ended:
     rows: int
     problem: str = ""
     seconds: float | None = None
+    timing_s: float = 0.0
+
+
+class LimitedClock:
+    """A clock for a limited time.
+
+    Args:
+        clock: Times a call.
+        seconds: Time that all timing may take.
+        now: The time in seconds, for how long timing takes.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        seconds: float = MAX_TIMING_SECONDS,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock, self._left, self._now = clock, seconds, now
+
+    def time(self, calls: Iterable[Callable[[], None]]) -> tuple[float | None, float]:
+        """Seconds of all calls, None where no time is left, and seconds that timing them took."""
+        if self._left <= 0:
+            return None, 0.0
+        begin = self._now()
+        seconds = sum(map(self._clock, calls))
+        taken = self._now() - begin
+        self._left -= taken
+        return seconds, taken
 
 
 def run_cases(
@@ -71,7 +104,7 @@ def run_cases(
     *,
     device: torch.device,
     max_tokens: int,
-    clock: Clock | None,
+    clock: LimitedClock | None,
     skip: Collection[tuple[int, str, int]] = (),
 ) -> None:
     """Tries all backends with all kinds and row counts.
@@ -86,7 +119,7 @@ def run_cases(
         report: Gets each case as it begins and as it ends.
         device: Where the kernels run.
         max_tokens: The largest number of rows of the server's steps.
-        clock: Times a call; None: cases are only checked.
+        clock: Times calls while it has time; None: cases are only checked.
         skip: Cases that are over already, as kind, backend and rows.
 
     Raises:
@@ -111,7 +144,7 @@ def _run_kind(
     cases: Mapping[str, Sequence[int]],
     backends: Mapping[str, Backend],
     report: Callable[[Begun | Ended], None],
-    clock: Clock | None,
+    clock: LimitedClock | None,
 ) -> None:
     for name, rows in cases.items():
         problem.fill_rests(0.0 if backends[name].reads_rests else math.nan)
@@ -138,21 +171,22 @@ class _Once:
 
 
 def _try(
-    prepare: _Once, problem: Problem, place: int, name: str, rows: int, clock: Clock | None
+    prepare: _Once, problem: Problem, place: int, name: str, rows: int, clock: LimitedClock | None
 ) -> Ended:
     try:
         call = prepare(problem.kind, problem.weights, problem.layout)
         if found := check(call, problem, problem.mixed_batch(rows)):
             return Ended(place, name, rows, found)
-        seconds = None
+        seconds, taken = None, 0.0
         if clock is not None:
-            seconds = sum(_timed(clock, call, batch) for batch in problem.timed_batches(rows))
+            batches = problem.timed_batches(rows)
+            seconds, taken = clock.time(_timed(call, batch) for batch in batches)
     except torch.OutOfMemoryError:  # which says nothing of the kernels
         raise
     except Exception as error:  # whatever kernels and their compilers may raise
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return Ended(place, name, rows, text[:MAX_PROBLEM_CHARACTERS])
-    return Ended(place, name, rows, seconds=seconds)
+    return Ended(place, name, rows, seconds=seconds, timing_s=taken)
 
 
 def check(call: Call, problem: Problem, batch: Batch) -> str:
@@ -170,7 +204,7 @@ def check(call: Call, problem: Problem, batch: Batch) -> str:
     return ""
 
 
-def _timed(clock: Clock, call: Call, batch: Batch) -> float:
+def _timed(call: Call, batch: Batch) -> Callable[[], None]:
     # Sums grow while y is added to again and again: a product of zeros takes as long.
     out, given = batch.out.clone(), torch.zeros_like(batch.given)
-    return clock(lambda: call(out, given, batch.plan))
+    return lambda: call(out, given, batch.plan)

@@ -30,7 +30,7 @@ def main() -> None:
 
     import torch
 
-    from multilora_kernels.trial.cases import Begun, Ended, run_cases
+    from multilora_kernels.trial.cases import Begun, Ended, LimitedClock, run_cases
     from multilora_kernels.trial.clocks import GraphClock
     from multilora_kernels.trial.requests import TrialRequest, encode_event
 
@@ -40,7 +40,8 @@ def main() -> None:
     clock = None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        clock = GraphClock(device) if asked.timed else None
+        if asked.timing_s > 0:
+            clock = LimitedClock(GraphClock(device), asked.timing_s)
     backends = {name: each.load() for name, each in asked.backends.items()}
     print(READY, file=results)
 

@@ -44,7 +44,7 @@ class TrialRequest:
         backends: Kernels by the names that they are reported under.
         device: PyTorch's name of the device.
         max_tokens: The largest number of rows of the server's steps.
-        timed: Whether right results are timed; on GPUs only.
+        timing_s: Seconds for timing kernels that are right; 0: they are only checked. GPUs only.
         skip: Cases that are over already, as kind, backend and rows.
     """
 
@@ -53,12 +53,13 @@ class TrialRequest:
     backends: Mapping[str, NamedBackend]
     device: str
     max_tokens: int
-    timed: bool
+    timing_s: float
     skip: frozenset[tuple[int, str, int]] = frozenset()
 
-    def without(self, cases: frozenset[tuple[int, str, int]]) -> TrialRequest:
-        """The same trial without more cases."""
-        return replace(self, skip=self.skip | cases)
+    def without(self, cases: frozenset[tuple[int, str, int]], timing_s: float) -> TrialRequest:
+        """The same trial without more cases, whose timing has taken so many seconds."""
+        left = max(self.timing_s - timing_s, 0.0)
+        return replace(self, skip=self.skip | cases, timing_s=left)
 
     def encode(self) -> str:
         """As one line of text."""

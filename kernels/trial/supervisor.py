@@ -63,6 +63,7 @@ def run_trial(request: TrialRequest, limits: Limits | None = None) -> list[Ended
     deadline = time.monotonic() + limits.trial
     ended: list[Ended] = []
     for _ in range(1 + MAX_RESTARTS):
+        before = len(ended)
         failed = _run_once(request, limits, deadline, ended)
         if failed is None:
             return ended
@@ -70,7 +71,8 @@ def run_trial(request: TrialRequest, limits: Limits | None = None) -> list[Ended
         done = {(each.kind, each.backend, each.rows) for each in ended}
         bad = {(each.kind, each.backend) for each in ended if each.problem}
         done |= {(kind, name, rows) for kind, name in bad for rows in request.rows}
-        request = request.without(frozenset(done))
+        timing_s = sum(each.timing_s for each in ended[before:])
+        request = request.without(frozenset(done), timing_s)
     raise TrialError(f"kernels hung or faulted {1 + MAX_RESTARTS} times; the last: {failed}")
 
 
@@ -92,8 +94,11 @@ def _run_once(
             process.stdin.write(request.encode() + "\n")
             process.stdin.flush()
             lines = _Lines(process.stdout)
-            first = lines.next(min(limits.start, deadline - time.monotonic()))
+            left = deadline - time.monotonic()
+            first = lines.next(min(limits.start, left))
             if first is None:
+                if left < limits.start:
+                    raise TrialError(f"it took more than {limits.trial:.0f} s")
                 raise TrialError(f"its process was not ready within {limits.start:.0f} s")
             if first != f"{READY}\n":
                 process.wait(_KILL_SECONDS)

@@ -315,6 +315,7 @@ def _expand_blocks(
     COLUMNS: tl.constexpr = BLOCK_N * WIDER if WIDER > 1 else BLOCK_N
     # Blocks are as narrow as this for float32; several of them would not fit into registers.
     LOOPED: tl.constexpr = R > BODY and BLOCK_R == _MIN_BLOCK
+    STEPS: tl.constexpr = _steps_in_a_pass(BLOCK_M, BLOCK_R, R, b.dtype.element_ty)
     if (rank > HALF) & (LOOPED or rank <= BODY):
         lane = tl.arange(0, COLUMNS)
         end = tl.minimum(to * BLOCK_N, width)
@@ -330,7 +331,7 @@ def _expand_blocks(
             total = _as_factor(totals[i], rank - i * BLOCK, b, OUT, BLOCK)
             sums = sums + (total,)  # type: ignore[assignment]
         block = tl.cast(b_column, tl.int64) * BLOCK  # elements from block to block
-        for done in tl.range(first * BLOCK_N, end, COLUMNS, num_stages=1):
+        for done in tl.range(first * BLOCK_N, end, COLUMNS, num_stages=1, loop_unroll_factor=STEPS):
             column = done + lane
             inside = column < end
             at = y[:, None] + column[None, :]
@@ -366,6 +367,20 @@ def _expand_blocks(
                     product += tl.load(factor + column, mask=inside, other=0.0)[None, :] * grown
             tl.store(at, product.to(OUT), mask=mask)
             weights = following
+
+
+@triton.constexpr_function
+def _steps_in_a_pass(rows, widest_block, max_rank, kind):
+    """Steps that the loop over columns makes before it jumps back.
+
+    With one, the next block of B is copied into the registers of the last one: up to a fifth of a
+    step's instructions. With two, both have registers of their own. They lack them in servers of
+    more ranks than the widest block has, and of 32, where a multiprocessor is given four programs.
+    In a long batch products outweigh the copies.
+    """
+    has_registers = max_rank <= widest_block and widest_block != 2 * MIN_BLOCK
+    is_short = rows == MIN_BLOCK and kind.primitive_bitwidth == 16
+    return 2 if is_short and has_registers else 1
 
 
 @triton.jit

@@ -14,11 +14,8 @@ from .test_native_memory import guarded
 from .tolerances import assert_close
 
 HAS_AMX = torch.cpu._is_amx_tile_supported()  # then oneDNN packs bfloat16 for it
-DTYPES = [
-    dtype
-    for dtype in (torch.float32, torch.bfloat16)
-    if packed_linear._block_columns(dtype) and not (dtype is torch.bfloat16 and HAS_AMX)
-]
+ALL_DTYPES = [t for t in (torch.float32, torch.bfloat16) if packed_linear._block_columns(t)]
+DTYPES = [dtype for dtype in ALL_DTYPES if not (dtype is torch.bfloat16 and HAS_AMX)]
 SHAPES = (64, 32), (192, 96), (576, 576)
 ROWS = 0, 1, 2, 3, 4, 5, 6, 7, 13, 16, 63, 64, 65, 130
 
@@ -147,6 +144,31 @@ def test_weights_that_onednn_packs_otherwise_are_not_taken(monkeypatch, dtype) -
             operators, "_reorder_linear_weight", lambda _, rows, other=other: reorder(other, rows)
         )
         assert pack(weight) is None
+
+
+@pytest.mark.skipif(not ALL_DTYPES, reason="the C code multiplies on AVX-512 alone")
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("k", [32, 64, 576])
+def test_pack_after_a_weight_of_zeros_multiplies_by_the_next_one(monkeypatch, dtype, k) -> None:
+    """Zeros look alike in every order, so they say nothing of the order of the next weights."""
+    monkeypatch.setattr(packed_linear, "_expected", {})
+    first = pack(torch.zeros(128, k, dtype=dtype))
+    weight, x = random(128, k, dtype=dtype), random(6, k, dtype=dtype, seed=1)
+    layer = pack(weight)
+    assert (layer is None) == (first is None)
+    if layer is not None:
+        expected = linear(x.double(), weight.double())
+        assert_close(layer(x), expected, linear(x.double().abs(), weight.double().abs()))
+
+
+@needs_avx512
+def test_pack_of_zeros_in_another_order_is_refused(monkeypatch) -> None:
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+    monkeypatch.setattr(packed_linear, "_expected", {})
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_reorder_linear_weight", lambda w, rows: reorder(w.flip(0), rows)
+    )
+    assert pack(torch.zeros(128, 32)) is None
 
 
 @needs_avx512

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from multilora_kernels.trial import backends, cases, choices, records, supervisor
-from multilora_kernels.trial.cases import Backend, Begun, Ended
+from multilora_kernels.trial.cases import (
+    MAX_TIMING_SECONDS,
+    Backend,
+    Begun,
+    Ended,
+    LimitedClock,
+)
 from multilora_kernels.trial.checks import problem_with
 from multilora_kernels.trial.kinds import LayerKind
 from multilora_kernels.trial.problems import Problem
@@ -43,7 +49,7 @@ def named(function: str, **options) -> NamedBackend:
 
 
 def request_for(kinds: tuple[LayerKind, ...], **by_name: NamedBackend) -> TrialRequest:
-    return TrialRequest(kinds, ROWS, by_name, "cpu", 64, timed=False)
+    return TrialRequest(kinds, ROWS, by_name, "cpu", 64, timing_s=0.0)
 
 
 def run(kinds, clock=None, rows=ROWS, **by_name) -> list:
@@ -125,8 +131,59 @@ class Clock:
         for name in self.seconds:
             by_name = {name: backends.torch_products}
             clock = lambda call, name=name: call() or next(self.seconds[name])  # noqa: E731
-            found += ended(run(kinds, clock, rows, **by_name))
+            found += ended(run(kinds, LimitedClock(clock), rows, **by_name))
         return found
+
+
+class SlowTimer:
+    """Stands still but for timing: each call that is timed takes so many seconds of it."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.time_s = seconds, 0.0
+
+    def now(self) -> float:
+        return self.time_s
+
+    def clock(self, call) -> float:
+        call()
+        self.time_s += self.seconds
+        return 1e-6
+
+    def run(self, limit: float, **by_name) -> list[Ended]:
+        clock = LimitedClock(self.clock, limit, self.now)
+        return ended(run([LINEAR, replace(LINEAR, inputs=56)], clock, **by_name))
+
+
+class TestTimeLimit:
+    right = dict.fromkeys(("ours", "stock"), backends.torch_products)
+
+    def test_timing_slow_kernels_ends_at_its_limit_and_checks_go_on(self):
+        timer = SlowTimer(4.0)
+        found = timer.run(MAX_TIMING_SECONDS, **self.right)
+        assert len(found) == 2 * 2 * len(ROWS)
+        assert not [each.problem for each in found if each.problem]
+        timed = [each for each in found if each.seconds is not None]
+        assert 0 < len(timed) < len(found)
+        assert timed == found[: len(timed)]
+        longest = max(each.timing_s for each in timed)
+        assert MAX_TIMING_SECONDS <= timer.time_s < MAX_TIMING_SECONDS + longest
+        assert timer.time_s == sum(each.timing_s for each in found)
+
+    def test_ours_serve_rows_that_could_not_be_timed(self):
+        found = SlowTimer(30.0).run(MAX_TIMING_SECONDS, **self.right)
+        assert sum(each.seconds is not None for each in found) == 1
+        assert choices.choose(0, "o", found, "ours", "stock").ranges == ((None, "ours"),)
+
+    def test_wrong_kernels_are_found_after_the_limit(self):
+        found = SlowTimer(30.0).run(
+            MAX_TIMING_SECONDS, ours=backends.torch_products, stock=trial_backends.raising_always
+        )
+        assert all(each.problem for each in found if each.backend == "stock")
+
+    def test_a_second_process_has_the_time_that_is_left(self):
+        asked = replace(request_for((LINEAR,), ours=named("right")), timing_s=20.0)
+        assert asked.without(frozenset(), 12.0).timing_s == 8.0
+        assert asked.without(frozenset(), 25.0).timing_s == 0.0
 
 
 class TestChoices:
@@ -250,5 +307,5 @@ class TestRecords:
 
     def test_a_request_is_read_as_it_was_written(self):
         asked = request_for((LINEAR, BAD), ours=named("right"), stock=named("wrong"))
-        asked = asked.without(frozenset({(0, "ours", 5)}))
+        asked = asked.without(frozenset({(0, "ours", 5)}), 0.0)
         assert TrialRequest.decode(asked.encode()) == asked

@@ -60,6 +60,11 @@ wrong, raising = when_bad(spoil_last_row), when_bad(raise_an_error)
 hanging, faulting = when_bad(hang), when_bad(fault)
 
 
+def raising_always(kind: LayerKind, weights, layout):
+    """Raises in every kind of layer."""
+    return lambda out, given, plan: raise_an_error(out, plan)
+
+
 def reading_rests(kind: LayerKind, weights, layout):
     """Multiplies by all ranks, whatever the true ones are."""
     full = torch.full_like(weights.ranks, kind.max_rank)

@@ -48,8 +48,6 @@ TIGHT = (
 )
 BY_TITLE = {case.title: case for case in CASES}
 # Where not every row begins where a wide access may, and Triton cannot know which do.
-pytestmark = pytest.mark.slow
-
 NARROW = {
     "K of whole loads only": {"x", "y"},
     "odd sides and rank": {"x", "y", "planes", "slices"},
@@ -72,11 +70,12 @@ def report(*arguments: str) -> list[dict]:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param((SOME, ("90",)), id="some"),
-        pytest.param((ONE, ("89", "120")), id="small-cards"),
-        pytest.param((CROWDED, ("80", "100", "120")), id="crowded"),
-        pytest.param((None, ("90",)), id="all"),
-        pytest.param((TIGHT, ("80", "100", "120")), id="tight"),
+        pytest.param((ONE, ("90",)), id="one"),
+        pytest.param((SOME, ("90",)), id="some", marks=pytest.mark.slow),
+        pytest.param((ONE, ("89", "120")), id="small-cards", marks=pytest.mark.slow),
+        pytest.param((CROWDED, ("80", "100", "120")), id="crowded", marks=pytest.mark.slow),
+        pytest.param((None, ("90",)), id="all", marks=pytest.mark.slow),
+        pytest.param((TIGHT, ("80", "100", "120")), id="tight", marks=pytest.mark.slow),
     ],
 )
 def asked_for(request) -> tuple[list[LaunchCase], tuple[str, ...]]:
@@ -257,6 +256,7 @@ def test_a_table_in_force_is_compiled_too(tmp_path, monkeypatch):
     assert (last.constants["BLOCK_N"], last.options["num_warps"]) == (64, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cases",
     [
@@ -281,6 +281,7 @@ def test_amds_cards_get_wide_loads_and_matrix_instructions_and_nothing_spills(ca
             assert result["tensor_core"] > 0, result
 
 
+@pytest.mark.slow
 def test_the_tuners_candidates_compile_and_few_of_them_spill():
     """Which do, the tuner finds out by compiling them; on paper they all have enough registers."""
     results = report("--candidates", "--arch=90")

@@ -52,6 +52,8 @@ TESTS = {
     "test_the_command_gives_every_case_of_every_layer_as_modelled",
     "python -m tools.kernels.report": "tests/tools/test_triton_report.py::"
     "test_everything_asked_for_was_compiled",
+    "python -m tools.kernels.ranks": "tests/tools/test_ranks.py::"
+    "test_a_part_of_the_table_is_what_the_compiler_makes",
     "python -m tools.kernels.loops": "tests/tools/test_loops.py::"
     "test_the_page_shows_the_main_loops_that_the_compiler_makes",
     "python -m tools.gpu.vllm_kernels": "tests/tools/test_vllm_kernels.py::"

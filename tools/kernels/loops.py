@@ -3,7 +3,7 @@
     python -m tools.kernels.loops [--arch 90] [--write]
 
 For servers of several highest ranks, and for each range of adapters' ranks: what one warp issues
-in a step. `--write` puts the table into docs/gpu.md.
+in a pass. `--write` puts the table into docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -17,17 +17,24 @@ from pathlib import Path
 
 import triton
 
+from tools.kernels.measure.batches import LAYERS
 from tools.kernels.measure.launch_cases import LaunchCase, launches, table_name
 from tools.kernels.measure.sass import Counts, disassemble
-from tools.kernels.report import compile_launch
+from tools.kernels.report import Compiled, compile_launch
 
 PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
 ARCHITECTURES = ("80", "89", "90", "100", "120")
 CASES = tuple(
-    LaunchCase("gate-up 8B decode", 4096, (14336, 14336), max_rank, tokens=8, by_column=True)
-    for max_rank in (16, 64, 256)
+    LaunchCase(layer.name, layer.inputs, layer.outputs, max_rank, tokens=8, by_column=True)
+    for max_rank, layer in (
+        (16, LAYERS["8b.qkv"]),
+        (16, LAYERS["8b.gate_up"]),
+        (32, LAYERS["8b.gate_up"]),
+        (64, LAYERS["8b.gate_up"]),
+        (256, LAYERS["8b.gate_up"]),
+    )
 )
-"""Short batches of a wide layer, with B as it lies in the plugin's slots."""
+"""Short batches, with B as it lies in the plugin's slots."""
 
 _TABLE = re.compile(r"(?<=<!-- loops -->\n).*?(?=<!-- end -->)", re.S)
 _LOAD_BYTES, _ITEM_BYTES = 16, 2
@@ -38,18 +45,22 @@ class Loop:
     """One main loop.
 
     Attributes:
+        layer: The layer's name.
         kernel: `shrink` or `expand`.
         max_rank: The server's highest rank.
         rank: The highest rank of the adapters that it is for.
-        step: Columns of x (shrink) or of y (expand) that a program takes in a step.
-        counts: What one of the program's warps issues in a step.
+        columns: Columns of x (shrink) or of y (expand) that a program takes in a pass.
+        steps: Steps in a pass; each loads one block of weights.
+        counts: What one of the program's warps issues in a pass.
         weight_bytes: Of A or B, what the programs of a multiprocessor load in a step.
     """
 
+    layer: str
     kernel: str
     max_rank: int
     rank: int
-    step: int
+    columns: int
+    steps: int
     counts: Counts
     weight_bytes: int
 
@@ -72,22 +83,34 @@ def main_loops(case: LaunchCase, architecture: str) -> Iterator[Loop]:
         ranks = [min(case.max_rank, block_r) if kernel == "shrink" else case.max_rank]
         while ranks[-1] > 16:
             ranks.append(ranks[-1] // 2)
-        if len(found) != len(ranks):
+        # Where a pass has two steps, a loop for what is left comes behind it.
+        loops_each, rest = divmod(len(found), len(ranks))
+        if rest or loops_each not in (1, 2):
             raise RuntimeError(
-                f"{kernel} for {case.title}: {len(ranks)} loops with tensor-core instructions "
-                f"were expected in its machine code, {len(found)} are there"
+                f"{kernel} for {case.title}: one or two loops with tensor-core instructions were "
+                f"expected in its machine code for each of {len(ranks)} ranges of ranks, "
+                f"{len(found)} are there"
             )
-        for rank, counts in zip(ranks, found, strict=True):
-            loaded = counts.wide_loads * _LOAD_BYTES * compiled.threads
-            # Each column has its own values of A or B, one for each rank, and of x or y.
-            step, rest = divmod(loaded, _ITEM_BYTES * (rank + compiled.constants["BLOCK_M"]))
-            if rest:
-                raise RuntimeError(
-                    f"{kernel} for {case.title}: {counts.wide_loads} loads of 16 bytes in the "
-                    f"loop for rank {rank} are no whole number of columns"
-                )
-            weight_bytes = _ITEM_BYTES * rank * step * compiled.per_processor
-            yield Loop(kernel, case.max_rank, rank, step, counts, weight_bytes)
+        for number, counts in enumerate(found):
+            rank = ranks[number // loops_each]
+            columns = _columns(compiled, counts, rank)
+            last = found[number // loops_each * loops_each + loops_each - 1]
+            steps = columns // _columns(compiled, last, rank)
+            weight_bytes = _ITEM_BYTES * rank * columns // steps * compiled.per_processor
+            yield Loop(case.name, kernel, case.max_rank, rank, columns, steps, counts, weight_bytes)
+
+
+def _columns(compiled: Compiled, counts: Counts, rank: int) -> int:
+    """Columns that a program takes in a pass, by its loads: each has its own values of weights."""
+    loaded = counts.wide_loads * _LOAD_BYTES * compiled.threads
+    # Of A or B one for each rank, and of x or y one for each row.
+    columns, rest = divmod(loaded, _ITEM_BYTES * (rank + compiled.constants["BLOCK_M"]))
+    if rest:
+        raise RuntimeError(
+            f"{compiled.kernel} for {compiled.case}: {counts.wide_loads} loads of 16 bytes in the "
+            f"loop for rank {rank} are no whole number of columns"
+        )
+    return columns
 
 
 def table(architecture: str) -> Iterator[str]:
@@ -95,18 +118,31 @@ def table(architecture: str) -> Iterator[str]:
     yield f"`python -m tools.kernels.loops`, {_compiler(architecture)}:"
     yield ""
     yield (
-        "| server's highest rank | adapter's rank up to | kernel | step, columns | instructions "
-        "| static cycles | tensor core | 16-byte loads | KiB of weights |"
+        "| server's highest rank | layer | adapter's rank up to | kernel | columns | steps "
+        "| instructions | static cycles | tensor core | 16-byte loads | KiB of weights |"
     )
-    yield "|---:|---:|---|---:|---:|---:|---:|---:|---:|"
+    yield "|---:|---|---:|---|---:|---:|---:|---:|---:|---:|---:|"
     for case in CASES:
         for loop in main_loops(case, architecture):
             counts = loop.counts
             yield (
-                f"| {loop.max_rank} | {loop.rank} | {loop.kernel} | {loop.step} "
-                f"| {counts.instructions} | {counts.cycles} | {counts.tensor_core} "
+                f"| {loop.max_rank} | {loop.layer} | {loop.rank} | {loop.kernel} | {loop.columns} "
+                f"| {loop.steps} | {counts.instructions} | {counts.cycles} | {counts.tensor_core} "
                 f"| {counts.wide_loads} | {loop.weight_bytes / 1024:.0f} |"
             )
+
+
+def rows_of(text: str) -> Iterator[tuple[str, str, dict[str, int]]]:
+    """A table's layers, kernels and numbers, by the heads of the columns."""
+    heads, _, *rows = (_cells(line) for line in text.splitlines() if line.startswith("|"))
+    for cells in rows:
+        found = dict(zip(heads, cells, strict=True))
+        layer, kernel = found.pop("layer"), found.pop("kernel")
+        yield layer, kernel, {head: int(text) for head, text in found.items()}
+
+
+def _cells(line: str) -> list[str]:
+    return [each.strip() for each in line.strip("|").split("|")]
 
 
 def _compiler(architecture: str) -> str:

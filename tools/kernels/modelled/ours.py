@@ -26,12 +26,23 @@ from tools.kernels.modelled.machine import (
     Variant,
 )
 
-# Counted by block of ranks and columns: (instructions, cycles) of a warp for one step. Four warps
-# are a program of a short batch.
-_SHRINK_STEP = {(64, 128): (178, 565), (32, 128): (123, 356), (32, 256): (172, 675)}
-_SHRINK_STEP |= {(16, 256): (158, 628)}
-_EXPAND_STEP = {(64, 64): (156, 404), (32, 128): (214, 439), (32, 64): (93, 265)}
-_EXPAND_STEP |= {(16, 128): (140, 304), (16, 64): (76, 178)}
+Steps = dict[int, dict[tuple[int, int], tuple[float, float]]]
+"""By the server's highest rank, then block of ranks and columns: a warp's instructions and cycles.
+
+Those of docs/gpu.md's table of main loops, for one step. Four warps are a program of a short batch.
+"""
+SHRINK_STEP: Steps = {
+    16: {(16, 256): (154, 626)},
+    32: {(32, 256): (172, 685), (16, 256): (151, 645)},
+    64: {(64, 128): (175, 487), (32, 128): (118, 390), (16, 256): (162, 632)},
+    256: {(64, 128): (183, 567), (32, 128): (133, 439), (16, 256): (161, 644)},
+}
+EXPAND_STEP: Steps = {
+    16: {(16, 128): (92, 218.5), (16, 64): (51, 130)},
+    32: {(32, 128): (141, 317), (16, 128): (115, 251)},
+    64: {(64, 64): (96, 305), (32, 128): (116, 326.5), (16, 128): (92, 233.5)},
+    256: {(64, 64): (111, 302), (32, 128): (145, 307), (16, 128): (117, 288)},
+}
 _MORE_RANKS = (47, 161)  # an expand step's, for each further block of 64 ranks, at rank 256
 _PLANE = {64: (17, 33), 32: (10, 20), 16: (10, 20)}  # to add up one plane of h
 _BEFORE = {16: (300, 650), 32: (360, 800), 64: (450, 1000)}  # before the first step
@@ -100,7 +111,7 @@ def _shrink(layer: Layer, batch: Batch, gpu: GPU) -> Kernel:
         for block in blocks:
             wide = config.block_k * (config.block_m + config.block_r) // (config.block_m + block)
             step = min(power_of_two_down(wide), power_of_two_up(chunk))
-            step_instructions, step_cycles = _step(_SHRINK_STEP, block, step)
+            step_instructions, step_cycles = _step(SHRINK_STEP, batch.max_rank, block, step)
             steps = math.ceil(chunk / step)
             instructions += steps * step_instructions
             cycles += steps * step_cycles / len(ranks)
@@ -138,7 +149,7 @@ def _expand(layer: Layer, batch: Batch, gpu: GPU) -> Kernel:
         block = blocks[0]
         wider = max(1, config.block_r // block) if config.block_m == 16 else 1
         columns = config.block_n * min(2, wider)
-        step = _step(_EXPAND_STEP, block, columns)
+        step = _step(EXPAND_STEP, batch.max_rank, block, columns)
         more = len(blocks) - 1
         plane = _PLANE[block]
         steps = math.ceil(share * config.block_n / columns)
@@ -168,10 +179,9 @@ def _blocks_of(rank: int, block_r: int) -> list[int]:
     return [block] * math.ceil(rank / block)
 
 
-def _step(
-    counted: dict[tuple[int, int], tuple[int, int]], block: int, columns: int
-) -> tuple[float, float]:
+def _step(steps: Steps, max_rank: int, block: int, columns: int) -> tuple[float, float]:
     """The counts of a step, from the widest counted step of the block if it was not counted."""
+    counted = steps[min((rank for rank in steps if rank >= max_rank), default=max(steps))]
     if (block, columns) in counted:
         return counted[block, columns]
     widest = max(width for ranks, width in counted if ranks == block)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,19 +14,32 @@ from vllm.lora.layers import (
 )
 
 from multilora_kernels.trial.kinds import LayerKind
+from vllm_multilora.integration.step.heads import ClassificationHead
 from vllm_multilora.integration.step.punica_prepared import CallKey
 from vllm_multilora.integration.worker.layout import is_ranked
 from vllm_multilora.integration.worker.sharding import first_column, is_sharded
 
+EXPERTS, HEADS = "experts", "classification heads"
+"""Kinds of layers whose kernels are never chosen."""
+
 VOCABULARY_MULTIPLE = 64
 """Logits end with the padding of vLLM's vocabulary."""
+
+
+def unchosen(layers: Iterable[Any]) -> Counter[str]:
+    """How many layers have no choice of kernels, by `EXPERTS` and `HEADS`."""
+    return Counter(
+        HEADS if isinstance(layer, ClassificationHead) else EXPERTS
+        for layer in layers
+        if isinstance(layer, BaseLayerWithLoRA) and not is_ranked(layer)
+    )
 
 
 def layer_calls(layer: Any, dtype: torch.dtype) -> Iterator[tuple[CallKey, LayerKind]]:
     """The calls of one layer, by the keys of `PreparedLayers.take_kernels`.
 
     A key comes twice where a layer's rows may have two types. Layers without tracked ranks have
-    none: experts, whose kernels are vLLM's, and classification heads, which run once a request.
+    none: see `unchosen`.
 
     Args:
         layer: Any LoRA layer.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from typing import Any
 
 from multilora_kernels.trial.choices import Choice
 from multilora_kernels.trial.records import Record
 from vllm_multilora.integration.step.punica_prepared import OURS
+from vllm_multilora.integration.worker.kernel_choice.calls import EXPERTS, HEADS, unchosen
 from vllm_multilora.wording import counted
 
 logger = logging.getLogger(__name__)
@@ -43,6 +46,23 @@ def report(record: Record, card: str) -> None:
             ),
             f": {problem}" if problem else "",
         )
+
+
+def report_unchosen(layers: Iterable[Any], card: str) -> None:
+    """Logs which layers were not part of the choice, if there are any.
+
+    Args:
+        layers: The model's LoRA layers.
+        card: The card's name.
+    """
+    reasons = {
+        EXPERTS: "vLLM's serve experts, since ours do not take rows by expert",
+        HEADS: "ours serve classification heads unchecked, once a request",
+    }
+    found = unchosen(layers)
+    if found:
+        said = "; ".join(text for kind, text in reasons.items() if kind in found)
+        logger.info("LoRA kernels on %s, without a choice: %s.", card, said)
 
 
 def reason_of(choice: Choice) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from multilora_kernels.trial import records
+from multilora_kernels.trial.cases import MAX_TIMING_SECONDS
 from multilora_kernels.trial.choices import Choice, NoRightKernelError, choose
 from multilora_kernels.trial.kinds import LayerKind
 from multilora_kernels.trial.records import Entry, Record
@@ -21,7 +22,12 @@ from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
 from vllm_multilora.integration.step.punica_prepared import OURS, TORCH, VLLM, CallKey
 from vllm_multilora.integration.worker.kernel_choice.calls import layer_calls
 from vllm_multilora.integration.worker.kernel_choice.facts import card_name, trial_facts
-from vllm_multilora.integration.worker.kernel_choice.reporting import NOT_TRIED, report
+from vllm_multilora.integration.worker.kernel_choice.reporting import (
+    NOT_TRIED,
+    report,
+    report_unchosen,
+)
+from vllm_multilora.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +112,7 @@ def choose_kernels(
         _refuse_what_cannot_serve(kind, of_kind, entry, backend, settings)
     _install(calls, record)
     report(record, card_name(device))
+    report_unchosen(layers.values(), card_name(device))
     return record
 
 
@@ -157,14 +164,15 @@ def _new_record(
     fitting = tuple(count for count in rows if count <= max_tokens) or (1,)
     is_invariant = backend == "triton-invariant"
     begin = time.monotonic()
+    # Kernels that change with the number of rows are not batch-invariant.
+    is_timed = device.type == "cuda" and not is_invariant
     request = TrialRequest(
         tuple(calls),
         fitting,
         {OURS: _TRIED[backend], stock: _TRIED[stock]},
         str(device),
         max_tokens,
-        # Kernels that change with the number of rows are not batch-invariant.
-        timed=device.type == "cuda" and not is_invariant,
+        MAX_TIMING_SECONDS if is_timed else 0.0,
     )
     try:
         ended = run_trial(request)
@@ -187,6 +195,14 @@ def _new_record(
                 f"without checks"
             ) from error
     logger.info("Tried the LoRA kernels in %.1f s.", time.monotonic() - begin)
+    late = sum(not each.problem and each.seconds is None for each in ended)
+    if is_timed and late:
+        logger.warning(
+            "%s of %d were right and could not be timed within %.0f s: ours serve there.",
+            counted(late, "case"),
+            len(ended),
+            MAX_TIMING_SECONDS,
+        )
     return Record(facts, _entries(calls, choices), written=time.time())
 
 
