@@ -13,6 +13,7 @@ from vllm.lora.request import LoRARequest
 from tests.engine.executors import SchedulerStub, StartedExecutor
 from tests.engine.parties import lora, pack_info
 from tests.store.fake_reader import FakeReader
+from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.engine.workers import LinkedWorkers, WaitingStore, WaitingWorkers
 from vllm_multilora.integration.fill_link import Filled, FillFailed, Missing
@@ -294,6 +295,15 @@ class Slots:
         pass
 
     finish = weights_changed = await_all = slots_back = nothing
+
+
+def test_a_step_with_adapters_when_nobody_orders_slots_fails():
+    """The base model alone would answer, in an engine with another executor."""
+    slots = Slots(None, None)
+    slots.link = None
+    with pytest.raises(MultiLoRAError, match=r"Executor\.get_class"):
+        slots.worker().set_active_adapters({lora(1)}, LoRAMapping((1,), (1,)))
+    assert slots.mapped == []
 
 
 @pytest.mark.parametrize("described", ["by the batch", "by requests", "by rows"])

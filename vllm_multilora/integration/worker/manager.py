@@ -17,7 +17,7 @@ from vllm.lora.layers.utils import LoRAMappingType
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from vllm_multilora.errors import ConfigError
+from vllm_multilora.errors import ConfigError, MultiLoRAError
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration import kv_blocks
 from vllm_multilora.integration.failures import not_by_workers
@@ -210,6 +210,12 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         if (link := self.filler.link) is not None:
             for lora_id in sorted(self._missing):
                 link.tell(Missing(lora_id))
+        elif self._missing and not hasattr(self, "own_store"):
+            raise MultiLoRAError(
+                "requests came with adapters that no engine core has ordered into slots: the "
+                "engine's executor was not made by vllm-multilora. Start the engine with the "
+                "class that vLLM's Executor.get_class returns, or with --no-multilora"
+            )
 
     # Orders
 
