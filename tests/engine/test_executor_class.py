@@ -2,6 +2,8 @@
 
 import multiprocessing
 import pickle
+from queue import Queue
+from types import SimpleNamespace
 
 import pytest
 from vllm.config import LoRAConfig, VllmConfig
@@ -13,6 +15,7 @@ from tests.engine.executors import SchedulerStub, StartedExecutor
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.integration.engine import executor as module
 from vllm_multilora.integration.engine.executor import AdapterExecutorMixin, adapter_loading
+from vllm_multilora.states import AdapterState
 
 
 class OwnExecutor(UniProcExecutor):
@@ -74,3 +77,21 @@ def test_workers_called_for_single_adapters_when_the_engine_loads_them_refuse(ca
     others = StartedExecutor(SchedulerStub(adapters=None), None)
     others.collective_rpc(f"{call}_lora", args=(1,))
     assert others.called == [f"{call}_lora"]
+
+
+def test_adapters_listed_by_a_worker_call_are_those_in_host_memory_too():
+    states = {1: AdapterState.SLOT, 2: AdapterState.HOST, 3: AdapterState.ABSENT}
+    known = [SimpleNamespace(number=n, state=lambda _, n=n: states[n]) for n in states]
+    adapters = SimpleNamespace(known=lambda: known, slots=None)
+    executor = StartedExecutor(SchedulerStub(adapters), None)
+    assert executor.collective_rpc("list_loras") == [{1, 2}]
+    assert executor.called == []
+
+
+def test_an_engine_core_in_its_own_process_can_be_woken_by_its_executor():
+    executor = StartedExecutor(SchedulerStub(), None)
+    core = SimpleNamespace(model_executor=executor, input_queue=Queue())
+    given = []
+    module.process_input_sockets(lambda *arguments: given.append(arguments), core, ["inputs"], None)
+    assert executor.inputs is core.input_queue
+    assert given == [(core, ["inputs"], None)]

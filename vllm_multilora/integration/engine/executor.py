@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 _IDLE_S = 0.001
 _PREFIX = "AdapterExecutor:"
 _OF_SINGLE_ADAPTERS = frozenset({"add_lora", "remove_lora", "pin_lora"})
-_WATCHED = frozenset({METHOD, "sleep", "wake_up", *RELOADS, *_OF_SINGLE_ADAPTERS})
+_WATCHED = frozenset({METHOD, "list_loras", "sleep", "wake_up", *RELOADS, *_OF_SINGLE_ADAPTERS})
 """Calls of workers that are answered here, or have a consequence here."""
 
 _D = TypeVar("_D")
@@ -111,7 +111,7 @@ class AdapterExecutorMixin:
         *more: Any,
         **others: Any,
     ) -> Any:
-        """Calls a method of all workers; answers `METHOD` itself, for the status route.
+        """Calls a method of all workers; answers `METHOD` and `list_loras` itself.
 
         Raises:
             MultiLoRAError: Workers are to load, unload or pin an adapter: no request would use it.
@@ -121,6 +121,10 @@ class AdapterExecutorMixin:
             return ask(method, timeout, args, kwargs, *more, **others)
         if method == METHOD:
             return self._report(*args)
+        if method == "list_loras" and (adapters := self.connect()) is not None:
+            # Workers know only what is in their slots.
+            known = adapters.known()
+            return [{each.number for each in known if each.state(adapters.slots) in AT_HAND}]
         if method in _OF_SINGLE_ADAPTERS and self.connect() is not None:
             raise not_by_workers(method.removesuffix("_lora"))
         if method == "sleep":
@@ -239,14 +243,6 @@ class AdapterExecutorMixin:
             pinned: bool = super().pin_lora(lora_id)  # type: ignore[misc]
             return pinned
         return self._carry_out(adapters, partial(adapters.pin, lora_id))
-
-    def list_loras(self) -> set[int]:
-        """The adapters in slots and in host memory, of which workers know only the former."""
-        adapters = self.connect()
-        if adapters is None:
-            listed: set[int] = super().list_loras()  # type: ignore[misc]
-            return listed
-        return {each.number for each in adapters.known() if each.state(adapters.slots) in AT_HAND}
 
     def _carry_out(
         self, adapters: EngineAdapters, call: Callable[[], Future[_T]]

@@ -279,7 +279,9 @@ _PATCHES: tuple[Patch, ...] = (
         handler="worker.base_products:dispatch_gemm",
         why="With AMX, oneDNN reads the next row's numbers where a row does not fill its last "
         "tile, and makes NaN of them: fills it. Without AMX, oneDNN reads weights and multiplies "
-        "in turn where rows are few: multiplies these by C kernels that do both at once.",
+        "in turn where rows are few: multiplies these by C kernels that do both at once. "
+        "Either way weights are repacked and nothing else is kept: keeps the lengths of their rows "
+        "before, which DoRA adapters need.",
         checked=("0.31", "0.33", "0.33/2"),
         until="oneDNN reads no more than a row has, and multiplies few rows while it reads.",
     ),
@@ -296,16 +298,6 @@ _PATCHES: tuple[Patch, ...] = (
         "the status and the reason of a failed load in their place, and notes which version of "
         "its adapter each request runs on.",
         until="vLLM carries a status and a reason with a failed request.",
-    ),
-    Patch(
-        name="row-lengths",
-        target="vllm.model_executor.layers.linear:"
-        "UnquantizedLinearMethod.process_weights_after_loading",
-        takes=("self, layer",),
-        handler="worker.output_factors:process_weights_after_loading",
-        why="On CPUs vLLM repacks weights when they are loaded and keeps nothing else. Notes the "
-        "lengths of their rows before, which DoRA adapters need.",
-        until="vLLM serves DoRA adapters.",
     ),
 )
 

@@ -22,7 +22,6 @@ OVERRIDES: dict[str, dict[str, str]] = {
         "add_lora": "self, lora_request",
         "remove_lora": "self, lora_id",
         "pin_lora": "self, lora_id",
-        "list_loras": "self",
     },
     "vllm.v1.core.kv_cache_manager:KVCacheManager": {
         "get_block_ids": "self, request_id",
