@@ -121,9 +121,8 @@ def run(arm: str, phases: Sequence[Sequence[Ask]]) -> float | None:
             for phase in phases:
                 serve(llm, phase, clients=None if phase is not phases[0] else BATCH)
             return None
-        from vllm_multilora.integration.engine.core import adapters_of
 
-        kept = adapters_of(llm.llm_engine.engine_core.engine_core)
+        kept = llm.llm_engine.engine_core.engine_core.scheduler.adapters
         assert kept is not None
 
         def look(one: Ask) -> None:

@@ -110,7 +110,7 @@ class Steps:
         spec = FullAttentionSpec(
             block_size=BLOCK_SIZE, num_kv_heads=1, head_size=1, dtype=torch.float32
         )
-        self.scheduler = adapter_aware(base)(
+        self.scheduler = adapter_aware(base, config)(
             vllm_config=config,
             kv_cache_config=KVCacheConfig(
                 num_blocks=blocks,

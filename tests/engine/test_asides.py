@@ -1,6 +1,7 @@
 """What the engine core says once a step is with its workers."""
 
 from collections.abc import Callable
+from queue import Queue
 from types import SimpleNamespace
 
 import msgspec
@@ -8,12 +9,12 @@ import pytest
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+from tests.engine.executors import StartedExecutor
 from tests.engine.parties import FakeStore, lora, pack_info
 from tests.engine.test_scheduler import Server, config
 from vllm_multilora.integration.engine import core, scheduler
-from vllm_multilora.integration.engine.adapters import ADAPTERS
 from vllm_multilora.integration.engine.asides import Asides
-from vllm_multilora.integration.engine.core import SERVER, add_lora, pin_lora, remove_lora
+from vllm_multilora.integration.engine.core import SERVER
 from vllm_multilora.integration.fill_link import LINK
 
 
@@ -39,8 +40,8 @@ def test_only_other_processes_compute_while_something_is_said(monkeypatch, kind,
     store = SimpleNamespace(say_by=lambda say, say_all: None, start_waking=lambda wake: None)
     monkeypatch.setattr(core, "_open_stores", lambda *arguments: store)
     asides = Asides()
-    engine_core = SimpleNamespace(scheduler=SimpleNamespace(asides=asides), input_queue=None)
-    core._connect(engine_core, executor, None)
+    executor.vllm_config = None
+    core._connect(executor, SimpleNamespace(asides=asides), lambda: None)
     assert asides.wait is waits
 
 
@@ -104,17 +105,15 @@ def test_a_request_whose_adapter_is_in_memory_has_its_slot_filled_in_the_next_st
 
 
 @pytest.fixture
-def engine_core(server) -> SimpleNamespace:
-    """One in a process of its own."""
-    made = SimpleNamespace(scheduler=server.scheduler, input_queue=None, vllm_config=config(2))
-    ADAPTERS.set(made, server.engine.adapters)
-    return made
+def executor(server) -> StartedExecutor:
+    """The executor of an engine core in a process of its own."""
+    return StartedExecutor(server.scheduler, config(2), Queue())
 
 
-def test_calls_are_carried_out_and_answered_when_the_step_is_with_the_workers(server, engine_core):
+def test_calls_are_carried_out_and_answered_when_the_step_is_with_the_workers(server, executor):
     server.ask("base")
     server.step()
-    good, bad = (add_lora(None, engine_core, lora(number)) for number in (1, 2))
+    good, bad = (executor.add_lora(lora(number)) for number in (1, 2))
     output = server.scheduler.schedule()
     assert server.engine.store.wants == {}
     server.scheduler.get_grammar_bitmask(output)
@@ -131,12 +130,12 @@ def test_calls_are_carried_out_and_answered_when_the_step_is_with_the_workers(se
     assert "it is bad" in str(bad.exception(0))
 
 
-def test_calls_are_carried_out_in_their_order(server, engine_core):
+def test_calls_are_carried_out_in_their_order(server, executor):
     server.ask("base")
     server.step()
-    add_lora(None, engine_core, lora(1))
-    removed = remove_lora(None, engine_core, 1)
-    refused = pin_lora(None, engine_core, 1)
+    executor.add_lora(lora(1))
+    removed = executor.remove_lora(1)
+    refused = executor.pin_lora(1)
     server.step()
     server.engine.store.forgets()
     server.step()
@@ -150,8 +149,8 @@ def test_calls_are_carried_out_in_their_order(server, engine_core):
     [({}, "d1"), ({"dora": True}, "d1:dora"), ({"invocation_tokens": (1, 2)}, "d1:alora:1,2")],
     ids=["plain", "dora", "activated"],
 )
-def test_a_registration_is_answered_with_what_was_read(server, engine_core, contents, answer):
-    read = add_lora(None, engine_core, lora(1))
+def test_a_registration_is_answered_with_what_was_read(server, executor, contents, answer):
+    read = executor.add_lora(lora(1))
     assert not server.scheduler.has_requests()
     server.engine.store.loaded(msgspec.structs.replace(pack_info(1, "d1"), **contents))
     server.engine.poll()
@@ -159,8 +158,8 @@ def test_a_registration_is_answered_with_what_was_read(server, engine_core, cont
     assert read.result(0) == answer
 
 
-def test_nobody_waits_for_a_step_where_none_will_come(server, engine_core):
-    answer = add_lora(None, engine_core, lora(1))
+def test_nobody_waits_for_a_step_where_none_will_come(server, executor):
+    answer = executor.add_lora(lora(1))
     assert not server.scheduler.has_requests()
     assert server.engine.store.heard == [1]
     server.engine.store.loaded(pack_info(1))

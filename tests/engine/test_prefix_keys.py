@@ -14,15 +14,13 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request, RequestStatus
 
 from tests.engine.fake_scheduler import AwareScheduler
 from tests.engine.parties import pack_info
 from tests.engine.test_scheduler import config
 from vllm_multilora.integration.activated import ActivatedLoRARequest, last_occurrence
-from vllm_multilora.integration.engine import core, invocation, prefix_keys
-from vllm_multilora.integration.engine.adapters import ADAPTERS
+from vllm_multilora.integration.engine import invocation, prefix_keys
 from vllm_multilora.store.messages import PackInfo
 
 BLOCK = 4
@@ -71,15 +69,10 @@ class Digests:
 
 def arrived(lora=None, adapters: Digests | None = None, images=(), tokens=TOKENS) -> Request:
     """A client's request as an engine core makes one of it."""
-    engine_core = SimpleNamespace(
-        scheduler=AwareScheduler(vllm_config=config(2)),
-        request_block_hasher=get_request_block_hasher(BLOCK, sha256),
-        mm_receiver_cache=None,
-    )
+    scheduler = AwareScheduler(vllm_config=config(2))
     if adapters is not None:
-        ADAPTERS.set(engine_core, adapters)
-    stock = EngineCore.preprocess_add_request
-    stock = getattr(stock, "__wrapped__", stock)
+        scheduler.attach_adapters(adapters)
+    hasher = prefix_keys.get_request_block_hasher(get_request_block_hasher, BLOCK, sha256)
     sent = EngineCoreRequest(
         request_id="r",
         prompt_token_ids=list(tokens),
@@ -91,9 +84,7 @@ def arrived(lora=None, adapters: Digests | None = None, images=(), tokens=TOKENS
         cache_salt=None,
         data_parallel_rank=None,
     )
-    request, _ = core.preprocess_add_request(stock, engine_core, sent)
-    assert engine_core.request_block_hasher is not None
-    return request
+    return Request.from_engine_core_request(sent, hasher)
 
 
 IMAGE = MultiModalFeatureSpec(None, "image", "image", PlaceholderRange(0, 2), "image")

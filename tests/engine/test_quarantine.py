@@ -6,12 +6,11 @@ import pytest
 import torch
 from vllm.v1.request import RequestStatus
 
+from tests.engine.executors import SchedulerStub, StartedExecutor
 from tests.engine.parties import Engine, lora, pack_info
 from tests.metrics.readings import recorder, shown
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.integration.engine.adapter_status import collective_rpc
-from vllm_multilora.integration.engine.adapters import ADAPTERS
 from vllm_multilora.integration.engine.prefix_keys import VERSION
 from vllm_multilora.integration.engine.quarantine import Quarantine
 from vllm_multilora.states import AdapterState
@@ -187,11 +186,12 @@ def test_nobody_is_quarantined_for_what_the_base_model_makes(caplog):
     ],
 )
 def test_the_base_model_is_looked_at_anew_when_its_weights_were_loaded_again(method, is_looked_at):
-    engine, engine_core = Engine(), SimpleNamespace(scheduler=SimpleNamespace(requests={}))
-    ADAPTERS.set(engine_core, engine.adapters)
+    engine = Engine()
+    executor = StartedExecutor(SchedulerStub(engine.adapters), None)
     quarantine = engine.adapters.quarantine
     quarantine.look(counted(base_s=1), REQUESTS, lambda number: PACK)
-    assert collective_rpc(lambda core, *call: call, engine_core, method) == (method, None, (), None)
+    assert executor.collective_rpc(method) == [None]
+    assert executor.called == [method]
     found = quarantine.look(counted(acme_s=1), REQUESTS, lambda number: PACK)
     assert found.keys() == ({7} if is_looked_at else set())
 

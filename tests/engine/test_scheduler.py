@@ -13,6 +13,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreRequestType, FinishReason
 from vllm.v1.request import RequestStatus
 
+from tests.engine.executors import StartedExecutor
 from tests.engine.fake_scheduler import AwareScheduler, FakeOutput, FakeRequest
 from tests.engine.parties import Engine, lora, pack_info
 from tests.engine.real_scheduler import Steps, make_config
@@ -20,8 +21,6 @@ from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.blends import blended
 from vllm_multilora.integration.engine import scheduler as scheduler_module
 from vllm_multilora.integration.engine import users
-from vllm_multilora.integration.engine.adapters import ADAPTERS
-from vllm_multilora.integration.engine.core import add_lora, remove_lora
 from vllm_multilora.integration.engine.freed_blocks import FreedBlocks
 from vllm_multilora.integration.engine.prefix_keys import VERSION
 from vllm_multilora.integration.fill_link import Missing
@@ -764,16 +763,13 @@ def test_an_adapter_that_is_registered_again_while_it_is_about_to_leave_stays(se
     """As one of a directory whose folder is put back as it was: its number is the same."""
     clock = SimpleNamespace(monotonic=lambda: 0.0)
     monkeypatch.setattr(users, "time", clock)
-    engine_core = SimpleNamespace(
-        scheduler=server.scheduler, input_queue=Queue(), vllm_config=config(2)
-    )
-    ADAPTERS.set(engine_core, server.engine.adapters)
+    executor = StartedExecutor(server.scheduler, config(2), Queue())
     blend = blended([(lora(1), 0.5), (lora(2), 0.5)])
     server.start("before", 1)
     server.scheduler.add_request(FakeRequest("blended", blend))
-    removed = remove_lora(None, engine_core, 1)
+    removed = executor.remove_lora(1)
     assert not removed.done()
-    assert add_lora(None, engine_core, lora(1)).result(0)
+    assert executor.add_lora(lora(1)).result(0)
     assert removed.result(0)
     server.ask("after", 1)
     clock.monotonic = lambda: 1e9
@@ -785,16 +781,13 @@ def test_an_adapter_that_is_registered_again_while_it_is_about_to_leave_stays(se
 
 
 def test_an_adapters_blends_leave_with_it(server):
-    engine_core = SimpleNamespace(
-        scheduler=server.scheduler, input_queue=Queue(), vllm_config=config(2)
-    )
-    ADAPTERS.set(engine_core, server.engine.adapters)
+    executor = StartedExecutor(server.scheduler, config(2), Queue())
     blend = blended([(lora(1), 0.5), (lora(2), 0.5)])
     server.start("part", 1)
     server.step("part")
     server.scheduler.add_request(FakeRequest("blended", blend))
     server.abort("blended")
-    removed = remove_lora(None, engine_core, 1)
+    removed = executor.remove_lora(1)
     assert sorted(server.engine.store.forgotten) == [1, blend.lora_int_id]
     server.engine.store.forgets()
     server.engine.adapters.poll()
@@ -1048,11 +1041,8 @@ def test_an_engine_without_steps_ends_the_requests_of_an_unloaded_adapter_in_tim
         assert server.scheduler.running
     server.scheduler.set_pause_state(pause)
     inputs = Queue()
-    engine_core = SimpleNamespace(
-        scheduler=server.scheduler, input_queue=inputs, vllm_config=server.config
-    )
-    ADAPTERS.set(engine_core, server.engine.adapters)
-    removed = remove_lora(lambda *args: False, engine_core, 1)
+    executor = StartedExecutor(server.scheduler, server.config, inputs)
+    removed = executor.remove_lora(1)
     assert inputs.get(timeout=60)[0] is EngineCoreRequestType.WAKEUP
     for _ in range(3):
         if server.scheduler.has_requests():
@@ -1068,8 +1058,7 @@ def test_a_paused_engine_answers_calls_and_keeps_no_other_engine_from_host_memor
     """Its requests may wait for hours, and vLLM asks whether there are any before it waits, too."""
     server = RealServer(tmp_path)
     store, scheduler = server.engine.store, server.scheduler
-    engine_core = SimpleNamespace(scheduler=scheduler, input_queue=Queue())
-    ADAPTERS.set(engine_core, server.engine.adapters)
+    executor = StartedExecutor(scheduler, server.config, Queue())
     server.steps.ask("running", adapter=1, generate=20)
     for _ in range(5):
         server.step()
@@ -1079,7 +1068,7 @@ def test_a_paused_engine_answers_calls_and_keeps_no_other_engine_from_host_memor
     server.engine.answer()
     server.step()
     assert store.leased == {2: 1, 3: 1}
-    registered = add_lora(lambda *args: False, engine_core, lora(5))
+    registered = executor.add_lora(lora(5))
     server.engine.answer()  # after the end of the last step has looked
     scheduler.set_pause_state(pause)
     while scheduler.has_requests():  # what runs goes on
@@ -1105,12 +1094,9 @@ def test_an_engine_that_is_called_directly_removes_an_adapter_in_its_callers_ste
     for _ in range(5):
         server.step()
     assert server.scheduler.running
-    engine_core = SimpleNamespace(scheduler=server.scheduler, vllm_config=server.config)
-    ADAPTERS.set(engine_core, server.engine.adapters)
+    executor = StartedExecutor(server.scheduler, server.config)
     answers = Queue()
-    Thread(
-        target=lambda: answers.put(remove_lora(lambda *args: False, engine_core, 1)), daemon=True
-    ).start()
+    Thread(target=lambda: answers.put(executor.remove_lora(1)), daemon=True).start()
     assert answers.get(timeout=20) is True
     deadline = time.monotonic() + 20
     while server.scheduler.requests:
@@ -1121,9 +1107,8 @@ def test_an_engine_that_is_called_directly_removes_an_adapter_in_its_callers_ste
 
 
 def test_an_engine_that_is_called_directly_says_that_an_adapter_was_not_known(server):
-    engine_core = SimpleNamespace(scheduler=server.scheduler, vllm_config=config(2))
-    ADAPTERS.set(engine_core, server.engine.adapters)
-    assert remove_lora(None, engine_core, 1) is False
+    executor = StartedExecutor(server.scheduler, config(2))
+    assert executor.remove_lora(1) is False
 
 
 def test_an_engine_that_is_called_directly_registers_an_adapter_while_others_fill_host_memory(
@@ -1145,13 +1130,10 @@ def test_an_engine_that_is_called_directly_registers_an_adapter_while_others_fil
             server.engine.answer()
 
     store.release = release
-    engine_core = SimpleNamespace(scheduler=server.scheduler, vllm_config=server.config)
-    ADAPTERS.set(engine_core, adapters)
+    executor = StartedExecutor(server.scheduler, server.config)
     second = server.scheduler.requests["second"].lora_request
     answers = Queue()
-    Thread(
-        target=lambda: answers.put(add_lora(lambda *args: False, engine_core, second)), daemon=True
-    ).start()
+    Thread(target=lambda: answers.put(executor.add_lora(second)), daemon=True).start()
     assert answers.get(timeout=20)
     for _ in range(20):
         server.step()

@@ -100,14 +100,16 @@ def test_all_engines_of_a_server_tell_its_stores_the_same_name(path, monkeypatch
     """Though vLLM renames the instance of each when it has made it."""
     monkeypatch.setattr(core, "_make_link", lambda config: None)
     opened = []
-    executor = SimpleNamespace(collective_rpc=lambda call, args=(): opened.append(args))
     config = VllmConfig()
+    executor = SimpleNamespace(
+        collective_rpc=lambda call, args=(): opened.append(args), vllm_config=config
+    )
     server = server_of(config)
     with core.starting_workers(executor, config):
         pass
     config.__post_init__()
     assert server_of(config) != server
-    core._connect(SimpleNamespace(), executor, config)
+    core._connect(executor, SimpleNamespace(), None)
     assert opened == [(server,)]
 
 
@@ -123,6 +125,6 @@ def test_an_engine_core_that_has_one_of_the_workers_waits_for_that_one(path):
     assert (LINK.get(executor), EARLY_STORE.get(executor)) == (None, None)
     scheduler = object.__new__(AdapterAwareMixin)
     scheduler.recorder = scheduler.request_metrics = None
-    engine_core = SimpleNamespace(model_executor=executor, scheduler=scheduler, vllm_config=config)
-    slots = core._make_adapters(engine_core).slots
+    executor.vllm_config = config
+    slots = core.make_adapters(executor, scheduler, None).slots
     assert slots.filled(slots.assign(1, pack=1).order)

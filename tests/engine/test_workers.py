@@ -10,17 +10,16 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.layers.utils import LoRAMappingType
 from vllm.lora.request import LoRARequest
 
+from tests.engine.executors import SchedulerStub, StartedExecutor
 from tests.engine.parties import lora, pack_info
 from tests.store.fake_reader import FakeReader
+from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.integration.engine import core
-from vllm_multilora.integration.engine.adapters import ADAPTERS
 from vllm_multilora.integration.engine.workers import LinkedWorkers, WaitingStore, WaitingWorkers
 from vllm_multilora.integration.fill_link import Filled, FillFailed, Missing
 from vllm_multilora.integration.orders import Fill
 from vllm_multilora.integration.step.mapping import BatchMapping
 from vllm_multilora.integration.worker import calls, own_store
-from vllm_multilora.integration.worker import manager as worker_manager
 from vllm_multilora.integration.worker.manager import MultiLoRAWorkerManager
 from vllm_multilora.integration.worker.model_manager import MultiLoRAModelManager
 from vllm_multilora.integration.worker.own_store import OwnStore
@@ -298,6 +297,15 @@ class Slots:
     finish = weights_changed = await_all = slots_back = nothing
 
 
+def test_a_step_with_adapters_when_nobody_orders_slots_fails():
+    """The base model alone would answer, in an engine with another executor."""
+    slots = Slots(None, None)
+    slots.link = None
+    with pytest.raises(MultiLoRAError, match=r"Executor\.get_class"):
+        slots.worker().set_active_adapters({lora(1)}, LoRAMapping((1,), (1,)))
+    assert slots.mapped == []
+
+
 @pytest.mark.parametrize("described", ["by the batch", "by requests", "by rows"])
 def test_rows_of_an_adapter_that_is_in_no_slot_are_computed_without_it_until_it_is(described):
     """The engine core is told each time, and throws their tokens away."""
@@ -403,20 +411,18 @@ def test_an_adapter_has_its_newest_slot_alone():
 )
 def test_slots_are_there_again_with_the_models_weights_and_empty(tags, are_lost):
     """The engine core and its workers say so alike, after vLLM has woken up."""
-    calls: list[str] = []
-    slots = SimpleNamespace(slots_lost=lambda: calls.append("slots"))
-    engine_core = SimpleNamespace()
-    ADAPTERS.set(engine_core, slots)
-    manager = MultiLoRAWorkerManager.__new__(MultiLoRAWorkerManager)
-    manager.slots_lost = slots.slots_lost  # type: ignore[method-assign]
-    runner = SimpleNamespace(lora_manager=manager)
-    for wake_up, woken in (
-        (core.wake_up, engine_core),
-        (worker_manager.wake_up, SimpleNamespace(model_runner=runner)),
-    ):
-        calls.clear()
-        wake_up(lambda *given: calls.append("vLLM"), woken, tags)
-        assert calls == ["vLLM", "slots"][: 1 + are_lost]
+    lost: list[bool] = []
+    adapters = SimpleNamespace(slots_lost=lambda: lost.append(True))
+    executor = StartedExecutor(SchedulerStub(adapters), None)
+    executor.collective_rpc("wake_up", kwargs={"tags": tags})
+    assert executor.called == ["wake_up", calls.slots_lost][: 1 + are_lost]
+    assert lost == [True] * are_lost
+
+
+def test_a_worker_copies_nothing_into_slots_before_it_sleeps():
+    executor = StartedExecutor(SchedulerStub(), None)
+    executor.collective_rpc("sleep", kwargs={"level": 1})
+    assert executor.called == [calls.slots_away, "sleep"]
 
 
 def test_a_withdrawn_adapter_is_forgotten_at_once(store):

@@ -75,7 +75,7 @@ def test_the_plugin_acts_when_it_should(
         assert llm.collective_rpc(lora_classes) == [expected]
 
 
-@pytest.mark.parametrize("lacking", ["scheduler-class", "add-request", "batch-mapping"])
+@pytest.mark.parametrize("lacking", ["executor-class", "engine-core", "batch-mapping"])
 def test_it_is_not_forced_on_where_adapters_requests_would_get_the_base_models_answers(
     monkeypatch, lacking
 ):

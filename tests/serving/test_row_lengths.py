@@ -143,20 +143,22 @@ def test_rows_are_measured_in_float32_while_a_model_of_another_type_loads(dtype,
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    from vllm_multilora.integration.worker import output_factors
+    from vllm_multilora.integration.worker import base_products
     from vllm_multilora.integration.worker.row_squares import ROW_SQUARES
 
-    monkeypatch.setattr(output_factors, "is_active", lambda config: True)
-    monkeypatch.setattr(output_factors, "settings_of", lambda config: SimpleNamespace(dora=True))
-    monkeypatch.setattr(output_factors.current_platform, "is_cpu", lambda: True)
+    monkeypatch.setattr(base_products, "is_active", lambda config: True)
+    monkeypatch.setattr(base_products, "kernel_backend", lambda config: "torch")
+    monkeypatch.setattr(base_products, "settings_of", lambda config: SimpleNamespace(dora=True))
     weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(4)).mul_(3e-4).to(dtype)
     expected, layer = weight.double().square().sum(1), SimpleNamespace(weight=weight)
 
-    def repack(method, layer):
-        layer.weight = layer.weight.new_empty(0)
+    def repack(layer, remove_weight):
+        layer.weight = torch.nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+        layer.cpu_linear = None
 
     with set_current_vllm_config(VllmConfig()), set_default_torch_dtype(dtype):
-        output_factors.process_weights_after_loading(repack, None, layer)
+        base_products.dispatch_gemm(repack, layer, remove_weight=True)
+        assert not layer.weight.numel()
     found = ROW_SQUARES.get(layer)
     assert ((found - expected).abs() <= 1e-6 * expected).all()
 

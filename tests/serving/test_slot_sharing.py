@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from vllm_multilora.integration.engine.adapters import ADAPTERS as ENGINE_ADAPTERS
 from vllm_multilora.slots.turns import PATIENCE_STEPS
 from vllm_multilora.states import AdapterState
 
@@ -94,7 +93,7 @@ class Stepper:
 
     def _await_copies(self) -> None:
         """A model's steps take longer than its adapters' copies; these steps need not."""
-        adapters = ENGINE_ADAPTERS.get(self._engine.engine_core.engine_core)
+        adapters = self._engine.engine_core.engine_core.scheduler.adapters
         deadline = time.monotonic() + LONGEST_COPY_S
         while any(
             adapter is not None and adapters.state(adapter) is AdapterState.HOST

@@ -109,11 +109,11 @@ def test_a_supported_vllm_is_as_the_plugin_knows_it(
 
 CHANGES = (
     (
-        "v1/engine/core.py",
+        "v1/executor/abstract.py",
         "def pin_lora(self, lora_id",
         "def pin_lora(self, adapter, lora_id",
     ),
-    ("v1/engine/core.py", "def list_loras", "def all_loras"),
+    ("v1/engine/core.py", "def process_input_sockets", "def read_sockets"),
     ("v1/core/sched/scheduler.py", "def _free_request", "def _end_request"),
     ("lora/lora_weights.py", "LoRALayerWeights", "LayerWeights"),
 )
@@ -151,7 +151,9 @@ def told(changed: Path) -> tuple[int, str]:
     "difference",
     [
         pytest.param("takes (self, adapter, lora_id); expected (self, lora_id)", id="parameter"),
-        pytest.param("vllm.v1.engine.core has no EngineCore.list_loras", id="target"),
+        pytest.param(
+            "vllm.v1.engine.core has no EngineCoreProc.process_input_sockets", id="target"
+        ),
         pytest.param(
             "vllm.v1.core.sched.scheduler has no Scheduler._free_request",
             id="method-that-is-overridden",

@@ -224,3 +224,14 @@ def received_refusal(error: Exception, adapter_id: int) -> AdapterRefusedError |
     found = json.loads(fields)
     failure = LoadFailure(FailureKind(found["kind"]), message.removeprefix(_CALL_FAILED))
     return AdapterRefusedError(adapter_id, failure, found["problems"])
+
+
+def not_by_workers(verb: str) -> MultiLoRAError:
+    """The error of a worker that is called to `add`, `remove` or `pin` an adapter."""
+    return MultiLoRAError(
+        f"workers {verb} no LoRA adapters with vllm-multilora: call {verb}_lora of the engine "
+        f"(AsyncLLM, or LLM(...).llm_engine), with the path of an adapter's folder. If a framework "
+        f"is to load adapters from tensors, it has to change vLLM's LRUCacheWorkerLoRAManager "
+        f"before the engine starts; or leave adapters to vLLM: --no-multilora, or "
+        f'additional_config={{"multilora": {{"enabled": False}}}}'
+    )

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ESSENTIAL = (
-    *("punica-wrapper", "worker-manager", "batch-mapping", "batch-inputs", "scheduler-class"),
-    *("executor", "add-request"),
+    *("punica-wrapper", "worker-manager", "batch-mapping", "batch-inputs"),
+    *("executor-class", "engine-core"),
 )
 """Patches that act together: with one of them missing, requests get the base model's answers."""
 

@@ -7,41 +7,19 @@ vLLM sends nothing else to an API server.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_multilora.integration.engine.adapters import ADAPTERS, EngineAdapters
-from vllm_multilora.integration.engine.core import adapters_of
+from vllm_multilora.integration.engine.adapters import EngineAdapters
 from vllm_multilora.integration.engine.entries import Entry
-from vllm_multilora.integration.engine.quarantine import RELOADS
 from vllm_multilora.integration.failures import without_folder
 from vllm_multilora.states import AdapterState
 
 METHOD = "multilora_adapter_status"
-"""Name under which an engine core gives its report; see the ledger's `adapter-status`."""
+"""Name under which an engine core gives its report; `AdapterExecutorMixin` answers it."""
 
 Report = dict[str, Any]
 Row = dict[str, Any]
-
-
-def collective_rpc(
-    original: Callable[..., Any],
-    engine_core: Any,
-    method: Any,
-    timeout: Any = None,
-    args: Any = (),
-    kwargs: Any = None,
-) -> Any:
-    if method != METHOD:
-        done = original(engine_core, method, timeout, args, kwargs)
-        known = ADAPTERS.get(engine_core)
-        if known is not None and method in RELOADS:
-            known.quarantine.base_reloaded(engine_core.scheduler.requests)
-        return done
-    adapters = adapters_of(engine_core)
-    if adapters is None:  # stock vLLM runs
-        return []
-    return [engine_report(adapters, engine_core.scheduler.users.accepted, *args)]
 
 
 def engine_report(

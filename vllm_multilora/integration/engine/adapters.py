@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.adapters.required import RequiredDigests
 from vllm_multilora.failures import LoadFailure
-from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.engine.arrivals import Arrivals
 from vllm_multilora.integration.engine.blends import KnownBlends
 from vllm_multilora.integration.engine.entries import Entries, Entry
@@ -43,9 +42,6 @@ if TYPE_CHECKING:
 
     from vllm_multilora.integration.engine.observer import AdapterObserver
     from vllm_multilora.integration.tenant_of_request import RequestTenant
-
-ADAPTERS: Attached[EngineAdapters | None] = Attached("adapters")
-"""An engine core's adapters; None where stock vLLM runs."""
 
 
 class EngineAdapters:

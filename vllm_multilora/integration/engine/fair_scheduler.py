@@ -241,7 +241,7 @@ class FairSharesMixin(AdapterAwareMixin):
             if left < 1 and self._is_heavy(request):
                 self.waiting.pass_over(request, whole_party=True)
                 return False
-            if self._adapters is None and self._is_one_more(request):
+            if self.adapters is None and self._is_one_more(request):
                 return False
         may_run = super()._handle_blocked_waiting_request(request)
         if may_run or not self._shares.is_contended:
@@ -252,7 +252,7 @@ class FairSharesMixin(AdapterAwareMixin):
 
     def _lacks_slot(self, request: Request) -> bool:
         """Whether a request that was just held back lacks nothing but a slot for its adapter."""
-        lora, adapters = request.lora_request, self._adapters
+        lora, adapters = request.lora_request, self.adapters
         could_run = request.status in COULD_RUN and not self._late_reloads.holds(request)
         if lora is None or adapters is None or not could_run:
             return False
@@ -315,7 +315,7 @@ class FairSharesMixin(AdapterAwareMixin):
 
     def _reading_cost(self, adapter: int) -> float:
         """What the adapter's weights cost in a step; nothing where their size is not known here."""
-        version = None if self._adapters is None else self._adapters.version(adapter)
+        version = None if self.adapters is None else self.adapters.version(adapter)
         return 0.0 if version is None else reading_cost(version.nbytes, self._token_bytes)
 
     def _is_one_more(self, request: Request) -> bool:

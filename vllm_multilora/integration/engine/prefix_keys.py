@@ -21,8 +21,10 @@ The base model is not part of vLLM's keys; servers that share a KV store must se
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm.v1.request import RequestStatus
 
@@ -33,16 +35,67 @@ from vllm_multilora.integration.engine import invocation
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-HASHER: Attached[Callable[[Any], list[Any]] | None] = Attached("hasher")
-"""What hashes the blocks of a `Request` with an adapter; None where nothing is cached."""
+    from vllm_multilora.store.messages import PackInfo
 
-VERSION: Attached[str] = Attached("version")
-"""The digest of the weights that a `Request` runs on; not set before they are known."""
+VERSION: Attached[str | None] = Attached("version")
+"""The digest of the weights that a `Request` runs on; not set before they are known.
+
+None where vLLM loads the adapter, and has keys of its own.
+"""
+
+_newest: weakref.ref[HasAdapters] | None = None
+"""The scheduler that was made last: of the engine core that makes its hasher next."""
 
 
-def withhold(request: Request, hasher: Callable[[Any], list[Any]] | None) -> None:
-    """Keeps the hasher of a request that was made without one, until it gets its keys."""
-    HASHER.set(request, hasher)
+class HasAdapters(Protocol):
+    """A scheduler, as far as its engine's hasher needs it."""
+
+    @property
+    def adapters(self) -> Versions | None:
+        """The versions that adapters have; None before they are connected."""
+
+
+class Versions(Protocol):
+    """Knows what adapters are."""
+
+    def version(self, lora_id: int) -> PackInfo | None:
+        """The weights that an adapter has; None: not known yet."""
+
+
+def use_versions_of(scheduler: HasAdapters) -> None:
+    """Has the engine core that is being made hash by the versions that its scheduler knows."""
+    global _newest
+    _newest = weakref.ref(scheduler)
+
+
+def get_request_block_hasher(
+    original: Callable[..., Callable[[Request], list[Any]]], *args: Any, **kwargs: Any
+) -> Callable[[Request], list[Any]]:
+    hash_blocks, newest = original(*args, **kwargs), _newest
+    return (
+        hash_blocks
+        if newest is None or newest() is None
+        else partial(_hash_blocks, hash_blocks, newest)
+    )
+
+
+def _hash_blocks(
+    hash_blocks: Callable[[Request], list[Any]],
+    scheduler: Callable[[], HasAdapters | None],
+    request: Request,
+) -> list[Any]:
+    """The hashes of a request's new blocks; none before its adapter's weights are known."""
+    if request.lora_request is None or request.block_hashes or VERSION.is_set(request):
+        return hash_blocks(request)
+    # It arrives, on the thread that makes all requests while steps are computed.
+    served = scheduler()
+    adapters = None if served is None else served.adapters
+    version = None if adapters is None else adapters.version(request.lora_request.lora_int_id)
+    if version is None or not invocation.is_invoked(request, version):
+        return []
+    VERSION.set(request, version.digest)
+    invocation.activate(request, version.digest)
+    return hash_blocks(request)
 
 
 def set_version(request: Request, digest: str) -> bool:
@@ -69,8 +122,8 @@ def set_version(request: Request, digest: str) -> bool:
 
 def use_stock_keys(request: Request) -> None:
     """Gives a request vLLM's own keys: its adapter is loaded by vLLM itself."""
-    if HASHER.is_set(request):
-        _hash_again(request)
+    VERSION.set(request, None)
+    request.update_block_hashes()
 
 
 def _holds_results(request: Request, digest: str) -> bool:
@@ -85,7 +138,6 @@ def _holds_results(request: Request, digest: str) -> bool:
 
 def _hash_again(request: Request) -> None:
     request.block_hashes.clear()
-    request._block_hasher = HASHER.get(request)
     request.update_block_hashes()
 
 

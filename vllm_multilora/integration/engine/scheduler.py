@@ -17,11 +17,15 @@ store has not answered for, or that waits for a slot while none is free, it exam
 
 from __future__ import annotations
 
+import operator
+import os
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakSet
 
+import msgspec
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue, PriorityRequestQueue
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
@@ -49,7 +53,7 @@ from vllm_multilora.integration.failures import (
 )
 from vllm_multilora.integration.metrics import engine_recorder
 from vllm_multilora.integration.patching.activation import settings_of
-from vllm_multilora.integration.tenant_of_request import tenant_of
+from vllm_multilora.integration.tenant_of_request import take_tenant, tenant_of
 from vllm_multilora.metrics.request_metrics import RequestMetrics
 from vllm_multilora.slots.fair_shares import FairShares
 from vllm_multilora.slots.turns import SlotTurns
@@ -67,6 +71,22 @@ _LEASE_S = 0.001
 COULD_RUN = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
 
+class Executor(Protocol):
+    """What a scheduler needs of the executor beside it."""
+
+    vllm_config: Any
+
+    def serve(self, scheduler: AdapterAwareMixin) -> None:
+        """Takes the scheduler that has just been made."""
+
+    def connect(self) -> EngineAdapters | None:
+        """Attaches the engine's adapters to the scheduler, if that has not happened yet."""
+
+
+EXECUTORS: WeakSet[Executor] = WeakSet()
+"""The executors of this process, each with a configuration that its scheduler has, too."""
+
+
 class AdapterAwareMixin:
     """A scheduler that knows which adapters are ready and who has slots.
 
@@ -75,6 +95,8 @@ class AdapterAwareMixin:
         users: The requests of each adapter.
         recorder: Records the engine core's metrics; None where they are off.
         request_metrics: Those of requests; None likewise.
+        adapters: The engine's adapters; None before they are connected, and where vLLM loads them.
+        is_connected: Whether it is known who loads adapters.
     """
 
     if TYPE_CHECKING:
@@ -86,7 +108,7 @@ class AdapterAwareMixin:
 
     def __init__(self, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
         super().__init__(*args, vllm_config=vllm_config, **kwargs)  # type: ignore[call-arg]
-        self._adapters: EngineAdapters | None = None
+        self.adapters: EngineAdapters | None = None
         self._slots: int = vllm_config.lora_config.max_loras
         self._turns = SlotTurns()
         self._quarantines = settings_of(vllm_config).quarantine
@@ -101,12 +123,13 @@ class AdapterAwareMixin:
             self.waiting = queue_of(self, FairShares(), lambda request: None)
         self._freed, self._versions = FreedBlocks(), Announcements()
         self._late_reloads = LateReloads()
+        self.is_connected = False
+        self._executor = _executor_beside(self, vllm_config)
+        prefix_keys.use_versions_of(self)
 
-    # What the engine core tells
-
-    def attach_adapters(self, adapters: EngineAdapters) -> None:
-        """From now on requests wait for their adapters."""
-        self._adapters = adapters
+    def attach_adapters(self, adapters: EngineAdapters | None) -> None:
+        """From now on requests wait for their adapters; None: vLLM loads them."""
+        self.adapters, self.is_connected = adapters, True
 
     def retire_adapter(self, lora_id: int, limit_s: float, then: Callable[[bool], None]) -> bool:
         """Calls `then` once no request uses an adapter.
@@ -134,8 +157,8 @@ class AdapterAwareMixin:
         """Whether a step has anything to do, be it to end requests; asked before vLLM waits."""
         if super().has_requests() or self.users.overdue:  # type: ignore[misc]
             return True
-        if self._adapters is not None:
-            _settle(self._adapters, self.asides, self.pause_state)
+        if self.adapters is not None:
+            _settle(self.adapters, self.asides, self.pause_state)
         return False
 
     def add_request(self, request: Request) -> None:
@@ -143,13 +166,15 @@ class AdapterAwareMixin:
 
         Its adapter is loaded if it is not there.
         """
+        if self._executor is not None:
+            self._executor.connect()  # to workers that serve: after the engine has started
+        lora = _take_in(request)
         self._has_polled = False
         is_new = request.request_id not in self.requests
         super().add_request(request)  # type: ignore[misc]
-        lora = request.lora_request
         if lora is None:
             return
-        adapters, lora_id = self._adapters, lora.lora_int_id
+        adapters, lora_id = self.adapters, lora.lora_int_id
         known = self.requests.get(request.request_id)
         if known is None or known.is_finished():
             return  # the end of its input was its end
@@ -189,7 +214,7 @@ class AdapterAwareMixin:
 
     def _note_freed(self, request: Request) -> None:
         # Without adapters of ours nobody asks for these, and no step forgets them.
-        if self._adapters is not None and (adapter := adapter_of(request)) is not None:
+        if self.adapters is not None and (adapter := adapter_of(request)) is not None:
             self._freed.note(adapter, _blocks_of(request, self.kv_cache_manager))
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
@@ -201,14 +226,14 @@ class AdapterAwareMixin:
                 self.request_metrics.finish(request.request_id, lora_id)
             if self.users.leave(lora_id):
                 self._turns.forget(lora_id)
-                if self._adapters is not None:
-                    self._adapters.drop(lora_id)
+                if self.adapters is not None:
+                    self.adapters.drop(lora_id)
         return freed
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Schedules a step."""
         self._let_go()
-        adapters = self._adapters
+        adapters = self.adapters
         if adapters is None:
             _begin_step(self.waiting)
             return super().schedule(*args, **kwargs)  # type: ignore[misc]
@@ -218,7 +243,9 @@ class AdapterAwareMixin:
             adapters.poll(_LEASE_S)
         self._has_polled = self._is_holding = False
         self._failing |= self._late_reloads.ask(self.requests, adapters)
-        self._pause_unfilled(adapters)
+        for request in _unfilled(self.running, adapters):
+            self.running.remove(request)
+            self._preempt_request(request, time.monotonic())
         for lora_id in (pinned := (pins := adapters.slots.pins).adapters):
             self._turns.forget(lora_id)  # it may have waited for its turn when it was pinned
         adapters.begin_step(active := _adapters_of(self.running))
@@ -246,13 +273,6 @@ class AdapterAwareMixin:
         """By what overdue adapters get slots; None: by how long they have waited."""
         return None
 
-    def _pause_unfilled(self, adapters: EngineAdapters) -> None:
-        """Takes requests back whose adapters have lost their slots (sleep) while they ran."""
-        unfilled = adapters.slots.unfilled
-        for request in [r for r in self.running if adapter_of(r) in unfilled] if unfilled else ():
-            self.running.remove(request)
-            self._preempt_request(request, time.monotonic())
-
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         # In this order: a request that waits for its grammar, say, must not take a slot meanwhile.
         if super()._handle_blocked_waiting_request(request) and self._may_run(request):  # type: ignore[misc]
@@ -263,7 +283,7 @@ class AdapterAwareMixin:
         return False
 
     def _may_run(self, request: Request) -> bool:
-        lora, adapters = request.lora_request, self._adapters
+        lora, adapters = request.lora_request, self.adapters
         if lora is None or adapters is None:
             return True
         if lora.lora_int_id in self._blocked.numbers:
@@ -341,7 +361,7 @@ class AdapterAwareMixin:
 
     def _end_failed(self, output: Any) -> list[tuple[int, EngineCoreOutput]]:
         """Ends requests whose adapter cannot be had, waiting ones and running ones."""
-        adapters = self._adapters
+        adapters = self.adapters
         if adapters is None:
             return []
         adapters.poll()
@@ -366,6 +386,38 @@ class AdapterAwareMixin:
             set(failing), RequestStatus.FINISHED_ERROR
         )
         return [(r.client_index, _last_output(r, failing[r.request_id])) for r in ended]
+
+
+def _executor_beside(scheduler: AdapterAwareMixin, vllm_config: Any) -> Executor | None:
+    """The executor of the engine core that is making a scheduler, which is introduced to it."""
+    found = next((each for each in EXECUTORS if each.vllm_config is vllm_config), None)
+    if found is not None:
+        found.serve(scheduler)
+    return found
+
+
+def _take_in(request: Request) -> LoRARequest | None:
+    """Takes a request's tenant out of its trace headers; returns its adapter."""
+    take_tenant(request)
+    if request.lora_request is not None:
+        request.lora_request = as_sent(request.lora_request)
+    return request.lora_request
+
+
+def _unfilled(running: Iterable[Request], adapters: EngineAdapters) -> list[Request]:
+    """The running requests whose adapters have lost their slots (sleep)."""
+    unfilled = adapters.slots.unfilled
+    return [each for each in running if adapter_of(each) in unfilled] if unfilled else []
+
+
+def as_sent(lora: LoRARequest) -> LoRARequest:
+    """What a message to an engine core can hold of it: `LLM` may call one in its own process.
+
+    Raises:
+        TypeError: Its number is none, or its path is none.
+    """
+    number, path = int(operator.index(lora.lora_int_id)), os.fsdecode(lora.lora_path)
+    return msgspec.structs.replace(lora, lora_int_id=number, lora_path=path)
 
 
 def _settle(adapters: EngineAdapters, asides: Asides, pause: PauseState) -> None:

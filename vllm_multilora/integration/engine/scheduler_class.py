@@ -1,39 +1,33 @@
-"""Builds the scheduler class for vLLM: the one that it chose, extended with ours."""
+"""Derives an engine's scheduler class from the one that vLLM chose."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 from vllm_multilora.integration.engine.fair_scheduler import FairSharesMixin
 from vllm_multilora.integration.engine.scheduler import AdapterAwareMixin
-from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
+from vllm_multilora.integration.patching.activation import settings_of
 
 logger = logging.getLogger(__name__)
 
 
-@lru_cache
-def adapter_aware(scheduler: type) -> type:
-    """A scheduler class that makes an `AdapterAwareMixin` of itself where the plugin is active.
+def adapter_aware(scheduler: type, vllm_config: Any) -> type:
+    """The scheduler class of an engine: `AdapterAwareMixin` over the one that vLLM chose.
 
-    Where shares are fair it makes a `FairSharesMixin`. Where the plugin is not active, an instance
-    is exactly of the class given.
+    Where shares are fair, it is a `FairSharesMixin`.
     """
+    if _shares_fairly(scheduler, vllm_config):
+        return _derived(
+            "Fair", FairSharesMixin, _derived("AdapterAware", AdapterAwareMixin, scheduler)
+        )
+    return _derived("AdapterAware", AdapterAwareMixin, scheduler)
 
-    class AdapterAwareScheduler(AdapterAwareMixin, scheduler):
-        def __new__(cls, *args: Any, vllm_config: Any, **kwargs: Any) -> Any:
-            if not loads_adapters(vllm_config):
-                return scheduler(*args, vllm_config=vllm_config, **kwargs)
-            return super().__new__(FairScheduler if _shares_fairly(scheduler, vllm_config) else cls)
 
-    class FairScheduler(FairSharesMixin, AdapterAwareScheduler):
-        """An `AdapterAwareScheduler` too, so that Python initialises what `__new__` returns."""
-
-    for made, prefix in ((AdapterAwareScheduler, "AdapterAware"), (FairScheduler, "Fair")):
-        made.__name__ = made.__qualname__ = f"{prefix}{scheduler.__name__}"
-    return AdapterAwareScheduler
+@lru_cache
+def _derived(prefix: str, mixin: type, base: type) -> type:
+    return type(base)(f"{prefix}{base.__name__}", (mixin, base), {})
 
 
 def _shares_fairly(scheduler: type, vllm_config: Any) -> bool:
@@ -53,7 +47,3 @@ def _shares_fairly(scheduler: type, vllm_config: Any) -> bool:
         )
         return False
     return True
-
-
-def get_scheduler_cls(original: Callable[..., type], self: Any) -> type:
-    return adapter_aware(original(self))

@@ -19,7 +19,6 @@ CORE_ATTRIBUTES: tuple[str, ...] = (
     "vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner._replace_quant_method",
     "vllm.model_executor.layers.linear:UnquantizedLinearMethod._gemm_impl",
     "vllm.v1.core.sched.scheduler:Scheduler._reserve_prefill_lookahead",
-    "vllm.v1.request:Request._block_hasher",
     "vllm.v1.structured_output.request:StructuredOutputRequest._grammar",
 )
 """What LoRA serving reads."""

@@ -181,53 +181,39 @@ _PATCHES: tuple[Patch, ...] = (
         until="As sampled-rows.",
     ),
     Patch(
-        name="scheduler-class",
-        target="vllm.config.scheduler:SchedulerConfig.get_scheduler_cls",
-        takes=("self",),
-        handler="engine.scheduler_class:get_scheduler_cls",
-        why="vLLM schedules requests whose adapter is not loaded, and the model step loads it "
-        "while everybody waits, or raises and ends the engine; it fills a step with `max_loras` "
-        "adapters whichever slots are pinned, and never frees a slot for an adapter as long as "
-        "others' requests keep coming. It takes requests in the order in which they come: a tenant "
-        "with many long ones stands before all others. See `engine.scheduler` and "
-        "`engine.fair_scheduler`.",
-        until="vLLM's scheduler knows which adapters are ready and who has slots, and shares its "
-        "steps among tenants.",
+        name="executor-class",
+        target="vllm.v1.executor.abstract:Executor.get_class",
+        takes=("vllm_config",),
+        handler="engine.executor:get_class",
+        why="Has adapters read and slots filled in the background, as the engine core decides; "
+        "the class that it returns chooses the scheduler's. To name it in "
+        "`distributed_executor_backend` would change what vLLM does where it compares that with "
+        "`mp` and `external_launcher`, at a dozen places.",
+        checked=(),
+        until="vLLM asks for no name where a class was given.",
     ),
     Patch(
-        name="pin",
-        target="vllm.v1.engine.core:EngineCore.pin_lora",
-        takes=("self, lora_id",),
-        handler="engine.core:pin_lora",
-        why="Slots are decided in the engine core, and so are pins.",
-        until="As scheduler-class.",
+        name="engine-core",
+        target="vllm.v1.engine.core:EngineCoreProc.process_input_sockets",
+        takes=("self, input_addresses, coord_input_address, identity, ready_event",),
+        handler="engine.executor:process_input_sockets",
+        why="An executor cannot wake the engine core that waits for requests, though an adapter "
+        "has been read meanwhile. Hands it the engine core's queue.",
+        checked=(),
+        until="vLLM's executors can wake their engine core.",
     ),
     Patch(
-        name="list-loras",
-        target="vllm.v1.engine.core:EngineCore.list_loras",
-        takes=("self",),
-        handler="engine.core:list_loras",
-        why="Workers know only what is in their slots. Adds the adapters in host memory.",
-        until="As scheduler-class.",
-    ),
-    Patch(
-        name="engine-wake-up",
-        target="vllm.v1.engine.core:EngineCore.wake_up",
-        takes=("self, tags=None",),
-        handler="engine.core:wake_up",
-        why="Sleep mode may discard the slots' memory. Has adapters brought into slots again "
-        "before their requests go on; also after a sleep of level 1, which discards nothing: vLLM "
-        "does not say on waking which it was, and what it brings back then is far larger.",
-        until="vLLM restores adapter slots after a sleep.",
-    ),
-    Patch(
-        name="remove-lora",
-        target="vllm.v1.engine.core:EngineCore.remove_lora",
-        takes=("self, lora_id",),
-        handler="engine.core:remove_lora",
-        why="vLLM takes an adapter away from requests that use it, which then read it again. "
-        "Waits until they have ended, for a limited time.",
-        until="vLLM's remove_lora waits for running requests.",
+        name="block-hashes",
+        target="vllm.v1.engine.core:get_request_block_hasher",
+        takes=(
+            "hash_block_size, caching_hash_fn",
+            "hash_block_size, caching_hash_fn, num_hash_lookahead_tokens=0",
+        ),
+        handler="engine.prefix_keys:get_request_block_hasher",
+        why="A request's blocks are hashed as it arrives, when its adapter's digest may not be "
+        "known yet. Hashes them once it is.",
+        checked=(),
+        until="As prefix-cache-keys.",
     ),
     Patch(
         name="registered-version",
@@ -249,16 +235,6 @@ _PATCHES: tuple[Patch, ...] = (
         until="vLLM keeps them in 64 bits, as its first model runner does.",
     ),
     Patch(
-        name="adapter-status",
-        target="vllm.v1.engine.core:EngineCore.collective_rpc",
-        takes=("self, method, timeout=None, args=(), kwargs=None",),
-        handler="engine.adapter_status:collective_rpc",
-        why="An API server can send workers nothing but the names of their own methods. Answers "
-        "one more name, for the status route, with what the workers say of their adapters. Notes "
-        "when the base model gets other weights, which may be sound where the last ones were not.",
-        until="vLLM tells of its adapters itself.",
-    ),
-    Patch(
         name="prefix-cache-keys",
         target="vllm.v1.core.kv_cache_utils:_gen_lora_extra_hash_keys",
         takes=("request",),
@@ -276,15 +252,6 @@ _PATCHES: tuple[Patch, ...] = (
         why="All blocks of a request with an adapter are its adapter's. Leaves those that an "
         "activated adapter does not act on to the base model, which has computed them.",
         until="vLLM serves activated LoRA.",
-    ),
-    Patch(
-        name="request-keys",
-        target="vllm.v1.engine.core:EngineCore.preprocess_add_request",
-        takes=("self, request",),
-        handler="engine.core:preprocess_add_request",
-        why="A request's blocks are hashed as it arrives, when its adapter's digest may not be "
-        "known yet. Hashes them once it is.",
-        until="As prefix-cache-keys.",
     ),
     Patch(
         name="empty-blocks",
@@ -312,35 +279,11 @@ _PATCHES: tuple[Patch, ...] = (
         handler="worker.base_products:dispatch_gemm",
         why="With AMX, oneDNN reads the next row's numbers where a row does not fill its last "
         "tile, and makes NaN of them: fills it. Without AMX, oneDNN reads weights and multiplies "
-        "in turn where rows are few: multiplies these by C kernels that do both at once.",
+        "in turn where rows are few: multiplies these by C kernels that do both at once. "
+        "Either way weights are repacked and nothing else is kept: keeps the lengths of their rows "
+        "before, which DoRA adapters need.",
         checked=("0.31", "0.33", "0.33/2"),
         until="oneDNN reads no more than a row has, and multiplies few rows while it reads.",
-    ),
-    Patch(
-        name="executor",
-        target="vllm.v1.executor.abstract:Executor.__init__",
-        takes=("self, vllm_config",),
-        handler="engine.core:init_executor",
-        why="Opens the socket on which workers answer the engine core's orders, before they start.",
-        until="As scheduler-class.",
-    ),
-    Patch(
-        name="add-request",
-        target="vllm.v1.engine.core:EngineCore.add_request",
-        takes=("self, request, request_wave=0",),
-        handler="engine.core:add_request",
-        why="Connects the store, the workers and the scheduler, before the first request. Takes a "
-        "request's tenant out of its trace headers, which vLLM sends back with every output.",
-        until="As scheduler-class.",
-    ),
-    Patch(
-        name="add-lora",
-        target="vllm.v1.engine.core:EngineCore.add_lora",
-        takes=("self, lora_request",),
-        handler="engine.core:add_lora",
-        why="Registering an adapter reads it in the workers while no step runs. Has the store read "
-        "it and answers when that is done.",
-        until="vLLM loads adapters in the background.",
     ),
     Patch(
         name="failed-requests",
@@ -355,36 +298,6 @@ _PATCHES: tuple[Patch, ...] = (
         "the status and the reason of a failed load in their place, and notes which version of "
         "its adapter each request runs on.",
         until="vLLM carries a status and a reason with a failed request.",
-    ),
-    Patch(
-        name="row-lengths",
-        target="vllm.model_executor.layers.linear:"
-        "UnquantizedLinearMethod.process_weights_after_loading",
-        takes=("self, layer",),
-        handler="worker.output_factors:process_weights_after_loading",
-        why="On CPUs vLLM repacks weights when they are loaded and keeps nothing else. Notes the "
-        "lengths of their rows before, which DoRA adapters need.",
-        until="vLLM serves DoRA adapters.",
-    ),
-    Patch(
-        name="sleep",
-        target="vllm.v1.worker.gpu_worker:Worker.sleep",
-        takes=("self, level=1",),
-        handler="worker.manager:sleep",
-        why="Sleep mode takes the slots' memory away. Waits until nothing is being copied into it, "
-        "and copies nothing until it is back.",
-        checked=(),
-        until="vLLM asks a worker's LoRA manager before it sleeps.",
-    ),
-    Patch(
-        name="wake-up",
-        target="vllm.v1.worker.gpu_worker:Worker.wake_up",
-        takes=("self, tags=None",),
-        handler="worker.manager:wake_up",
-        why="Sleep mode may discard the slots' memory, and vLLM then answers from slots that hold "
-        "nothing. Empties the worker's slots; see engine-wake-up.",
-        checked=(),
-        until="vLLM restores adapter slots after a sleep.",
     ),
 )
 

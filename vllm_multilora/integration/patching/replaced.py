@@ -32,20 +32,6 @@ class Replaced:
 
 REPLACED = (
     Replaced(
-        "integration.engine.core",
-        "engine_core.request_block_hasher",
-        "vllm.v1.engine.core:EngineCore.request_block_hasher",
-        "A request's blocks are hashed before its adapter's digest is known; withholds the hasher.",
-        "vLLM's keys go by what adapters contain.",
-    ),
-    Replaced(
-        "integration.engine.prefix_keys",
-        "request._block_hasher",
-        "vllm.v1.request:Request._block_hasher",
-        "Gives a request its hasher back once its adapter's digest is known.",
-        "vLLM's keys go by what adapters contain.",
-    ),
-    Replaced(
         "integration.server.metrics",
         "stats.gauge_lora_info",
         "vllm.v1.metrics.loggers:PrometheusStatLogger.gauge_lora_info",

@@ -10,8 +10,13 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.platforms import current_platform
 
 from multilora_kernels.native.packed_linear import PackedLinear, pack
-from vllm_multilora.integration.patching.activation import is_active, kernel_backend
+from vllm_multilora.integration.patching.activation import (
+    is_active,
+    kernel_backend,
+    settings_of,
+)
 from vllm_multilora.integration.worker.amx import fill_tiles
+from vllm_multilora.integration.worker.row_squares import keep_row_squares
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -26,6 +31,8 @@ def dispatch_gemm(
     where they can: they take less time for few rows, so that decoding with adapters takes about as
     long as it takes vLLM without any.
 
+    Where DoRA adapters are served, the lengths of a linear layer's rows are kept before.
+
     Args:
         original: vLLM's, which sets `layer.cpu_linear`.
         layer: With `weight`.
@@ -34,7 +41,10 @@ def dispatch_gemm(
     weight, config = layer.weight, get_current_vllm_config_or_none()
     if weight.is_meta or weight.dim() != 2 or config is None or not is_active(config):
         original(layer, remove_weight)
-    elif torch.cpu._is_amx_tile_supported():
+        return
+    if remove_weight and settings_of(config).dora:
+        keep_row_squares(layer)
+    if torch.cpu._is_amx_tile_supported():
         fill_tiles(original, layer, remove_weight)
     elif packed := _packed(weight, config):
         layer.cpu_linear = packed

@@ -105,6 +105,22 @@ def carry_out(worker: Any, orders: list[Order]) -> None:
         _manager(worker).begin(order)
 
 
+def slots_away(worker: Any) -> None:
+    """Waits until nothing is being copied into slots, and copies nothing: the worker will sleep."""
+    from vllm_multilora.integration.worker.manager import manager_of
+
+    if (manager := manager_of(worker.model_runner)) is not None:
+        manager.filler.slots_away()
+
+
+def slots_lost(worker: Any) -> None:
+    """Empties the worker's slots, whose memory may not have survived its sleep."""
+    from vllm_multilora.integration.worker.manager import manager_of
+
+    if (manager := manager_of(worker.model_runner)) is not None:
+        manager.slots_lost()
+
+
 # Where the engine core waits for its workers
 
 

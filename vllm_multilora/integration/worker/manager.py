@@ -22,6 +22,7 @@ from vllm_multilora.errors import ConfigError, MultiLoRAError
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration import kv_blocks
 from vllm_multilora.integration.cpp_compiler import compile_only_with_compiler
+from vllm_multilora.integration.failures import not_by_workers
 from vllm_multilora.integration.fill_link import (
     Answer,
     FillFailed,
@@ -213,6 +214,12 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         if (link := self.filler.link) is not None:
             for lora_id in sorted(self._missing):
                 link.tell(Missing(lora_id))
+        elif self._missing and not hasattr(self, "own_store"):
+            raise MultiLoRAError(
+                "requests came with adapters that no engine core has ordered into slots: the "
+                "engine's executor was not made by vllm-multilora. Start the engine with the "
+                "class that vLLM's Executor.get_class returns, or with --no-multilora"
+            )
 
     # Orders
 
@@ -264,7 +271,7 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         )
         self.filler.open_memory(self.own_store.address, server)
 
-    # What vLLM calls for single adapters; the engine core does it by orders
+    # What vLLM calls besides
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         """Refused: the engine core would know nothing of it, and have no request use it.
@@ -272,15 +279,7 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         Raises:
             MultiLoRAError: Always.
         """
-        raise MultiLoRAError(_not_by_workers("add"))
-
-    def remove_adapter(self, adapter_id: int) -> bool:
-        """Refused likewise.
-
-        Raises:
-            MultiLoRAError: Always.
-        """
-        raise MultiLoRAError(_not_by_workers("remove"))
+        raise not_by_workers("add")
 
     def remove_all_adapters(self) -> None:
         """Ends a warm-up or, outside of one, comes with new base weights; adapters stay."""
@@ -290,18 +289,6 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
             self.filler.await_all()
             self._adapter_manager.factors.weights_changed()
             self._step_orders = -1  # the next step looks at all of its slots
-
-    def pin_adapter(self, adapter_id: int) -> bool:
-        """Refused likewise.
-
-        Raises:
-            MultiLoRAError: Always.
-        """
-        raise MultiLoRAError(_not_by_workers("pin"))
-
-    def list_adapters(self) -> set[int]:
-        """The adapters that are in slots."""
-        return {i for i in self._adapter_manager.lora_index_to_id if i is not None}
 
     def slots_lost(self) -> None:
         """The slots' memory did not survive (sleep mode): the engine core fills them again."""
@@ -350,16 +337,6 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         if self._owners is not None:  # it had adapters
             self._adapter_manager.lora_index_to_id[:] = self._owners
             self._owners = None
-
-
-def _not_by_workers(verb: str) -> str:
-    return (
-        f"workers {verb} no LoRA adapters with vllm-multilora: call {verb}_lora of the engine "
-        f"(AsyncLLM, or LLM(...).llm_engine), with the path of an adapter's folder. If a framework "
-        f"is to load adapters from tensors, it has to change vLLM's LRUCacheWorkerLoRAManager "
-        f"before the engine starts; or leave adapters to vLLM: --no-multilora, or "
-        f'additional_config={{"multilora": {{"enabled": False}}}}'
-    )
 
 
 def make_worker_manager(
@@ -449,17 +426,3 @@ def set_active_loras_from_inputs(
         prompts, tokens = prompts.prompt_mapping, prompts.index_mapping
         requests = set(requests)
     original(runner, prompts, tokens, requests, *args, **kwargs)
-
-
-def sleep(original: Callable[..., None], worker: Any, level: int = 1) -> None:
-    manager = manager_of(worker.model_runner)
-    if manager is not None:
-        manager.filler.slots_away()
-    original(worker, level)
-
-
-def wake_up(original: Callable[..., None], worker: Any, tags: list[str] | None = None) -> None:
-    original(worker, tags)
-    manager = manager_of(worker.model_runner)
-    if manager is not None and (tags is None or "weights" in tags):
-        manager.slots_lost()

@@ -10,27 +10,23 @@ add up their parts. And no step runs in parallel, which vLLM's layers for CPUs c
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
-from vllm.platforms import current_platform
 
 from multilora_kernels import OutputFactors
 from multilora_kernels.pieces import host_bytes
-from vllm_multilora.integration.patching.activation import is_active, settings_of
-from vllm_multilora.integration.worker.row_squares import ROW_SQUARES, RowSquares, write_row_squares
+from vllm_multilora.integration.worker.row_squares import ROW_SQUARES, RowSquares
 from vllm_multilora.integration.worker.sharding import is_sharded
 from vllm_multilora.integration.worker.slot_columns import SlotColumns
 
 _KEPT_BYTES = 256 << 20  # of host memory, for the factors of adapters that come back
-_CHUNK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -283,21 +279,3 @@ def _added_bias(module: Any) -> torch.Tensor | None:
         return None
     bias: torch.Tensor | None = getattr(base, "bias", None)
     return bias
-
-
-def process_weights_after_loading(original: Callable[..., None], method: Any, layer: Any) -> None:
-    weight, squares = layer.weight, None
-    config = get_current_vllm_config_or_none()
-    if (
-        current_platform.is_cpu()
-        and weight.dim() == 2
-        and not weight.is_meta
-        and config is not None
-        and is_active(config)
-        and settings_of(config).dora
-    ):
-        squares = torch.empty(len(weight), dtype=torch.float32)
-        write_row_squares(weight, squares, squares.new_empty(max(_CHUNK_ELEMENTS, weight.size(1))))
-    original(method, layer)
-    if squares is not None:
-        ROW_SQUARES.set(layer, squares)

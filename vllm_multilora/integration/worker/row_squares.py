@@ -145,6 +145,14 @@ class RowSquares:
         return _block(self._converted.view(base_layer.params_dtype), *a.shape).copy_(a)
 
 
+def keep_row_squares(layer: Any) -> None:
+    """Keeps the squared lengths of a linear layer's rows, whose weights vLLM is about to repack."""
+    weight = layer.weight
+    squares = torch.empty(len(weight), dtype=torch.float32)
+    write_row_squares(weight, squares, squares.new_empty(max(_ELEMENTS, weight.size(1))))
+    ROW_SQUARES.set(layer, squares)
+
+
 def write_row_squares(weight: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> None:
     """Writes the squared lengths of rows.
 

@@ -1,0 +1,337 @@
+"""The executor class: what vLLM's engine core calls for single adapters, and for sleep.
+
+An engine core hands all such calls on to its executor, whose class vLLM's configuration names. Ours
+is derived from the class that the configuration says. It starts the workers with a link to the
+engine core, chooses the scheduler class, and answers what vLLM's executors would ask of workers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from functools import lru_cache, partial
+from threading import Timer
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import ref
+
+from vllm.v1.engine import EngineCoreRequestType
+
+from vllm_multilora.integration.engine.adapter_status import METHOD, engine_report
+from vllm_multilora.integration.engine.core import make_adapters, starting_workers
+from vllm_multilora.integration.engine.quarantine import RELOADS
+from vllm_multilora.integration.engine.scheduler import EXECUTORS, AdapterAwareMixin, as_sent
+from vllm_multilora.integration.engine.scheduler_class import adapter_aware
+from vllm_multilora.integration.failures import (
+    AdapterRefusedError,
+    SentRefusalError,
+    not_by_workers,
+)
+from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
+from vllm_multilora.integration.worker import calls
+from vllm_multilora.states import AT_HAND
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.executor import Executor
+
+    from vllm_multilora.integration.engine.adapters import EngineAdapters
+    from vllm_multilora.store.messages import PackInfo
+
+_IDLE_S = 0.001
+_PREFIX = "AdapterExecutor:"
+_OF_SINGLE_ADAPTERS = frozenset({"add_lora", "remove_lora", "pin_lora"})
+_WATCHED = frozenset({METHOD, "list_loras", "sleep", "wake_up", *RELOADS, *_OF_SINGLE_ADAPTERS})
+"""Calls of workers that are answered here, or have a consequence here."""
+
+_D = TypeVar("_D")
+_T = TypeVar("_T")
+
+
+class AdapterExecutorMixin:
+    """An executor that loads adapters by a store, with the scheduler's decisions about slots.
+
+    Attributes:
+        inputs: The queue that wakes the engine core; None where its caller takes the steps.
+    """
+
+    if TYPE_CHECKING:
+        vllm_config: VllmConfig
+
+    inputs: Any = None
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        self._scheduler: Callable[[], AdapterAwareMixin | None] = lambda: None
+        with starting_workers(self, vllm_config):
+            super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
+        scheduler_config = vllm_config.scheduler_config
+        chosen = scheduler_config.get_scheduler_cls()
+        scheduler_config.scheduler_cls = adapter_aware(chosen, vllm_config)
+        EXECUTORS.add(self)
+
+    def serve(self, scheduler: AdapterAwareMixin) -> None:
+        """Takes the scheduler of its engine core, which has just been made."""
+        self._scheduler = ref(scheduler)  # which has this executor: no circle
+
+    def serve_from(self, inputs: Any) -> None:
+        """Takes the queue of its engine core, which has a process of its own."""
+        self.inputs = inputs
+
+    def connect(self) -> EngineAdapters | None:
+        """The adapters of the engine, made when first asked for; None where vLLM loads them."""
+        scheduler = self._scheduler()
+        if scheduler is None:
+            return None
+        if not scheduler.is_connected:
+            wake = None if self.inputs is None else partial(_wake, self.inputs)
+            scheduler.attach_adapters(make_adapters(self, scheduler, wake))
+        return scheduler.adapters
+
+    def _known(self) -> EngineAdapters | None:
+        scheduler = self._scheduler()
+        return None if scheduler is None else scheduler.adapters
+
+    @property
+    def scheduler(self) -> AdapterAwareMixin:
+        """The scheduler of its engine core; made after the executor."""
+        scheduler = self._scheduler()
+        assert scheduler is not None
+        return scheduler
+
+    # What vLLM calls
+
+    def collective_rpc(
+        self,
+        method: Any,
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *more: Any,
+        **others: Any,
+    ) -> Any:
+        """Calls a method of all workers; answers `METHOD` and `list_loras` itself.
+
+        Raises:
+            MultiLoRAError: Workers are to load, unload or pin an adapter: no request would use it.
+        """
+        ask = super().collective_rpc  # type: ignore[misc]
+        if method not in _WATCHED:
+            return ask(method, timeout, args, kwargs, *more, **others)
+        if method == METHOD:
+            return self._report(*args)
+        if method == "list_loras" and (adapters := self.connect()) is not None:
+            # Workers know only what is in their slots.
+            known = adapters.known()
+            return [{each.number for each in known if each.state(adapters.slots) in AT_HAND}]
+        if method in _OF_SINGLE_ADAPTERS and self.connect() is not None:
+            raise not_by_workers(method.removesuffix("_lora"))
+        if method == "sleep":
+            ask(calls.slots_away)
+        done = ask(method, timeout, args, kwargs, *more, **others)
+        if method == "wake_up" and _has_weights(*args, **(kwargs or {})):
+            # Also after a sleep of level 1, which loses nothing: vLLM does not say which it was.
+            ask(calls.slots_lost)
+            if (adapters := self.connect()) is not None:
+                adapters.slots_lost()
+        elif method in RELOADS and (known := self._known()) is not None:
+            known.quarantine.base_reloaded(self.scheduler.requests)
+        return done
+
+    def _report(self, asked: list[int]) -> list[dict[str, Any]]:
+        if (adapters := self.connect()) is None:
+            return []
+        return [engine_report(adapters, self.scheduler.users.accepted, asked)]
+
+    def add_lora(self, lora_request: LoRARequest) -> bool | str | Future[bool | str]:
+        """Registers an adapter: vLLM's `add_lora`, with the reading done by the store.
+
+        Returns:
+            What was read: its digest, and after colons its kind, if it is not a plain one, and the
+            tokens that activate it, if any do; true, as vLLM's own answer is. A future where vLLM's
+            engine core process answers a client's call with it; the result itself in an engine core
+            that is called directly.
+
+        Raises:
+            AdapterRefusedError: The adapter cannot be served; the future holds it likewise.
+        """
+        adapters = self.connect()
+        if adapters is None:
+            added: bool = super().add_lora(lora_request)  # type: ignore[misc]
+            return added
+        return self._carry_out(adapters, partial(self._register, adapters, as_sent(lora_request)))
+
+    def _register(self, adapters: EngineAdapters, request: LoRARequest) -> Future[bool | str]:
+        read: Future[bool | str] = Future()
+
+        def what(_: bool) -> bool | str:
+            version = adapters.version(request.lora_int_id)
+            return True if version is None else _as_answer(version)
+
+        def answer(registered: Future[bool]) -> None:
+            error = registered.exception()
+            if isinstance(error, AdapterRefusedError) and self.inputs is not None:
+                read.set_exception(SentRefusalError(*error.args))
+            else:
+                _pass_on(read, what, registered)
+
+        registered = adapters.register(request)
+        if not (registered.done() and registered.exception()):
+            # It may have been about to go, as one does whose folder is put back as it was.
+            number = request.lora_int_id
+            self.scheduler.users.keep({number, *adapters.blends_with(number)})
+        registered.add_done_callback(answer)
+        return read
+
+    def remove_lora(self, lora_id: int) -> bool | Future[bool]:
+        """Removes an adapter: vLLM's `remove_lora`, once no request uses the adapter any more.
+
+        The blends that it is a part of are removed likewise. One that is registered again meanwhile
+        stays, with its blends.
+
+        Returns:
+            Whether the adapter was known; as a future as for `add_lora`. An engine core that is
+            called directly does not wait for requests, which go on, or are ended, in its caller's
+            next steps.
+        """
+        adapters = self.connect()
+        if adapters is None:
+            removed: bool = super().remove_lora(lora_id)  # type: ignore[misc]
+            return removed
+        return self._carry_out(adapters, partial(self._remove, adapters, lora_id))
+
+    def _remove(self, adapters: EngineAdapters, lora_id: int) -> Future[bool]:
+        limit_s = settings_of(self.vllm_config).unload_timeout_s
+        future: Future[bool] = Future()
+        left = {lora_id, *adapters.blends_with(lora_id)}
+        known: dict[int, bool] = {}
+
+        def note(number: int, was_known: bool) -> None:
+            known[number] = was_known
+            if known.keys() == left:
+                future.set_result(known[lora_id])
+
+        def remove_one(number: int, leaves: bool) -> None:
+            if leaves:
+                gone = adapters.remove(number)
+                gone.add_done_callback(lambda done: note(number, done.result()))
+            else:
+                note(number, True)
+
+        are_used = [
+            self.scheduler.retire_adapter(number, limit_s, partial(remove_one, number))
+            for number in left
+        ]
+        if not any(are_used):
+            return future
+        if self.inputs is None:  # it is the caller who takes the steps
+            is_known: Future[bool] = Future()
+            is_known.set_result(True)
+            return is_known
+        # An engine that is paused, or has nothing but sessions without input, takes no steps.
+        timer = Timer(limit_s, _wake, args=(self.inputs,))
+        timer.daemon = True
+        timer.start()
+        future.add_done_callback(lambda done: timer.cancel())
+        return future
+
+    def pin_lora(self, lora_id: int) -> bool | Future[bool]:
+        """Pins an adapter; returns as `add_lora`."""
+        adapters = self.connect()
+        if adapters is None:
+            pinned: bool = super().pin_lora(lora_id)  # type: ignore[misc]
+            return pinned
+        return self._carry_out(adapters, partial(adapters.pin, lora_id))
+
+    def _carry_out(
+        self, adapters: EngineAdapters, call: Callable[[], Future[_T]]
+    ) -> _T | Future[_T]:
+        """Has a call carried out and answered; both where they hold up no step."""
+        asides = self.scheduler.asides
+        answer: Future[_T] = Future()
+        pass_on = partial(_pass_on, answer, lambda result: result)
+
+        def carry_out() -> None:
+            try:
+                future = call()
+            except Exception as error:
+                answer.set_exception(error)
+            else:
+                future.add_done_callback(lambda done: asides.say(partial(pass_on, done)))
+
+        asides.say(carry_out)
+        if self.inputs is not None:
+            return answer
+        while not answer.done():
+            # Nobody takes a step meanwhile in which one of those that wait for slots could get one.
+            adapters.yield_host_memory()
+            time.sleep(_IDLE_S)
+            adapters.poll()
+        return answer.result()
+
+
+def _wake(inputs: Any) -> None:
+    """Has an engine core look for what there is to do, from any thread."""
+    inputs.put_nowait((EngineCoreRequestType.WAKEUP, None))
+
+
+def _pass_on(answer: Future[_T], what: Callable[[_D], _T], done: Future[_D]) -> None:
+    """Gives a future what follows from another one's result, or its error."""
+    if (error := done.exception()) is not None:
+        answer.set_exception(error)
+    else:
+        answer.set_result(what(done.result()))
+
+
+def _as_answer(version: PackInfo) -> str:
+    if version.kind == "lora":
+        return version.digest
+    tokens = ",".join(map(str, version.invocation_tokens))
+    return ":".join(filter(None, (version.digest, version.kind, tokens)))
+
+
+def _has_weights(tags: list[str] | None = None) -> bool:
+    return tags is None or "weights" in tags
+
+
+# The class
+
+
+@lru_cache
+def adapter_loading(executor: type[Executor]) -> type[Executor]:
+    """An executor class of vLLM's, or of a user's, that loads adapters by the plugin.
+
+    Other processes find it by its name in this module; see `__getattr__`.
+    """
+    name = f"{executor.__module__}.{executor.__qualname__}".replace(".", "/")
+    metaclass: Any = type(executor)
+    made: type[Executor] = metaclass(
+        f"Adapter{executor.__name__}", (AdapterExecutorMixin, executor), {}
+    )
+    made.__module__, made.__qualname__ = __name__, _PREFIX + name
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    """Finds the class that another process has made by `adapter_loading`, for pickle."""
+    if not name.startswith(_PREFIX):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, found = name.removeprefix(_PREFIX).replace("/", ".").rpartition(".")
+    return adapter_loading(getattr(importlib.import_module(module), found))
+
+
+def get_class(original: Callable[..., type[Executor]], vllm_config: VllmConfig) -> type[Executor]:
+    executor = original(vllm_config)
+    if not loads_adapters(vllm_config) or issubclass(executor, AdapterExecutorMixin):
+        return executor
+    return adapter_loading(executor)
+
+
+def process_input_sockets(
+    original: Callable[..., None], engine_core: Any, *args: Any, **kwargs: Any
+) -> None:
+    executor = engine_core.model_executor
+    if isinstance(executor, AdapterExecutorMixin):
+        executor.serve_from(engine_core.input_queue)
+    original(engine_core, *args, **kwargs)
