@@ -123,8 +123,8 @@ class AdapterExecutorMixin:
             return self._report(*args)
         if method == "list_loras" and (adapters := self.connect()) is not None:
             # Workers know only what is in their slots.
-            known = adapters.known()
-            return [{each.number for each in known if each.state(adapters.slots) in AT_HAND}]
+            listed = (e.number for e in adapters.known() if e.state(adapters.slots) in AT_HAND)
+            return [set(listed)]
         if method in _OF_SINGLE_ADAPTERS and self.connect() is not None:
             raise not_by_workers(method.removesuffix("_lora"))
         if method == "sleep":
