@@ -315,7 +315,7 @@ def _expand_blocks(
     COLUMNS: tl.constexpr = BLOCK_N * WIDER if WIDER > 1 else BLOCK_N
     # Blocks are as narrow as this for float32; several of them would not fit into registers.
     LOOPED: tl.constexpr = R > BODY and BLOCK_R == _MIN_BLOCK
-    STEPS: tl.constexpr = _steps_in_a_pass(BLOCK_M, BLOCK_R, R, b.dtype.element_ty)
+    STEPS: tl.constexpr = _steps_in_a_pass(BLOCK_M, BLOCK_R, R, b.dtype.element_ty, PDL)
     if (rank > HALF) & (LOOPED or rank <= BODY):
         lane = tl.arange(0, COLUMNS)
         end = tl.minimum(to * BLOCK_N, width)
@@ -370,17 +370,18 @@ def _expand_blocks(
 
 
 @triton.constexpr_function
-def _steps_in_a_pass(rows, widest_block, max_rank, kind):
+def _steps_in_a_pass(rows, widest_block, max_rank, kind, pdl):
     """Steps that the loop over columns makes before it jumps back.
 
     With one, the next block of B is copied into the registers of the last one: up to a fifth of a
     step's instructions. With two, both have registers of their own. They lack them in servers of
     more ranks than the widest block has, and of 32, where a multiprocessor is given four programs.
-    In a long batch products outweigh the copies.
+    So does Triton 3.6 for sm_80: only cards since sm_90, which start early, have two. In a long
+    batch products outweigh the copies.
     """
     has_registers = max_rank <= widest_block and widest_block != 2 * MIN_BLOCK
     is_short = rows == MIN_BLOCK and kind.primitive_bitwidth == 16
-    return 2 if is_short and has_registers else 1
+    return 2 if pdl and is_short and has_registers else 1
 
 
 @triton.jit
