@@ -114,7 +114,7 @@ UNTESTED = {
 
 
 def commands(page: Path) -> list[str]:
-    """Those in fenced blocks and in code between backticks, without variables and comments."""
+    """Commands in fenced blocks and between backticks, without variables and comments."""
     text = page.read_text()
     lines = []
     for block in FENCED.findall(text):
