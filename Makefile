@@ -18,7 +18,7 @@ export VLLM_NO_USAGE_STATS := 1
 VLLM ?= 0.32
 RUNNER ?= 1
 
-.PHONY: help install demo test pytest ruff mypy test-fast test-vllm test-all check-newest lint bench bench-kernels coverage docs metadata dist dist-check clean
+.PHONY: help install demo test pytest ruff words mypy test-fast test-vllm test-all check-newest lint bench bench-kernels coverage docs metadata dist dist-check clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -45,7 +45,7 @@ demo: $(STAMP) ## four customers and the base model in one batch, over HTTP and 
 # Two files at a time, and mypy, which is slow, beside them. The files in their order: the tests'
 # conftest puts those first that take long.
 test: $(STAMP) ## everything of `make lint`, and all tests, the ones with real vLLM included
-	$(MAKE) ruff docs metadata
+	$(MAKE) ruff words docs metadata
 	$(MAKE) --jobs 2 mypy pytest
 
 pytest: $(STAMP)
@@ -54,6 +54,9 @@ pytest: $(STAMP)
 ruff: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+words: $(STAMP)
+	$(BIN)/python -m tools.words
 
 mypy: $(STAMP)
 	$(BIN)/mypy
@@ -84,7 +87,7 @@ coverage: $(STAMP) ## which lines and branches the tests without vLLM engines ru
 	  total "vllm_multilora/integration" "--include=vllm_multilora/integration/*"; \
 	  total "all"
 
-lint: ruff mypy docs metadata ## ruff, mypy, the site of the docs, and what PyPI and GitHub will read
+lint: ruff words mypy docs metadata ## ruff, mypy, plain words, the site of the docs, and what PyPI and GitHub will read
 	$(BIN)/python -m pytest --quiet -m "not slow" tests/unit/test_docs.py tests/unit/test_documented_commands.py tests/unit/test_packaging.py
 
 # Tools that need no vLLM, and that it does not need: the extra of the same name in pyproject.toml.

@@ -139,7 +139,7 @@ class Looks:
         return auc(self.yes, self.no)
 
     def interval(self, numbers: random.Random) -> tuple[float, float]:
-        """Of 95 of 100 bootstrap samples."""
+        """Bounds that hold 95 of 100 bootstrap samples."""
         found = sorted(
             auc(
                 numbers.choices(self.yes, k=len(self.yes)), numbers.choices(self.no, k=len(self.no))

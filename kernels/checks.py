@@ -18,7 +18,7 @@ def check_linear_weights(
     ranks: torch.Tensor,
     layout: PlanLayout,
 ) -> None:
-    """Of a layer: A and B of every slice, and their true ranks."""
+    """Checks a layer's weights: A and B of every slice, and their true ranks."""
     check(len(lora_a) == len(lora_b) > 0, "lora_a and lora_b must have the same slices", lora_a)
     check_weights("lora_a", lora_a, ranks, layout, columns=lora_a[0].size(-1))
     check_weights("lora_b", lora_b, ranks, layout, columns=lora_a[0].size(-2), by_column=True)
@@ -32,7 +32,7 @@ def check_factors(
     layout: PlanLayout,
     add_inputs: bool,
 ) -> None:
-    """Of the factors of a layer's outputs."""
+    """Checks the factors of a layer's outputs."""
     if factors is None:
         return
     check(add_inputs, "factors need add_inputs=True: they are of what y holds", add_inputs)
@@ -55,7 +55,7 @@ def check_weights(
     columns: int,
     by_column: bool = False,
 ) -> None:
-    """Of one half: matrices of so many columns, of contiguous rows (or columns)."""
+    """Checks all A or all B: matrices of so many columns, with contiguous rows (or columns)."""
     dtype = weights[0].dtype
     for i, w in enumerate(weights):
         shape = w.shape
@@ -83,7 +83,7 @@ def check_weights(
 
 
 def check_activations(**tensors: torch.Tensor) -> None:
-    """Of activations by name: contiguous rows, as many in each."""
+    """Checks that activations have contiguous rows, and all the same number of them."""
     rows = {checked_shape(name, tensor)[0] for name, tensor in tensors.items()}
     if len(rows) > 1:
         raise ValueError(
@@ -93,7 +93,7 @@ def check_activations(**tensors: torch.Tensor) -> None:
 
 
 def check_devices(**tensors: torch.Tensor) -> None:
-    """Of tensors by name: all are on one device."""
+    """Checks that all tensors are on one device."""
     devices = {name: str(tensor.device) for name, tensor in tensors.items()}
     check(len(set(devices.values())) == 1, "all tensors must be on one device", devices)
 

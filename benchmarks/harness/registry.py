@@ -136,7 +136,7 @@ def named(name: str) -> Benchmark:
 
 
 def names() -> list[str]:
-    """Of all benchmarks."""
+    """Names of all benchmarks."""
     import benchmarks
 
     modules = pkgutil.iter_modules(benchmarks.__path__)

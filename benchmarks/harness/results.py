@@ -99,7 +99,7 @@ def machine() -> dict[str, object]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of those packages that are there."""
+    """Versions of Python and of the packages that are installed."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -17,7 +17,7 @@ STREAM_TOKENS, STREAM_PROMPT = 1500, 32
 WARM_UP_TOKENS = 5
 PROMPT_TOKENS, NEW_TOKENS = 16, 8
 TOKENS_WITHOUT_REQUESTS = NEW_TOKENS + 2
-"""That the streams generate without other requests, for each request of other phases."""
+"""Tokens that the streams generate without other requests, per request of other phases."""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ ADAPTED = [customer for customer in CUSTOMERS if customer.adapter]
 MAX_LORA_RANK = 32
 NEW_TOKENS = 48
 KV_CACHE_BYTES = 256 << 20
-"""Of each engine: room for ten times the requests that the demo has at once."""
+"""KV cache of each engine: room for ten times the requests that the demo has at once."""
 # What the throughput table measures. Prompts are short: for long ones, stock's CPU kernels take
 # so much memory that the table would mostly tell how fast the C library gets it from the system.
 COMPARED_REQUESTS, COMPARED_PROMPT_TOKENS, COMPARED_TOKENS = 8, 16, 12

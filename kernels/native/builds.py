@@ -98,7 +98,7 @@ _OTHER = (InstructionSet("baseline", ()),)  # as the compiler has it: NEON on aa
 
 
 def instruction_sets(machine: str) -> tuple[InstructionSet, ...]:
-    """Those that the code is built for on a kind of machine, best first; the last runs anywhere."""
+    """Instruction sets to build for on a kind of machine, best first; the last runs anywhere."""
     return _X86 if machine in X86_MACHINES else _OTHER
 
 

@@ -20,7 +20,7 @@ from multilora_kernels.native.segment_gemm import DTYPE_CODES
 from multilora_kernels.operators import Numbered, register_pure
 
 MOST_ROWS = 64
-"""Of a batch that C multiplies, `MOST_PACKED_ROWS` there. Of more, oneDNN is about as fast."""
+"""Rows of a batch that C multiplies, `MOST_PACKED_ROWS` there. With more, oneDNN is as fast."""
 
 _WORD_BYTES = 4
 _CALL = struct.Struct("=11q")  # struct packed_call

@@ -244,7 +244,7 @@ def test_a_part_that_is_not_there_or_not_allowed_is_no_part(tmp_path, tensors):
 
 @pytest.mark.parametrize("kept", [1, 2], ids=["kept", "not-kept"])
 def test_a_weight_that_makes_values_overflow_is_refused(tmp_path, kept):
-    """Of a sound adapter: 70,000 is infinite in float16. Whether a worker here keeps it or not."""
+    """A sound adapter with too large a weight: 70,000 is infinite in float16, on any worker."""
     tensors = weights({Q0: 2})
     tensors[f"{PREFIX}{Q0}.lora_B.weight"][-1, 1] = 700.0
     write(tmp_path / "loud", tensors, 2, 2)

@@ -30,7 +30,7 @@ def test_the_order_in_which_parts_are_named_does_not_matter():
 
 @pytest.mark.parametrize(("one", "other"), [(1, 1.0), (0.0, -0.0)], ids=["whole", "zero"])
 def test_a_weight_makes_the_same_blend_in_whatever_notation(one, other):
-    """That of a request and that of the text which the engine reads."""
+    """A request's number and the text that the engine reads give one blend."""
     found = [Blend.of([BlendPart(7, "style", "/adapters/style", each)]) for each in (one, other)]
     assert len({(blend.name, blend.number, blend.source) for blend in found}) == 1
 

@@ -69,7 +69,7 @@ def test_magnitudes_are_packed_in_float32_whatever_slots_are(
 
 
 def test_each_rank_gets_its_outputs_magnitudes(tmp_path: Path) -> None:
-    """Of two workers: column-parallel layers are split, row-parallel ones are not."""
+    """With two workers, column-parallel layers are split and row-parallel ones are not."""
     draft = make_dora(good())
     folder = draft.write(tmp_path)
 

@@ -367,7 +367,7 @@ def take_a_long_chain(site: Site) -> None:
 
 
 def say_something_twice(site: Site) -> None:
-    """Of two values, another program may believe the other one."""
+    """Gives a key twice: another program may read the other of the two values."""
     bundle = Bundle(site)
     text = json.dumps(bundle.content)
     bundle.path.write_text(text[:-1] + ', "dsseEnvelope": ' + json.dumps(bundle.envelope) + "}")

@@ -65,7 +65,7 @@ class Flood:
 
 @dataclass
 class _Known:
-    """Of a connection: answers that are to come, and the last bytes that came."""
+    """State of a connection: answers still to come, and the last bytes received."""
 
     awaited: int = 0
     rest: bytes = b""

@@ -141,7 +141,7 @@ def resident(site: Site) -> dict[str, float]:
 
 
 def test_memory_and_log_do_not_grow_with_bad_versions(site: Site) -> None:
-    """Of a registered adapter that is reloaded, and of one in a directory."""
+    """Covers a registered adapter that is reloaded, and an adapter in a directory."""
     served = site.put(NAMES[0], site.root / "rewritten")
     assert site.load(served.name, served).status_code == 200
     found = site.put(NAMES[0], site.directory / "rewritten-too")

@@ -29,7 +29,7 @@ OTHERS = (None, *(f"customer-{i}" for i in range(2, 26)))
 """Twenty-five, who are asked after each of four attacks: a hundred answers."""
 
 AMX_ATOL = 0.5
-"""Of log probabilities in 16 bits; 0.24 was seen, and NaN and other weights move them by more."""
+"""Tolerance for 16-bit log probabilities: 0.24 was seen; NaN and other weights move them more."""
 
 ALL = tuple(
     itertools.product(("float32", "bfloat16", "float16"), (32, 128), (True, False), (48, 512))

@@ -357,7 +357,7 @@ def test_status_shows_no_folders_and_tenants_their_own_alone(
 
 
 def test_errors_name_no_folders(served: TenantServer) -> None:
-    """Of an adapter that cannot be loaded."""
+    """Errors about an adapter that cannot be loaded give no paths away."""
     for who in ("acme", "client"):
         answer = ask(served, who, "completions", "acme-broken")
         assert_status(answer, 400, served)

@@ -62,7 +62,7 @@ class Server:
         return seconds
 
     def batch(self, running, late=(), age=0, is_loading=False):
-        """Of requests that have generated so many tokens, and others whose prompts are computed."""
+        """A batch of running requests, and of late ones whose prompts are computed."""
         asks = [*running, *late]
         tokens = [(ask, 1) for ask in running] + [(ask, ask.prompt_tokens) for ask in late]
         size = {ask.model: self.adapters.get(ask.model, 0) for ask in asks}

@@ -46,7 +46,7 @@ class FakeRequest:
 
 @dataclass
 class FakeOutput:
-    """Of a step: the requests that are done, and tokens."""
+    """Output of a step: the requests that are done, and tokens."""
 
     done: tuple[str, ...] = ()
     tokens: dict[str, list[int]] = field(default_factory=dict)

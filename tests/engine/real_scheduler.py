@@ -33,7 +33,7 @@ from vllm_multilora.integration.tenant_of_request import TENANT, RequestTenant
 
 BLOCK_SIZE = 16
 TOKEN_BYTES = 8
-"""Of a token in the KV cache."""
+"""Bytes of a token in the KV cache."""
 SCHEDULERS = (Scheduler, AsyncScheduler)
 
 _MODEL = {

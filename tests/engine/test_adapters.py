@@ -557,7 +557,7 @@ def test_a_reload_of_broken_files_leaves_the_version_before_serving(engine, plac
 
 
 def test_a_reload_is_not_answered_by_the_load_that_was_under_way(engine):
-    """That may find the version before in host memory, and need not look at the files."""
+    """The load under way may find the old version in host memory and not look at the files."""
     engine.adapters.want(lora(1))
     assert not engine.store.only().fresh
     engine.adapters.want(lora(1, inplace=True))
@@ -570,7 +570,7 @@ def test_a_reload_is_not_answered_by_the_load_that_was_under_way(engine):
 
 
 def test_a_reload_is_not_answered_by_a_check_that_was_under_way(engine):
-    """That may have looked at the files before."""
+    """The check under way may have looked at the files before the reload."""
     engine.fill(1, 10, digest="same")
     future = engine.adapters.register(lora(1, inplace=True))
     check = engine.store.only()

@@ -263,7 +263,7 @@ def test_the_blends_of_an_adapter_are_found(engines):
 
 
 def test_the_blends_of_an_adapter_are_found_however_many_others_there_are():
-    """That is asked for each adapter that is loaded for the first time."""
+    """The look-up happens for each adapter that is loaded for the first time."""
 
     def seconds(others: int) -> float:
         entries = Entries()

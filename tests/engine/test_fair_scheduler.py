@@ -219,7 +219,7 @@ def test_adapters_of_requests_that_a_step_leaves_out_keep_their_slots(configs):
 
 
 def test_running_requests_of_a_heavy_party_take_part_of_a_step_only(configs):
-    """Those that came first go on, so that each ends in its turn."""
+    """The requests that came first go on, so that each ends in its turn."""
     steps = Steps(configs(places=40))
     for number in range(30):
         steps.ask(f"large {number:2}", adapter=2, generate=60)

@@ -376,7 +376,7 @@ def test_a_first_load_that_fails_ends_all_though_one_has_asked_for_a_reload(serv
 
 
 def test_a_reload_is_not_answered_by_one_that_was_under_way(server):
-    """That may have opened the files before they were written again."""
+    """The load under way may have opened the files before they were written again."""
     server.start("running", 1)
     server.ask("first", 1, inplace=True)
     server.ask("second", 1, inplace=True)
@@ -429,7 +429,7 @@ def test_requests_are_served_while_reloads_keep_coming(server):
 
 
 def test_a_reload_that_waits_for_its_slot_keeps_its_turn_while_reloads_keep_coming(servers):
-    """Those that come after the store has answered the first, too."""
+    """Reloads also come after the store has answered the first one."""
     server = servers(1)
     server.start("long", 2)
     server.ask("first", 1, inplace=True)
@@ -604,7 +604,7 @@ def test_an_adapter_whose_leases_come_late_waits_no_longer_than_those_that_share
     waited: dict[int, list[int]] = {number: [] for number in numbers}
 
     def copy() -> None:
-        """Those of some adapters are there while they are waited for."""
+        """Fills the slots of odd adapters while the step waits for them."""
         for order in [each for each in workers.orders if each.request.lora_int_id % 2]:
             workers.filled(order)
 

@@ -22,7 +22,7 @@ LIMIT_S = 10.0
 
 
 def executor_of_ours():
-    """Of one worker, which has our manager."""
+    """An executor with one worker, which has our manager."""
     return SimpleNamespace(collective_rpc=lambda call, args=(): [True])
 
 

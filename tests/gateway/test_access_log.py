@@ -75,7 +75,7 @@ def test_uvicorns_loggers_have_one_filter_however_often_it_is_asked_for(loggers)
 
 
 def test_a_client_that_has_gone_before_its_answers_is_no_traceback(loggers, monkeypatch):
-    """Of requests that wait: with others of its own in line uvicorn writes to it all the same."""
+    """The client has more requests in line, for which uvicorn still writes to it."""
     monkeypatch.setattr(pauses, "LONGEST_PAUSE_S", 0.2)
     said: list[logging.LogRecord] = []
     handler = logging.Handler()

@@ -107,7 +107,7 @@ def test_blocks_that_threads_cannot_share_are_left_to_onednn(monkeypatch) -> Non
 @needs_avx512
 @pytest.mark.parametrize("at_end", [True, False], ids=["end", "beginning"])
 def test_nothing_beside_the_tensors_is_touched(at_end: bool) -> None:
-    """Of x and bias; the weights are oneDNN's, and y is PyTorch's."""
+    """Guards x and bias; the weights are oneDNN's, and y is PyTorch's."""
     for dtype, rows in product(DTYPES, (1, 6, 16)):
         layer, bias = packed(random(128, 96, dtype=dtype)), torch.ones(128, dtype=dtype)
         x = random(rows, 96, dtype=dtype)

@@ -18,7 +18,7 @@ LAYOUT = PlanLayout(64, SLOTS)
 
 
 def problem_of(token_slots: list[int], **options) -> Problem:
-    """Of the same weights, whichever the batch."""
+    """A problem with the same weights for every batch."""
     found = make_problem(token_slots, slots=SLOTS, k=K, widths=WIDTHS, margin=0, **options)
     one = make_problem([0], slots=SLOTS, k=K, widths=WIDTHS)
     found.lora_a, found.lora_b, found.ranks = one.lora_a, one.lora_b, one.ranks

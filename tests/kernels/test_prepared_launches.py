@@ -167,7 +167,7 @@ def test_a_batchs_tensors_are_not_kept(recorded):
 
 
 def test_results_have_the_same_bits():
-    """Of the first batch in a range of token counts, and of one that finds all worked out."""
+    """Compares the first batch in a range of token counts with one that finds everything ready."""
     problem = make_problem([0] * 30, k=300, ranks=[[5] * 8], dtype=torch.bfloat16)
     weights = [[t.to(DEVICE) for t in each] for each in (problem.lora_a, problem.lora_b)]
     ranks = problem.ranks.to(DEVICE)

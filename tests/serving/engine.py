@@ -28,7 +28,7 @@ MAX_CPU_LORAS = 6
 BLOCK_SIZE = 32
 TOP_LOGPROBS = 5
 KV_CACHE_BYTES = 64 << 20
-"""Of a worker. It is all written to at the start, and memory is new to a virtual machine."""
+"""KV cache of a worker, kept small: it is written to at the start, which costs new memory."""
 
 _KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 """In GiB. Where it is set, vLLM does not ask what an engine has been told."""
@@ -119,7 +119,7 @@ def running_engine(model: Path, *, in_process: bool = False, **overrides: Any) -
 
 
 def environment(more: Mapping[str, str]) -> dict[str, str]:
-    """Of a process with an engine whose KV cache is told its size: this one's, and more."""
+    """This process's environment, and more, for an engine with a given size of KV cache."""
     kept = {name: value for name, value in os.environ.items() if name != _KV_CACHE_VARIABLE}
     return {**kept, **more}
 

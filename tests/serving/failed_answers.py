@@ -13,10 +13,10 @@ from .engine import IS_0_33
 from .server import VllmServer
 
 ARGUMENTS = ("--enable-scale-out",)
-"""Of a server that has all of the endpoints."""
+"""Arguments of a server that has all of the endpoints."""
 
 ENVIRONMENT = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
-"""Of a server that keeps responses, and so computes them in the background."""
+"""Environment of a server that stores responses, and so computes them in the background."""
 
 _TOKENS = [7, 8]
 _TEXT = "t7 t8"

@@ -123,7 +123,7 @@ class Stream:
 
 
 class Result(Future):
-    """Of work on the other thread; whoever asks for it comes after that work."""
+    """Result of work on the other thread; whoever reads it comes after that work."""
 
     world: World
     seen: Clock

@@ -206,4 +206,4 @@ SCHEMES = (
         rounds_inputs=True,
     ),
 )
-"""Those that vLLM's CPU build runs: it lacks the kernels of FP8."""
+"""Formats that vLLM's CPU build runs: it lacks FP8 kernels."""

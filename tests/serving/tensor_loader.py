@@ -53,7 +53,7 @@ def take_over() -> None:
 
 
 class Extension:
-    """Of a worker: vLLM's `worker_extension_cls`."""
+    """Extension of a worker: vLLM's `worker_extension_cls`."""
 
     def __new__(cls, **kwargs: Any) -> "Extension":
         take_over()

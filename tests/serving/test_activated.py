@@ -247,7 +247,7 @@ def test_two_ranks_verify_drafted_tokens_as_peft(activated: Scenario) -> None:
 
 
 def test_bfloat16_scores_are_near_pefts_in_float32(activated: Scenario) -> None:
-    """Of the prompts' tokens from the invocation on, as near as PEFT's own in bfloat16."""
+    """Scores the prompts' tokens from the invocation on; PEFT's own in bfloat16 are as near."""
     from .peft_reference import PeftReference
 
     reference = PeftReference(activated.base, activated.adapters)

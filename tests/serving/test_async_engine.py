@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.serving
 
 LENGTH = 7
-"""Of the prompts."""
+"""Tokens of a prompt."""
 EXIT_LIMIT_S = 30.0
 
 

@@ -135,7 +135,7 @@ def test_two_ranks_that_share_the_rank_answer_as_peft(blends: BlendScenario) -> 
 
 
 def test_bfloat16_scores_are_near_pefts_in_float32(blends: BlendScenario) -> None:
-    """Of a prompt's tokens, as near as those of the base model and of plain adapters are."""
+    """Scores of prompt tokens are as near as the base model's and plain adapters' are."""
     from vllm import SamplingParams
 
     reference = blending_reference(blends.base, blends.adapters)

@@ -148,7 +148,7 @@ BODIES: dict[str, tuple[dict[str, Any], str]] = {
     "/v1/responses": ({"input": "t5 t17 t120", "max_output_tokens": 4, "store": False}, "_0"),
     "/invocations": ({"messages": MESSAGES, "max_tokens": 4}, ""),
 }
-"""Of endpoints that generate; and what the log puts after the `id` of the answer."""
+"""Bodies for endpoints that generate, and what the log puts after the `id` of the answer."""
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.serving
 
 NAMES = (LINEAR_RECIPES[0].name, LINEAR_RECIPES[3].name, EMBEDDING_RECIPE.name)
 LENGTH = 23
-"""Of the prompts: with the answer they need a second block of the KV cache."""
+"""Tokens of a prompt: with its answer it needs a second block of the KV cache."""
 BLOCKS = 12
 
 

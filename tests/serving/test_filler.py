@@ -366,7 +366,7 @@ class Runtime:
 
     @property
     def last_error(self) -> int:
-        """Of this thread: what the launch of its next kernel would be taken to have met."""
+        """This thread's last CUDA error, which the launch of its next kernel would report."""
         return getattr(self._of_thread, "last_error", 0)
 
     def cudaHostUnregister(self, address: int) -> int:  # noqa: N802

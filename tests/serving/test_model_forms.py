@@ -37,7 +37,7 @@ from .tiny_models import (
 pytestmark = pytest.mark.serving
 
 LENGTH = 23
-"""Of the prompts."""
+"""Tokens of a prompt."""
 ALIASED = "AliasedLayersLlamaForCausalLM"
 BFLOAT16_RMS = 0.5  # PEFT in bfloat16 is 0.37 from float32 itself
 

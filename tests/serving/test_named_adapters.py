@@ -136,7 +136,7 @@ def test_each_route_answers_as_peft_for_the_adapter_that_is_named(
 def test_vllms_load_generator_gets_answers_of_all_adapters(
     server: VllmServer, llama: Scenario, tmp_path: Path
 ) -> None:
-    """Those that fail fail alone, and are counted as failed."""
+    """A failing request fails alone, and is counted as failed."""
     each = 2
     poison = next(iter(POISONS.values()))
 
@@ -164,7 +164,7 @@ def test_vllms_load_generator_gets_answers_of_all_adapters(
 
 @pytest.mark.smoke("`vllm run-batch` and `vllm bench serve`")
 def test_a_batch_of_requests_is_answered_as_by_peft(llama: Scenario, tmp_path: Path) -> None:
-    """Those that name an adapter that overflows or is unknown fail alone.
+    """Requests for an adapter that overflows or is unknown fail alone.
 
     Routes lead to adapters, and an adapter is a blend of itself.
     """

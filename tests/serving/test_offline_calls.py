@@ -25,7 +25,7 @@ NAMES = tuple(recipe.name for recipe in LINEAR_RECIPES[:5])
 FIRST, SECOND = NAMES[:2]
 SLOTS, HOST_PLACES = 2, 4
 LENGTH = 7
-"""Of the prompts."""
+"""Tokens of a prompt."""
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.serving
 
 FIRST_NUMBER = 1 << 40
-"""Of an adapter: those that adapter directories give need more than 32 bits."""
+"""Number of the first adapter: numbers from adapter directories need more than 32 bits."""
 GONE, POISON = "gone", "poison"
 IMAGES = ((0,), (1,), (2, 1))
 TOWER_RECIPES = (LANGUAGE_RECIPES[0], *QWEN2_VL_RECIPES)
@@ -262,7 +262,7 @@ def test_fast_prefill_with_adapters_is_refused_at_start(tmp_path: Path) -> None:
     [({"enable_dbo": True}, "--enable-dbo"), ({"ubatch_size": 2}, "--ubatch-size"), ({}, None)],
 )
 def test_a_step_in_several_parts_is_refused(option: dict[str, Any], named: str | None) -> None:
-    """Of vLLM's configuration this is what is looked at; its CPU build turns such options off."""
+    """Only these settings of vLLM are looked at; its CPU build turns such options off."""
     from vllm.config import CacheConfig, ParallelConfig
 
     from vllm_multilora.errors import ConfigError

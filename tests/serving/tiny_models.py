@@ -63,7 +63,7 @@ TWO_LAYERS = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-"""Of a small decoder: its heads are of 32, the least that vLLM's attention on CPUs takes."""
+"""Configuration of a small decoder. Heads of 32 are the smallest for vLLM's CPU attention."""
 
 LOGIT_STD = 6.0
 

@@ -14,7 +14,7 @@ from transformers import (
 from .tiny_models import VOCAB_SIZE, randomise
 
 SECONDS = 2
-"""Of sound that the encoder looks at."""
+"""Seconds of sound that the encoder looks at."""
 RATE = 16_000
 """Samples a second."""
 

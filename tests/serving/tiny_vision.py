@@ -41,7 +41,7 @@ _SPECIAL = ("<image>", "<video>", "<vision>", "</vision>")
 _TOKENS = VOCAB_SIZE + len(_SPECIAL)
 
 _SIDE, _PATCH = 28, 14
-"""Of images and of their patches, in pixels."""
+"""Sides of images and of their patches, in pixels."""
 
 _SQUARE = {"height": _SIDE, "width": _SIDE}
 _FEATURES = "default"  # those of a LLaVA's tower without the one of its class's token

@@ -1,4 +1,4 @@
-"""Whose load is next."""
+"""The order in which the store's queue starts loads."""
 
 import pytest
 

@@ -136,7 +136,7 @@ def test_no_connection_no_program_no_other_process(code):
 
 @needs_seccomp
 def test_other_tables_of_system_calls_are_no_way_around():
-    """That of x32, and that of 32 bits, which a kernel may not have."""
+    """Tries the tables for x32 and for 32 bits, which a kernel may lack."""
     assert "PermissionError" in refused("syscalls.call(0x40000000 + 39)")
     if os.uname().machine == "x86_64":
         code = """

@@ -526,7 +526,7 @@ def test_a_call_that_goes_while_it_waits_leaves_no_trace(way):
 
 
 def test_a_middleware_of_the_operators_has_an_answer_of_every_call(tenants):
-    """Of one, too, whose client goes while it waits for its turn."""
+    """Includes a call whose client goes while it waits for its turn."""
     write(tenants, {"running": 1})
     statuses = []
 
@@ -634,7 +634,7 @@ def test_a_file_that_has_changed_is_in_force_after_a_moment(tenants, monkeypatch
 
 
 def test_tenants_that_are_read_again_are_not_compared_at_every_look(tenants, monkeypatch, caplog):
-    """Of a large file that would take the event loop some time, every second."""
+    """Comparing a large file would take the event loop some time, every second."""
     monkeypatch.setattr(access_module, "REFRESH_S", 0.01)
     caplog.set_level("INFO", "vllm_multilora.documents.watched")
     access, compared, equals = Access(tenants_path=str(tenants)), [], Tenants.__eq__

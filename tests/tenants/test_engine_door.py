@@ -156,7 +156,7 @@ def test_several_answers_share_a_prompt_and_count_each():
 
 
 def test_a_tenants_call_wants_few_enough_answers_to_begin_them_in_a_moment():
-    """Of many prompts, or many to each; those of a beam search come one after the other."""
+    """A call may have many prompts or many answers each; those of a beam search come in turn."""
     parent = SimpleNamespace(sampling_params=SimpleNamespace(n=MOST_ANSWERS - 1))
 
     def begin(who: Caller | None, number: int, parent: Any = None) -> None:
@@ -235,7 +235,7 @@ def test_a_tenants_answers_count_until_each_has_ended():
 
 
 def test_a_tenants_call_wants_few_enough_scores_to_tell_them_in_a_moment():
-    """Of its prompts' tokens, for each of its answers; one for each token that there is is many."""
+    """Scores count per prompt token and per answer; one per word of the vocabulary is too many."""
 
     def ask(who: Caller | None, number: int, most: int, tokens: int) -> None:
         params = SamplingParams(prompt_logprobs=most)
@@ -354,7 +354,7 @@ def test_a_tenant_ends_no_requests_but_its_own():
 
 @pytest.mark.parametrize("way", ["number", "text", "client-goes"])
 def test_a_request_that_cannot_be_sent_leaves_nothing(way):
-    """Of vLLM's own, what is registered before it is sent stays for ever."""
+    """In stock vLLM, what is registered before it is sent stays for ever."""
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.output_processor import OutputProcessor

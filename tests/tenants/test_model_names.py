@@ -65,7 +65,7 @@ def models(tmp_path):
 
 @pytest.mark.parametrize("who", [None, Role.OPERATOR], ids=["without-keys", "with-keys"])
 def test_a_server_that_only_renders_prompts_knows_its_model(who):
-    """Of vLLM's two tables of models, its is the one without an engine."""
+    """Such a server has the one of vLLM's two model tables that needs no engine."""
     serving = object.__new__(type("Serving", (BaseServing,), {}))
     serving.models = OpenAIModelRegistry(None, [BaseModelPath("base", "/base")])
     serving.request_logger = None

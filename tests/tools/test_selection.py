@@ -87,7 +87,7 @@ def test_what_only_suits_the_training_batches_is_refused():
 
 @pytest.mark.parametrize("seed", range(10))
 def test_noise_alone_keeps_the_default(seed):
-    """Of 40 equal candidates one is luckiest in training; validation does not believe it."""
+    """One of 40 equal candidates is luckiest in training; validation does not believe it."""
     equal = dict.fromkeys(range(40), 100.0)
     found = search(list(equal), simulated(equal) * 3, simulated(equal) * 3, noise=0.2, seed=seed)
     assert found.config is None

@@ -70,7 +70,7 @@ def test_what_neighbouring_columns_share_is_read_at_most_a_third_as_often_as_by_
 
 
 def test_columns_of_a_low_rank_are_read_in_whole_sectors():
-    """Of rank 8 in 64 columns a row has 16 bytes, half a sector; a column is one piece."""
+    """At rank 8 in 64 columns a row has 16 bytes, half a sector; a column is one piece."""
     batch = build(BatchSpec(SMALL, 64, "distinct", 8), dtype=torch.float16)
     rows, columns = (counted(b).traffic["weights"] for b in (batch, by_column(batch)))
     of_b = 64 * 8 * sum(SMALL.outputs) * 2

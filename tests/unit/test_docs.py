@@ -69,12 +69,12 @@ FLAGS_OF_OTHERS = {
     *("--ipc", "--recursive", "--shm-size", "--times"),
     *("--base", "--card", "--dry-run", "--rehearse", "--vllm"),
 }
-"""Of pip, of Docker and rsync, and of this project's tools."""
+"""Flags of pip, Docker and rsync, and of this project's tools."""
 
 
 @pytest.fixture(scope="module")
 def flags_of_vllm() -> set[str]:
-    """Those of `vllm serve`."""
+    """Flags of `vllm serve`."""
     pytest.importorskip("vllm")
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -113,7 +113,7 @@ def test_flags_that_messages_and_pages_name_exist(flags_of_vllm: set[str]) -> No
 
 
 def test_flags_that_migrants_are_told_of_exist(flags_of_vllm: set[str]) -> None:
-    """Those in the right-hand columns, which are this server's."""
+    """Flags in the right-hand columns, which are this server's."""
     rows = re.findall(r"^\|.*\|(.*)\|$", (pages.DOCS / "migrating.md").read_text(), re.M)
     told = {flag for row in rows for flag in re.findall(r"--[a-z][a-z-]*", row)}
     assert len(told) > 15

@@ -27,6 +27,8 @@ PLACEHOLDERS = {
 
 TESTS = {
     "python -m tools.seams": "tests/tools/test_seams.py::test_the_command_prints_every_number",
+    "python -m tools.words": "tests/tools/test_words.py::"
+    "test_the_command_names_what_must_be_rewritten",
     "curl": "tests/serving/test_registration.py::"
     "test_the_calls_of_the_docs_load_an_adapter_ask_it_and_unload_it",
     "make demo": "tests/serving/test_demo.py::"
@@ -116,7 +118,7 @@ UNTESTED = {
 
 
 def commands(page: Path) -> list[str]:
-    """Those in fenced blocks and in code between backticks, without variables and comments."""
+    """Commands in fenced blocks and between backticks, without variables and comments."""
     text = page.read_text()
     lines = []
     for block in FENCED.findall(text):

@@ -27,7 +27,7 @@ MOST_WEIGHT = 100.0
 """Magnitude of a weight; useful ones are about 1."""
 
 FIRST_NUMBER = 1 << 53
-"""Of blends' numbers; those of other adapters are lower."""
+"""Smallest number that a blend can have; other adapters have lower ones."""
 
 _NUMBERS_END = 1 << 63
 _PREFIX = "blend:"
@@ -120,7 +120,7 @@ class Blend:
 
     @property
     def numbers(self) -> frozenset[int]:
-        """Those of its parts."""
+        """Adapter numbers of the parts."""
         return frozenset(part.number for part in self.parts)
 
     def at(self, located: Callable[[str], str]) -> Blend:

@@ -59,7 +59,7 @@ def _require_parameter(
 def _require_experts(
     modules: Mapping[str, FoundModule], layout: ModelLayout, problems: ProblemList
 ) -> None:
-    """Of experts that have projections of their own, vLLM adapts all of a layer's or none."""
+    """Reports layers of which only some experts are adapted: vLLM adapts all of them or none."""
     adapted = {
         name.partition(_OF_EXPERTS)[0]: found
         for name, found in modules.items()

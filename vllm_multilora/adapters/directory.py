@@ -28,7 +28,7 @@ FIRST_NUMBER = 1 << 32
 """Numbers of adapters from directories begin here, far above those that servers count up to."""
 
 MOST_FOLDERS = 65_536
-"""Of a directory, that are looked at: as many as an engine knows adapters."""
+"""Folders of a directory that are looked at: as many adapters as an engine can know."""
 
 _MOST_TOLD = 1_000  # of `_TELL_AGAIN_S`; names, and what is wrong, may be a stranger's
 _TELL_AGAIN_S = 86_400.0

@@ -181,7 +181,7 @@ class ModelLayout:
         return self.merged.get(module, (module,))
 
     def outer_parameter(self, experts: str) -> str:
-        """Of experts that are held as one: what PEFT calls the parameter beside `down_proj`."""
+        """PEFT's name for the parameter beside `down_proj` of experts that are stored together."""
         shape = self.linear_shapes.get(f"{experts}{WRAPPED}")
         return "gate_up_proj" if shape is None or shape.gated else "up_proj"
 

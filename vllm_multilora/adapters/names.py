@@ -94,7 +94,7 @@ def tensor_of(part: str) -> str:
 
 
 def foreign(name: str) -> str | None:
-    """Whose format names a tensor like this, if it is another one than PEFT's that is known."""
+    """The known format other than PEFT's in which tensors have such names; None for any other."""
     return next((whose for ends, whose in _FOREIGN if name.endswith(ends)), None)
 
 

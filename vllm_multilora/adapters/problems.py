@@ -11,10 +11,10 @@ from typing import Any
 from vllm_multilora.wording import counted, printable
 
 MOST_PROBLEMS = 100
-"""Of an adapter; what else is wrong with it is only counted."""
+"""Problems that are reported for an adapter; any others are only counted."""
 
 MOST_CHARACTERS = 32_768
-"""Of the texts of all of an adapter's problems but the first, which is always told."""
+"""Characters in the texts of an adapter's problems; the first problem is always reported."""
 
 _MOST_SHOWN = 160
 _MOST_TEXT = 2000
@@ -74,7 +74,7 @@ class Code(StrEnum):
 
 
 SIGNATURE_CODES = frozenset({Code.NOT_SIGNED, Code.WRONG_SIGNATURE, Code.NOT_AS_SIGNED})
-"""Of what is wrong with a folder's signature, or with the folder by its signature."""
+"""Codes for a bad signature, and for a folder that differs from what was signed."""
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from vllm_multilora.adapters.blends import is_blend
 
 MOST_NAME_BYTES = 255
-"""Of a name, in UTF-8; a folder's name has no more in any common file system."""
+"""Bytes of a name in UTF-8: the limit for a folder's name in all common file systems."""
 
 MOST_PATH_BYTES = 4095
-"""Of an adapter's path; Linux opens no longer one."""
+"""Bytes of an adapter's path: Linux opens no longer ones."""
 
 
 def name_fault(name: str) -> str | None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SIGNATURE_NAME = "model.sig"
 
 MOST_FILES = 10_000
-"""Of a signed folder."""
+"""Files in a signed folder."""
 
 _MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _PAYLOAD_TYPE = "application/vnd.in-toto+json"

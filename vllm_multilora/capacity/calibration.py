@@ -42,7 +42,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """Of the server that was measured.
+    """Settings of the server that was measured.
 
     Attributes:
         max_num_seqs: Most requests in a batch.

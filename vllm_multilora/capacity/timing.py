@@ -42,7 +42,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Limits:
-    """Of the server; as in `calibration.Settings`."""
+    """Limits of the server's scheduler, as in `calibration.Settings`."""
 
     max_num_seqs: int
     max_num_batched_tokens: int

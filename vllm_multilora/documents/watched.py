@@ -23,7 +23,7 @@ _RACY_NS = 2_000_000_000
 coarse."""
 
 _MOST_BYTES = 64 << 20
-"""Of a file: somebody's wrong path must not fill a server's memory."""
+"""Size of the largest file that is read: a wrong path must not fill a server's memory."""
 
 _RETRY_NS = 5_000_000_000
 """Until what could not be used is tried again, looking as it did: permissions, or names that its

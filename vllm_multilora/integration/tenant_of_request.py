@@ -28,10 +28,10 @@ RESIDENT_KEY = "multilora-resident"
 
 
 class RequestTenant(NamedTuple):
-    """Whose a request is, as far as the engine core and the store have to know.
+    """The tenant of a request, as far as the engine core and the store have to know.
 
     Attributes:
-        name: Of the tenant.
+        name: The tenant's name.
         weight: Its share of what tenants compete for, relative to others'; above 0.
         resident: Most of its adapters that stay in host memory; None is no limit.
     """

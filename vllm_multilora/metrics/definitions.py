@@ -218,7 +218,7 @@ PER_TOKEN = _histogram(
     "lora_name",
 )
 LATENCIES = (FIRST_TOKEN, PER_TOKEN)
-"""Of each adapter, where they are asked for; counted by servers, as tokens are."""
+"""Latencies per adapter, if they are asked for. API servers count them, as they count tokens."""
 
 TOKENS = (PROMPT_TOKENS, CACHED_PROMPT_TOKENS, GENERATION_TOKENS)
 """Counted by servers, which do not know the engine, as latencies, routes and refusals: no label."""

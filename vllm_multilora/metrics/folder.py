@@ -30,7 +30,7 @@ _MAKING_S = 60.0  # far longer than it takes to lock a folder and give it its na
 _SHARED_TRIES = 100  # a millisecond apart: who writes is done sooner, or is frozen
 
 _locks: dict[Path, int] = {}
-"""Of folders that this process has made: the descriptors that keep them locked."""
+"""Descriptors that lock the folders which this process has made, by folder."""
 
 
 def parent_folder() -> Path:

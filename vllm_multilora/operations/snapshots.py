@@ -43,7 +43,7 @@ _LEAST_STEP_S = 15.0
 # Two steps are the five minutes within which an adapter is active.
 _MOST_STEP_S = 150.0
 LONGEST_HISTORY_S = 86_400.0
-"""Of a past window; longer ones are too many samples at that step."""
+"""Seconds in the longest past window: longer ones have too many samples at that step."""
 
 
 Labels = frozenset[tuple[str, str]]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 MOST_WEIGHT = 1_000_000_000
-"""Of an adapter; the sum of all is then a number."""
+"""Largest weight of an adapter: the sum of all weights stays a finite number."""
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _HASHES = 2.0**64

@@ -32,7 +32,7 @@ MOST_SLOTS = 2**15 - 2
 """What the kernels' plans can number."""
 
 COPY_S = 0.002
-"""That a step waits for copies: the requests would run a step later, ten times that and more."""
+"""Seconds that a step waits for copies; otherwise requests run a step later, ten times that."""
 
 AWAITED_BYTES = 4 * MIB
 """The largest adapters that are waited for: a processor copies them in less than a millisecond."""

@@ -1,4 +1,4 @@
-"""Whose turn it is for tokens, by what each party has had so far.
+"""The order in which parties get tokens, by what each has had so far.
 
 A party is whoever shares the engine with others: a tenant, or an adapter where nobody names one.
 Each has a counter of the service that it has had, divided by its weight, and the one with the least

@@ -23,7 +23,7 @@ REMEMBERED = 8
 
 GROWTH = 1.02
 FIRST_SHARE = 1 / 32
-"""Of a step's tokens, before anything is known."""
+"""Share of a step's tokens before anything is known."""
 
 
 class StepBound:

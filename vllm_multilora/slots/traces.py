@@ -27,7 +27,7 @@ MOST = 2**63
 """Numbers of bytes and tokens are below it, so that their sums and quotients are floats."""
 
 LONGEST_S = 2**32
-"""Of a timed trace: 136 years; floats this large still tell microseconds apart."""
+"""Length of a timed trace in seconds: 136 years. Floats this large still resolve microseconds."""
 
 _ENCODING = "utf-8-sig"  # with or without the mark that spreadsheets put first
 

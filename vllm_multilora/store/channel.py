@@ -26,7 +26,7 @@ MOST_PENDING = 16 << 20
 """Bytes that may wait for a reader, beside one message, before it is given up."""
 
 MOST_DESCRIPTORS = 250
-"""Of one message; Linux carries 253."""
+"""Descriptors of one message; Linux carries 253."""
 
 _FRAME = struct.Struct("<IB")
 _READ_BYTES = 64 << 10  # for more, each read would get memory from the system and give it back

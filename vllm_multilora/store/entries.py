@@ -42,7 +42,7 @@ class Binding:
 
 
 class Owner(NamedTuple):
-    """Whose turn a load may take, and who a pack is counted for.
+    """The owner of a load's turn in the queue and of a pack in memory.
 
     Servers do not know each other's tenants: equal names are different owners there. Engines of
     one server have the same ones.

@@ -51,7 +51,7 @@ class SharedSegments:
 
     @property
     def numbers(self) -> set[int]:
-        """Those of all segments."""
+        """Numbers of all segments."""
         return set(self._descriptors)
 
     def size(self, number: int) -> int:

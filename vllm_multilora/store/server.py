@@ -243,7 +243,7 @@ class Server:
                 self.send(connection.number, totals)
 
     def _lack(self, totals: Totals) -> list[Connection]:
-        """Those who are to be told the totals; not those who do not read what they were told."""
+        """Connections without the newest totals, if they have read their earlier messages."""
         return [
             self._connections[client.number]
             for client in self._registry.clients.values()

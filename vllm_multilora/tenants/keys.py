@@ -78,7 +78,7 @@ def read_stored(text: str) -> bytes:
 
 
 class KeyRing(Generic[_T]):
-    """Whose a key is.
+    """Finds the owner of a key.
 
     A look-up hashes the key once and looks once, however many keys there are. What is compared
     are hashes under a secret of this object's own: how long it takes tells nothing of the keys.
@@ -92,7 +92,7 @@ class KeyRing(Generic[_T]):
         self._owners = {self._blinded(digest): who for digest, who in owners.items()}
 
     def owner(self, key: str) -> _T | None:
-        """Whose a key is; None where it is nobody's."""
+        """The owner of a key; None if nobody has it."""
         if not 0 < len(key) <= MAX_KEY_LENGTH:
             return None
         return self._owners.get(self._blinded(digest_of(key)))

@@ -128,7 +128,7 @@ WITHOUT_TURN_PER_MINUTE = 3_000
 at once."""
 
 SETTLING_SHARE = 0.02
-"""Of the time, for reading what a tenant's requests have generated."""
+"""Share of the time for reading what a tenant's requests have generated."""
 
 
 class Account:
@@ -277,7 +277,7 @@ class Account:
 
     @property
     def most_answers(self) -> int | None:
-        """That running calls may want together; None: any number."""
+        """Answers that a tenant's running calls may have in flight; None if there is no limit."""
         return self._limits.answers
 
     def want(self, answers: int) -> None:

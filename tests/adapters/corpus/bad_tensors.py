@@ -100,7 +100,7 @@ def a_with_three_dimensions(draft: Draft) -> None:
 
 @bad_weights(Code.WRONG_SHAPE, words=("more like this", "'other/model-128'", "served base model"))
 def another_base_model(draft: Draft) -> None:
-    """Of a wider model: all is wrong, and for one reason."""
+    """An adapter of a wider model: every shape is wrong, all for one reason."""
     for name, tensor in draft.tensors.items():
         wide = [128 if size == HIDDEN else size for size in tensor.shape]
         draft.tensors[name] = torch.zeros(wide)

@@ -47,7 +47,7 @@ class CaseResult:
 def available(
     contenders: Iterable[Contender], batch: LayerBatch
 ) -> tuple[list[Contender], dict[str, str]]:
-    """Those that can compute on the batch's device, and the others' reasons by name."""
+    """Contenders that can compute on the batch's device, and the others' reasons by name."""
     able: list[Contender] = []
     left_out: dict[str, str] = {}
     for contender in contenders:

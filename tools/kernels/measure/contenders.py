@@ -15,7 +15,7 @@ from multilora_kernels import PreparedLinear, column_major
 from tools.kernels.measure.batches import LayerBatch
 
 OTHERS = ("tools.kernels.stock_kernels:StockKernels",)
-"""Whose kernels are compared with these, as `module:class`."""
+"""Implementations that these kernels are compared with, as `module:class`."""
 
 
 class ContenderUnavailableError(RuntimeError):
@@ -70,11 +70,11 @@ def by_column(batch: LayerBatch) -> LayerBatch:
 
 @dataclass(frozen=True)
 class Entered:
-    """Those who enter a comparison with these kernels.
+    """Implementations for a comparison with these kernels.
 
     Attributes:
-        contenders: Those that can be had.
-        left_out: (what was to be imported, reason) of those that cannot.
+        contenders: Implementations that can run here.
+        left_out: The others, each as (what was to be imported, reason).
     """
 
     contenders: tuple[Contender, ...]

@@ -104,12 +104,12 @@ class Work:
 
     @property
     def with_weights(self) -> int:
-        """Those that loaded weights."""
+        """Number of programs that loaded weights."""
         return sum(launch.with_weights for launch in self.launches)
 
     @property
     def exited(self) -> int:
-        """Those that neither loaded weights nor stored anything."""
+        """Number of programs that neither loaded weights nor stored anything."""
         return sum(launch.exited for launch in self.launches)
 
 

@@ -22,7 +22,7 @@ from multilora_kernels import triton as backend
 from multilora_kernels.triton.launch import DeviceFacts
 
 _STACK_SLOTS = 40_000
-"""Of a frame that fills most of a piece of 512 KiB: the rest is room for a kernel's frames."""
+"""Slots in a frame that fills most of a 512 KiB chunk: the rest is for a kernel's frames."""
 
 
 class Observer(Protocol):

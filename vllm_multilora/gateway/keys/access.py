@@ -39,7 +39,7 @@ REFRESH_S = 1.0
 
 @dataclass(frozen=True)
 class Identity:
-    """Whose a key is.
+    """The owner of a key.
 
     Attributes:
         role: What the key makes of its owner.
@@ -176,7 +176,7 @@ class Access:
         self._salt = self._secret if own is None else own
 
     def _fixed(self) -> dict[bytes, Identity]:
-        """Whose the keys are that no tenant has, by their digests."""
+        """Identities of the keys that belong to no tenant, by the keys' digests."""
         # Without an admin key, vLLM's is what operators have.
         role = Role.CLIENT if self.locks.admin_key else Role.OPERATOR
         admin_keys = self._admin_keys if self._admin is None else self._admin.value

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_TIMES_GONE = 8
-"""That an adapter is loaded again, in a row, for a worker that cannot have it from a living store:
-one that has just died is soon known to have."""
+"""Loads in a row of an adapter that a worker cannot fetch although its store seems to be alive. The
+engine core soon learns that a store has died, so this number is only reached otherwise."""
 
 _OUT_OF_REACH = (
     "a worker of the server cannot have what its store of adapters has loaded; the server's log "

@@ -203,11 +203,11 @@ class Entries:
         return entry
 
     def blends(self) -> list[Entry]:
-        """Those that are blends, in the same order."""
+        """The entries of blends, in the same order."""
         return list(self._blends.values())
 
     def blends_with(self, number: int) -> list[Entry]:
-        """Those that have an adapter for a part."""
+        """The entries of blends that an adapter is a part of."""
         return list(self._by_part.get(number, ()))
 
     def asked_for(self, entry: Entry) -> None:

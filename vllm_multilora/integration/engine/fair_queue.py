@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     Lane = list[tuple[Any, Request]]
     Key = tuple[int | None, bool]
-    """Of a lane: an adapter, and whether its requests wait for something of their own."""
+    """What a lane is for: an adapter, and whether its requests wait for something of their own."""
 
 
 class _Line:
@@ -164,15 +164,15 @@ class FairQueue(RequestQueue):
 
     @property
     def parties(self) -> Collection[Party]:
-        """Those that have requests in the queue."""
+        """Parties that have requests in the queue."""
         return self._lines.keys()
 
     def adapters_of(self, party: Party) -> set[int | None]:
-        """Those that requests of a party wait for which wait for nothing of their own."""
+        """Adapters of a party's requests, without requests that wait for something of their own."""
         return {adapter for adapter, waits in self._lines[party].lanes if not waits}
 
     def hidden_parties(self) -> list[Party]:
-        """Those of which no request is shown."""
+        """Parties none of whose requests is shown."""
         found = ((party, self._lines[party]) for party in self._with_hidden & self._lines.keys())
         return [party for party, line in found if line.lanes.keys() <= line.hidden]
 

@@ -52,8 +52,8 @@ BASE_MODEL: Party = ("base model", "")
 """The party of all requests that name neither a tenant nor an adapter."""
 
 _LEAST_SHARE = 1.5
-"""Of a step heavy parties have so many times what the others' tokens cost, by weight, however long
-it takes: no less than these, whose prompts come on top."""
+"""Heavy parties may always have this multiple of the others' token cost, weighted, however long the
+step takes. The others' prompts come on top."""
 
 _MOST_UNDER_WAY = 16
 """Steps whose results may be awaited at a time; older ones never had any."""

@@ -91,7 +91,7 @@ class MachineStores:
 
     @property
     def address(self) -> str:
-        """Of the engine core's own machine's store."""
+        """Address of the store on the engine core's own machine."""
         return self._clients[0].address
 
     def elsewhere(self, pack: int) -> tuple[PackInfo, ...]:

@@ -197,7 +197,7 @@ class Registrations:
         return bool(registrations)
 
     def _take(self, entry: Entry) -> list[Future[bool]]:
-        """Those that a check which has ended answers; the next one begins, for those after them."""
+        """Takes what a finished check answers, and starts a check for later registrations."""
         registrations, entry.registrations, entry.later = entry.registrations, entry.later, []
         if entry.registrations:
             self._wants.check(entry, fresh=True)

@@ -14,7 +14,7 @@ from vllm_multilora.integration.engine.parties import Store
 from vllm_multilora.store.messages import ToUser, Want
 
 BLENDS = "\0blends"
-"""Whose turn blends of no tenant take in the store's queue: all of them that of one adapter."""
+"""The owner of loads of blends that no tenant asks for: in the store's queue they share a turn."""
 
 
 class Wants:
@@ -37,7 +37,7 @@ class Wants:
         self._leaving: defaultdict[int, deque[Future[bool]]] = defaultdict(deque)
 
     def find(self, ticket: int) -> Entry | None:
-        """Whose want a ticket names; None if that is over."""
+        """The entry whose want has this ticket; None if that want is over."""
         return self._tickets.get(ticket)
 
     def ask(self, entry: Entry) -> None:

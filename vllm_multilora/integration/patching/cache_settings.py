@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 DEFAULT_SHARE = 0.1
-"""Of the machine's memory, for all adapters, where no limit is given."""
+"""Share of the machine's memory that caches adapters where no limit is given."""
 
 UNLIMITED = sys.maxsize
 """`max_cpu_loras` of a server where it was not given: only bytes count then."""

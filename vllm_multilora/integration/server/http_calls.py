@@ -20,7 +20,7 @@ SHOWN_DIGITS = 16
 """Digits of a digest in answers."""
 
 BLEND_FIELD = "lora_blend"
-"""Of request bodies: a weight for each adapter that is to be blended."""
+"""Field of request bodies: a weight for each adapter of a blend."""
 
 MOST_ERROR = 16_384
 """Characters of an error's text, which may repeat what its request holds."""

@@ -144,7 +144,7 @@ class ServerMeter:
         PROMPT.set(state, prompt)
 
     def new_usage(self, request_id: str, lora: LoRARequest | None) -> Usage:
-        """Of a prompt that has used nothing yet, for the HTTP request at hand."""
+        """A new record of a prompt's usage, for the current HTTP request."""
         call = current_call.get()
         return Usage(
             request_id,

@@ -210,7 +210,7 @@ def _name_rendered(request: Any, asked: str) -> None:
 
 
 def check_realtime_model(original: Callable[..., Any], connection: Any, model: str) -> Any:
-    """Of a WebSocket's session, which the base model alone answers."""
+    """Checks the model that a WebSocket session names: only the base model answers there."""
     serving = connection.serving
     models = serving.models
     if not _acts_for(models):

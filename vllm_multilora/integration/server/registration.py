@@ -42,7 +42,7 @@ ROUTE_NAMES: Attached[Container[str]] = Attached("route-names")
 """The names of the routes of vLLM's `OpenAIServingModels`, which no adapter may have."""
 
 MOST_ADAPTERS = 65_536
-"""That an API server serves at a time: as many as an engine knows."""
+"""Adapters that an API server serves at a time: as many as an engine can know."""
 
 LATE_GRACE_S = 3 * GRACE_S
 """How long an adapter stays that a request has brought back after that. By then other API servers,

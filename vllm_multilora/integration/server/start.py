@@ -27,7 +27,7 @@ from vllm_multilora.tenants.keys import ADMIN_KEY_VARIABLE, has_keys, key_in
 from vllm_multilora.tenants.work_turns import take_turns
 
 _FILTERS = (RefusalsInOneLine(), PrintableLines())
-"""Of what vLLM logs in an API server, the first that acts first."""
+"""Filters for vLLM's log in an API server, in the order in which they act."""
 _GUARDS = ("flag-values", "model-names", "model-names-pooling", "engine-door")
 
 
