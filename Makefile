@@ -88,7 +88,7 @@ coverage: $(STAMP) ## which lines and branches the tests without vLLM engines ru
 	  total "all"
 
 lint: ruff words mypy docs metadata ## ruff, mypy, plain words, the site of the docs, and what PyPI and GitHub will read
-	$(BIN)/python -m pytest --quiet -m "not slow" tests/unit/test_docs.py tests/unit/test_documented_commands.py tests/unit/test_packaging.py
+	$(BIN)/python -m pytest --quiet -m "not slow" tests/unit/docs/test_docs.py tests/unit/docs/test_documented_commands.py tests/unit/test_packaging.py
 
 # Tools that need no vLLM, and that it does not need: the extra of the same name in pyproject.toml.
 $(VENV)-dist/.installed $(VENV)-docs/.installed: $(VENV)-%/.installed: pyproject.toml

@@ -58,7 +58,9 @@ class BuildNative(Command):
         ]
 
     def get_source_files(self) -> list[str]:
-        return [str(path) for suffix in "ch" for path in Path(NATIVE).glob(f"*.{suffix}")]
+        return [
+            str(path) for suffix in "ch" for path in Path(NATIVE, "sources").glob(f"*.{suffix}")
+        ]
 
     def get_outputs(self) -> list[str]:
         return [] if self.editable_mode else [path for _, _, path in self._targets()]

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from multilora_kernels.api import column_major, lora_expand, lora_linear, lora_shrink
     from multilora_kernels.backends import BACKENDS, resolve_backend
     from multilora_kernels.factors import OutputFactors
+    from multilora_kernels.launches.prepared import PreparedExpand, PreparedLinear, PreparedShrink
     from multilora_kernels.native.builds import NativeUnavailableError
+    from multilora_kernels.packs.scatter import SlotIndex, SlotTable
     from multilora_kernels.plan import BatchPlan, PlanLayout
-    from multilora_kernels.prepared import PreparedExpand, PreparedLinear, PreparedShrink
-    from multilora_kernels.scatter import SlotIndex, SlotTable
     from multilora_kernels.triton_availability import TritonUnavailableError
 
 __all__ = [
@@ -50,11 +50,11 @@ _HOMES = {
     "NativeUnavailableError": "native.builds",
     "OutputFactors": "factors",
     "PlanLayout": "plan",
-    "PreparedExpand": "prepared",
-    "PreparedLinear": "prepared",
-    "PreparedShrink": "prepared",
-    "SlotIndex": "scatter",
-    "SlotTable": "scatter",
+    "PreparedExpand": "launches.prepared",
+    "PreparedLinear": "launches.prepared",
+    "PreparedShrink": "launches.prepared",
+    "SlotIndex": "packs.scatter",
+    "SlotTable": "packs.scatter",
     "TritonUnavailableError": "triton_availability",
     "resolve_backend": "backends",
 }

@@ -29,11 +29,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from multilora_kernels.slot_runs import SlotRuns
-from multilora_kernels.staging import StagingRing
+from multilora_kernels.batch.slot_runs import SlotRuns
+from multilora_kernels.batch.staging import StagingRing
 
 HEADER_INTS = 32
-"""Length of the header; `PLAN_*` index it. `native/segment_gemm.c` reads the same fields."""
+"""Length of the header; `PLAN_*` index it. `native/sources/segment_gemm.c` reads the same
+fields."""
 PLAN_TOKENS, PLAN_ROWS, PLAN_RUNS, PLAN_TILES, PLAN_OWN_GRAPHS = range(5)
 PLAN_PARTS = 8
 """From here on, parts over all tiles in blocks of 16, 32, 64, 128 and 256 rows."""

@@ -29,7 +29,7 @@ import httpx
 from PIL import Image
 
 from tools.browser import Browser, browser_program
-from vllm_multilora.store.folder import FOLDER_VARIABLE
+from vllm_multilora.store.protocol.store_folder import FOLDER_VARIABLE
 from vllm_multilora.tenants.keys import stored
 
 ROOT = Path(__file__).parents[1]

@@ -12,16 +12,16 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from vllm_multilora.integration.patching.attributes import (
+from vllm_multilora.integration.patching.parts import part_of
+from vllm_multilora.integration.patching.tables.attributes import (
     CORE_ATTRIBUTES,
     GATEWAY_ATTRIBUTES,
     TOOL_ATTRIBUTES,
 )
-from vllm_multilora.integration.patching.core_seams import CORE_SEAMS
-from vllm_multilora.integration.patching.gateway_seams import GATEWAY_SEAMS
-from vllm_multilora.integration.patching.overrides import OVERRIDES
-from vllm_multilora.integration.patching.parts import part_of
-from vllm_multilora.integration.patching.replaced import REPLACED
+from vllm_multilora.integration.patching.tables.core_seams import CORE_SEAMS
+from vllm_multilora.integration.patching.tables.gateway_seams import GATEWAY_SEAMS
+from vllm_multilora.integration.patching.tables.overrides import OVERRIDES
+from vllm_multilora.integration.patching.tables.replaced import REPLACED
 
 FILE = Path(__file__).parent / "seams.json"
 _ROOT = Path(__file__).parents[1]

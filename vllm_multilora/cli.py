@@ -25,7 +25,8 @@ class Command:
     """A subcommand.
 
     Attributes:
-        module: Has `add_arguments(parser)` and `run(arguments)`; see `vllm_multilora.commands`.
+        module: Has `add_arguments(parser)` and `run(arguments)`; see
+        `vllm_multilora.toolbox.commands`.
         help: Its line among all commands.
         description: What its own help begins with.
         examples: What its own help ends with, without the program's name.
@@ -42,7 +43,7 @@ COMPLETION = "completion"
 
 COMMANDS = {
     "doctor": Command(
-        "vllm_multilora.commands.doctor",
+        "vllm_multilora.toolbox.commands.doctor_command",
         "check the installation: does vLLM see the plugin, and what will run",
         "Checks the installation: whether vLLM sees the plugin, which vLLM and platform there "
         "are, which patches apply, and which kernels will run. Exits with 1 if the plugin would "
@@ -53,7 +54,7 @@ COMMANDS = {
         ),
     ),
     "digest": Command(
-        "vllm_multilora.commands.digest",
+        "vllm_multilora.toolbox.commands.digest_command",
         "print which version of its weights each adapter has",
         "Prints each adapter's digest, computed over its configuration and all of its tensors as "
         "a server does when it loads the adapter. Exits with 1 if one cannot be read, with 2 if "
@@ -64,7 +65,7 @@ COMMANDS = {
         ),
     ),
     "sign": Command(
-        "vllm_multilora.commands.sign",
+        "vllm_multilora.toolbox.commands.sign",
         "sign an adapter's folder",
         "Signs all files of a folder with a private key, following OpenSSF model signing, and "
         "writes the signature to model.sig in that folder. Exits with 2 if that fails.",
@@ -74,7 +75,7 @@ COMMANDS = {
         ),
     ),
     "verify": Command(
-        "vllm_multilora.commands.verify",
+        "vllm_multilora.toolbox.commands.verify",
         "check adapters' signatures",
         "Checks adapters' signatures as a server that requires them does. Exits with 0 if all are "
         "valid, with 1 if one is not, with 2 if the keys cannot be used.",
@@ -84,7 +85,7 @@ COMMANDS = {
         ),
     ),
     "simulate": Command(
-        "vllm_multilora.commands.simulate",
+        "vllm_multilora.toolbox.commands.simulate",
         "replay a trace against the adapter cache under every policy",
         "Reports how often requests would have found their adapter in a slot or in host memory, "
         "what would have been loaded, copied and evicted, and how far each policy is from the "
@@ -95,7 +96,7 @@ COMMANDS = {
         ),
     ),
     "advise": Command(
-        "vllm_multilora.commands.advise",
+        "vllm_multilora.toolbox.commands.advise",
         "recommend changes to a running server, with reasons",
         "Watches a server, or asks a Prometheus that has scraped it, and compares what it finds "
         "with the rules for serving many adapters. Exits with 0 if there is nothing to change, "
@@ -106,7 +107,7 @@ COMMANDS = {
         ),
     ),
     "status": Command(
-        "vllm_multilora.commands.status",
+        "vllm_multilora.toolbox.commands.status",
         "show every adapter of a running server: where it is and how it is used",
         "Shows a server's GET /v1/lora_adapters as a table. Exits with 2 if the server gives no "
         "answer.",
@@ -116,7 +117,7 @@ COMMANDS = {
         ),
     ),
     "tenants": Command(
-        "vllm_multilora.commands.tenants",
+        "vllm_multilora.toolbox.commands.tenants",
         "create and hash tenants' keys, and check a tenants file",
         "Creates keys for the file given to --multilora-tenants, which contains only their "
         "hashes, and checks whether such a file is valid. Exits with 1 if it is not.",
@@ -126,7 +127,7 @@ COMMANDS = {
         ),
     ),
     "store": Command(
-        "vllm_multilora.commands.store",
+        "vllm_multilora.toolbox.commands.store",
         "run or inspect the store that several servers share",
         "Runs the process that reads, checks and caches adapters for all servers of this user on "
         "this machine. Servers start a store automatically, and it exits with the last of them; "
@@ -138,7 +139,7 @@ COMMANDS = {
         ),
     ),
     "plan": Command(
-        "vllm_multilora.commands.plan",
+        "vllm_multilora.toolbox.commands.planning.plan_command",
         "compute what adapter slots cost, before a server is started, and what it can carry",
         "Computes, to the byte, how much of a GPU's memory, and so of the KV cache, --max-loras "
         "and --max-lora-rank take, and what the adapters in a directory need. Only the base "
@@ -152,7 +153,7 @@ COMMANDS = {
         ),
     ),
     "calibrate": Command(
-        "vllm_multilora.commands.calibrate",
+        "vllm_multilora.toolbox.commands.calibrate",
         "measure what steps and loads of a running server cost, for plan --traffic",
         "Sends requests to a server for a minute or two, and writes a file with the time that its "
         "steps take, depending on what is in them, and that loads of adapters take. Exits with 2 "
@@ -163,7 +164,7 @@ COMMANDS = {
         ),
     ),
     "validate": Command(
-        "vllm_multilora.commands.validate",
+        "vllm_multilora.toolbox.commands.validate",
         "check whether adapters can be served over a base model",
         "Checks adapters as the server does when they are registered, without loading the base "
         "model's weights. Exits with 0 if all can be served, with 1 if one cannot, with 2 if the "
@@ -174,7 +175,7 @@ COMMANDS = {
         ),
     ),
     COMPLETION: Command(
-        "vllm_multilora.commands.completion",
+        "vllm_multilora.toolbox.commands.completion",
         "print a shell's completion script for these commands",
         "Prints a script that makes a shell complete commands and flags. Exits with 2 if shtab "
         "is not installed.",

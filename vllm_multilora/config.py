@@ -3,7 +3,7 @@
 Every field is a flag of `vllm serve` and a key of `additional_config["multilora"]`, so that
 `LLM(..., additional_config={"multilora": {"backend": "torch"}})` and `vllm serve ...
 --multilora-backend torch` mean the same. A field states its meaning (its help) and which values it
-accepts; `integration/patching/flags.py` makes the flags from the fields, so a new setting needs
+accepts; `integration/settings/flags.py` makes the flags from the fields, so a new setting needs
 nothing else.
 """
 

@@ -14,7 +14,7 @@ def register() -> None:
     the plugin, a server that was to ask for keys would ask for none.
     """
     from vllm_multilora.integration.logs import join_vllm_logging
-    from vllm_multilora.integration.patching.ledger import apply_patches
+    from vllm_multilora.integration.patching.tables.ledger import apply_patches
     from vllm_multilora.integration.updating import restore_updating
 
     join_vllm_logging()

@@ -1,7 +1,7 @@
 """What a benchmark is, and which there are.
 
-A benchmark is a function in a file of `benchmarks/` that is named like the file. Its parameters are
-its options, with their defaults:
+A benchmark is a function in a file of a folder of `benchmarks/`, and is named like the file. Its
+parameters are its options, with their defaults:
 
     @benchmark(
         workload="16 requests of ...",
@@ -24,6 +24,8 @@ from dataclasses import dataclass
 Option = bool | int | float | str
 
 _TRUTH = {"true": True, "false": False}
+_OTHERS = ("harness", "loads")
+"""Folders of `benchmarks/` without benchmarks."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def benchmark(
 
     def declare(measure: Callable[..., Iterable[Figure]]) -> Callable[..., Iterable[Figure]]:
         made = Benchmark(measure, workload, control, figure, compares_to, quick, plot)
-        if measure.__module__ != f"benchmarks.{made.name}":
+        if measure.__module__.rpartition(".")[2] != made.name:
             raise ValueError(f"{measure.__module__}: {made.name} is not named like its file")
         _KNOWN[made.name] = made
         return measure
@@ -131,15 +133,24 @@ def named(name: str) -> Benchmark:
     """
     if name not in names():
         raise ValueError(f"there is no benchmark {name!r}; there are {', '.join(names())}")
-    importlib.import_module(f"benchmarks.{name}")
+    importlib.import_module(_modules()[name])
     return _KNOWN[name]
 
 
 def names() -> list[str]:
     """Names of all benchmarks."""
+    return sorted(_modules())
+
+
+def _modules() -> dict[str, str]:
+    """The module of each benchmark, by its name."""
     import benchmarks
 
-    modules = pkgutil.iter_modules(benchmarks.__path__)
-    return sorted(
-        module.name for module in modules if not module.ispkg and module.name != "__main__"
-    )
+    (root,) = benchmarks.__path__
+    folders = [each.name for each in pkgutil.iter_modules([root]) if each.ispkg]
+    return {
+        module.name: f"benchmarks.{folder}.{module.name}"
+        for folder in folders
+        if folder not in _OTHERS
+        for module in pkgutil.iter_modules([f"{root}/{folder}"])
+    }

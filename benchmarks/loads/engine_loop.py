@@ -60,7 +60,7 @@ def smollm2(*, adapters: int = 0, max_rank: int = 64, **settings: Any) -> Iterat
         max_rank: Of adapters.
         **settings: Of `LLM`, over those here.
     """
-    from benchmarks.cpu_throughput import fastest_dtype
+    from benchmarks.steps.cpu_throughput import fastest_dtype
 
     chosen = {
         "dtype": fastest_dtype(),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu_throughput import PROJECTIONS, write_random_adapter
+from benchmarks.steps.cpu_throughput import PROJECTIONS, write_random_adapter
 
 RANK = 64
 VOCABULARY = 1024

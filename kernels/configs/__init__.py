@@ -7,9 +7,9 @@ the workload. In batch-invariant mode neither the table nor the token count has 
 """
 
 from multilora_kernels.configs.choice import choose_expand, choose_shrink
+from multilora_kernels.configs.config_facts import MIN_BLOCK, ExpandConfig, ShrinkConfig, Workload
+from multilora_kernels.configs.config_table import ConfigTableError, load_table
 from multilora_kernels.configs.defaults import default_expand, default_shrink
-from multilora_kernels.configs.model import MIN_BLOCK, ExpandConfig, ShrinkConfig, Workload
-from multilora_kernels.configs.table import ConfigTableError, load_table
 
 __all__ = [
     "MIN_BLOCK",

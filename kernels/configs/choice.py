@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from multilora_kernels.configs.config_facts import ExpandConfig, ShrinkConfig, Workload
+from multilora_kernels.configs.config_table import load_table
 from multilora_kernels.configs.defaults import (
     default_expand,
     default_shrink,
     invariant_expand,
     invariant_shrink,
 )
-from multilora_kernels.configs.model import ExpandConfig, ShrinkConfig, Workload
-from multilora_kernels.configs.table import load_table
 
 
 @lru_cache(maxsize=1024)

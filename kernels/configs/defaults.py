@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from multilora_kernels.configs.model import (
+from multilora_kernels.configs.config_facts import (
     MIN_BLOCK,
     ExpandConfig,
     ShrinkConfig,

@@ -13,7 +13,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-SOURCE_FOLDER = Path(__file__).parent
+BUILT_FOLDER = Path(__file__).parent
+SOURCE_FOLDER = BUILT_FOLDER / "sources"
 X86_MACHINES = ("x86_64", "AMD64")
 _FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fPIC", "-Wno-psabi")
 _LINK_FLAGS = ("-shared", "-static-libgcc")

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from multilora_kernels.cache_folder import default_cache_folder
 from multilora_kernels.native.builds import (
+    BUILT_FOLDER,
     KERNELS,
     PACKING,
-    SOURCE_FOLDER,
     InstructionSet,
     Library,
     NativeUnavailableError,
@@ -179,7 +179,7 @@ def built(library: Library) -> Iterator[Path]:
 
 
 def _installed(library: Library, instructions: InstructionSet) -> Path:
-    path = SOURCE_FOLDER / library.file_name(instructions)
+    path = BUILT_FOLDER / library.file_name(instructions)
     if not path.exists():
         raise NativeUnavailableError(
             f"{path} is missing, and so are its sources: this installation is not whole; reinstall "

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from multilora_kernels.plan import PlanLayout
-from multilora_kernels.trial.backends import Call, Prepare
-from multilora_kernels.trial.checks import problem_with, tolerance
 from multilora_kernels.trial.clocks import Clock
 from multilora_kernels.trial.kinds import LayerKind
-from multilora_kernels.trial.problems import Batch, Problem, Weights
+from multilora_kernels.trial.result_checks import problem_with, tolerance
+from multilora_kernels.trial.trial_backends import Call, Prepare
+from multilora_kernels.trial.trial_problems import TrialBatch, TrialProblem, Weights
 
 MAX_ELEMENTS = 1 << 26
 """Outputs of a case: beyond it, float32 copies of them would take gigabytes of the device."""
@@ -133,14 +133,14 @@ def run_cases(
             for name in backends
         }
         if any(cases.values()):
-            problem = Problem(kind, device, max_tokens)
+            problem = TrialProblem(kind, device, max_tokens)
             _run_kind(place, problem, cases, backends, report, clock)
             del problem  # its memory is the next one's
 
 
 def _run_kind(
     place: int,
-    problem: Problem,
+    problem: TrialProblem,
     cases: Mapping[str, Sequence[int]],
     backends: Mapping[str, Backend],
     report: Callable[[Begun | Ended], None],
@@ -171,7 +171,12 @@ class _Once:
 
 
 def _try(
-    prepare: _Once, problem: Problem, place: int, name: str, rows: int, clock: LimitedClock | None
+    prepare: _Once,
+    problem: TrialProblem,
+    place: int,
+    name: str,
+    rows: int,
+    clock: LimitedClock | None,
 ) -> Ended:
     try:
         call = prepare(problem.kind, problem.weights, problem.layout)
@@ -189,7 +194,7 @@ def _try(
     return Ended(place, name, rows, seconds=seconds, timing_s=taken)
 
 
-def check(call: Call, problem: Problem, batch: Batch) -> str:
+def check(call: Call, problem: TrialProblem, batch: TrialBatch) -> str:
     """What is wrong with a call's result; empty if it is right.
 
     The call is made twice: the second time, whatever it keeps from batch to batch is there.
@@ -204,7 +209,7 @@ def check(call: Call, problem: Problem, batch: Batch) -> str:
     return ""
 
 
-def _timed(call: Call, batch: Batch) -> Callable[[], None]:
+def _timed(call: Call, batch: TrialBatch) -> Callable[[], None]:
     # Sums grow while y is added to again and again: a product of zeros takes as long.
     out, given = batch.out.clone(), torch.zeros_like(batch.given)
     return lambda: call(out, given, batch.plan)

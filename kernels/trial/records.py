@@ -29,7 +29,7 @@ _LOCK_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Entry:
+class RecordEntry:
     """One kind of layer.
 
     Attributes:
@@ -54,7 +54,7 @@ class Record:
     """
 
     facts: Mapping[str, str]
-    entries: tuple[Entry, ...]
+    entries: tuple[RecordEntry, ...]
     written: float = 0.0
 
     def lines(self) -> list[str]:
@@ -104,7 +104,7 @@ def load(path: Path) -> Record | None:
             return None
         fields = json.loads(path.read_text())
         entries = tuple(
-            Entry(each["description"], tuple(each["layers"]), _choice(each["choice"]))
+            RecordEntry(each["description"], tuple(each["layers"]), _choice(each["choice"]))
             for each in fields["entries"]
         )
         return Record(fields["facts"], entries, fields["written"])

@@ -29,7 +29,7 @@ class TrialError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Limits:
+class TrialLimits:
     """How long things may take, in seconds.
 
     Attributes:
@@ -43,7 +43,7 @@ class Limits:
     trial: float = 600.0
 
 
-def run_trial(request: TrialRequest, limits: Limits | None = None) -> list[Ended]:
+def run_trial(request: TrialRequest, limits: TrialLimits | None = None) -> list[Ended]:
     """Tries all of a request's cases, whatever happens in some.
 
     A case in which the process hangs or ends counts as failed, and the next process goes on with
@@ -59,7 +59,7 @@ def run_trial(request: TrialRequest, limits: Limits | None = None) -> list[Ended
     Raises:
         TrialError: No process gets as far as the first case, or time is up.
     """
-    limits = limits or Limits()
+    limits = limits or TrialLimits()
     deadline = time.monotonic() + limits.trial
     ended: list[Ended] = []
     for _ in range(1 + MAX_RESTARTS):
@@ -77,7 +77,7 @@ def run_trial(request: TrialRequest, limits: Limits | None = None) -> list[Ended
 
 
 def _run_once(
-    request: TrialRequest, limits: Limits, deadline: float, ended: list[Ended]
+    request: TrialRequest, limits: TrialLimits, deadline: float, ended: list[Ended]
 ) -> Ended | None:
     """Runs one process to its end; returns the case that it has not survived, if there is one."""
     with tempfile.TemporaryFile("w+") as errors:

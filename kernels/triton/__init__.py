@@ -1,8 +1,8 @@
 """The Triton backend, for CUDA and ROCm devices and, in Triton's interpreter, for CPU tensors.
 
 `shrink`, `expand` and `combine` hold one kernel each beside its launcher, `product` puts them
-together, `prepared` keeps them for a layer; `README.md` explains them. Nothing here reads device
-memory on the host.
+together, `prepared_launches` keeps them for a layer; `README.md` explains them. Nothing here reads
+device memory on the host.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from multilora_kernels.triton.activations import aligned, aligned_h, aligned_out
 from multilora_kernels.triton.combine import prepare_combine
 from multilora_kernels.triton.expand import expand_kernel
 from multilora_kernels.triton.launch import Batch, device_facts
-from multilora_kernels.triton.prepared import (
+from multilora_kernels.triton.prepared_launches import (
     PreparedExpandLaunches,
     PreparedLaunches,
     PreparedShrinkLaunches,

@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from multilora_kernels.configs.config_facts import power_of_two_up
 from multilora_kernels.configs.defaults import SHORT_BATCH
-from multilora_kernels.configs.model import power_of_two_up
 from multilora_kernels.triton.launch import Batch, Launch, Spread, launch_options
 from multilora_kernels.triton.tiles import (
     base_rows,

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from multilora_kernels.configs import MIN_BLOCK, ExpandConfig
-from multilora_kernels.configs.model import power_of_two_up
+from multilora_kernels.configs.config_facts import power_of_two_up
 from multilora_kernels.factors import OutputFactors
 from multilora_kernels.triton.activations import row_step
 from multilora_kernels.triton.combine import pays_before_expand, prepare_combine

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from multilora_kernels.configs.model import MIN_BLOCK, power_of_two_up
+from multilora_kernels.configs.config_facts import MIN_BLOCK, power_of_two_up
 from multilora_kernels.plan import PlanLayout
 
 _REGISTERS, _MOST_REGISTERS = 65_536, 255  # of a multiprocessor; of a thread

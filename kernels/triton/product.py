@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from multilora_kernels.configs import Workload, choose_expand, choose_shrink
-from multilora_kernels.configs.model import power_of_two_up
+from multilora_kernels.configs.config_facts import power_of_two_up
 from multilora_kernels.factors import OutputFactors
 from multilora_kernels.triton.expand import prepare_expand
 from multilora_kernels.triton.launch import Batch, Launch

@@ -8,8 +8,8 @@ import torch
 
 from vllm_multilora.adapters.blend_intake import BlendIntake
 from vllm_multilora.adapters.intake import Intake, Rules, Taken, open_adapter
-from vllm_multilora.adapters.layout import BLOCK_BYTES, ModelLayout
-from vllm_multilora.adapters.pack_index import PackIndex
+from vllm_multilora.adapters.model.layout import BLOCK_BYTES, ModelLayout
+from vllm_multilora.adapters.packing.pack_index import PackIndex
 
 POISON = 0xA5
 

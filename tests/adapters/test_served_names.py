@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_multilora.adapters.blends import Blend, BlendPart
+from vllm_multilora.adapters.blend import Blend, BlendPart
 from vllm_multilora.adapters.directory import is_adapter_name
 from vllm_multilora.adapters.served_names import (
     MOST_NAME_BYTES,

@@ -9,17 +9,17 @@ import torch
 from multilora_kernels import dtypes
 
 _MODULES = (
-    "config",
-    "config_checks",
+    "config.adapter_config",
+    "config.config_checks",
     "directory",
-    "header",
-    "layout",
-    "limits",
-    "matching",
-    "missing_modules",
-    "placement",
-    "problem_list",
-    "tensor_checks",
+    "files.header",
+    "model.layout",
+    "model.size_limits",
+    "checks.matching",
+    "checks.missing_modules",
+    "checks.placement",
+    "checks.problem_list",
+    "checks.tensor_checks",
 )
 
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.attacks.site import Site, running_site
-from tests.serving.cases import Scenario
 from tests.serving.conftest import fleet, llama
+from tests.serving.models.cases import Scenario
 
 __all__ = ["fleet", "llama"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from tests.adapters.corpus import BAD
-from tests.serving.cases import Scenario
+from tests.serving.models.cases import Scenario
 
 from .poison import poisoned
 from .site import HOSTILE_NAMES

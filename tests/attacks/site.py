@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 
 from tests.serving import completions
-from tests.serving.cases import Case, Scenario
-from tests.serving.recipes import LINEAR_RECIPES
+from tests.serving.models.cases import Case, Scenario
+from tests.serving.models.recipes import LINEAR_RECIPES
 from tests.serving.server import VllmServer
 
 BASE = "base"

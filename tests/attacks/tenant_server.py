@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from tests.serving.cases import Scenario
+from tests.serving.models.cases import Scenario
 from tests.serving.server import VllmServer
 from vllm_multilora.tenants.keys import stored
 

@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from vllm_multilora.integration import kv_blocks
-from vllm_multilora.integration.worker import amx
+from vllm_multilora.integration.worker.base_layers import amx
 
 ROWS, COLUMNS = 300, 176
 """Not for the kernels of vLLM's own that only run with AMX, and five tiles and a half."""

@@ -16,7 +16,7 @@ import pytest
 
 from tests.serving import completions
 from tests.serving.stores import store_process
-from vllm_multilora.store.folder import socket_path
+from vllm_multilora.store.protocol.store_folder import socket_path
 
 from .site import GOOD, NAMES, Site
 

@@ -12,8 +12,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.serving import template
-from tests.serving.cases import Case, Scenario
 from tests.serving.engine import answer, lora_request, needs_ngram_drafts, running_engine
+from tests.serving.models.cases import Case, Scenario
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput

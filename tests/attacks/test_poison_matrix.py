@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from tests.serving.cases import Case, Scenario
 from tests.serving.engine import answer, assert_as_peft, running_engine
+from tests.serving.models.cases import Case, Scenario
 
 from .poison import ATTACKS, LENGTH, NAME, Attacker, assert_quarantined, poisoned
 

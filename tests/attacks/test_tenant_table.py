@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serving.cases import Scenario
+from tests.serving.models.cases import Scenario
 from vllm_multilora.gateway.body import DROPPED_BODIES, MAX_BODY_BYTES
 from vllm_multilora.gateway.fields import MAX_SHORT_TEXT
 from vllm_multilora.gateway.table import TENANT_ROUTES

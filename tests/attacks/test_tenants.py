@@ -17,13 +17,13 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.serving.cases import Scenario
 from tests.serving.engine import store_folder
-from tests.serving.faulty_reader import FAULT, FAULTY_READER
+from tests.serving.faults.faulty_reader import FAULT, FAULTY_READER
+from tests.serving.models.cases import Scenario
 from vllm_multilora.gateway.limits.pauses import LONGEST_PAUSE_S, STRANGERS_PER_MINUTE
-from vllm_multilora.store.client import StoreClient
-from vllm_multilora.store.folder import FOLDER_VARIABLE
-from vllm_multilora.store.launch import StoreProcess
+from vllm_multilora.store.clients.client import StoreClient
+from vllm_multilora.store.protocol.store_folder import FOLDER_VARIABLE
+from vllm_multilora.store.store_launch import StoreProcess
 
 from .flood import CONNECTIONS, Flood
 from .tenant_server import (

@@ -2,22 +2,22 @@
 
 from typing import Any
 
-from vllm_multilora.capacity.calibration import (
+from vllm_multilora.slots.budget import MIB
+from vllm_multilora.toolbox.capacity.calibration import (
     FORMAT,
     Calibration,
-    Loads,
+    LoadCosts,
     Machine,
     Ranges,
     Residual,
     Settings,
     versions_here,
 )
-from vllm_multilora.capacity.step_cost import TERMS
-from vllm_multilora.slots.budget import MIB
+from vllm_multilora.toolbox.capacity.step_cost import TERMS
 
 STEP_S = dict.fromkeys(TERMS, 0.0) | {"step": 1.0, "prompt_token": 0.01, "generated_token": 0.1}
 REQUEST_S = 0.5
-LOADS = Loads(
+LOADS = LoadCosts(
     fixed_s=1.0,
     s_per_mib=0.5,
     beside_fixed_s=2.0,

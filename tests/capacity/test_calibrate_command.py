@@ -8,11 +8,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from vllm_multilora import __version__
-from vllm_multilora.capacity.calibration import read_calibration
 from vllm_multilora.cli import main
-from vllm_multilora.commands.calibrate import forget_files, kv_tokens
 from vllm_multilora.errors import MultiLoRAError
-from vllm_multilora.operations.completions import Ask, Completions
+from vllm_multilora.toolbox.capacity.calibration import read_calibration
+from vllm_multilora.toolbox.clients.completions import Ask, Completions
+from vllm_multilora.toolbox.commands.calibrate import forget_files, kv_tokens
 
 pytestmark = pytest.mark.slow
 

@@ -9,12 +9,12 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from vllm_multilora.capacity.engine import Engine
-from vllm_multilora.capacity.served import Costs, Request
-from vllm_multilora.capacity.step_cost import TERMS, StepCost
 from vllm_multilora.slots.budget import MIB, CpuBudget
-from vllm_multilora.slots.simulation import ServerShape
-from vllm_multilora.slots.traces import LONGEST_S
+from vllm_multilora.slots.simulation.replay import ServerShape
+from vllm_multilora.slots.simulation.traces import LONGEST_S
+from vllm_multilora.toolbox.capacity.served import Costs, Request
+from vllm_multilora.toolbox.capacity.simulated_engine import Engine
+from vllm_multilora.toolbox.capacity.step_cost import TERMS, StepCost
 
 from . import calibrations
 from .calibrations import REQUEST_S, STEP_S

@@ -2,13 +2,13 @@
 
 import pytest
 
-from vllm_multilora.capacity.calibration import CalibrationError
-from vllm_multilora.capacity.fitting import fit
-from vllm_multilora.capacity.measuring import Measuring
-from vllm_multilora.capacity.step_cost import TERMS, Batch, StepCost, pairs_of
-from vllm_multilora.capacity.timing import Adapter, Limits
-from vllm_multilora.operations.completions import Answer
 from vllm_multilora.slots.budget import MIB
+from vllm_multilora.toolbox.capacity.calibration import CalibrationError
+from vllm_multilora.toolbox.capacity.fitting import fit
+from vllm_multilora.toolbox.capacity.measuring import Measuring
+from vllm_multilora.toolbox.capacity.step_cost import TERMS, StepBatch, StepCost, pairs_of
+from vllm_multilora.toolbox.capacity.timing import Adapter, ServerLimits
+from vllm_multilora.toolbox.clients.completions import Answer
 
 SECONDS = {
     "step": 0.05,
@@ -29,7 +29,7 @@ REQUEST_S, BESIDE_S = 0.006, 0.02
 LOAD_S, LOAD_S_PER_MIB, SLOWDOWN, COPY_S = 0.06, 0.004, 2.0, 0.02
 COST = StepCost(SECONDS)
 SIZES = {f"a{n}": (n % 4 + 1) * 8 * MIB for n in range(16)}
-LIMITS = Limits(max_num_seqs=16, max_num_batched_tokens=512, max_model_len=512)
+LIMITS = ServerLimits(max_num_seqs=16, max_num_batched_tokens=512, max_model_len=512)
 SLOTS = 8
 
 
@@ -66,7 +66,7 @@ class Server:
         asks = [*running, *late]
         tokens = [(ask, 1) for ask in running] + [(ask, ask.prompt_tokens) for ask in late]
         size = {ask.model: self.adapters.get(ask.model, 0) for ask in asks}
-        return Batch(
+        return StepBatch(
             prompt_tokens=sum(ask.prompt_tokens for ask in late),
             rows=len(asks),
             prompt_pairs=sum(pairs_of(ask.prompt_tokens) for ask in late),
@@ -165,7 +165,7 @@ def test_without_cold_adapters_nothing_is_known_of_loads():
 
 
 def test_a_server_of_short_requests_is_refused():
-    server, limits = Server(), Limits(16, 512, 64)
+    server, limits = Server(), ServerLimits(16, 512, 64)
     with pytest.raises(
         CalibrationError,
         match="accepts 64 tokens per request, but calibrating it needs at least 88",

@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from vllm_multilora import __version__, cli
-from vllm_multilora.capacity.calibration import write_calibration
 from vllm_multilora.slots.budget import MIB
+from vllm_multilora.toolbox.capacity.calibration import write_calibration
 
 from .calibrations import calibration
 
@@ -199,7 +199,7 @@ def test_a_calibration_that_does_not_fit_is_refused(plan, measured, said):
 
 
 def test_another_vllm_is_refused_and_another_build_of_it_is_not(plan, monkeypatch):
-    from vllm_multilora.commands import plan_traffic
+    from vllm_multilora.toolbox.commands.planning import plan_traffic
 
     here = {"vllm": "0.32.0+cpu", "vllm-multilora": __version__}
     monkeypatch.setattr(plan_traffic, "versions_here", lambda: here)

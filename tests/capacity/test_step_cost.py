@@ -5,9 +5,9 @@ from itertools import product
 
 import pytest
 
-from vllm_multilora.capacity.fitting import Sample, fit, line
-from vllm_multilora.capacity.step_cost import TERMS, Batch, StepCost, pairs_of
 from vllm_multilora.slots.budget import MIB
+from vllm_multilora.toolbox.capacity.fitting import Sample, fit, line
+from vllm_multilora.toolbox.capacity.step_cost import TERMS, StepBatch, StepCost, pairs_of
 
 SECONDS = {term: 0.001 * n for n, term in enumerate(TERMS, 1)}
 
@@ -16,7 +16,7 @@ def batches():
     amounts = (0, 7, 20, 50), (1, 2), (0, 1, 9), (0, 2, 5), (False, True)
     for length, prompts, rows, size, is_loading in product(*amounts):
         prompt = length * prompts
-        yield Batch(
+        yield StepBatch(
             prompt_tokens=prompt,
             rows=rows + (prompt > 0),
             prompt_pairs=prompts * pairs_of(length),
@@ -29,7 +29,7 @@ def batches():
 
 
 def test_each_part_counts_what_it_is_named_after():
-    batch = Batch(
+    batch = StepBatch(
         prompt_tokens=10,
         rows=3,
         prompt_pairs=pairs_of(10, before=4),
@@ -71,20 +71,20 @@ def test_a_fit_finds_the_parts_and_has_no_residual():
 
 def test_a_step_costs_what_its_case_takes_on_average_outliers_included():
     seconds = [1.0] * 19 + [3.0]
-    found = fit([Sample("one", Batch(), each) for each in seconds])
+    found = fit([Sample("one", StepBatch(), each) for each in seconds])
     assert found.seconds["step"] == pytest.approx(1.1)
     assert set(found.seconds.values()) - {found.seconds["step"]} == {0.0}
 
 
 def test_a_case_weighs_the_same_however_often_it_was_measured():
-    once = fit([Sample("short", Batch(), 1.0), Sample("long", Batch(), 2.0)])
-    often = fit([*[Sample("short", Batch(), 1.0)] * 24, Sample("long", Batch(), 2.0)])
+    once = fit([Sample("short", StepBatch(), 1.0), Sample("long", StepBatch(), 2.0)])
+    often = fit([*[Sample("short", StepBatch(), 1.0)] * 24, Sample("long", StepBatch(), 2.0)])
     assert often.seconds["step"] == pytest.approx(once.seconds["step"]) == pytest.approx(1.2)
 
 
 def test_nothing_costs_less_than_nothing():
     """Larger prompts that take less time are noise: the term is left out."""
-    found = fit([Sample(str(n), Batch(prompt_tokens=n), 1 - n / 100) for n in range(1, 5)])
+    found = fit([Sample(str(n), StepBatch(prompt_tokens=n), 1 - n / 100) for n in range(1, 5)])
     assert found.seconds["prompt_token"] == 0
     # All of these steps have prompts: what of it is the steps' own cannot be told.
     fixed = found.seconds["step"] + found.seconds["prompts_at_all"]
@@ -93,8 +93,8 @@ def test_nothing_costs_less_than_nothing():
 
 def test_the_residual_names_the_case_that_fits_worst():
     dice = random.Random(0)
-    samples = [Sample("as modelled", Batch(), 1 + dice.uniform(-0.1, 0.1)) for _ in range(50)]
-    found = fit([*samples, Sample("odd", Batch(), 2.0)])
+    samples = [Sample("as modelled", StepBatch(), 1 + dice.uniform(-0.1, 0.1)) for _ in range(50)]
+    found = fit([*samples, Sample("odd", StepBatch(), 2.0)])
     assert found.worst_case == "odd"
     assert found.worst == pytest.approx(found.seconds["step"] / 2 - 1)
     assert 0 < found.residual < -found.worst

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vllm_multilora import cli
-from vllm_multilora.commands import hit_rate_plot
+from vllm_multilora.toolbox.commands.output import hit_rate_plot
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "cache_policy"
 SMALL = ["--synthetic", "zipf", "--requests", "500", "--adapters", "30", "--max-loras", "4"]

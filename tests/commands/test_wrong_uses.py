@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.adapters.checkpoints import MODULES, weights, write
-from tests.adapters.signing import KeyPair
+from tests.adapters.signing.signed_folders import KeyPair
 from tests.serving.server import free_port
 from vllm_multilora.cli import INTERRUPTED, PIPE_CLOSED, TRACEBACK, main
 
@@ -172,7 +172,7 @@ def test_an_error_that_nobody_expects_is_no_answer(monkeypatch, capsys):
     def run(arguments):
         raise KeyError("first\nsecond")
 
-    monkeypatch.setattr("vllm_multilora.commands.simulate.run", run)
+    monkeypatch.setattr("vllm_multilora.toolbox.commands.simulate.run", run)
     assert main(["simulate"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("vllm-multilora simulate: error: KeyError: ")
@@ -189,7 +189,7 @@ def test_without_vllm_a_command_says_how_to_install_it(monkeypatch, capsys):
     def run(arguments):
         raise ModuleNotFoundError("No module named 'vllm'", name="vllm")
 
-    monkeypatch.setattr("vllm_multilora.commands.simulate.run", run)
+    monkeypatch.setattr("vllm_multilora.toolbox.commands.simulate.run", run)
     assert main(["simulate"]) == 2
     assert "error: vLLM is not installed: pip install" in capsys.readouterr().err
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_multilora.integration.engine.executor import AdapterExecutorMixin
-from vllm_multilora.integration.engine.scheduler import AdapterAwareMixin
+from vllm_multilora.integration.engine.scheduling.scheduler import AdapterAwareMixin
 
 
 class StockExecutor:

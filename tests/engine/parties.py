@@ -9,11 +9,11 @@ from vllm.lora.request import LoRARequest
 
 from tests.slots.situations import make_slots
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.integration.engine.adapters import EngineAdapters
-from vllm_multilora.integration.engine.observer import AdapterObserver
-from vllm_multilora.integration.fill_link import Filled, FillFailed
-from vllm_multilora.integration.orders import Check, Fill
-from vllm_multilora.store.messages import (
+from vllm_multilora.integration.engine.adapters.engine_adapters import EngineAdapters
+from vllm_multilora.integration.engine.adapters.observer import AdapterObserver
+from vllm_multilora.integration.worker_link.fill_link import Filled, FillFailed
+from vllm_multilora.integration.worker_link.orders import Check, Fill
+from vllm_multilora.store.protocol.messages import (
     Evicted,
     Failed,
     Forgotten,

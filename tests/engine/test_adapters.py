@@ -7,16 +7,23 @@ from tests.engine.parties import Engine, lora, pack_info
 from tests.metrics.readings import recorder, shown
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.integration.engine import registrations
-from vllm_multilora.integration.engine.arrivals import MOST_TIMES_GONE
-from vllm_multilora.integration.engine.entries import Entries
-from vllm_multilora.integration.failures import AdapterRefusedError
-from vllm_multilora.integration.fill_link import Filled, FillFailed, Missing
-from vllm_multilora.integration.orders import Check, Fill
+from vllm_multilora.integration.engine.adapters import registrations
+from vllm_multilora.integration.engine.adapters.adapter_entries import Entries
+from vllm_multilora.integration.engine.adapters.arrivals import MOST_TIMES_GONE
+from vllm_multilora.integration.failed_requests import AdapterRefusedError
 from vllm_multilora.integration.tenant_of_request import RequestTenant
+from vllm_multilora.integration.worker_link.fill_link import Filled, FillFailed, Missing
+from vllm_multilora.integration.worker_link.orders import Check, Fill
 from vllm_multilora.slots.pins import PinLimitError
 from vllm_multilora.states import AdapterState
-from vllm_multilora.store.messages import Failed, Forgotten, Loaded, Reading, Restarted, Totals
+from vllm_multilora.store.protocol.messages import (
+    Failed,
+    Forgotten,
+    Loaded,
+    Reading,
+    Restarted,
+    Totals,
+)
 
 # From the request to the slot
 

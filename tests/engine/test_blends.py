@@ -12,13 +12,13 @@ from tests.engine.test_quarantine import on
 from vllm_multilora.failures import FailureKind, RequestFailure
 from vllm_multilora.integration.blends import blend_of, blended, label_of
 from vllm_multilora.integration.engine.adapter_status import engine_report
-from vllm_multilora.integration.engine.entries import Entries
-from vllm_multilora.integration.engine.fair_scheduler import BLENDS as PARTY
-from vllm_multilora.integration.engine.fair_scheduler import party_of
-from vllm_multilora.integration.engine.quarantine import Quarantine
-from vllm_multilora.integration.failures import AdapterRefusedError, without_folder
+from vllm_multilora.integration.engine.adapters.adapter_entries import Entries
+from vllm_multilora.integration.engine.adapters.quarantine import Quarantine
+from vllm_multilora.integration.engine.scheduling.fair_scheduler import BLENDS as PARTY
+from vllm_multilora.integration.engine.scheduling.fair_scheduler import party_of
+from vllm_multilora.integration.failed_requests import AdapterRefusedError, without_folder
 from vllm_multilora.integration.tenant_of_request import RequestTenant
-from vllm_multilora.metrics.names import BLENDS
+from vllm_multilora.metrics.label_values import BLENDS
 from vllm_multilora.states import AdapterState
 
 ACME, ZEN = RequestTenant("acme"), RequestTenant("zen")
@@ -190,7 +190,7 @@ def test_a_blend_is_made_anew_once_its_quarantined_part_has_other_weights(engine
 
 def test_blends_that_overflow_put_no_adapter_out_of_mind(monkeypatch):
     """Anybody can think of weights that do, as many as they like."""
-    monkeypatch.setattr("vllm_multilora.integration.engine.quarantine._MOST_REMEMBERED", 4)
+    monkeypatch.setattr("vllm_multilora.integration.engine.adapters.quarantine._MOST_REMEMBERED", 4)
     quarantine = Quarantine()
     output = SimpleNamespace(req_ids=["r"], num_nans_in_logits={"r": 1}, pooler_output=None)
     bad = pack_info(1, "bad")

@@ -16,10 +16,10 @@ from hypothesis.stateful import (
 
 from tests.engine.parties import lora
 from tests.engine.whole import RANKS, Engine, Files, Store, path_of
-from tests.store.registries import PAGE
-from vllm_multilora.integration.engine import scheduler as scheduler_module
+from tests.store.loads.registries import PAGE
+from vllm_multilora.integration.engine.scheduling import scheduler as scheduler_module
 from vllm_multilora.slots.pins import PinLimitError
-from vllm_multilora.store.messages import StoreSettings
+from vllm_multilora.store.protocol.messages import StoreSettings
 
 ADAPTERS = st.integers(1, 5)
 WHICH = st.integers(0, 20)

@@ -11,8 +11,8 @@ from tests.engine.parties import Engine, lora, pack_info
 from tests.metrics.readings import recorder, shown
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.integration.engine.prefix_keys import VERSION
-from vllm_multilora.integration.engine.quarantine import Quarantine
+from vllm_multilora.integration.engine.adapters.quarantine import Quarantine
+from vllm_multilora.integration.engine.requests.prefix_keys import VERSION
 from vllm_multilora.states import AdapterState
 
 ACME = SimpleNamespace(lora_int_id=7, lora_name="acme", lora_path="/adapters/acme")

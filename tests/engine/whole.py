@@ -8,19 +8,19 @@ import msgspec
 import numpy as np
 from vllm.v1.request import RequestStatus
 
-from tests.engine.fake_scheduler import AwareScheduler, FakeOutput, FakeRequest
 from tests.engine.parties import lora
+from tests.engine.scheduling.fake_scheduler import AwareScheduler, FakeOutput, FakeRequest
 from tests.slots.situations import make_slots
 from tests.store.fake_reader import digest_of
-from tests.store.registries import CONTENTS, PAGE, World
+from tests.store.loads.registries import CONTENTS, PAGE, World
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.integration.engine.adapters import EngineAdapters
-from vllm_multilora.integration.engine.observer import AdapterObserver
-from vllm_multilora.integration.fill_link import Filled, FillFailed
-from vllm_multilora.integration.orders import Fill
-from vllm_multilora.store.arena import PLACE_BITS
-from vllm_multilora.store.job_messages import Place
-from vllm_multilora.store.messages import Failed, Loaded, Restarted, Want
+from vllm_multilora.integration.engine.adapters.engine_adapters import EngineAdapters
+from vllm_multilora.integration.engine.adapters.observer import AdapterObserver
+from vllm_multilora.integration.worker_link.fill_link import Filled, FillFailed
+from vllm_multilora.integration.worker_link.orders import Fill
+from vllm_multilora.store.memory.arena import PLACE_BITS
+from vllm_multilora.store.protocol.job_messages import Place
+from vllm_multilora.store.protocol.messages import Failed, Loaded, Restarted, Want
 
 RANKS = 2
 SPECIAL = "/adapters/3"

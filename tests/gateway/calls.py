@@ -4,7 +4,7 @@ import asyncio
 import json
 
 from vllm_multilora.gateway.keys.middleware import AccessMiddleware
-from vllm_multilora.integration.server.callers import current_caller
+from vllm_multilora.integration.server.requests.callers import current_caller
 from vllm_multilora.tenants.keys import stored
 
 ADMIN, CLIENT, ACME = "sk-admin-0123456789", "sk-client", "sk-acme"

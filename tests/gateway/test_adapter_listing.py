@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_multilora.gateway.status.listing import listing
+from vllm_multilora.gateway.status.adapter_list import listing
 
 
 def report(*, store: str = "unix:/run/store", requests: int = 5, **fields: object) -> dict:

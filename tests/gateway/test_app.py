@@ -14,8 +14,8 @@ from starlette.requests import Request
 
 from vllm_multilora.gateway.app import Gateway
 from vllm_multilora.gateway.invocations import InvocationsMiddleware
-from vllm_multilora.integration.patching.flags import merge_flags
-from vllm_multilora.integration.server.mounting import GATEWAY, mount_gateway
+from vllm_multilora.integration.server.settings.mounting import GATEWAY, mount_gateway
+from vllm_multilora.integration.settings.flags import merge_flags
 from vllm_multilora.tenants.keys import stored
 
 SAGEMAKER_HEADER = "x-amzn-sagemaker-adapter-identifier"

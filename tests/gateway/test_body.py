@@ -25,7 +25,7 @@ from vllm_multilora.gateway.fields import MAX_TEXT
 from vllm_multilora.gateway.keys.access import Access
 from vllm_multilora.gateway.stored import UnknownResponseError, new_id, require_own
 from vllm_multilora.gateway.table import TENANT_ROUTES
-from vllm_multilora.integration.server.callers import Caller
+from vllm_multilora.integration.server.requests.callers import Caller
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import Tenant

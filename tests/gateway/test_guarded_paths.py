@@ -141,8 +141,8 @@ def served(request, tmp_path_factory):
     from vllm.entrypoints.serve.lora import api_router
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from vllm_multilora.integration.patching.flags import merge_flags
-    from vllm_multilora.integration.server.mounting import mount_gateway
+    from vllm_multilora.integration.server.settings.mounting import mount_gateway
+    from vllm_multilora.integration.settings.flags import merge_flags
 
     locks, keys = LOCKS[request.param]
     tenants = tmp_path_factory.mktemp("tenants") / "tenants.json"

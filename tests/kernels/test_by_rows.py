@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from multilora_kernels import BatchPlan, PlanLayout
-from multilora_kernels.by_rows import PreparedByRows
-from multilora_kernels.prepared import Prepared
+from multilora_kernels.launches.by_rows import PreparedByRows
+from multilora_kernels.launches.prepared import Prepared
 
 LAYOUT = PlanLayout(64, 2)
 

@@ -16,7 +16,7 @@ from multilora_kernels import (
 
 from .problems import Problem, make_problem
 from .tolerances import assert_close
-from .triton_problems import DEVICE, as_on_an_h100, poisoned_memory, problem_here, watched
+from .triton.triton_problems import DEVICE, as_on_an_h100, poisoned_memory, problem_here, watched
 
 MIXED = [i % 6 - 1 for i in range(45)]
 BATCHES = {

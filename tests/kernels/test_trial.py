@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from multilora_kernels.trial import backends, cases, choices, records, supervisor
+from multilora_kernels.trial import cases, choices, records, supervisor
+from multilora_kernels.trial import trial_backends as backends
 from multilora_kernels.trial.cases import (
     MAX_TIMING_SECONDS,
     Backend,
@@ -14,11 +15,11 @@ from multilora_kernels.trial.cases import (
     Ended,
     LimitedClock,
 )
-from multilora_kernels.trial.checks import problem_with
 from multilora_kernels.trial.kinds import LayerKind
-from multilora_kernels.trial.problems import Problem
 from multilora_kernels.trial.requests import NamedBackend, TrialRequest
-from multilora_kernels.trial.supervisor import Limits, TrialError
+from multilora_kernels.trial.result_checks import problem_with
+from multilora_kernels.trial.supervisor import TrialError, TrialLimits
+from multilora_kernels.trial.trial_problems import TrialProblem
 
 from . import trial_backends
 
@@ -106,7 +107,7 @@ class TestChecks:
         assert not any(each.problem for each in ended(run([LINEAR], ours=allowed)))
 
     def test_batches_have_mixed_ranks_rows_without_adapter_and_idle_slots(self):
-        problem = Problem(LINEAR, CPU, 64)
+        problem = TrialProblem(LINEAR, CPU, 64)
         batch = problem.mixed_batch(33)
         assert {-1, 0} < set(batch.slots.tolist())
         assert not set(batch.slots.tolist()) & {2, 5}
@@ -237,7 +238,7 @@ class TestSupervisor:
     def test_kernels_that_hang_end_within_the_limit_and_others_go_on(self):
         asked = request_for((BAD, LINEAR), ours=named("hanging"), stock=named("right"))
         begin = time.monotonic()
-        found = supervisor.run_trial(asked, Limits(case=4.0))
+        found = supervisor.run_trial(asked, TrialLimits(case=4.0))
         assert time.monotonic() - begin < 90
         problems = [(e.kind, e.backend, e.rows, e.problem) for e in found if e.problem]
         assert problems == [(0, "ours", 1, "no result within 4 s")]
@@ -264,14 +265,14 @@ class TestSupervisor:
     def test_a_trial_takes_no_longer_than_its_limit(self):
         asked = request_for((BAD,), ours=named("hanging"))
         with pytest.raises(TrialError, match="more than 12 s"):
-            supervisor.run_trial(asked, Limits(trial=12.0))
+            supervisor.run_trial(asked, TrialLimits(trial=12.0))
 
 
 class TestRecords:
     choice = choices.Choice(((8, "ours"), (None, "stock")), {"x": "wrong"}, {"ours": {8: 1.5}})
 
     def record(self) -> records.Record:
-        entry = records.Entry("linear 40 -> 24+8", ("qkv_proj",), self.choice)
+        entry = records.RecordEntry("linear 40 -> 24+8", ("qkv_proj",), self.choice)
         return records.Record({"card": "H100"}, (entry,))
 
     def test_a_record_is_read_as_it_was_written(self, tmp_path):

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 
 from multilora_kernels import BatchPlan
-from multilora_kernels.trial.backends import torch_products as right
-from multilora_kernels.trial.backends import triton
 from multilora_kernels.trial.kinds import LayerKind
+from multilora_kernels.trial.trial_backends import torch_products as right
+from multilora_kernels.trial.trial_backends import triton
 
 __all__ = ["right", "triton"]
 

@@ -29,18 +29,18 @@ from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import LogprobsLists
 
 from vllm_multilora.integration.api_server.failure_delivery import process_outputs
-from vllm_multilora.integration.engine.versions import KEY as VERSION_KEY
-from vllm_multilora.integration.server import metering
-from vllm_multilora.integration.server.callers import MOST_SCORES, Caller
-from vllm_multilora.integration.server.http_calls import HttpCall, current_call
-from vllm_multilora.integration.server.metering import (
+from vllm_multilora.integration.engine.requests.weight_versions import KEY as VERSION_KEY
+from vllm_multilora.integration.server.requests import metering
+from vllm_multilora.integration.server.requests.callers import MOST_SCORES, Caller
+from vllm_multilora.integration.server.requests.http_calls import HttpCall, current_call
+from vllm_multilora.integration.server.requests.metering import (
     METER,
     ServerMeter,
     abort_requests,
     beam_search,
     shutdown,
 )
-from vllm_multilora.integration.server.metering import PROMPT as PROMPT_OF
+from vllm_multilora.integration.server.requests.metering import PROMPT as PROMPT_OF
 from vllm_multilora.metering.usage import Status, Usage
 from vllm_multilora.metrics import server_counts
 from vllm_multilora.tenants.limits import Account

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from vllm_multilora.metrics.adapter_metrics import AdapterMetrics
+from vllm_multilora.slots.adapter_usage import AdapterUsage
 from vllm_multilora.slots.assignment import SlotAssignment
 from vllm_multilora.slots.budget import CpuBudget
 from vllm_multilora.slots.events import Tier
-from vllm_multilora.slots.host_tier import HostTier
 from vllm_multilora.slots.policies.lru import LruPolicy
-from vllm_multilora.slots.usage import AdapterUsage
+from vllm_multilora.slots.simulation.host_tier import HostTier
 from vllm_multilora.states import AdapterState
 
 from .readings import recorder

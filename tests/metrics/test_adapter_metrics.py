@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.metrics.names import IDLE_S
+from vllm_multilora.metrics.label_values import IDLE_S
 from vllm_multilora.metrics.request_metrics import RequestMetrics
 from vllm_multilora.slots.events import Tier
 from vllm_multilora.states import AdapterState

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from vllm_multilora.integration.metrics import FOLDER_VARIABLE, make_folder
-from vllm_multilora.integration.server import metrics
-from vllm_multilora.metrics.folder import (
+from vllm_multilora.integration.recording import FOLDER_VARIABLE, make_folder
+from vllm_multilora.integration.server.requests import metrics_route
+from vllm_multilora.metrics.value_folder import (
     create_folder,
     find_folder,
     locked,
@@ -38,7 +38,7 @@ def test_an_instance_finds_its_own_folder(tmp_path: Path, instance: str) -> None
 
 UNSHARE = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child")
 MAKE = (
-    "from pathlib import Path; from vllm_multilora.metrics.folder import create_folder; "
+    "from pathlib import Path; from vllm_multilora.metrics.value_folder import create_folder; "
     "import sys; (create_folder(sys.argv[1], Path(sys.argv[2])) / 'file').touch(); "
 )
 
@@ -132,11 +132,11 @@ def test_an_engine_that_has_ended_leaves_no_folder_in_a_process_that_goes_on(
     """Whoever has counted nothing has kept nothing of it either."""
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     monkeypatch.setenv(FOLDER_VARIABLE, "")
-    monkeypatch.setattr(metrics, "manages_adapters", lambda config: True)
+    monkeypatch.setattr(metrics_route, "manages_adapters", lambda config: True)
     config: Any = type("Config", (), {"instance_id": "an engine"})()
     config.parallel_config = SimpleNamespace(_api_process_count=1, _api_process_rank=0)
     make_folder(config)
-    metrics.show(config)
+    metrics_route.show(config)
     (folder,) = tmp_path.iterdir()
     assert find_folder("an engine", tmp_path) == folder
     del config

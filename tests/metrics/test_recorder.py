@@ -11,12 +11,12 @@ import pytest
 from vllm_multilora.metering.usage import Usage
 from vllm_multilora.metrics import definitions as defined
 from vllm_multilora.metrics.adapter_info import TIERS, AdapterInfo
-from vllm_multilora.metrics.folder import locked
-from vllm_multilora.metrics.names import IDLE_S, OTHER, BoundedNames
+from vllm_multilora.metrics.label_values import IDLE_S, OTHER, BoundedNames
 from vllm_multilora.metrics.process_stamps import ProcessStamp
 from vllm_multilora.metrics.recorder import Recorder
 from vllm_multilora.metrics.series_file import SeriesFile, SeriesFileFullError
 from vllm_multilora.metrics.server_counts import ServerCounts
+from vllm_multilora.metrics.value_folder import locked
 
 from .readings import recorder, shown
 

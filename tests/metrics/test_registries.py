@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 from vllm.entrypoints.serve.instrumentator import register_instrumentator_api_routers
 
 from vllm_multilora.gateway import own_routes
-from vllm_multilora.integration.server import metrics
+from vllm_multilora.integration.server.requests import metrics_route
 from vllm_multilora.metrics import definitions as defined
 
 from .readings import recorder
@@ -47,9 +47,9 @@ def show_slots(folder: str) -> None:
     recorder(engine).series(defined.SLOTS).set(2)
     config: Any = type("Config", (), {"instance_id": "an engine"})()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(metrics.FOLDER_VARIABLE, str(engine))
-        patch.setattr(metrics, "manages_adapters", lambda config: True)
-        metrics.show(config)
+        patch.setenv(metrics_route.FOLDER_VARIABLE, str(engine))
+        patch.setattr(metrics_route, "manages_adapters", lambda config: True)
+        metrics_route.show(config)
 
 
 def series(text: str) -> Counter[str]:

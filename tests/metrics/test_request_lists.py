@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
-from vllm_multilora.integration.server import metrics
+from vllm_multilora.integration.server.requests import metrics_route
 from vllm_multilora.metrics.collector import LoRACollector
 from vllm_multilora.metrics.process_stamps import ProcessStamp
 from vllm_multilora.metrics.request_lists import RequestLists
@@ -121,7 +121,7 @@ class Stats(SimpleNamespace):
             running_lora_adapters=dict.fromkeys(running, 1), waiting_lora_adapters={}
         )
         for told in (lists, None):
-            metrics.record(Stats.record, self, told, None, engine_idx=engine)
+            metrics_route.record(Stats.record, self, told, None, engine_idx=engine)
 
     @property
     def vllms(self) -> list[str]:
@@ -137,7 +137,7 @@ def test_several_servers_show_the_newest_lists_alone_however_many_there_were(
 ) -> None:
     """With the plugin off, vLLM's metrics are as they are without it."""
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "somewhere")
-    monkeypatch.setattr(metrics._COLLECTOR, "folder", tmp_path)
+    monkeypatch.setattr(metrics_route._COLLECTOR, "folder", tmp_path)
     stats = Stats(is_on=is_on)
     for number in range(9):
         stats.step(f"{number}")
@@ -150,7 +150,7 @@ def test_a_server_goes_on_where_lists_cannot_be_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "somewhere")
-    monkeypatch.setattr(metrics._COLLECTOR, "folder", tmp_path / "gone")
+    monkeypatch.setattr(metrics_route._COLLECTOR, "folder", tmp_path / "gone")
     Stats(is_on=True).step("a")
 
 

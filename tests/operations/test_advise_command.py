@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 
 from vllm_multilora.cli import main
-from vllm_multilora.operations.snapshots import NAMES, WANTED, Snapshot, parse_exposition
+from vllm_multilora.toolbox.advice.snapshots import NAMES, WANTED, Snapshot, parse_exposition
 
 from .conftest import Answer, Site
 from .exposition import FakeServer

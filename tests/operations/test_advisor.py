@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from vllm_multilora.metrics.names import BLENDS, OTHER
-from vllm_multilora.operations.advisor import advise, merge_snippet, slots_needed
-from vllm_multilora.operations.findings import Finding, FindingCode
-from vllm_multilora.operations.observations import (
-    HostMemory,
+from vllm_multilora.metrics.label_values import BLENDS, OTHER
+from vllm_multilora.toolbox.advice.advisor import advise, merge_snippet, slots_needed
+from vllm_multilora.toolbox.advice.findings import Finding, FindingCode
+from vllm_multilora.toolbox.advice.observations import (
+    HostMemoryUse,
     LoadTimes,
     Observations,
     SeenAdapter,
@@ -26,7 +26,7 @@ HEALTHY = Observations(
     active=10,
     peak_wanted=7,
     gpu_evictions=5,
-    host=HostMemory(adapters=10, bytes=1.0 * GIB, bytes_limit=4.0 * GIB),
+    host=HostMemoryUse(adapters=10, bytes=1.0 * GIB, bytes_limit=4.0 * GIB),
     requests={adapter.name: 40.0 for adapter in ADAPTERS},
     finished=420.0,
     load_times=LoadTimes({100.0: 80.0, 250.0: 20.0}),
@@ -95,7 +95,7 @@ def test_slots_that_change_hands_though_there_are_enough():
 
 
 def test_host_memory_that_is_too_small_in_bytes():
-    host = HostMemory(adapters=6, bytes=0.6 * GIB, bytes_limit=0.6 * GIB)
+    host = HostMemoryUse(adapters=6, bytes=0.6 * GIB, bytes_limit=0.6 * GIB)
     found = only(advise(replace(HEALTHY, slots=12, host=host, cpu_evictions=400)))
     assert found.code is FindingCode.CPU_TIER_SMALL
     # 12 slots and a fifth are 15 adapters of 0.1 GiB.
@@ -103,7 +103,7 @@ def test_host_memory_that_is_too_small_in_bytes():
 
 
 def test_host_memory_that_is_too_small_in_adapters():
-    host = HostMemory(adapters=12, bytes=GIB, adapters_limit=12)
+    host = HostMemoryUse(adapters=12, bytes=GIB, adapters_limit=12)
     found = only(advise(replace(HEALTHY, host=host, cpu_evictions=2)))
     assert found.change == "raise --max-cpu-loras from 12 to 15"
 
@@ -117,7 +117,7 @@ def test_loads_over_half_a_second(host_bytes, advice):
             replace(
                 HEALTHY,
                 load_times=LoadTimes({500.0: 10.0, 1000.0: 90.0}),
-                host=HostMemory(adapters=10, bytes=host_bytes),
+                host=HostMemoryUse(adapters=10, bytes=host_bytes),
             )
         )
     )
@@ -178,7 +178,7 @@ def test_what_is_not_to_be_merged(change):
 
 def test_cold_adapters_in_memory_that_others_need():
     requests = {f"customer-{i}": 40.0 for i in range(8)}
-    full = HostMemory(adapters=10, bytes=3.9 * GIB, bytes_limit=4.0 * GIB)
+    full = HostMemoryUse(adapters=10, bytes=3.9 * GIB, bytes_limit=4.0 * GIB)
     found = only(advise(replace(HEALTHY, requests=requests, host=full)))
     assert found.code is FindingCode.COLD
     assert "customer-8, customer-9" in found.change

@@ -10,8 +10,8 @@ import threading
 import pytest
 
 from vllm_multilora.cli import main
-from vllm_multilora.commands.status_table import screen, table
-from vllm_multilora.operations.http_client import base_url
+from vllm_multilora.toolbox.clients.http_client import base_url
+from vllm_multilora.toolbox.commands.output.status_table import screen, table
 
 NOW = 1_800_000_000.0
 

@@ -2,11 +2,11 @@
 
 import pytest
 
-from vllm_multilora.metrics.names import BLENDS, OTHER
-from vllm_multilora.operations.http_client import UnreachableError
-from vllm_multilora.operations.observations import Observations, SeenAdapter
-from vllm_multilora.operations.snapshots import Snapshot, parse_exposition
-from vllm_multilora.operations.watching import observe
+from vllm_multilora.metrics.label_values import BLENDS, OTHER
+from vllm_multilora.toolbox.advice.observations import Observations, SeenAdapter
+from vllm_multilora.toolbox.advice.snapshots import Snapshot, parse_exposition
+from vllm_multilora.toolbox.advice.watching import observe
+from vllm_multilora.toolbox.clients.http_client import UnreachableError
 
 from .exposition import FakeServer
 

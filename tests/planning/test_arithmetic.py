@@ -3,10 +3,10 @@
 import pytest
 
 from tests.adapters.checkpoints import MODULES
-from vllm_multilora.planning.kv_cache import KvCache
-from vllm_multilora.planning.plan import Plan
-from vllm_multilora.planning.slot_memory import LayerMemory, SlotMemory
+from vllm_multilora.integration.offline.kv_cache import KvCache
+from vllm_multilora.integration.offline.slot_memory import LayerMemory, SlotMemory
 from vllm_multilora.slots.budget import readable
+from vllm_multilora.toolbox.planning.memory_plan import MemoryPlan
 
 from .models import HEAD_WIDTHS, MODEL, TWO_WORKERS
 
@@ -41,18 +41,18 @@ def test_tokens_and_requests():
 
 
 def test_every_worker_keeps_its_own_host_copies():
-    assert Plan(MODEL, 3, 16).host_least == 3 * 16_000
-    assert Plan(TWO_WORKERS, 3, 16).host_least == 2 * 3 * 16_000
+    assert MemoryPlan(MODEL, 3, 16).host_least == 3 * 16_000
+    assert MemoryPlan(TWO_WORKERS, 3, 16).host_least == 2 * 3 * 16_000
 
 
 def test_what_is_left_of_a_gpu():
-    plan = Plan(MODEL, 3, 16, gpu_bytes=4 * 2**30, utilization=0.5)
+    plan = MemoryPlan(MODEL, 3, 16, gpu_bytes=4 * 2**30, utilization=0.5)
     assert plan.budget == 2 * 2**30 - MODEL.weight_bytes
-    assert Plan(MODEL, 3, 16).budget is None
+    assert MemoryPlan(MODEL, 3, 16).budget is None
 
 
 def test_the_settings_asked_for_are_among_those_compared():
-    plan = Plan(MODEL, 3, 64)
+    plan = MemoryPlan(MODEL, 3, 64)
     assert plan.slot_counts == (1, 3, 4, 16, 64)
     assert plan.compared_ranks == (8, 16, 32, 64)
 

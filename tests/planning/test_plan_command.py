@@ -6,8 +6,8 @@ import json
 import pytest
 
 from vllm_multilora.cli import status_of
-from vllm_multilora.commands import plan as plan_command
 from vllm_multilora.errors import MultiLoRAError
+from vllm_multilora.toolbox.commands.planning import plan_command
 
 from .models import MODEL, TWO_WORKERS
 from .test_survey import put

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.adapters.checkpoints import layout, weights, write
 from tests.adapters.packs import take
-from vllm_multilora.planning.adapter_survey import SurveyError, survey_adapters
-from vllm_multilora.planning.advice import advise
+from vllm_multilora.toolbox.planning.adapter_survey import SurveyError, survey_adapters
+from vllm_multilora.toolbox.planning.plan_hints import advise
 
 from .models import HEAD_WIDTHS, MODEL
 

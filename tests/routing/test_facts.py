@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_multilora.routing import BadValueError, RequestFacts
-from vllm_multilora.routing.facts import LONGEST_VALUE, Source
+from vllm_multilora.routing.request_facts import LONGEST_VALUE, FactSource
 
-LANGUAGE = Source.parse("language")
+LANGUAGE = FactSource.parse("language")
 MOST_TAGS, LONGEST_TAG = 32 * 32, 64
 
 
@@ -66,7 +66,7 @@ def test_whatever_is_asked_for_the_answer_is_a_bounded_list_of_tags(text):
 )
 def test_a_value_longer_than_any_name_is_refused_with_a_sentence(source, facts):
     with pytest.raises(BadValueError, match="more than 512 characters"):
-        Source.parse(source).wanted(RequestFacts(**facts))
+        FactSource.parse(source).wanted(RequestFacts(**facts))
 
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -79,7 +79,7 @@ def test_anthropics_requests_can_be_led_by_headers_alone():
     from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
     from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 
-    from vllm_multilora.integration.server.routes import _facts
+    from vllm_multilora.integration.server.names.routes import _facts
 
     message = AnthropicMessagesRequest.model_validate({**NAMED, "max_tokens": 1})
     made = AnthropicServingMessages._build_base_request(message, MESSAGES)
@@ -92,7 +92,7 @@ def test_coheres_requests_can_be_led_by_headers_alone():
     from vllm.entrypoints.cohere.protocol import CohereChatV2Request
     from vllm.entrypoints.cohere.serving import CohereServingChatV2
 
-    from vllm_multilora.integration.server.routes import _facts
+    from vllm_multilora.integration.server.names.routes import _facts
 
     chat = CohereChatV2Request.model_validate(NAMED)
     made = CohereServingChatV2._build_base_chat_completion(chat, MESSAGES)

@@ -115,10 +115,13 @@ def real_manager(
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    from vllm_multilora.integration.offline.model import Server, give_experts_kernels
-    from vllm_multilora.integration.worker.model_manager import MultiLoRAModelManager
+    from vllm_multilora.integration.offline.model_without_weights import (
+        ServerFlags,
+        give_experts_kernels,
+    )
+    from vllm_multilora.integration.worker.slots.model_manager import MultiLoRAModelManager
 
-    config = Server(str(folder), **vars(setting)).vllm_config()
+    config = ServerFlags(str(folder), **vars(setting)).vllm_config()
     for name, value in lora.items():
         setattr(config.lora_config, name, value)
     with set_current_vllm_config(config), groups():
@@ -177,7 +180,7 @@ def allocate_as_one_of(
     os.environ["VLLM_DIST_IDENT"] = meeting.name
     from vllm.distributed import parallel_state
 
-    from vllm_multilora.integration.patching.ledger import apply_patches
+    from vllm_multilora.integration.patching.tables.ledger import apply_patches
 
     apply_patches()
     parallel_state.init_distributed_environment(workers, rank, f"file://{meeting}", rank, "gloo")

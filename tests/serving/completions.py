@@ -2,7 +2,7 @@
 
 import httpx
 
-from .cases import NEW_TOKENS, Case
+from .models.cases import NEW_TOKENS, Case
 from .server import VllmServer
 
 

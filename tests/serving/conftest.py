@@ -22,8 +22,8 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 
 if TYPE_CHECKING:
-    from .blends import BlendScenario
-    from .cases import Scenario
+    from .models.blend_models import BlendScenario
+    from .models.cases import Scenario
 
 _Built = TypeVar("_Built")
 
@@ -63,7 +63,7 @@ def _shared(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], 
 def llama(tmp_path_factory: pytest.TempPathFactory) -> "Scenario":
     """A tiny Llama, its nine adapters, and cases answered by PEFT."""
     _require_serving_stack()
-    from .scenarios import llama_scenario
+    from .models.scenarios import llama_scenario
 
     return _shared(tmp_path_factory, "llama", llama_scenario)
 
@@ -72,7 +72,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> "Scenario":
 def qwen2(tmp_path_factory: pytest.TempPathFactory) -> "Scenario":
     """A tiny Qwen2, its eight adapters, and cases answered by PEFT."""
     _require_serving_stack()
-    from .scenarios import qwen2_scenario
+    from .models.scenarios import qwen2_scenario
 
     return _shared(tmp_path_factory, "qwen2", qwen2_scenario)
 
@@ -81,7 +81,7 @@ def qwen2(tmp_path_factory: pytest.TempPathFactory) -> "Scenario":
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> "Scenario":
     """A tiny Llama, forty adapters of ranks from 8 to 64, and a case of each answered by PEFT."""
     _require_serving_stack()
-    from .scenarios import fleet_scenario
+    from .models.scenarios import fleet_scenario
 
     return _shared(tmp_path_factory, "fleet", fleet_scenario)
 
@@ -90,7 +90,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> "Scenario":
 def activated(tmp_path_factory: pytest.TempPathFactory) -> "Scenario":
     """A tiny Llama, activated adapters and a plain one, and prompts that invoke them."""
     _require_serving_stack()
-    from .activated import activated_scenario
+    from .models.activated_models import activated_scenario
 
     return _shared(tmp_path_factory, "activated", activated_scenario)
 
@@ -99,6 +99,6 @@ def activated(tmp_path_factory: pytest.TempPathFactory) -> "Scenario":
 def blends(tmp_path_factory: pytest.TempPathFactory) -> "BlendScenario":
     """A tiny Llama, adapters, and blends of them that PEFT has made."""
     _require_serving_stack()
-    from .blends import blend_scenario
+    from .models.blend_models import blend_scenario
 
     return _shared(tmp_path_factory, "blends", blend_scenario)

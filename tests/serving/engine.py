@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from vllm_multilora.integration.patching.version import installed_version
-from vllm_multilora.store.folder import FOLDER_VARIABLE
+from vllm_multilora.store.protocol.store_folder import FOLDER_VARIABLE
 
 from . import template
-from .cases import NEW_TOKENS, Case, Scenario
+from .models.cases import NEW_TOKENS, Case, Scenario
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import httpx
 
-from vllm_multilora.store.folder import FOLDER_VARIABLE
+from vllm_multilora.store.protocol.store_folder import FOLDER_VARIABLE
 
 from . import template
 from .engine import KV_CACHE_BYTES, environment, store_folder

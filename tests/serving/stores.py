@@ -8,9 +8,9 @@ from pathlib import Path
 
 import psutil
 
-from vllm_multilora.store import folder
-from vllm_multilora.store.client import StoreClient
-from vllm_multilora.store.messages import Description
+from vllm_multilora.store.clients.client import StoreClient
+from vllm_multilora.store.protocol import store_folder
+from vllm_multilora.store.protocol.messages import Description
 
 _LIMIT_S = 20.0
 
@@ -22,7 +22,7 @@ class _Existing:
         self.path = path
 
     def connect(self) -> socket.socket:
-        return folder.connect(self.path)
+        return store_folder.connect(self.path)
 
 
 @contextlib.contextmanager

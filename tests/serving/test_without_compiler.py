@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from . import completions
-from .cases import Scenario
+from .models.cases import Scenario
 from .server import VllmServer
 
 pytestmark = [pytest.mark.serving, pytest.mark.slow]

@@ -6,9 +6,9 @@ from typing import Any
 from vllm_multilora.slots.assignment import Assignment, SlotAssignment
 from vllm_multilora.slots.budget import CpuBudget
 from vllm_multilora.slots.events import SlotEvents, Tier
-from vllm_multilora.slots.host_tier import HostTier
-from vllm_multilora.slots.policy import CachePolicy
-from vllm_multilora.slots.registry import make_policy
+from vllm_multilora.slots.policies.policy import CachePolicy
+from vllm_multilora.slots.policies.policy_registry import make_policy
+from vllm_multilora.slots.simulation.host_tier import HostTier
 
 MIB = 2**20
 

@@ -18,8 +18,8 @@ from fastapi.testclient import TestClient
 from vllm_multilora.gateway.keys.access import Access
 from vllm_multilora.gateway.keys.middleware import AccessMiddleware
 from vllm_multilora.gateway.status import page as status_page
-from vllm_multilora.gateway.status.adapters import MAX_SHARE, AdaptersRoute, RecentListing
-from vllm_multilora.integration.server import registration
+from vllm_multilora.gateway.status.status_route import MAX_SHARE, AdaptersRoute, RecentListing
+from vllm_multilora.integration.server.names import registration
 from vllm_multilora.states import AdapterState
 from vllm_multilora.tenants.keys import stored
 from vllm_multilora.tenants.rules import STATUS, STATUS_PAGE

@@ -8,10 +8,10 @@ import psutil
 import pytest
 
 from tests.store.fake_reader import FakeReader
-from vllm_multilora.store.client import StoreClient
-from vllm_multilora.store.folder import FOLDER_VARIABLE
-from vllm_multilora.store.launch import StoreProcess, StoreThread
-from vllm_multilora.store.messages import Description, Failed, Loaded, StoreSettings, Want
+from vllm_multilora.store.clients.client import StoreClient
+from vllm_multilora.store.protocol.messages import Description, Failed, Loaded, StoreSettings, Want
+from vllm_multilora.store.protocol.store_folder import FOLDER_VARIABLE
+from vllm_multilora.store.store_launch import StoreProcess, StoreThread
 
 FAKE = "tests.store.fake_reader:FakeReader"
 PATIENT_S = 20.0

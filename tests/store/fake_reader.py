@@ -22,7 +22,7 @@ from urllib.parse import parse_qsl
 import msgspec
 import numpy as np
 
-from vllm_multilora.store.syscalls import libc
+from vllm_multilora.store.memory.syscalls import libc
 
 MIB = 1 << 20
 

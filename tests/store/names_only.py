@@ -4,10 +4,10 @@ import socket
 from itertools import count
 from pathlib import Path
 
-from vllm_multilora.store.channel import Channel, ChannelClosedError
-from vllm_multilora.store.folder import StoreUnavailableError
-from vllm_multilora.store.messages import FromClient, Hello, Publish, Retract, Saw
-from vllm_multilora.store.names import Names
+from vllm_multilora.store.protocol.channel import Channel, ChannelClosedError
+from vllm_multilora.store.protocol.messages import FromClient, Hello, Publish, Retract, Saw
+from vllm_multilora.store.protocol.store_folder import StoreUnavailableError
+from vllm_multilora.store.shared_registrations import PublishedNames
 
 NOW = 1000.0
 
@@ -22,7 +22,7 @@ class Stores:
         self.attempts = 0
         self._clients = count()
         self._channels: dict[int, Channel] = {}
-        self._names = Names(self)
+        self._names = PublishedNames(self)
 
     def connect(self) -> socket.socket:
         self.attempts += 1
@@ -65,4 +65,4 @@ class Stores:
         for channel in self._channels.values():
             channel.close()
         self._channels.clear()
-        self._names = Names(self)
+        self._names = PublishedNames(self)

@@ -10,11 +10,9 @@ import msgspec
 import pytest
 
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.store.channel import Channel
-from vllm_multilora.store.client import StoreClient
-from vllm_multilora.store.folder import StoreUnavailableError
-from vllm_multilora.store.launch import FIRST_PAUSE_S, LONGEST_PAUSE_S
-from vllm_multilora.store.messages import (
+from vllm_multilora.store.clients.client import StoreClient
+from vllm_multilora.store.protocol.channel import Channel
+from vllm_multilora.store.protocol.messages import (
     Cancel,
     Configured,
     Failed,
@@ -30,6 +28,8 @@ from vllm_multilora.store.messages import (
     Totals,
     Want,
 )
+from vllm_multilora.store.protocol.store_folder import StoreUnavailableError
+from vllm_multilora.store.store_launch import FIRST_PAUSE_S, LONGEST_PAUSE_S
 
 STEP_S = FIRST_PAUSE_S / 10
 """Between two looks at a clock."""
@@ -157,7 +157,7 @@ def clock(monkeypatch):
     """The clients' time, which goes on when they look at it."""
     now = itertools.count()
     clock = SimpleNamespace(monotonic=lambda: STEP_S * next(now), sleep=lambda seconds: None)
-    monkeypatch.setattr("vllm_multilora.store.client.time", clock)
+    monkeypatch.setattr("vllm_multilora.store.clients.client.time", clock)
     return clock
 
 
@@ -259,7 +259,7 @@ def test_who_is_woken_by_a_store_is_woken_by_the_next_one(client, stores, monkey
     waker = SimpleNamespace(
         watch=watched.append, rearm=lambda: rearmed.append(True), close=lambda: None
     )
-    monkeypatch.setattr("vllm_multilora.store.client.Waker", lambda wake: waker)
+    monkeypatch.setattr("vllm_multilora.store.clients.client.Waker", lambda wake: waker)
     client.start_waking(lambda: None)
     first = client.fileno()
     stores.newest.close()

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from vllm_multilora.store import folder
-from vllm_multilora.store.channel import Channel, ChannelClosedError
 from vllm_multilora.store.door import Door
-from vllm_multilora.store.messages import FromStore, Refused
+from vllm_multilora.store.protocol import store_folder
+from vllm_multilora.store.protocol.channel import Channel, ChannelClosedError
+from vllm_multilora.store.protocol.messages import FromStore, Refused
 
 
 def descriptors() -> set[int]:
@@ -35,7 +35,7 @@ def no_descriptor_left() -> Iterator[None]:
 def door(tmp_path, monkeypatch) -> Iterator[Door]:
     monkeypatch.chdir(tmp_path)
     before = descriptors()
-    door = Door(folder.listen(tmp_path / "s.sock"))
+    door = Door(store_folder.listen(tmp_path / "s.sock"))
     yield door
     door.close()
     assert descriptors() == before
@@ -43,7 +43,7 @@ def door(tmp_path, monkeypatch) -> Iterator[Door]:
 
 def test_nobody_is_waited_for(door):
     assert door.accept() is None
-    with folder.connect("s.sock"):
+    with store_folder.connect("s.sock"):
         channel = door.accept()
         assert channel is not None
         assert channel.receive() == []
@@ -52,13 +52,13 @@ def test_nobody_is_waited_for(door):
 
 def test_for_whom_there_is_no_descriptor_is_told_so_and_others_come_in_later(door):
     for _ in range(2):
-        with contextlib.closing(Channel(folder.connect("s.sock"), FromStore)) as client:
+        with contextlib.closing(Channel(store_folder.connect("s.sock"), FromStore)) as client:
             with no_descriptor_left():
                 assert door.accept() is None
             ((refused, _),) = client.receive()
             assert isinstance(refused, Refused)
             assert "ulimit -n" in refused.reason
-    with folder.connect("s.sock"):
+    with store_folder.connect("s.sock"):
         channel = door.accept()
         assert channel is not None
         channel.close()
@@ -71,7 +71,7 @@ def test_another_user_is_not_served(door, tmp_path):
     (tmp_path / "s.sock").chmod(0o666)
     os.seteuid(12345)
     try:
-        client = Channel(folder.connect("s.sock"), FromStore)
+        client = Channel(store_folder.connect("s.sock"), FromStore)
     finally:
         os.seteuid(0)
     assert door.accept() is None

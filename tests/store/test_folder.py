@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.store.fake_reader import FakeReader
-from vllm_multilora.store import folder
-from vllm_multilora.store.folder import FOLDER_VARIABLE, StoreUnavailableError
-from vllm_multilora.store.runner import ThreadRunner
-from vllm_multilora.store.segments import SharedSegments
-from vllm_multilora.store.server import Server
+from vllm_multilora.store.jobs.runner import ThreadRunner
+from vllm_multilora.store.memory.segments import SharedSegments
+from vllm_multilora.store.protocol import store_folder
+from vllm_multilora.store.protocol.store_folder import FOLDER_VARIABLE, StoreUnavailableError
+from vllm_multilora.store.server import StoreServer
 
 
 @pytest.fixture
@@ -29,13 +29,13 @@ def usual(monkeypatch):
 
 
 def test_the_folder_is_made_for_this_user_alone(usual):
-    assert folder.store_folder() == usual
+    assert store_folder.store_folder() == usual
     assert usual.stat().st_mode & 0o777 == 0o700
 
 
 def test_the_folder_for_the_session_is_preferred(usual, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(usual.parent))
-    assert folder.store_folder() == usual.parent / "vllm-multilora"
+    assert store_folder.store_folder() == usual.parent / "vllm-multilora"
 
 
 @pytest.mark.parametrize("session", ["nowhere", "another-users"])
@@ -49,7 +49,7 @@ def test_without_a_folder_for_the_session_all_processes_of_the_user_share_the_us
         (usual.parent / session / "vllm-multilora").chmod(0o755)  # root may write to any folder
     for _ in range(2):
         monkeypatch.setenv(FOLDER_VARIABLE, "")
-        assert folder.store_folder() == usual
+        assert store_folder.store_folder() == usual
 
 
 @pytest.mark.parametrize("is_usable", [True, False])
@@ -58,13 +58,13 @@ def test_where_a_socket_has_no_room_in_the_temporary_folder_it_is_in_the_machine
 ):
     """vLLM's own sockets have shorter names."""
     monkeypatch.setenv(FOLDER_VARIABLE, "")
-    monkeypatch.setattr(folder, "_MACHINES", str(usual.parent))
+    monkeypatch.setattr(store_folder, "_MACHINES", str(usual.parent))
     monkeypatch.setattr(tempfile, "tempdir", str(usual.parent / ("x" * 70)))
     if not is_usable:
         usual.touch()
-    found = folder.store_folder()
+    found = store_folder.store_folder()
     assert (found == usual) == is_usable
-    with folder.listen(folder.socket_path(found)):
+    with store_folder.listen(store_folder.socket_path(found)):
         assert found.parent == usual.parent
 
 
@@ -74,9 +74,9 @@ def test_without_a_temporary_folder_the_error_says_what_to_name(usual, monkeypat
 
     monkeypatch.setattr(tempfile, "gettempdir", nowhere)
     with pytest.raises(StoreUnavailableError, match=f"No usable.*{FOLDER_VARIABLE}"):
-        folder.store_folder()
+        store_folder.store_folder()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(usual.parent))
-    assert folder.store_folder() == usual.parent / "vllm-multilora"
+    assert store_folder.store_folder() == usual.parent / "vllm-multilora"
 
 
 def test_who_sees_other_files_looks_for_another_store(tmp_path):
@@ -84,7 +84,7 @@ def test_who_sees_other_files_looks_for_another_store(tmp_path):
     code = """
 import ctypes, os, sys
 from pathlib import Path
-from vllm_multilora.store.folder import socket_path
+from vllm_multilora.store.protocol.store_folder import socket_path
 before = socket_path(Path("/shared"))
 if os.geteuid() != 0:
     ctypes.CDLL(None).unshare(0x10000000)  # CLONE_NEWUSER, where one may change one's root
@@ -98,39 +98,39 @@ print(before, socket_path(Path("/shared")))
     if done.returncode == 77:
         pytest.skip("no user namespaces here")
     before, after = done.stdout.split()
-    assert before == str(folder.socket_path(Path("/shared")))
+    assert before == str(store_folder.socket_path(Path("/shared")))
     assert after != before
 
 
 def test_machines_that_share_a_folder_leave_each_other_s_sockets_alone(tmp_path, monkeypatch):
     """A store on another machine looks dead from here."""
-    other = folder.socket_path(tmp_path)
-    folder.listen(other).close()
+    other = store_folder.socket_path(tmp_path)
+    store_folder.listen(other).close()
     seen = os.open(other, os.O_PATH)
-    monkeypatch.setattr(folder, "kernel", lambda: "this machine's")
-    with folder.listen(folder.socket_path(tmp_path)):
+    monkeypatch.setattr(store_folder, "kernel", lambda: "this machine's")
+    with store_folder.listen(store_folder.socket_path(tmp_path)):
         assert os.fstat(seen).st_nlink == 1
     os.close(seen)
 
 
 def test_nobody_waits_for_ever_for_a_process_that_is_frozen_with_the_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "_LOCK_S", 0.1)
+    monkeypatch.setattr(store_folder, "_LOCK_S", 0.1)
     refusals: list[str] = []
 
     def wait() -> None:
         try:
-            with folder.locked(tmp_path):
+            with store_folder.locked(tmp_path):
                 pass
         except StoreUnavailableError as error:
             refusals.append(str(error))
 
-    with folder.locked(tmp_path):
+    with store_folder.locked(tmp_path):
         waiting = threading.Thread(target=wait, daemon=True)
         waiting.start()
         waiting.join(30)
     [refusal] = refusals
     assert refusal.startswith(f"{tmp_path}/lock: another process has held this lock for 0.1")
-    with folder.locked(tmp_path):
+    with store_folder.locked(tmp_path):
         pass
 
 
@@ -149,10 +149,10 @@ def test_a_folder_that_cannot_be_trusted_is_left_alone(usual, prepare, monkeypat
     prepare(usual)
     if usual.is_dir() and not usual.is_symlink():
         usual.chmod(0o777)
-    private = folder.store_folder()
+    private = store_folder.store_folder()
     assert private != usual
     assert private.stat().st_mode & 0o777 == 0o700
-    assert folder.store_folder() == private, "what this process starts finds it too"
+    assert store_folder.store_folder() == private, "what this process starts finds it too"
 
 
 def test_a_foreign_folder_is_left_alone(usual, monkeypatch):
@@ -161,7 +161,7 @@ def test_a_foreign_folder_is_left_alone(usual, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(usual.parent))
     usual.rename(usual.parent / "vllm-multilora-12345")
-    assert folder.store_folder() != usual.parent / "vllm-multilora-12345"
+    assert store_folder.store_folder() != usual.parent / "vllm-multilora-12345"
 
 
 def test_a_named_folder_that_cannot_be_used_is_an_error(tmp_path, monkeypatch):
@@ -169,44 +169,44 @@ def test_a_named_folder_that_cannot_be_used_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "open").chmod(0o755)
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "open"))
     with pytest.raises(StoreUnavailableError, match="mode 755"):
-        folder.store_folder()
+        store_folder.store_folder()
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / ("x" * 120)))
     with pytest.raises(StoreUnavailableError, match="too long"):
-        folder.store_folder()
+        store_folder.store_folder()
 
 
 def test_a_named_folder_is_the_same_one_when_the_process_works_elsewhere(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(FOLDER_VARIABLE, "named")
-    folder.store_folder()
+    store_folder.store_folder()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert folder.store_folder() == tmp_path / "named"
+    assert store_folder.store_folder() == tmp_path / "named"
 
 
 def test_the_socket_of_a_dead_store_is_replaced_and_a_living_one_is_not(tmp_path):
     path = tmp_path / "s.sock"
-    folder.listen(path).close()
-    with folder.listen(path), pytest.raises(StoreUnavailableError, match="in use"):
-        folder.listen(path)
+    store_folder.listen(path).close()
+    with store_folder.listen(path), pytest.raises(StoreUnavailableError, match="in use"):
+        store_folder.listen(path)
 
 
 def test_a_store_removes_its_own_socket_only(tmp_path):
     path = tmp_path / "s.sock"
-    with folder.listen(path) as first:
-        address = folder.Address.of(first)
+    with store_folder.listen(path) as first:
+        address = store_folder.StoreAddress.of(first)
         path.rename(tmp_path / "old.sock")
-        with folder.listen(path):
+        with store_folder.listen(path):
             address.close()
             assert path.exists()
 
 
 def test_a_store_whose_socket_was_removed_removes_no_other_ones(tmp_path):
     path = tmp_path / "s.sock"
-    with folder.listen(path) as first:
+    with store_folder.listen(path) as first:
         path.unlink()
-        address = folder.Address.of(first)
-        with folder.listen(path):
+        address = store_folder.StoreAddress.of(first)
+        with store_folder.listen(path):
             address.close()
             assert path.exists()
 
@@ -219,10 +219,10 @@ def test_a_store_that_ends_leaves_its_place_before_it_frees_its_memory(tmp_path,
 
     def listen(path: Path) -> socket.socket:
         assert not path.exists()
-        return folder.listen(path)
+        return store_folder.listen(path)
 
-    server = Server(folder.listen(path), ThreadRunner(), FakeReader())
+    server = StoreServer(store_folder.listen(path), ThreadRunner(), FakeReader())
     server.stop()
     server.run()
     with successors[0]:
-        folder.connect(path).close()
+        store_folder.connect(path).close()

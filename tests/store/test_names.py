@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.store.names_only import NOW, Stores
-from vllm_multilora.store import names as names_module
-from vllm_multilora.store import names_client as client_module
-from vllm_multilora.store.messages import (
+from vllm_multilora.store import shared_registrations as names_module
+from vllm_multilora.store.clients import names_client as client_module
+from vllm_multilora.store.clients.names_client import NamesClient
+from vllm_multilora.store.protocol.messages import (
     Hello,
     Publish,
     Published,
@@ -20,8 +21,7 @@ from vllm_multilora.store.messages import (
     Retracted,
     Settled,
 )
-from vllm_multilora.store.names import PATIENCE_S, Names
-from vllm_multilora.store.names_client import NamesClient
+from vllm_multilora.store.shared_registrations import PATIENCE_S, PublishedNames
 
 
 class Mail:
@@ -43,9 +43,9 @@ def mail() -> Mail:
 
 
 @pytest.fixture
-def names(mail) -> Names:
+def names(mail) -> PublishedNames:
     """Three API servers of one server, and one of another."""
-    names = Names(mail)
+    names = PublishedNames(mail)
     for client in (1, 2, 3):
         names.join(client, "server", client)
     names.join(9, "another server", 9)
@@ -215,7 +215,7 @@ def test_an_adapter_that_is_published_again_keeps_its_name(names, mail, again):
 
 
 def test_how_many_api_servers_there_were_is_known_though_a_new_one_does_not_say_so(mail):
-    names = Names(mail)
+    names = PublishedNames(mail)
     names.join(1, "server", 101, peers=2)
     names.publish(1, publish(5), NOW)
     names.join(3, "server", 101)  # as one that was started again would

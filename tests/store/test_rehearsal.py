@@ -4,7 +4,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from vllm_multilora.store.adapter_reader import AdapterReader
+from vllm_multilora.store.jobs.adapter_reader import AdapterReader
 from vllm_multilora.store.rehearsal import rehearse
 
 

@@ -26,16 +26,16 @@ from tests.store.conftest import FAKE, PATIENT_S, Engine, is_writable
 from tests.store.fake_reader import FakeReader, content_of
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.slots.budget import CpuBudget
-from vllm_multilora.store import folder
-from vllm_multilora.store.channel import Channel, ChannelClosedError
-from vllm_multilora.store.client import StoreClient
+from vllm_multilora.store.clients.client import StoreClient
 from vllm_multilora.store.connections import Connection
-from vllm_multilora.store.desk import BRIEF_S
-from vllm_multilora.store.entries import Client
-from vllm_multilora.store.folder import StoreUnavailableError
-from vllm_multilora.store.launch import StoreProcess, StoreThread
-from vllm_multilora.store.mapper import SegmentMapper
-from vllm_multilora.store.messages import (
+from vllm_multilora.store.jobs.desk import BRIEF_S
+from vllm_multilora.store.jobs.runner import BACKGROUND_NICENESS, ThreadRunner
+from vllm_multilora.store.loads.queue import Lane
+from vllm_multilora.store.memory.entries import Client
+from vllm_multilora.store.memory.mapper import SegmentMapper
+from vllm_multilora.store.protocol import store_folder as folder
+from vllm_multilora.store.protocol.channel import Channel, ChannelClosedError
+from vllm_multilora.store.protocol.messages import (
     PROTOCOL,
     Configure,
     Describe,
@@ -53,9 +53,9 @@ from vllm_multilora.store.messages import (
     Totals,
     Want,
 )
-from vllm_multilora.store.queue import Lane
-from vllm_multilora.store.runner import BACKGROUND_NICENESS, ThreadRunner
-from vllm_multilora.store.server import Server
+from vllm_multilora.store.protocol.store_folder import StoreUnavailableError
+from vllm_multilora.store.server import StoreServer
+from vllm_multilora.store.store_launch import StoreProcess, StoreThread
 
 pytestmark = pytest.mark.waits
 
@@ -172,7 +172,7 @@ def test_a_full_arena_makes_room_and_says_who_left(engines):
 def test_a_segment_is_told_of_once_and_so_is_its_end(store_folder):
     said = []
     channel = SimpleNamespace(send=said.append, close=lambda: None)
-    server = Server(folder.listen(store_folder / "s.sock"), ThreadRunner(), FakeReader())
+    server = StoreServer(folder.listen(store_folder / "s.sock"), ThreadRunner(), FakeReader())
     server._connections[-1] = Connection(-1, channel, watches=True)
     server._segments.create(7, 4096)
     for _ in range(2):
@@ -189,7 +189,7 @@ def test_who_does_not_read_is_told_no_more_of_what_is_in_memory_and_the_newest_t
     said = []
     channel = SimpleNamespace(pending=0, send=said.append)
     path = folder.socket_path(store_folder)
-    server = Server(folder.listen(path), ThreadRunner(), FakeReader())
+    server = StoreServer(folder.listen(path), ThreadRunner(), FakeReader())
     server._connections[-1] = Connection(-1, channel)
     server._registry.clients[-1] = Client(-1, "engine", "server", 1)
 
@@ -358,7 +358,7 @@ def test_a_worker_keeps_what_it_has_mapped_of_a_store_that_has_died(engine):
     ids=["refused", "no-answer"],
 )
 def test_a_worker_that_gets_no_segment_says_why(store_folder, monkeypatch, said, reason):
-    monkeypatch.setattr("vllm_multilora.store.mapper._ANSWER_S", 0.01)
+    monkeypatch.setattr("vllm_multilora.store.memory.mapper._ANSWER_S", 0.01)
     path = store_folder / "s.sock"
     with folder.listen(path) as listener:
         mapper = SegmentMapper(f"unix:{path}", "server")
@@ -415,7 +415,7 @@ def test_the_time_that_a_store_is_frozen_is_not_its_jobs(engines):
 
 
 def test_nor_is_it_where_the_store_is_frozen_while_it_hears_somebody(store_folder):
-    server = Server(folder.listen(store_folder / "store.sock"), ThreadRunner(), FakeReader())
+    server = StoreServer(folder.listen(store_folder / "store.sock"), ThreadRunner(), FakeReader())
     queue, before = server._registry.loads.queue, time.monotonic() - 3
     queue.add(1, "server", ["owner"], Lane.REQUEST, timeout_s=1.0)
     assert queue.start_next(before) == 1
@@ -430,9 +430,9 @@ def test_a_client_that_dies_gives_its_leases_back(engines, tmp_path):
     code = f"""
 import sys, time
 from tests.store.conftest import Engine
-from vllm_multilora.store.channel import ChannelClosedError
-from vllm_multilora.store.client import StoreClient
-from vllm_multilora.store.launch import StoreProcess
+from vllm_multilora.store.protocol.channel import ChannelClosedError
+from vllm_multilora.store.clients.client import StoreClient
+from vllm_multilora.store.store_launch import StoreProcess
 engine = Engine(StoreClient(StoreProcess({FAKE!r}), "other"), budget_bytes={MIB})
 engine.load(1, "/fake/a?blocks={MIB}")
 print("loaded", flush=True)
@@ -456,9 +456,9 @@ def test_a_store_ends_with_its_last_client(engine):
 def test_a_store_outlives_the_engine_that_started_it(engines):
     code = f"""
 from tests.store.conftest import Engine
-from vllm_multilora.store.channel import ChannelClosedError
-from vllm_multilora.store.client import StoreClient
-from vllm_multilora.store.launch import StoreProcess
+from vllm_multilora.store.protocol.channel import ChannelClosedError
+from vllm_multilora.store.clients.client import StoreClient
+from vllm_multilora.store.store_launch import StoreProcess
 print(Engine(StoreClient(StoreProcess({FAKE!r}), "first")).describe().pid)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -510,9 +510,9 @@ def test_two_engines_that_start_at_once_start_one_store(engines):
     code = f"""
 import time
 from tests.store.conftest import Engine
-from vllm_multilora.store.channel import ChannelClosedError
-from vllm_multilora.store.client import StoreClient
-from vllm_multilora.store.launch import StoreProcess
+from vllm_multilora.store.protocol.channel import ChannelClosedError
+from vllm_multilora.store.clients.client import StoreClient
+from vllm_multilora.store.store_launch import StoreProcess
 print(Engine(StoreClient(StoreProcess({FAKE!r}), "first")).describe().pid, flush=True)
 time.sleep(1)
 """
@@ -542,7 +542,7 @@ def test_few_descriptors_are_a_clear_failure_and_no_end(engines):
 
 
 def test_another_protocol_is_refused_with_what_to_do(engine, monkeypatch):
-    monkeypatch.setattr("vllm_multilora.store.client.PROTOCOL", 99)
+    monkeypatch.setattr("vllm_multilora.store.clients.client.PROTOCOL", 99)
     with pytest.raises(StoreUnavailableError, match="restart the client's server"):
         Engine(StoreClient(StoreProcess(FAKE), "new"))
 
@@ -557,7 +557,7 @@ def test_a_refusal_is_heard_by_who_still_speaks_when_the_store_has_closed(engine
             closed.register(channel, 0)
             assert closed.poll(PATIENT_S * 1000)
 
-    monkeypatch.setattr("vllm_multilora.store.client.PROTOCOL", 99)
+    monkeypatch.setattr("vllm_multilora.store.clients.client.PROTOCOL", 99)
     monkeypatch.setattr(Channel, "send", send_and_wait)
     with pytest.raises(StoreUnavailableError, match="restart the client's server"):
         Engine(StoreClient(StoreProcess(FAKE), "new"))
@@ -615,8 +615,8 @@ def test_a_process_without_standard_streams_can_start_a_store():
     code = f"""
 import os
 from tests.store.conftest import Engine
-from vllm_multilora.store.client import StoreClient
-from vllm_multilora.store.launch import StoreProcess
+from vllm_multilora.store.clients.client import StoreClient
+from vllm_multilora.store.store_launch import StoreProcess
 said = os.dup(1)
 os.closerange(0, 3)
 pid = Engine(StoreClient(StoreProcess({FAKE!r}), "server")).describe().pid
@@ -649,9 +649,9 @@ def test_nothing_hides_pythons_own_modules_from_a_store(tmp_path):
     for hiding in (packages / "pathlib.py", tmp_path / "named" / "selectors.py"):
         hiding.write_text("raise ImportError('of another time')")
     code = """
-from vllm_multilora.store.client import StoreClient
-from vllm_multilora.store.launch import StoreProcess
-from vllm_multilora.store.messages import StoreSettings
+from vllm_multilora.store.clients.client import StoreClient
+from vllm_multilora.store.store_launch import StoreProcess
+from vllm_multilora.store.protocol.messages import StoreSettings
 client = StoreClient(StoreProcess(), "server")
 print(client.configure([], StoreSettings()))
 client.close()

@@ -12,11 +12,11 @@ import pytest
 from tests.adapters.checkpoints import MODULES, layout, weights, write
 from tests.store.conftest import Engine
 from vllm_multilora.cli import main
-from vllm_multilora.commands import store as command
-from vllm_multilora.store.client import StoreClient
-from vllm_multilora.store.folder import StoreUnavailableError, socket_path
-from vllm_multilora.store.launch import RunningStore, StoreProcess
-from vllm_multilora.store.messages import ClientRow, Description, Loaded, Totals
+from vllm_multilora.store.clients.client import StoreClient
+from vllm_multilora.store.protocol.messages import ClientRow, Description, Loaded, Totals
+from vllm_multilora.store.protocol.store_folder import StoreUnavailableError, socket_path
+from vllm_multilora.store.store_launch import RunningStore, StoreProcess
+from vllm_multilora.toolbox.commands import store as command
 
 pytestmark = pytest.mark.waits
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from vllm_multilora.integration.server.callers import Caller, current_caller
+from vllm_multilora.integration.server.requests.callers import Caller, current_caller
 
 
 def as_caller(who: Caller | None, call: Callable[[], Any]) -> Any:

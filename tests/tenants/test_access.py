@@ -32,31 +32,31 @@ from tests.tenants.callers import as_caller
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.documents import DocumentError
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.gateway.errors import error_answer
 from vllm_multilora.gateway.keys import access as access_module
 from vllm_multilora.gateway.keys import middleware
 from vllm_multilora.gateway.keys.access import Access, access_for
 from vllm_multilora.gateway.keys.middleware import AccessMiddleware, presented_key
-from vllm_multilora.gateway.limits import listing
-from vllm_multilora.gateway.limits.turns import turn_of
+from vllm_multilora.gateway.limits import list_answers
+from vllm_multilora.gateway.limits.tenant_turns import turn_of
 from vllm_multilora.gateway.paths import route_path
+from vllm_multilora.gateway.refused_answers import error_answer
 from vllm_multilora.gateway.stored import new_id
 from vllm_multilora.integration.engine_config import check_access
-from vllm_multilora.integration.failures import without_folders
+from vllm_multilora.integration.failed_requests import without_folders
 from vllm_multilora.integration.patching.patch import Patch
-from vllm_multilora.integration.server.callers import Caller, current_caller, turn_to_read
-from vllm_multilora.integration.server.key_settings import SALT_VARIABLE, read_admin_keys
-from vllm_multilora.integration.server.metering import METER, ServerMeter, shutdown
-from vllm_multilora.integration.server.mounting import mount_gateway
+from vllm_multilora.integration.server.requests.callers import Caller, current_caller, turn_to_read
+from vllm_multilora.integration.server.requests.metering import METER, ServerMeter, shutdown
+from vllm_multilora.integration.server.settings.key_settings import SALT_VARIABLE, read_admin_keys
+from vllm_multilora.integration.server.settings.mounting import mount_gateway
 from vllm_multilora.integration.server.start import (
     require_guards,
     share_threads,
 )
-from vllm_multilora.store.launch import environment
+from vllm_multilora.store.store_launch import environment
 from vllm_multilora.tenants.keys import ADMIN_KEY_VARIABLE, KeyRing, stored
 from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account, Pace, TokenBucket
 from vllm_multilora.tenants.rules import Endpoint, Role
-from vllm_multilora.tenants.tenant import Limits, Tenant, Tenants
+from vllm_multilora.tenants.tenant import Tenant, TenantLimits, Tenants
 
 
 @pytest.fixture
@@ -308,7 +308,7 @@ def slept(monkeypatch):
     monkeypatch.setattr(asyncio, "sleep", sleep)
     monkeypatch.setattr(Access, "watch", lambda access: None)  # which sleeps, too
     thread = SimpleNamespace(thread_time=lambda: clock.now)
-    monkeypatch.setattr(listing, "time", thread)
+    monkeypatch.setattr(list_answers, "time", thread)
     return seconds, clock
 
 
@@ -391,7 +391,7 @@ def test_a_list_waits_for_no_reader_of_another_one(tenants):
 
 def test_a_list_that_would_wait_for_long_is_refused(tenants, monkeypatch):
     """Else those whose clients have long gone would be made before it, and a server not end."""
-    monkeypatch.setattr(listing, "LONGEST_PAUSE_S", 0.001)
+    monkeypatch.setattr(list_answers, "LONGEST_PAUSE_S", 0.001)
     access = Access(tenants_path=str(tenants))
     app = App()
 
@@ -465,7 +465,7 @@ async def settled():
 
 
 def limited(**limits):
-    return Account(Tenant("acme", limits=Limits(**limits)))
+    return Account(Tenant("acme", limits=TenantLimits(**limits)))
 
 
 def test_a_call_that_has_waited_gets_its_whole_body():

@@ -25,21 +25,21 @@ from vllm.sampling_params import (
 from tests.tenants.callers import as_caller
 from vllm_multilora.gateway.table import MAX_ITEMS
 from vllm_multilora.integration.api_server.failure_delivery import HIDDEN_FOLDERS
-from vllm_multilora.integration.server import metering
-from vllm_multilora.integration.server.callers import (
+from vllm_multilora.integration.server.requests import metering
+from vllm_multilora.integration.server.requests.callers import (
     MOST_ANSWERS,
     MOST_BYTES,
     MOST_SCORES,
     Caller,
     current_caller,
 )
-from vllm_multilora.integration.server.engine_door import add_request, send_request
-from vllm_multilora.integration.server.metering import METER, ServerMeter
+from vllm_multilora.integration.server.requests.engine_door import add_request, send_request
+from vllm_multilora.integration.server.requests.metering import METER, ServerMeter
 from vllm_multilora.integration.tenant_of_request import tenant_of
 from vllm_multilora.metering.usage import Usage
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role
-from vllm_multilora.tenants.tenant import Limits, Tenant
+from vllm_multilora.tenants.tenant import Tenant, TenantLimits
 
 ADAPTER = SimpleNamespace(lora_name="acme-a", lora_path="/data/acme-a")
 CONFIG = SimpleNamespace(
@@ -97,7 +97,7 @@ def tenant(name: str) -> Caller:
 
 
 def caller(*granted: str | None, **limits: Any) -> Caller:
-    account = Account(Tenant("acme", weight=2, limits=Limits(**limits)), clock=lambda: 0.0)
+    account = Account(Tenant("acme", weight=2, limits=TenantLimits(**limits)), clock=lambda: 0.0)
     return Caller(Role.TENANT, ("/srv",), True, account, "secret", set(granted))
 
 
@@ -180,7 +180,7 @@ def test_a_tenants_call_wants_few_enough_answers_to_begin_them_in_a_moment():
 
 def test_a_tenants_running_calls_want_no_more_answers_than_it_may_have_at_a_time():
     """A call that wants many is one, but takes as many places and as much of the KV cache."""
-    account = Account(Tenant("acme", limits=Limits(running=2, answers=8)))
+    account = Account(Tenant("acme", limits=TenantLimits(running=2, answers=8)))
     processor = Processor()
 
     def begin(number: int, answers: int) -> Caller:
@@ -215,7 +215,7 @@ def test_a_tenants_answers_count_until_each_has_ended():
     register()
     processor = OutputProcessor(None, log_stats=False)
     METER.set(processor, ServerMeter(None))
-    account = Account(Tenant("acme", limits=Limits(answers=1)))
+    account = Account(Tenant("acme", limits=TenantLimits(answers=1)))
 
     def ask(who: Caller, number: int) -> None:
         request = engines_request(str(number), str(number))

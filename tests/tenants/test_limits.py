@@ -7,7 +7,7 @@ import pytest
 
 from vllm_multilora.tenants.limits import Account, LimitReachedError, Meter, Pace, TokenBucket
 from vllm_multilora.tenants.salts import tenant_salt
-from vllm_multilora.tenants.tenant import Limits, Tenant
+from vllm_multilora.tenants.tenant import Tenant, TenantLimits
 
 
 class Clock:
@@ -19,7 +19,7 @@ class Clock:
 
 
 def account(clock=None, servers=1, **limits):
-    return Account(Tenant("acme", limits=Limits(**limits)), servers, clock or Clock())
+    return Account(Tenant("acme", limits=TenantLimits(**limits)), servers, clock or Clock())
 
 
 def run(check):
@@ -78,9 +78,9 @@ def test_a_newer_file_lets_more_in_and_takes_nothing_away():
     def check():
         found = account(running=1)
         turns = [found.begin() for _ in range(4)]
-        found.update(Tenant("acme", limits=Limits(running=3)))
+        found.update(Tenant("acme", limits=TenantLimits(running=3)))
         assert [turn.done() for turn in turns] == [True, True, True, False]
-        found.update(Tenant("acme", limits=Limits(running=1)))
+        found.update(Tenant("acme", limits=TenantLimits(running=1)))
         found.end()
         found.end()
         assert not turns[3].done()
@@ -127,11 +127,11 @@ def test_what_was_used_counts_though_the_file_has_changed():
     def check():
         found = account(tokens_per_minute=60)
         found.charge(120)
-        found.update(Tenant("acme", limits=Limits(tokens_per_minute=60, running=3)))
+        found.update(Tenant("acme", limits=TenantLimits(tokens_per_minute=60, running=3)))
         with pytest.raises(LimitReachedError) as caught:
             found.begin()
         assert caught.value.retry_after_s == 61
-        found.update(Tenant("acme", limits=Limits(tokens_per_minute=6)))
+        found.update(Tenant("acme", limits=TenantLimits(tokens_per_minute=6)))
         with pytest.raises(LimitReachedError) as caught:
             found.begin()
         assert caught.value.retry_after_s == 610
@@ -304,7 +304,7 @@ def test_a_large_limit_is_told_in_digits():
 
 def test_calls_that_wait_for_tokens_alone_begin_by_themselves():
     async def check():
-        found = Account(Tenant("acme", limits=Limits(running=2, tokens_per_minute=60_000)))
+        found = Account(Tenant("acme", limits=TenantLimits(running=2, tokens_per_minute=60_000)))
         turns = [found.begin() for _ in range(4)]
         tokens = 60_200
         found.watch(Meter(lambda: tokens, lambda: False))
@@ -327,7 +327,7 @@ def test_a_higher_rate_lets_those_in_that_wait_for_tokens():
         found.charge(1000)
         found.end()
         assert not waits.done()
-        found.update(Tenant("acme", limits=Limits(running=1)))
+        found.update(Tenant("acme", limits=TenantLimits(running=1)))
         assert waits.done()
 
     run(check)

@@ -24,24 +24,24 @@ from tests.tenants.callers import as_caller
 from vllm_multilora.gateway.names.models_list import card_for, models_for
 from vllm_multilora.integration.api_server import registered_versions
 from vllm_multilora.integration.api_server.registered_versions import Version
-from vllm_multilora.integration.patching.ledger import apply_patches
-from vllm_multilora.integration.server import adapter_directory, blends, registration
-from vllm_multilora.integration.server.callers import (
-    Caller,
-    current_caller,
-    error_response,
-)
-from vllm_multilora.integration.server.http_calls import HttpCall, current_call
-from vllm_multilora.integration.server.metering import METER, ServerMeter
-from vllm_multilora.integration.server.model_names import (
+from vllm_multilora.integration.patching.tables.ledger import apply_patches
+from vllm_multilora.integration.server.names import adapter_directory, blend_names, registration
+from vllm_multilora.integration.server.names.model_names import (
     check_model,
     check_pooling_model,
     prepare,
 )
-from vllm_multilora.integration.server.routes import ROUTES, ServerRoutes
+from vllm_multilora.integration.server.names.routes import ROUTES, ServerRoutes
+from vllm_multilora.integration.server.requests.callers import (
+    Caller,
+    current_caller,
+    error_response,
+)
+from vllm_multilora.integration.server.requests.http_calls import HttpCall, current_call
+from vllm_multilora.integration.server.requests.metering import METER, ServerMeter
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role
-from vllm_multilora.tenants.tenant import Names, Tenant
+from vllm_multilora.tenants.tenant import AllowedNames, Tenant
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_a_rendered_request_names_what_is_to_answer_it(models, asked, named, mon
     models.engine_client = SimpleNamespace(output_processor=processor)
     for number in (1, 2):
         registered_versions.note(models.engine_client, number, Version("12345678" * 8, 1.0, "lora"))
-    monkeypatch.setattr(blends, "why_none", lambda models: None)
+    monkeypatch.setattr(blend_names, "why_none", lambda models: None)
     models.path.write_text("routes: {help-acme: acme-a, mixed: {blend: {acme-a: 0.5, zen-a: 0.5}}}")
 
     async def original(serving, request):
@@ -154,7 +154,10 @@ def test_each_request_of_a_batch_is_followed_as_over_http(models):
 
 def tenant(*, adapters: tuple[str, ...] = (), routes: tuple[str, ...] = ()) -> Caller:
     return Caller(
-        Role.TENANT, account=Account(Tenant("acme", adapters=Names(adapters), routes=Names(routes)))
+        Role.TENANT,
+        account=Account(
+            Tenant("acme", adapters=AllowedNames(adapters), routes=AllowedNames(routes))
+        ),
     )
 
 
@@ -215,8 +218,8 @@ def test_a_refusal_names_no_folder_to_who_may_see_none(models, asked, monkeypatc
         return answer  # to whoever asks
 
     monkeypatch.setattr(adapter_directory, "prepare", refuse)
-    monkeypatch.setattr(blends, "why_none", lambda models: None)
-    monkeypatch.setattr(blends, "is_active_behind", lambda client: True)
+    monkeypatch.setattr(blend_names, "why_none", lambda models: None)
+    monkeypatch.setattr(blend_names, "is_active_behind", lambda client: True)
     processor = SimpleNamespace()
     METER.set(processor, ServerMeter(None))
     models.engine_client = SimpleNamespace(output_processor=processor)
@@ -267,7 +270,7 @@ def test_a_version_that_is_not_served_is_not_answered_by_another(models, name, s
 
 def test_a_blend_stands_for_all_of_its_parts_in_their_versions(models):
     weights, client = (("acme-a", 1.0), ("zen-a", 0.5)), SimpleNamespace()
-    blend = blends.blend_now(models, weights)
+    blend = blend_names.blend_now(models, weights)
     assert registration.is_current(models, blend)
     registered_versions.note(client, 1, Version("1" * 64, 1.0, "lora"))
     assert registered_versions.find(client, blend) is None
@@ -276,7 +279,7 @@ def test_a_blend_stands_for_all_of_its_parts_in_their_versions(models):
     models.lora_requests["zen-a"] = LoRARequest("zen-a", 9, "/zen-a")
     assert not registration.is_current(models, blend)
     del models.lora_requests["acme-a"]
-    assert blends.blend_now(models, weights) is None
+    assert blend_names.blend_now(models, weights) is None
 
 
 def test_a_changed_file_takes_no_name_from_an_adapter(models):

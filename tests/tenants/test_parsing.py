@@ -7,8 +7,8 @@ import pytest
 
 from vllm_multilora.documents import DocumentError
 from vllm_multilora.tenants.keys import digest_of, stored
-from vllm_multilora.tenants.parsing import parse_tenants
-from vllm_multilora.tenants.tenant import Limits, Names, Tenant
+from vllm_multilora.tenants.tenant import AllowedNames, Tenant, TenantLimits
+from vllm_multilora.tenants.tenants_file import parse_tenants
 
 KEY, OTHER = stored("sk-one"), stored("sk-two")
 FULL = f"""
@@ -32,11 +32,11 @@ def test_everything_is_read():
     found = parse_tenants("tenants.yaml", FULL)
     assert found.by_name["acme"] == Tenant(
         "acme",
-        Names(("acme-*", "legal")),
-        Names(("support",)),
+        AllowedNames(("acme-*", "legal")),
+        AllowedNames(("support",)),
         base_model=True,
         weight=2.5,
-        limits=Limits(4, 0, 60000, 3, 5, 7),
+        limits=TenantLimits(4, 0, 60000, 3, 5, 7),
         allow=frozenset({"media", "grammars"}),
     )
     assert found.by_name["small"] == Tenant("small")
@@ -50,19 +50,19 @@ def test_no_tenants_are_fine():
 
 
 def test_names_are_exact_or_beginnings():
-    names = Names(("acme-*", "legal"))
+    names = AllowedNames(("acme-*", "legal"))
     assert "acme-1" in names
     assert "acme-" in names
     assert "legal" in names
     assert not any(name in names for name in ("acme", "legal2", "Legal", "xacme-1", "", None, 7))
-    assert "anything" in Names(("*",))
-    assert "anything" not in Names()
+    assert "anything" in AllowedNames(("*",))
+    assert "anything" not in AllowedNames()
 
 
 def test_limits_are_divided_among_servers_and_rounded_up():
-    assert Limits(4, 5, 60000, 3, 5, 7).divided(3) == Limits(2, 2, 20000, 3, 5, 3)
-    assert Limits(1, 0, 100, 1).divided(8) == Limits(1, 0, 12.5, 1)
-    assert Limits().divided(4) == Limits()
+    assert TenantLimits(4, 5, 60000, 3, 5, 7).divided(3) == TenantLimits(2, 2, 20000, 3, 5, 3)
+    assert TenantLimits(1, 0, 100, 1).divided(8) == TenantLimits(1, 0, 12.5, 1)
+    assert TenantLimits().divided(4) == TenantLimits()
 
 
 def tenant(text):

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from vllm_multilora.cli import main
-from vllm_multilora.tenants.parsing import parse_tenants
+from vllm_multilora.tenants.tenants_file import parse_tenants
 
 
 def test_a_new_key_is_printed_with_its_hash(capsys, monkeypatch):

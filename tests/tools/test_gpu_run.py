@@ -123,7 +123,7 @@ import torch
 from tools.gpu import compile, times
 from tools.kernels.measure.contenders import Multilora
 from tools.kernels.measure.timing import WallTimer
-from tools.kernels.measure.without_card import launched_without_card
+from tools.kernels.measure.compiled.without_card import launched_without_card
 
 with launched_without_card(compiling=True) as launches:
     for spec in compile.REHEARSED:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from tools.kernels.measure.launch_cases import table_name
+from tools.kernels.measure.tuned.launch_cases import table_name
 from tools.kernels.ranks import ARCHITECTURES, MAX_RANKS, rows_in_page
 
 ROOT = Path(__file__).parents[2]

@@ -9,8 +9,8 @@ import pytest
 
 from tools.testbed import compatibility
 from tools.testbed.results import SEAM_TABLES, Result, checked, load, with_checked
-from vllm_multilora.integration.patching.ledger import PATCHES
 from vllm_multilora.integration.patching.patch import RUNS
+from vllm_multilora.integration.patching.tables.ledger import PATCHES
 
 ROOT = Path(__file__).parents[2]
 RESULTS = load()

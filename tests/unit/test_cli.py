@@ -10,7 +10,8 @@ import pytest
 
 from vllm_multilora import __version__
 from vllm_multilora.cli import COMMANDS, main, parser_of
-from vllm_multilora.commands import plan, validate
+from vllm_multilora.toolbox.commands import validate
+from vllm_multilora.toolbox.commands.planning import plan_command
 
 HEAVY = ("torch", "vllm", "numpy", "triton", "matplotlib", "prometheus_client")
 MAX_MODULES = 400
@@ -150,7 +151,7 @@ def test_commands_that_take_a_flag_of_the_servers_say_the_same_of_it():
             a.option_strings[0]: (a.help, a.choices) for a in parser._actions if a.option_strings
         }
 
-    of_plan, of_validate = told(plan), told(validate)
+    of_plan, of_validate = told(plan_command), told(validate)
     both = of_plan.keys() & of_validate.keys() - {"--max-lora-rank"}  # which has no default in one
     assert len(both) >= 8
     assert {flag: of_plan[flag] for flag in both} == {flag: of_validate[flag] for flag in both}

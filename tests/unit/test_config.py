@@ -8,7 +8,7 @@ import pytest
 
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.integration.patching.cache_settings import UNLIMITED, cpu_budget
+from vllm_multilora.integration.settings.cache_settings import UNLIMITED, cpu_budget
 from vllm_multilora.slots.budget import GIB, CpuBudget
 
 

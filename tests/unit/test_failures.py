@@ -9,8 +9,9 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.exceptions import LoRAAdapterNotFoundError, VLLMValidationError
 
 from vllm_multilora.failures import FailureKind, classify_failure, describe_failure
-from vllm_multilora.integration.failures import STATUS
-from vllm_multilora.integration.server import callers, registration
+from vllm_multilora.integration.failed_requests import STATUS
+from vllm_multilora.integration.server.names import registration
+from vllm_multilora.integration.server.requests import callers
 
 
 class DeclaredError(OSError):

@@ -6,8 +6,8 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
-from vllm_multilora.integration.patching.core_seams import CORE_SEAMS
 from vllm_multilora.integration.patching.parts import CORE, GATEWAY, TOOLS, part_of
+from vllm_multilora.integration.patching.tables.core_seams import CORE_SEAMS
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
@@ -29,16 +29,13 @@ LAYERS = (
     ("vllm_multilora.slots", "vllm_multilora.store"),
     ("vllm_multilora.metering",),
     (
-        "vllm_multilora.capacity",
         "vllm_multilora.metrics",
-        "vllm_multilora.planning",
         "vllm_multilora.routing",
         "vllm_multilora.tenants",
-        "vllm_multilora.operations",
     ),
     ("vllm_multilora.integration",),
     ("vllm_multilora.gateway",),
-    ("vllm_multilora.plugin", "vllm_multilora.commands"),
+    ("vllm_multilora.plugin", "vllm_multilora.toolbox"),
     ("vllm_multilora.cli",),
     ("tools",),
 )

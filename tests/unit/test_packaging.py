@@ -155,7 +155,7 @@ def test_the_sdist_holds_what_the_wheel_is_built_from(dist):
     with tarfile.open(sdist) as archive:
         names = {n.partition("/")[2] for n in archive.getnames()}
     assert names >= {"pyproject.toml", "setup.py", "LICENSE", "README.md", "CHANGELOG.md"}
-    assert names >= set(tracked(*(f"kernels/native/*.{each}" for each in ("c", "h"))))
+    assert names >= set(tracked(*(f"kernels/native/sources/*.{each}" for each in ("c", "h"))))
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def calls_of(specs: Iterable[BatchSpec], device: torch.device) -> Callable[[], N
         specs: Batches; which adapters they have makes no difference to a launch.
         device: Where they are built, one after the other.
     """
-    from multilora_kernels.device_staging import DeviceStaging
+    from multilora_kernels.packs.device_staging import DeviceStaging
 
     kinds = {(spec.layer, spec.tokens, spec.max_rank, spec.max_loras): spec for spec in specs}
 
@@ -63,11 +63,11 @@ def main(arguments: list[str] | None = None) -> int:
         print("PyTorch finds no GPU here; --rehearse compiles without one", file=sys.stderr)
         return 2
     # They import Triton, which reads the variable then.
-    from multilora_kernels.triton.compile_pool import CompilePool, compile_jobs
-    from multilora_kernels.triton.compile_process import target_of
+    from multilora_kernels.triton.compiling.compile_pool import CompilePool, compile_jobs
+    from multilora_kernels.triton.compiling.compile_process import target_of
     from multilora_kernels.triton.launch import device_facts, noted_launches
     from tools.gpu import stress, times
-    from tools.kernels.measure.without_card import launched_without_card
+    from tools.kernels.measure.compiled.without_card import launched_without_card
 
     begin = time.monotonic()
     device = torch.device("cpu" if chosen.rehearse else "cuda")

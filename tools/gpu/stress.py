@@ -110,7 +110,7 @@ class Filling:
 
     def __init__(self, batch: LayerBatch, times: int | None = None) -> None:
         # Before there are two threads to import it.
-        import_module("multilora_kernels.triton.scatter")
+        import_module("multilora_kernels.triton.spread")
         self._table = SlotTable(batch.lora_a, batch.lora_b)
         self._batch, self._times = batch, times
         self.wrong = self.done = 0

@@ -17,12 +17,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TESTS = (
-    "test_triton.py",
-    "test_triton_bits.py",
-    "test_graph_capture.py",
-    "test_triton_replay.py",
-    "test_prepared_launches.py",
-    "test_scatter.py",
+    "triton/test_triton.py",
+    "triton/test_triton_bits.py",
+    "triton/test_graph_capture.py",
+    "triton/test_triton_replay.py",
+    "triton/test_prepared_launches.py",
+    "packs/test_scatter.py",
     "test_output_factors.py",
 )
 """By what they tell: right values, the same bits, graphs, launches, slots, factors."""

@@ -239,7 +239,9 @@ def main(arguments: list[str] | None = None) -> int:
     elif not torch.cuda.is_available():
         print("PyTorch finds no GPU here; --dry-run lists the cases", file=sys.stderr)
         return 2
-    from multilora_kernels.triton.compile_ahead import counted_compilations  # imports Triton
+    from multilora_kernels.triton.compiling.compile_ahead import (
+        counted_compilations,  # imports Triton
+    )
 
     end = time.monotonic() + float(os.environ.get("GPU_SECONDS", "480"))
     device = torch.device("cpu" if chosen.rehearse else "cuda")

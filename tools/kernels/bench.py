@@ -24,7 +24,7 @@ from typing import IO, Any
 import torch
 
 from multilora_kernels import native, triton_availability
-from multilora_kernels.configs.table import table_path
+from multilora_kernels.configs.config_table import table_path
 from multilora_kernels.triton_availability import INTERPRET_VARIABLE, TritonUnavailableError
 from tools.kernels.measure.baselines import BaseLayer, GemmLoop
 from tools.kernels.measure.batches import build
@@ -56,7 +56,7 @@ def contenders_for(device: torch.device) -> tuple[list[Contender], dict[str, str
         triton_availability.require(device.type)
         own: list[Contender] = [Multilora("triton")]
         if config_table(device) is not None:
-            from tools.kernels.measure.trials import ComputedDefaults  # imports Triton
+            from tools.kernels.measure.tuned.trials import ComputedDefaults  # imports Triton
 
             own.append(ComputedDefaults())
         return [*own, *entered.contenders, GemmLoop()], left_out

@@ -5,8 +5,8 @@
 A GPU that computes a layer in less time than the host needs to launch it waits for the host,
 wherever no graph is replayed. Measured is all that happens in Python: this package's checks, grids
 and buffers between the halves, and Triton's own work for a launch. Left out are the kernels,
-Triton's launcher in C and the driver (`measure/without_card.py`). No GPU is needed, and none is
-measured. Blocks and grids are an H100's. Minimum over repeats, on one thread.
+Triton's launcher in C and the driver (`measure/compiled/without_card.py`). No GPU is needed, and
+none is measured. Blocks and grids are an H100's. Minimum over repeats, on one thread.
 
 - operator: `PreparedLinear` as compiled code calls it
 - prepared: `PreparedLinear` as eager code calls it
@@ -85,7 +85,7 @@ def best(function: Callable[[], Any]) -> float:
 
 def main() -> int:
     """Prints the table."""
-    from tools.kernels.measure.without_card import launched_without_card
+    from tools.kernels.measure.compiled.without_card import launched_without_card
 
     print(f"| layer | batch | backend | {' | '.join(WAYS)} |\n|---|---|---|{'---:|' * len(WAYS)}")
     with launched_without_card() as launches:

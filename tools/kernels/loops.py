@@ -18,8 +18,8 @@ from pathlib import Path
 import triton
 
 from tools.kernels.measure.batches import LAYERS
-from tools.kernels.measure.launch_cases import LaunchCase, launches, table_name
-from tools.kernels.measure.sass import Counts, disassemble
+from tools.kernels.measure.compiled.sass import Counts, disassemble
+from tools.kernels.measure.tuned.launch_cases import LaunchCase, launches, table_name
 from tools.kernels.report import Compiled, compile_launch
 
 PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"

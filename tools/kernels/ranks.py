@@ -18,7 +18,7 @@ from pathlib import Path
 import triton
 
 from tools.kernels.measure.batches import LAYERS
-from tools.kernels.measure.launch_cases import LaunchCase, launches, table_name
+from tools.kernels.measure.tuned.launch_cases import LaunchCase, launches, table_name
 from tools.kernels.report import compile_launch
 
 PAGE = Path(__file__).parents[2] / "kernels" / "triton" / "README.md"

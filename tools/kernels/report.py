@@ -2,10 +2,10 @@
 
     python -m tools.kernels.report [--arch 90] [--case "qkv decode"] [--json] [--candidates]
 
-For every launch of every case (`measure/launch_cases.py`), and for the tables in force: registers
-and shared memory of a program, bytes spilled to local memory, how wide each tensor is read and
-written, how many loads one after the other come before that, tensor-core instructions, and how many
-programs a multiprocessor holds. A launch that several cases share is compiled once.
+For every launch of every case (`measure/tuned/launch_cases.py`), and for the tables in force:
+registers and shared memory of a program, bytes spilled to local memory, how wide each tensor is
+read and written, how many loads one after the other come before that, tensor-core instructions, and
+how many programs a multiprocessor holds. A launch that several cases share is compiled once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from triton.compiler import ASTSource
 
 from multilora_kernels.triton import INTERPRETED
 from multilora_kernels.triton.launch import Launch
-from tools.kernels.measure.launch_cases import (
+from tools.kernels.measure.compiled.ptx import Ptx
+from tools.kernels.measure.signature import pointers_of, specialise
+from tools.kernels.measure.tuned.launch_cases import (
     CARDS,
     CASES,
     SHARED_MEMORY_LIMIT,
@@ -38,8 +40,6 @@ from tools.kernels.measure.launch_cases import (
     table_cases,
     table_name,
 )
-from tools.kernels.measure.ptx import Ptx
-from tools.kernels.measure.signature import pointers_of, specialise
 
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 _FRAME = re.compile(r"\.local \.align \d+ \.b8\s+__local_depot\d+\[(\d+)\]")

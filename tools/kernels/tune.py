@@ -23,7 +23,13 @@ import torch
 
 from multilora_kernels import triton_availability
 from multilora_kernels.configs import ExpandConfig, ShrinkConfig
-from multilora_kernels.configs.table import Entry, Origin, Table, narrow_first, write_table
+from multilora_kernels.configs.config_table import (
+    Origin,
+    Table,
+    TableEntry,
+    narrow_first,
+    write_table,
+)
 from multilora_kernels.triton_availability import TritonUnavailableError
 from tools.kernels.measure.batches import LAYERS
 from tools.kernels.measure.environment import (
@@ -31,13 +37,13 @@ from tools.kernels.measure.environment import (
     command_arguments,
     current_environment,
 )
-from tools.kernels.measure.selection import Choice, Effort, Margins, UnusableConfigError
 from tools.kernels.measure.timing import Timer, timer_for
+from tools.kernels.measure.tuned.selection import Choice, Effort, Margins, UnusableConfigError
 
 if TYPE_CHECKING:  # these import Triton, which is asked for politely first
-    from multilora_kernels.triton.compile_pool import CompilePool
+    from multilora_kernels.triton.compiling.compile_pool import CompilePool
     from multilora_kernels.triton.launch import DeviceFacts
-    from tools.kernels.measure.tuning import Task
+    from tools.kernels.measure.tuned.tuning import Task
 
 TOKENS = (16, 64, 256, 1024, 4096)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -78,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"note: to be found, the file must be named {facts.architecture}.json")
     device = torch.device("cuda")
     environment = current_environment(device, "tools.kernels.tune", command_arguments(arguments))
-    from multilora_kernels.triton.compile_pool import CompilePool
+    from multilora_kernels.triton.compiling.compile_pool import CompilePool
 
     timer = timer_for(device)
     try:
@@ -99,8 +105,8 @@ def tasks_for(
     dtype: torch.dtype,
 ) -> list[Task]:
     """The classes of workloads of these layers."""
-    from tools.kernels.measure.trials import buckets
-    from tools.kernels.measure.tuning import Task
+    from tools.kernels.measure.tuned.trials import buckets
+    from tools.kernels.measure.tuned.tuning import Task
 
     return [
         Task(LAYERS[name], bucket, max_loras, max_rank, dtype)
@@ -114,8 +120,8 @@ def dry_run(
     tasks: Sequence[Task], facts: DeviceFacts, shared_memory: int, effort: Effort, *, listed: bool
 ) -> str:
     """What would be timed, as a table; with `listed` every candidate as well."""
-    from tools.kernels.measure.candidates import MOST
-    from tools.kernels.measure.tuning import describe, outlook
+    from tools.kernels.measure.tuned.candidates import MOST
+    from tools.kernels.measure.tuned.tuning import describe, outlook
 
     lines = [
         f"for {facts.architecture}, {facts.processors} processors, {shared_memory} bytes of "
@@ -156,7 +162,7 @@ def tune_all(
     Raises:
         UnusableConfigError: A computed default does not run as it should.
     """
-    from tools.kernels.measure.tuning import describe, tune
+    from tools.kernels.measure.tuned.tuning import describe, tune
 
     origin = Origin(
         card=environment.device,
@@ -166,8 +172,8 @@ def tune_all(
         triton=environment.triton,
         command=environment.command,
     )
-    shrink: dict[object, Entry[ShrinkConfig]] = {}
-    expand: dict[object, Entry[ExpandConfig]] = {}
+    shrink: dict[object, TableEntry[ShrinkConfig]] = {}
+    expand: dict[object, TableEntry[ExpandConfig]] = {}
     table = Table(origin=origin)
 
     def say(half: str, choice: Choice[ShrinkConfig] | Choice[ExpandConfig]) -> None:
@@ -198,8 +204,8 @@ def tune_all(
 def _device(architecture: int, *, has_gpu: bool) -> tuple[DeviceFacts, int]:
     """The device's facts and shared memory; without a GPU those of a card of an architecture."""
     from multilora_kernels.triton.launch import device_facts
-    from tools.kernels.measure.launch_cases import CARDS, card_facts
-    from tools.kernels.measure.trials import shared_memory_of
+    from tools.kernels.measure.tuned.launch_cases import CARDS, card_facts
+    from tools.kernels.measure.tuned.trials import shared_memory_of
 
     if has_gpu:
         device = torch.device("cuda")

@@ -3,8 +3,8 @@
     python -m tools.kernels.work [--case "decode, mixed"] [--json]
 
 Bytes loaded and stored, programs and kernel launches, each counted while the kernels run in
-Triton's interpreter; see `measure.counting`. The others are vLLM's own kernels, where vLLM is
-installed. A count says how much there is to do, not how long a GPU takes for it.
+Triton's interpreter; see `measure.counted.counting`. The others are vLLM's own kernels, where vLLM
+is installed. A count says how much there is to do, not how long a GPU takes for it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tools.kernels.measure.contenders import (
 )
 
 if TYPE_CHECKING:
-    from tools.kernels.measure.counting import Work
+    from tools.kernels.measure.counted.counting import Work
 
 DTYPE = torch.float16  # the interpreter computes with it; bfloat16 takes as many bytes
 ARCHITECTURE, PROCESSORS = "sm_90", 132
@@ -81,8 +81,8 @@ def count_contender(contender: Contender, batch: LayerBatch) -> Counted:
     """
     # Here and not above: Triton is not always installed.
     from multilora_kernels.triton.launch import DeviceFacts
-    from tools.kernels.measure.counting import count_work
-    from tools.kernels.measure.interpreter import launched_as_on
+    from tools.kernels.measure.counted.counting import count_work
+    from tools.kernels.measure.counted.interpreter import launched_as_on
 
     own = batch.with_output(batch.y.clone())
     if isinstance(contender, Multilora):

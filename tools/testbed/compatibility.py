@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.testbed.results import Result, load
-from vllm_multilora.integration.patching.ledger import PATCHES
 from vllm_multilora.integration.patching.patch import RUNS
+from vllm_multilora.integration.patching.tables.ledger import PATCHES
 
 FILE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 

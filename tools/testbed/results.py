@@ -16,7 +16,7 @@ from typing import Any
 from vllm_multilora.integration.patching.patch import RUNS
 
 FILE = Path(__file__).parent / "results.json"
-_PATCHING = Path(__file__).parents[2] / "vllm_multilora/integration/patching"
+_PATCHING = Path(__file__).parents[2] / "vllm_multilora/integration/patching/tables"
 SEAM_TABLES = (_PATCHING / "core_seams.py", _PATCHING / "gateway_seams.py")
 
 

@@ -18,20 +18,27 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from multilora_kernels.packing import CONVERT, TRANSPOSE
-from vllm_multilora.adapters.applied import Applied
-from vllm_multilora.adapters.blends import Blend, BlendPart
-from vllm_multilora.adapters.config import AdapterConfig
-from vllm_multilora.adapters.errors import AdapterError
-from vllm_multilora.adapters.folder import CONFIG_NAME, TENSORS_NAME
-from vllm_multilora.adapters.intake import Intake, Rules, Source, Taken, error_of, open_adapter
-from vllm_multilora.adapters.layout import ModelLayout, SliceLayout
-from vllm_multilora.adapters.matching import MatchedModule
-from vllm_multilora.adapters.one_pass import Part
-from vllm_multilora.adapters.pack_index import PackIndex, RankIndex
-from vllm_multilora.adapters.pack_plan import padded_sizes, unpacked, write_index
+from multilora_kernels.packs.packing import CONVERT, TRANSPOSE
+from vllm_multilora.adapters.adapter_errors import AdapterError
+from vllm_multilora.adapters.blend import Blend, BlendPart
+from vllm_multilora.adapters.checks.matching import MatchedModule
+from vllm_multilora.adapters.config.adapter_config import AdapterConfig
+from vllm_multilora.adapters.files.adapter_folder import CONFIG_NAME, TENSORS_NAME
+from vllm_multilora.adapters.files.one_pass import TensorPart
+from vllm_multilora.adapters.intake import (
+    AdapterSource,
+    Intake,
+    Rules,
+    Taken,
+    error_of,
+    open_adapter,
+)
+from vllm_multilora.adapters.model.layout import ModelLayout, SliceLayout
+from vllm_multilora.adapters.model.ranks import room_for
+from vllm_multilora.adapters.packing.applied import Applied
+from vllm_multilora.adapters.packing.pack_index import PackIndex, RankIndex
+from vllm_multilora.adapters.packing.pack_plan import padded_sizes, unpacked, write_index
 from vllm_multilora.adapters.problems import Code, Problem, shown
-from vllm_multilora.adapters.ranks import room_for
 
 _Ints = npt.NDArray[np.int64]
 
@@ -55,7 +62,7 @@ class BlendSource:
         version: Tells one state of the files from another.
     """
 
-    def __init__(self, blend: Blend, sources: Sequence[Source]) -> None:
+    def __init__(self, blend: Blend, sources: Sequence[AdapterSource]) -> None:
         self._blend = blend
         self._sources = sources
         versions = [source.version for source in sources]
@@ -66,7 +73,7 @@ class BlendSource:
         """Checks all but the weights' values: each part, and whether they fit together.
 
         Args:
-            layouts: As for `Source.check`.
+            layouts: As for `AdapterSource.check`.
 
         Raises:
             AdapterError: A part cannot be served, or not in a blend, or not with the others; its
@@ -154,7 +161,7 @@ class _BlendPlan:
     def __init__(
         self, layouts: Sequence[ModelLayout], applied: Sequence[Sequence[Applied]]
     ) -> None:
-        self.parts: list[list[Part]] = [[] for _ in applied]
+        self.parts: list[list[TensorPart]] = [[] for _ in applied]
         self.goals: list[list[tuple[int, int]]] = [[] for _ in applied]
         self.rank = 0
         self._sizes: list[int] = []
@@ -197,14 +204,14 @@ class _BlendPlan:
         for part, module in modules:
             low, high = max(first, at), min(last, at + module.rank)
             if low < high:
-                a = Part(
+                a = TensorPart(
                     module.a_name,
                     layout.dtype,
                     rows=(low - at, high - at),
                     columns=of.input_range,
                 )
                 self._put(part, a, a_block, (low - first) * inputs * width)
-            b = Part(
+            b = TensorPart(
                 module.b_name,
                 layout.dtype,
                 module.scaling,
@@ -222,7 +229,7 @@ class _BlendPlan:
         a_ranks.append(last - first)
         self.rank = max(self.rank, rank)
 
-    def _put(self, part: int, wanted: Part, block: int, offset: int) -> None:
+    def _put(self, part: int, wanted: TensorPart, block: int, offset: int) -> None:
         self.parts[part].append(wanted)
         self.goals[part].append((block, offset))
 
@@ -239,7 +246,9 @@ def _slices(
     return found
 
 
-def _targets(addresses: _Ints, goals: Sequence[tuple[int, int]], parts: Sequence[Part]) -> _Ints:
+def _targets(
+    addresses: _Ints, goals: Sequence[tuple[int, int]], parts: Sequence[TensorPart]
+) -> _Ints:
     """Where each of a part's parts goes; 0 for the last ones, which are only judged."""
     targets = np.zeros(len(parts), np.int64)
     if goals:

@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from vllm_multilora.adapters.allowed_roots import AllowedRoots
-from vllm_multilora.adapters.fingerprint import Fingerprint
-from vllm_multilora.adapters.folder import CONFIG_NAME, PICKLED_NAMES, TENSORS_NAME
+from vllm_multilora.adapters.files.adapter_folder import CONFIG_NAME, PICKLED_NAMES, TENSORS_NAME
+from vllm_multilora.adapters.files.allowed_roots import AllowedRoots
+from vllm_multilora.adapters.files.fingerprint import Fingerprint
 from vllm_multilora.adapters.served_names import name_fault
 from vllm_multilora.errors import ConfigError
 
@@ -36,7 +36,7 @@ _NUMBERS_END = 1 << 53  # what JSON's readers take for whole numbers
 
 
 @dataclass(frozen=True)
-class AdapterFolder:
+class AdapterVersion:
     """One version of an adapter in a directory.
 
     Attributes:
@@ -106,7 +106,7 @@ class AdapterDirectories:
         # Real paths, so that several processes, and links to a directory, make no difference.
         self._directories = tuple(dict.fromkeys(map(os.path.realpath, directories)))
         self._allowed = allowed
-        self._found: dict[str, dict[str, AdapterFolder]] = {d: {} for d in self._directories}
+        self._found: dict[str, dict[str, AdapterVersion]] = {d: {} for d in self._directories}
         self._clock = clock
         self._overfull: set[str] = set()  # those with folders that are not looked at
         self._told: set[str] = set()
@@ -116,9 +116,9 @@ class AdapterDirectories:
         self._owners: dict[int, str] = {}
         self._owners_before: dict[int, str] = {}
 
-    def scan(self) -> dict[str, AdapterFolder]:
+    def scan(self) -> dict[str, AdapterVersion]:
         """Every adapter, by name."""
-        adapters: dict[str, AdapterFolder] = {}
+        adapters: dict[str, AdapterVersion] = {}
         self._owners_before, self._owners = self._owners, {}
         for directory in self._directories:
             try:
@@ -130,7 +130,7 @@ class AdapterDirectories:
                     self.tell(f"{folder.path} is not served: {adapters[name].path} has its name")
         return {name: folder for name, folder in adapters.items() if self._has_own_number(folder)}
 
-    def find(self, name: str) -> AdapterFolder | None:
+    def find(self, name: str) -> AdapterVersion | None:
         """One adapter, looked at now."""
         if not is_adapter_name(name):
             return None
@@ -144,8 +144,8 @@ class AdapterDirectories:
                 return folder if self._has_own_number(folder) else None
         return None
 
-    def _scan(self, directory: str) -> dict[str, AdapterFolder]:
-        found: dict[str, AdapterFolder] = {}
+    def _scan(self, directory: str) -> dict[str, AdapterVersion]:
+        found: dict[str, AdapterVersion] = {}
         with os.scandir(directory) as entries:
             for entry in islice(entries, MOST_FOLDERS):
                 if is_adapter_name(entry.name):
@@ -161,7 +161,9 @@ class AdapterDirectories:
                 self.tell(f"{directory} has more than {MOST_FOLDERS} entries; not all are served")
         return dict(sorted(found.items()))
 
-    def _look(self, directory: str, name: str, path: str, *, is_link: bool) -> AdapterFolder | None:
+    def _look(
+        self, directory: str, name: str, path: str, *, is_link: bool
+    ) -> AdapterVersion | None:
         if is_link and not self._allowed.allows(path):
             self.tell(f"{path} is not served: it leads out of the folders adapters may come from")
             return None
@@ -174,9 +176,9 @@ class AdapterDirectories:
         except OSError as error:
             self.tell(f"{path} cannot be read ({error.strerror})")
             return self._found[directory].get(name)
-        return AdapterFolder(name, path, config, weights)
+        return AdapterVersion(name, path, config, weights)
 
-    def _has_own_number(self, folder: AdapterFolder) -> bool:
+    def _has_own_number(self, folder: AdapterVersion) -> bool:
         """Whether no other folder has a folder's number; that number is its own from now on."""
         owner = self._owners.get(folder.number) or self._owners_before.get(folder.number)
         if owner is not None and owner != folder.path:
@@ -217,10 +219,10 @@ class Settling:
     """
 
     def __init__(self) -> None:
-        self._last: Mapping[str, AdapterFolder] = {}
-        self._settled: dict[str, AdapterFolder] = {}
+        self._last: Mapping[str, AdapterVersion] = {}
+        self._settled: dict[str, AdapterVersion] = {}
 
-    def settle(self, found: Mapping[str, AdapterFolder]) -> dict[str, AdapterFolder]:
+    def settle(self, found: Mapping[str, AdapterVersion]) -> dict[str, AdapterVersion]:
         """The adapters that count, from what the newest look has found."""
         settled = {
             name: folder if folder == self._last.get(name) else self._settled.get(name, folder)

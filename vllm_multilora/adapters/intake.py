@@ -13,39 +13,43 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_multilora.adapters.allowed_roots import AllowedRoots
-from vllm_multilora.adapters.applied import Applied, applied_of, judged
-from vllm_multilora.adapters.config import AdapterConfig
-from vllm_multilora.adapters.config_checks import config_problems
-from vllm_multilora.adapters.digest import AdapterDigest
-from vllm_multilora.adapters.errors import (
+from vllm_multilora.adapters.adapter_errors import (
     AdapterError,
     AdapterFormatError,
     AdapterNotFoundError,
     AdapterReadError,
 )
-from vllm_multilora.adapters.folder import CONFIG_NAME, TENSORS_NAME, AdapterFolder, read_config
-from vllm_multilora.adapters.layout import ModelLayout
-from vllm_multilora.adapters.layout_kinds import LayoutKinds
-from vllm_multilora.adapters.limits import DEFAULT_LIMITS, Limits
-from vllm_multilora.adapters.one_pass import Part, read_once
-from vllm_multilora.adapters.pack_plan import PackPlan, padded_sizes, write_index
-from vllm_multilora.adapters.pickled import as_safetensors, pickled_name
-from vllm_multilora.adapters.problem_list import ProblemList
+from vllm_multilora.adapters.checks.problem_list import ProblemList
+from vllm_multilora.adapters.checks.tensor_checks import TensorReport, check_tensors
+from vllm_multilora.adapters.checks.values import explain
+from vllm_multilora.adapters.config.adapter_config import AdapterConfig
+from vllm_multilora.adapters.config.config_checks import config_problems
+from vllm_multilora.adapters.files.adapter_folder import (
+    CONFIG_NAME,
+    TENSORS_NAME,
+    AdapterFolder,
+    read_config,
+)
+from vllm_multilora.adapters.files.allowed_roots import AllowedRoots
+from vllm_multilora.adapters.files.one_pass import TensorPart, read_once
+from vllm_multilora.adapters.files.pickled import as_safetensors, pickled_name
+from vllm_multilora.adapters.files.regular_file import RegularFile, mostly_holes, too_large
+from vllm_multilora.adapters.files.tensor_file import TensorFile
+from vllm_multilora.adapters.model.layout import ModelLayout, SliceLayout
+from vllm_multilora.adapters.model.size_limits import DEFAULT_LIMITS, SizeLimits
+from vllm_multilora.adapters.packing.applied import Applied, applied_of, judged
+from vllm_multilora.adapters.packing.pack_plan import PackPlan, padded_sizes, write_index
 from vllm_multilora.adapters.problems import Code, Problem
-from vllm_multilora.adapters.regular_file import RegularFile, mostly_holes, too_large
-from vllm_multilora.adapters.signature import Hash
-from vllm_multilora.adapters.signed_files import SignedFiles
-from vllm_multilora.adapters.signers import Signers
-from vllm_multilora.adapters.tensor_checks import TensorReport, check_tensors
-from vllm_multilora.adapters.tensor_file import TensorFile
-from vllm_multilora.adapters.values import explain
+from vllm_multilora.adapters.signing.adapter_digest import AdapterDigest
+from vllm_multilora.adapters.signing.signature import Hash
+from vllm_multilora.adapters.signing.signed_files import SignedFiles
+from vllm_multilora.adapters.signing.signers import Signers
 
 _Ints = npt.NDArray[np.int64]
 
@@ -92,7 +96,7 @@ class Taken:
     parts: tuple[str, ...] = ()
 
 
-def open_adapter(path: str, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> Source:
+def open_adapter(path: str, rules: Rules, limits: SizeLimits = DEFAULT_LIMITS) -> AdapterSource:
     """Opens an adapter's files.
 
     Raises:
@@ -116,7 +120,7 @@ def open_adapter(path: str, rules: Rules, limits: Limits = DEFAULT_LIMITS) -> So
         opened.pop_all()
     if signed is None:
         folder.close()
-    return Source(config, weights, rules, limits, signed, is_pickled=pickled is not None)
+    return AdapterSource(config, weights, rules, limits, signed, is_pickled=pickled is not None)
 
 
 def _open(folder: AdapterFolder, name: str) -> RegularFile | AdapterError:
@@ -129,7 +133,7 @@ def _open(folder: AdapterFolder, name: str) -> RegularFile | AdapterError:
         return error
 
 
-class Source:
+class AdapterSource:
     """An adapter's two files, opened once; a context manager that closes them.
 
     Attributes:
@@ -141,7 +145,7 @@ class Source:
         config: RegularFile | AdapterError,
         weights: RegularFile | AdapterError,
         rules: Rules,
-        limits: Limits,
+        limits: SizeLimits,
         signed: SignedFiles | None = None,
         *,
         is_pickled: bool,
@@ -254,7 +258,7 @@ class Source:
         weights = self._weights(lambda: self._most_bytes(layouts))
         return self._open_tensors(weights, self._limits.for_layouts(layouts))
 
-    def _open_tensors(self, weights: RegularFile, limits: Limits) -> TensorFile:
+    def _open_tensors(self, weights: RegularFile, limits: SizeLimits) -> TensorFile:
         return TensorFile(weights, limits, None if self._used is None else self._used.update)
 
     def _weights(self, most_bytes: Callable[[], int]) -> RegularFile:
@@ -380,7 +384,7 @@ class Intake:
 
     def __init__(
         self,
-        source: Source,
+        source: AdapterSource,
         file: TensorFile,
         config: AdapterConfig,
         plan: PackPlan,
@@ -422,7 +426,7 @@ class Intake:
             targets[: plan.blocks] = addresses[: plan.blocks]
         return Taken(self.read_parts(plan.parts, targets), int(plan.sizes.sum()))
 
-    def read_parts(self, parts: Sequence[Part], targets: _Ints | None) -> str:
+    def read_parts(self, parts: Sequence[TensorPart], targets: _Ints | None) -> str:
         """Reads the tensors once: judges and digests them, and packs parts of them.
 
         Args:
@@ -444,7 +448,7 @@ class Intake:
         return digest.hexdigest()
 
 
-def _bad_values(file: TensorFile, parts: Iterable[Part]) -> list[Problem]:
+def _bad_values(file: TensorFile, parts: Iterable[TensorPart]) -> list[Problem]:
     problems = ProblemList(str(file.file.path))
     explain(file, parts, problems)
     return problems.grouped()
@@ -465,3 +469,34 @@ def error_of(problems: Iterable[Problem]) -> AdapterError:
     if codes & _MISSING:
         return AdapterNotFoundError.of(*found)
     return (AdapterReadError if codes <= _PASSING else AdapterFormatError).of(*found)
+
+
+class LayoutKinds:
+    """Layouts that differ in what is checked: those of tensor-parallel ranks differ in ranges only.
+
+    Attributes:
+        all: Every layout.
+        layouts: One of each kind.
+        of: The kind of each layout, an index into `layouts`.
+    """
+
+    def __init__(self, layouts: Sequence[ModelLayout]) -> None:
+        self.all = layouts
+        self.layouts: list[ModelLayout] = []
+        self.of: list[int] = []
+        if len(layouts) == 1:
+            self.layouts, self.of = [*layouts], [0]
+            return
+        kinds: list[ModelLayout] = []
+        for layout in layouts:
+            kind = _without_ranges(layout)
+            if kind not in kinds:
+                kinds.append(kind)
+                self.layouts.append(layout)
+            self.of.append(kinds.index(kind))
+
+
+def _without_ranges(layout: ModelLayout) -> ModelLayout:
+    sizes = sorted({(part.name, part.inputs, part.outputs) for part in layout.slices})
+    slices = tuple(SliceLayout(name, 0, k, n, (0, k), (0, n)) for name, k, n in sizes)
+    return replace(layout, slices=slices, columns_first=False)

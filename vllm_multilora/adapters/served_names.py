@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_multilora.adapters.blends import is_blend
+from vllm_multilora.adapters.blend import is_blend
 
 MOST_NAME_BYTES = 255
 """Bytes of a name in UTF-8: the limit for a folder's name in all common file systems."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vllm_multilora.adapters.errors import AdapterError
+from vllm_multilora.adapters.adapter_errors import AdapterError
 from vllm_multilora.adapters.intake import Rules, open_adapter
-from vllm_multilora.adapters.layout import ModelLayout
-from vllm_multilora.adapters.limits import DEFAULT_LIMITS, Limits
+from vllm_multilora.adapters.model.layout import ModelLayout
+from vllm_multilora.adapters.model.size_limits import DEFAULT_LIMITS, SizeLimits
 from vllm_multilora.adapters.problems import Problem
 
 
@@ -17,7 +17,7 @@ def validate(
     *,
     check_finite: bool = True,
     allow_pickle: bool = False,
-    limits: Limits = DEFAULT_LIMITS,
+    limits: SizeLimits = DEFAULT_LIMITS,
 ) -> list[Problem]:
     """Says all that is wrong with an adapter, one problem for each cause.
 

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 
-from vllm_multilora.integration.server.http_calls import (
+from vllm_multilora.integration.server.requests.http_calls import (
     BLEND_FIELD,
     SHOWN_DIGITS,
     HttpCall,

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.gateway.answers import HttpCallMiddleware
-from vllm_multilora.gateway.errors import error_answer
 from vllm_multilora.gateway.first_errors import stop_at_first_errors
 from vllm_multilora.gateway.invocations import InvocationsMiddleware
 from vllm_multilora.gateway.keys.access import access_for
 from vllm_multilora.gateway.keys.middleware import AccessMiddleware
 from vllm_multilora.gateway.own_routes import add_routes
 from vllm_multilora.gateway.paths import route_path
+from vllm_multilora.gateway.refused_answers import error_answer
 from vllm_multilora.integration.logs import join_vllm_logging
 from vllm_multilora.wording import CONTROLS
 

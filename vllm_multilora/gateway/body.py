@@ -16,7 +16,7 @@ from vllm_multilora.tenants.tenant import MEDIA, STORED_RESPONSES
 if TYPE_CHECKING:
     from starlette.types import Message, Receive
 
-    from vllm_multilora.integration.server.callers import Caller
+    from vllm_multilora.integration.server.requests.callers import Caller
 
 MAX_BODY_BYTES = 4 << 20
 """Bytes of a call's body: some seconds of a thread that makes tokens of text, at worst."""

@@ -11,8 +11,8 @@ import json
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-from vllm_multilora.gateway.errors import error_answer
 from vllm_multilora.gateway.paths import route_path
+from vllm_multilora.gateway.refused_answers import error_answer
 from vllm_multilora.tenants.rules import INVOCATIONS
 
 if TYPE_CHECKING:

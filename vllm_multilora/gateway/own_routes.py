@@ -8,8 +8,9 @@ from fastapi.routing import APIRoute
 from vllm_multilora.gateway.keys.access import Access
 from vllm_multilora.gateway.names import models_list
 from vllm_multilora.gateway.status import page
-from vllm_multilora.gateway.status.adapters import AdaptersRoute
-from vllm_multilora.integration.server import metrics, registration
+from vllm_multilora.gateway.status.status_route import AdaptersRoute
+from vllm_multilora.integration.server.names import registration
+from vllm_multilora.integration.server.requests import metrics_route
 
 _LOADING = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
@@ -24,7 +25,7 @@ def add_routes(server: FastAPI, access: Access | None) -> None:
     AdaptersRoute(access).add_to(server)
     page.add_route(server)
     models_list.add_route(server)
-    metrics.add_routes(server)
+    metrics_route.add_routes(server)
     for route in [*server.router.routes]:
         if isinstance(route, APIRoute) and route.path in _LOADING:
             _describe(server, route)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_multilora.errors import MultiLoRAError
 
 if TYPE_CHECKING:
-    from vllm_multilora.integration.server.callers import Caller
+    from vllm_multilora.integration.server.requests.callers import Caller
 
 ID_FIELD = "request_id"
 """The field of a `/v1/responses` body that becomes the response's id."""

@@ -5,7 +5,7 @@
     llm.generate(prompts, params, lora_request=lora)
 
 To vLLM and most of this package, such a request is like any other: it has a name, a number and, in
-place of a folder, a text that says what is blended (`adapters.blends`).
+place of a folder, a text that says what is blended (`adapters.blend`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Iterable
 
 from vllm.lora.request import LoRARequest
 
-from vllm_multilora.adapters.blends import Blend, BlendError, BlendPart, is_blend
-from vllm_multilora.metrics.names import BLENDS
+from vllm_multilora.adapters.blend import Blend, BlendError, BlendPart, is_blend
+from vllm_multilora.metrics.label_values import BLENDS
 
 
 def blended(parts: Iterable[tuple[LoRARequest, float]]) -> LoRARequest:

@@ -17,7 +17,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.api_server import engine_settings
 from vllm_multilora.integration.patching.activation import announce, settings_of
-from vllm_multilora.integration.server import activation as gateway
+from vllm_multilora.integration.server.settings import gateway_activation as gateway
 from vllm_multilora.tenants.keys import UNGUARDED, has_keys, key_in
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def create_engine_config(
     engine_settings.complete(vllm_config, engine_args, usage_context)
     gateway.announce(vllm_config)
     if gateway.is_active(vllm_config):
-        from vllm_multilora.integration.server import start_checks
+        from vllm_multilora.integration.server.settings import start_checks
 
         is_headless = args[1] if len(args) > 1 else kwargs.get("headless", False)
         start_checks.check(vllm_config, engine_args, usage_context, is_headless=is_headless)
@@ -64,6 +64,6 @@ def check_access(vllm_config: VllmConfig, usage_context: UsageContext | None = N
         return
     if not gateway.is_active(vllm_config) or envs.VLLM_USE_RUST_FRONTEND:
         raise ConfigError(UNGUARDED)
-    from vllm_multilora.integration.server import start_checks
+    from vllm_multilora.integration.server.settings import start_checks
 
     start_checks.read_keys(vllm_config)

@@ -13,10 +13,10 @@ from typing import Any
 
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.integration.patching import flags
 from vllm_multilora.integration.patching.decision import acts
-from vllm_multilora.integration.patching.gateway_seams import GATEWAY_SEAMS
-from vllm_multilora.integration.server.mounting import mount_gateway
+from vllm_multilora.integration.patching.tables.gateway_seams import GATEWAY_SEAMS
+from vllm_multilora.integration.server.settings.mounting import mount_gateway
+from vllm_multilora.integration.settings import flags
 from vllm_multilora.tenants.keys import UNGUARDED, has_keys
 
 

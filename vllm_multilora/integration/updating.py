@@ -1,8 +1,8 @@
 """Lets several API servers change their adapters, which vLLM rejects at start.
 
 vLLM checks its environment variable in the process that starts the API servers. The variable is
-removed there, and restored in the API servers when they load their plugins; `server.shared_names`
-does the actual work.
+removed there, and restored in the API servers when they load their plugins;
+`server.names.shared_names` does the actual work.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from prometheus_client.utils import floatToGoString
 from vllm_multilora.metrics import router_names
 from vllm_multilora.metrics.adapter_info import AdapterInfo
 from vllm_multilora.metrics.definitions import ALL, BY_NAME, INFO, Definition, Kind
-from vllm_multilora.metrics.folder import locked
 from vllm_multilora.metrics.recorder import MODEL_NAME
 from vllm_multilora.metrics.request_lists import newest_lists
 from vllm_multilora.metrics.series_file import (
@@ -25,6 +24,7 @@ from vllm_multilora.metrics.series_file import (
     parse_key,
     read_series,
 )
+from vllm_multilora.metrics.value_folder import locked
 
 logger = logging.getLogger(__name__)
 

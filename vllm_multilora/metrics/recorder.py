@@ -16,7 +16,7 @@ from vllm_multilora.metrics.definitions import (
     TOKENS,
     Definition,
 )
-from vllm_multilora.metrics.names import BoundedNames, Places
+from vllm_multilora.metrics.label_values import BoundedNames, Places
 from vllm_multilora.metrics.process_stamps import ProcessStamp
 from vllm_multilora.metrics.series_file import (
     FileName,

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from prometheus_client.mmap_dict import MmapedDict, _read_all_values
 
-from vllm_multilora.metrics.folder import locked
 from vllm_multilora.metrics.process_stamps import ProcessStamp
+from vllm_multilora.metrics.value_folder import locked
 
 _HEADER_BYTES = 8
 _ENTRY_OVERHEAD = 4 + 8 + 16  # length, most padding, value and timestamp

@@ -16,7 +16,7 @@ from vllm_multilora.metrics.definitions import (
     ROUTE_REQUESTS,
     TOKENS,
 )
-from vllm_multilora.metrics.names import BLENDS, OTHER, fit
+from vllm_multilora.metrics.label_values import BLENDS, OTHER, fit
 from vllm_multilora.metrics.recorder import Recorder
 
 if TYPE_CHECKING:

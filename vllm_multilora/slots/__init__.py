@@ -1,11 +1,10 @@
 """Tokens, slots and host memory: who is served next, who is in them, and who must go.
 
 Pure decisions without torch, vLLM or threads. `SlotAssignment` belongs to the engine core, and
-`SlotTurns`, `FairShares` and `StepBound` to the scheduler. `simulation` replays traces against the
-same slots and policies, and against `HostTier`, a model of the store's memory (`store.memory`) for
-adapters of one size each.
+`SlotTurns`, `FairShares` and `StepBound` to the scheduler. `toolbox.simulation` replays
+traces against the same slots and policies.
 """
 
-from vllm_multilora.slots.policy import CachePolicy
+from vllm_multilora.slots.policies.policy import CachePolicy
 
 __all__ = ["CachePolicy"]

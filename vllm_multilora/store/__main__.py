@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 
-from vllm_multilora.store.launch import READER
+from vllm_multilora.store.store_launch import READER
 
 
 def main() -> int:
@@ -26,16 +26,16 @@ def main() -> int:
     # Before NumPy is imported: its threads would make it unsafe to fork, and are of no use here.
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
+    from vllm_multilora.store.jobs.runner import ForkRunner
+    from vllm_multilora.store.jobs.sandbox import prepare as prepare_sandbox
     from vllm_multilora.store.rehearsal import rehearse
-    from vllm_multilora.store.runner import ForkRunner
-    from vllm_multilora.store.sandbox import prepare as prepare_sandbox
-    from vllm_multilora.store.server import Server
+    from vllm_multilora.store.server import StoreServer
 
     module, _, name = options.reader.partition(":")
     reader = getattr(importlib.import_module(module), name)()
     listener = _numbered_above_clients(socket.socket(fileno=options.socket_fd))
     log = sys.stderr.fileno() if options.detach else None  # else it is whoever started this one's
-    server = Server(listener, ForkRunner(log), reader, keep=options.keep)
+    server = StoreServer(listener, ForkRunner(log), reader, keep=options.keep)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
     prepare_sandbox()

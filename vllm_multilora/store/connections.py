@@ -12,13 +12,15 @@ import msgspec
 
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.slots.budget import CpuBudget
-from vllm_multilora.slots.contained_policy import ContainedPolicy
-from vllm_multilora.slots.policy import PolicyError
-from vllm_multilora.slots.registry import make_policy
-from vllm_multilora.store.adapter_reader import AdapterReader
-from vllm_multilora.store.channel import Channel
-from vllm_multilora.store.entries import Client
-from vllm_multilora.store.messages import (
+from vllm_multilora.slots.policies.contained_policy import ContainedPolicy
+from vllm_multilora.slots.policies.policy import PolicyError
+from vllm_multilora.slots.policies.policy_registry import make_policy
+from vllm_multilora.store.jobs.adapter_reader import AdapterReader
+from vllm_multilora.store.loads.registry import Registry
+from vllm_multilora.store.memory.entries import Client
+from vllm_multilora.store.memory.segments import SharedSegments
+from vllm_multilora.store.protocol.channel import Channel
+from vllm_multilora.store.protocol.messages import (
     PROTOCOL,
     Cancel,
     Configure,
@@ -39,9 +41,7 @@ from vllm_multilora.store.messages import (
     Want,
     Watch,
 )
-from vllm_multilora.store.names import Names
-from vllm_multilora.store.registry import Registry
-from vllm_multilora.store.segments import SharedSegments
+from vllm_multilora.store.shared_registrations import PublishedNames
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,11 @@ class Conversation:
     """Understands clients."""
 
     def __init__(
-        self, registry: Registry, segments: SharedSegments, reader: AdapterReader, names: Names
+        self,
+        registry: Registry,
+        segments: SharedSegments,
+        reader: AdapterReader,
+        names: PublishedNames,
     ) -> None:
         self._registry = registry
         self._names = names

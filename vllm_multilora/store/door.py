@@ -9,9 +9,9 @@ import os
 import socket
 import struct
 
-from vllm_multilora.store.channel import Channel, ChannelClosedError
-from vllm_multilora.store.folder import Address
-from vllm_multilora.store.messages import FromClient, Refused
+from vllm_multilora.store.protocol.channel import Channel, ChannelClosedError
+from vllm_multilora.store.protocol.messages import FromClient, Refused
+from vllm_multilora.store.protocol.store_folder import StoreAddress
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Door:
 
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
-        self._address = Address.of(listener)
+        self._address = StoreAddress.of(listener)
         listener.setblocking(False)
         # Where this process is at its limit of descriptors, this one is given up to say so.
         self._reserve = socket.socket(socket.AF_UNIX)

@@ -7,6 +7,7 @@ that has to do so itself copies the pages that it changes, and takes more proces
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 from contextlib import closing
 from pathlib import Path
@@ -14,15 +15,24 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from vllm_multilora.adapters.sample import write_sample
-from vllm_multilora.store.adapter_reader import AdapterReader
-from vllm_multilora.store.arena import PAGE
-from vllm_multilora.store.channel import Channel
-from vllm_multilora.store.entries import Binding, Load, Scope
-from vllm_multilora.store.job_messages import Checked, CheckOnly, Done, FromJob, Place, ToJob
-from vllm_multilora.store.jobs import run_job
-from vllm_multilora.store.messages import StoreSettings
-from vllm_multilora.store.segments import SharedSegments
+from multilora_kernels.dtypes import BFLOAT16
+from vllm_multilora.adapters.files.adapter_folder import CONFIG_NAME, TENSORS_NAME
+from vllm_multilora.adapters.model.layout import ModelLayout, SliceLayout
+from vllm_multilora.store.jobs.adapter_reader import AdapterReader
+from vllm_multilora.store.jobs.jobs import run_job
+from vllm_multilora.store.memory.arena import PAGE
+from vllm_multilora.store.memory.entries import Binding, Load, Scope
+from vllm_multilora.store.memory.segments import SharedSegments
+from vllm_multilora.store.protocol.channel import Channel
+from vllm_multilora.store.protocol.job_messages import (
+    Checked,
+    CheckOnly,
+    Done,
+    FromJob,
+    Place,
+    ToJob,
+)
+from vllm_multilora.store.protocol.messages import StoreSettings
 
 JOBS = 16
 """Python specializes a function after eight calls."""
@@ -72,3 +82,37 @@ def _run(
     if not said or not isinstance(said[-1], Done):
         return None
     return next(message for message in said if isinstance(message, Checked))
+
+
+_LAYERS, _HIDDEN, _KEYS, _RANK = 4, 64, 32, 4
+_OUTPUTS = {"q_proj": _HIDDEN, "k_proj": _KEYS, "v_proj": _KEYS, "o_proj": _HIDDEN}
+
+
+def write_sample(folder: Path) -> ModelLayout:
+    """Writes the adapter's two files, with weights of 0, and returns the model's layout."""
+    slices: list[SliceLayout] = []
+    header: dict[str, object] = {}
+    end = 0
+    for layer in range(_LAYERS):
+        for projection, outputs in _OUTPUTS.items():
+            name = f"model.layers.{layer}.self_attn.{projection}"
+            slices.append(
+                SliceLayout(name, len(slices), _HIDDEN, outputs, (0, _HIDDEN), (0, outputs))
+            )
+            for part, shape in (("A", (_RANK, _HIDDEN)), ("B", (outputs, _RANK))):
+                begin, end = end, end + shape[0] * shape[1] * BFLOAT16.itemsize
+                header[f"base_model.model.{name}.lora_{part}.weight"] = {
+                    "dtype": "BF16",
+                    "shape": shape,
+                    "data_offsets": (begin, end),
+                }
+    config = {
+        "peft_type": "LORA",
+        "r": _RANK,
+        "lora_alpha": 2 * _RANK,
+        "target_modules": [*_OUTPUTS],
+    }
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    text = json.dumps(header).encode()
+    (folder / TENSORS_NAME).write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
+    return ModelLayout(tuple(slices), _RANK, BFLOAT16, columns_first=True)

@@ -13,17 +13,20 @@ import time
 from typing import Any
 
 from vllm_multilora.failures import classify_failure
-from vllm_multilora.slots.registry import make_policy
-from vllm_multilora.store.adapter_reader import AdapterReader
-from vllm_multilora.store.arena import Arena
-from vllm_multilora.store.channel import ChannelClosedError
+from vllm_multilora.slots.policies.policy_registry import make_policy
 from vllm_multilora.store.connections import Connection, Conversation, RefusedError
-from vllm_multilora.store.desk import Desk
 from vllm_multilora.store.door import Door
-from vllm_multilora.store.entries import Load
-from vllm_multilora.store.job_messages import Failure, ToJob
-from vllm_multilora.store.memory import HostMemory
-from vllm_multilora.store.messages import (
+from vllm_multilora.store.jobs.adapter_reader import AdapterReader
+from vllm_multilora.store.jobs.desk import Desk
+from vllm_multilora.store.jobs.runner import Runner
+from vllm_multilora.store.loads.registry import Registry
+from vllm_multilora.store.memory.arena import Arena
+from vllm_multilora.store.memory.entries import Load
+from vllm_multilora.store.memory.held_packs import HostMemory
+from vllm_multilora.store.memory.segments import SharedSegments
+from vllm_multilora.store.protocol.channel import ChannelClosedError
+from vllm_multilora.store.protocol.job_messages import Failure, ToJob
+from vllm_multilora.store.protocol.messages import (
     ClientRow,
     Description,
     Message,
@@ -32,10 +35,7 @@ from vllm_multilora.store.messages import (
     SegmentOpened,
     Totals,
 )
-from vllm_multilora.store.names import Names
-from vllm_multilora.store.registry import Registry
-from vllm_multilora.store.runner import Runner
-from vllm_multilora.store.segments import SharedSegments
+from vllm_multilora.store.shared_registrations import PublishedNames
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ _AWAKE_S = 1.0
 """Seconds that the loop sleeps at most while jobs work: if it is much longer, it stood still."""
 
 
-class Server:
+class StoreServer:
     """A store; `run` returns when it has nobody left to serve.
 
     Args:
@@ -71,7 +71,7 @@ class Server:
         memory = HostMemory(arena, make_policy("lru"), numbers, keeps=keep)
         self._registry = Registry(memory, self)
         self._desk = Desk(runner, reader, self._selector)
-        self._names = Names(self)
+        self._names = PublishedNames(self)
         self._conversation = Conversation(self._registry, self._segments, reader, self._names)
         self._connections: dict[int, Connection] = {}
         self._numbers = itertools.count(-1, -1)  # jobs have positive numbers, clients negative ones

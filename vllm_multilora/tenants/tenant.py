@@ -23,7 +23,7 @@ ALLOWABLE: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Limits:
+class TenantLimits:
     """How much a tenant may use at once; None is no limit.
 
     Attributes:
@@ -44,7 +44,7 @@ class Limits:
     resident: int | None = None
     answers: int | None = None
 
-    def divided(self, parts: int) -> Limits:
+    def divided(self, parts: int) -> TenantLimits:
         """The limits of one of several API servers: equal parts, counts rounded up.
 
         Adapters are not divided: every server may meet all of them. Host memory is one for all.
@@ -64,7 +64,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Names:
+class AllowedNames:
     """Names that somebody may use: exact ones, and beginnings that end in `*`.
 
     Args:
@@ -100,11 +100,11 @@ class Tenant:
     """
 
     name: str
-    adapters: Names = Names()
-    routes: Names = Names()
+    adapters: AllowedNames = AllowedNames()
+    routes: AllowedNames = AllowedNames()
     base_model: bool = False
     weight: float = 1.0
-    limits: Limits = field(default_factory=Limits)
+    limits: TenantLimits = field(default_factory=TenantLimits)
     allow: frozenset[str] = frozenset()
 
     def mentions(self, model: object) -> bool:

@@ -12,7 +12,7 @@ from multilora_kernels.configs import (
     default_expand,
     default_shrink,
 )
-from multilora_kernels.configs.model import power_of_two_down, power_of_two_up
+from multilora_kernels.configs.config_facts import power_of_two_down, power_of_two_up
 from tools.kernels.measure.batches import Layer
 from tools.kernels.modelled.cases import ITEM, SLOTS, Batch
 from tools.kernels.modelled.machine import (

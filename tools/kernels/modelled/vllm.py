@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from multilora_kernels.configs.model import power_of_two_up
+from multilora_kernels.configs.config_facts import power_of_two_up
 from tools.kernels.measure.batches import Layer
 from tools.kernels.modelled.cases import ITEM, SLOTS, Batch
 from tools.kernels.modelled.machine import CACHE_US, GPU, MEMORY_US, START_US, Kernel

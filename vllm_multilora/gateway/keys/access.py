@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.documents import DocumentError, WatchedFile
-from vllm_multilora.integration.server.callers import Caller
-from vllm_multilora.integration.server.key_settings import (
+from vllm_multilora.integration.server.requests.callers import Caller
+from vllm_multilora.integration.server.settings.key_settings import (
     COUNT_VARIABLE,
     SALT_VARIABLE,
     STOPPED_WITH_SERVER,
@@ -22,11 +22,11 @@ from vllm_multilora.integration.server.key_settings import (
     read_admin_keys,
     warn_of_open_updates,
 )
-from vllm_multilora.integration.server.mounting import settings_in
+from vllm_multilora.integration.server.settings.mounting import settings_in
 from vllm_multilora.tenants.keys import KeyRing, digest_of
 from vllm_multilora.tenants.limits import Account
-from vllm_multilora.tenants.parsing import parse_tenants
 from vllm_multilora.tenants.rules import Locks, Role
+from vllm_multilora.tenants.tenants_file import parse_tenants
 
 if TYPE_CHECKING:
     from vllm_multilora.tenants.tenant import Tenants

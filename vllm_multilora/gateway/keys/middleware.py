@@ -15,15 +15,15 @@ from starlette.responses import Response
 
 from vllm_multilora.gateway.body import LargeBodyError, read_body
 from vllm_multilora.gateway.endpoints import called_route, endpoint_of, refused_word
-from vllm_multilora.gateway.errors import error_answer
 from vllm_multilora.gateway.fields import MAX_SHORT_TEXT, FieldError, needs
 from vllm_multilora.gateway.keys.access_log import keep_refusals_few
-from vllm_multilora.gateway.limits.listing import list_in_turn
+from vllm_multilora.gateway.limits.list_answers import list_in_turn
 from vllm_multilora.gateway.limits.pauses import STRANGERS_PER_MINUTE, pause
-from vllm_multilora.gateway.limits.turns import ClientGoneError, turn_of
+from vllm_multilora.gateway.limits.tenant_turns import ClientGoneError, turn_of
 from vllm_multilora.gateway.paths import route_path
+from vllm_multilora.gateway.refused_answers import error_answer
 from vllm_multilora.gateway.stored import UnknownResponseError, require_own_path
-from vllm_multilora.integration.server.callers import Caller, current_caller
+from vllm_multilora.integration.server.requests.callers import Caller, current_caller
 from vllm_multilora.metrics.server_counts import COUNTS
 from vllm_multilora.tenants.limits import (
     Account,

@@ -12,8 +12,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from vllm_multilora.integration.api_server import registered_versions
-from vllm_multilora.integration.server.callers import Caller, current_caller
-from vllm_multilora.integration.server.routes import ROUTES
+from vllm_multilora.integration.server.names.routes import ROUTES
+from vllm_multilora.integration.server.requests.callers import Caller, current_caller
 
 MODELS = "/v1/models"
 

@@ -22,7 +22,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse
 
 from vllm_multilora.integration.patching.activation import settings_of
-from vllm_multilora.integration.server import registration
+from vllm_multilora.integration.server.names import registration
 from vllm_multilora.tenants.rules import STATUS_PAGE
 
 _FILE = Path(__file__).with_name("page.html")

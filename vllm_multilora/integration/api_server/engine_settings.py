@@ -12,24 +12,24 @@ from vllm.usage.usage_lib import UsageContext
 
 from vllm_multilora import __version__
 from vllm_multilora.adapters.directory import require_directories
-from vllm_multilora.adapters.required import RequiredDigests
-from vllm_multilora.adapters.signers import Signers
+from vllm_multilora.adapters.signing.required import RequiredDigests
+from vllm_multilora.adapters.signing.signers import Signers
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.api_server.kv_connectors import require_adapters_apart
 from vllm_multilora.integration.api_server.row_order import require_rows_in_order
-from vllm_multilora.integration.metrics import make_folder
 from vllm_multilora.integration.patching.activation import kernel_backend, settings_of
-from vllm_multilora.integration.patching.cache_settings import (
+from vllm_multilora.integration.patching.parts import CORE
+from vllm_multilora.integration.patching.tables.core_seams import CORE_SEAMS
+from vllm_multilora.integration.patching.version import installed_version
+from vllm_multilora.integration.recording import make_folder
+from vllm_multilora.integration.settings.cache_settings import (
     check_cache_settings,
     lift_default_count,
 )
-from vllm_multilora.integration.patching.core_seams import CORE_SEAMS
-from vllm_multilora.integration.patching.flags import checks_in
-from vllm_multilora.integration.patching.parts import CORE
-from vllm_multilora.integration.patching.version import installed_version
+from vllm_multilora.integration.settings.flags import checks_in
 from vllm_multilora.integration.updating import allow_updating
-from vllm_multilora.store.folder import store_folder
+from vllm_multilora.store.protocol.store_folder import store_folder
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -18,7 +18,7 @@ from vllm.v1.engine import FinishReason
 
 from vllm_multilora.failures import LoadFailure
 from vllm_multilora.integration.attached import Attached
-from vllm_multilora.integration.failures import STATUS, from_stop_reason, without_folders
+from vllm_multilora.integration.failed_requests import STATUS, from_stop_reason, without_folders
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest

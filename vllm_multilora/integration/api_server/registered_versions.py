@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.blends import blend_of
-from vllm_multilora.integration.failures import received_refusal
+from vllm_multilora.integration.failed_requests import received_refusal
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest

@@ -10,9 +10,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_multilora.integration.engine.adapters import EngineAdapters
-from vllm_multilora.integration.engine.entries import Entry
-from vllm_multilora.integration.failures import without_folder
+from vllm_multilora.integration.engine.adapters.adapter_entries import AdapterEntry
+from vllm_multilora.integration.engine.adapters.engine_adapters import EngineAdapters
+from vllm_multilora.integration.failed_requests import without_folder
 from vllm_multilora.states import AdapterState
 
 METHOD = "multilora_adapter_status"
@@ -61,7 +61,7 @@ def engine_report(
     }
 
 
-def _row(adapters: EngineAdapters, number: int, entry: Entry | None) -> Row:
+def _row(adapters: EngineAdapters, number: int, entry: AdapterEntry | None) -> Row:
     request, pack = (None, None) if entry is None else (entry.request, entry.pack)
     blend = None if entry is None else entry.blend
     use, failure = adapters.observer.usage.of(number), adapters.failure(number)

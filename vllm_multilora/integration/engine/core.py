@@ -12,29 +12,33 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-from vllm_multilora.adapters.layout import ModelLayout
-from vllm_multilora.adapters.required import RequiredDigests
+from vllm_multilora.adapters.model.layout import ModelLayout
+from vllm_multilora.adapters.signing.required import RequiredDigests
 from vllm_multilora.integration import kv_blocks
 from vllm_multilora.integration.attached import Attached
-from vllm_multilora.integration.engine.adapters import EngineAdapters
-from vllm_multilora.integration.engine.machines import MachineStores
-from vllm_multilora.integration.engine.observer import AdapterObserver
-from vllm_multilora.integration.engine.parties import Store, Workers
-from vllm_multilora.integration.engine.reaching import REACHED, reach
-from vllm_multilora.integration.engine.scheduler import AdapterAwareMixin
-from vllm_multilora.integration.engine.workers import LinkedWorkers, WaitingStore, WaitingWorkers
-from vllm_multilora.integration.failures import RefusalsInOneLine
-from vllm_multilora.integration.fill_link import LINK, PATH_VARIABLE, FillLink
+from vllm_multilora.integration.engine.adapters.engine_adapters import EngineAdapters
+from vllm_multilora.integration.engine.adapters.observer import AdapterObserver
+from vllm_multilora.integration.engine.adapters.parties import Store, Workers
+from vllm_multilora.integration.engine.scheduling.scheduler import AdapterAwareMixin
+from vllm_multilora.integration.engine.workers.machines import MachineStores
+from vllm_multilora.integration.engine.workers.reaching import REACHED, reach
+from vllm_multilora.integration.engine.workers.workers import (
+    LinkedWorkers,
+    WaitingStore,
+    WaitingWorkers,
+)
+from vllm_multilora.integration.failed_requests import RefusalsInOneLine
 from vllm_multilora.integration.logs import join_vllm_logging
-from vllm_multilora.integration.metrics import server_of
 from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
-from vllm_multilora.integration.patching.cache_settings import cpu_budget, store_settings
-from vllm_multilora.integration.worker import calls
+from vllm_multilora.integration.recording import server_of
+from vllm_multilora.integration.settings.cache_settings import cpu_budget, store_settings
+from vllm_multilora.integration.worker import worker_calls
+from vllm_multilora.integration.worker_link.fill_link import LINK, PATH_VARIABLE, FillLink
 from vllm_multilora.slots.assignment import COPY_S, SlotAssignment
-from vllm_multilora.slots.contained_policy import ContainedPolicy
-from vllm_multilora.slots.registry import make_policy
-from vllm_multilora.store.client import StoreClient
-from vllm_multilora.store.folder import StoreUnavailableError
+from vllm_multilora.slots.policies.contained_policy import ContainedPolicy
+from vllm_multilora.slots.policies.policy_registry import make_policy
+from vllm_multilora.store.clients.client import StoreClient
+from vllm_multilora.store.protocol.store_folder import StoreUnavailableError
 from vllm_multilora.wording import counted
 
 if TYPE_CHECKING:
@@ -85,7 +89,7 @@ def starting_workers(executor: Any, vllm_config: VllmConfig) -> Iterator[None]:
         os.environ.pop(PATH_VARIABLE, None)
     if link is None or not (missing := link.attach_all()):
         return
-    if not all(executor.collective_rpc(calls.has_our_manager)):
+    if not all(executor.collective_rpc(worker_calls.has_our_manager)):
         _disconnect(executor)  # vLLM itself, or another program, loads the adapters
         return
     machines = reach(executor, link, missing, vllm_config)
@@ -147,7 +151,7 @@ def make_adapters(
         The engine's adapters; None where vLLM itself, or another program, loads them.
     """
     vllm_config: VllmConfig = executor.vllm_config
-    workers_have_ours = executor.collective_rpc(calls.has_our_manager)
+    workers_have_ours = executor.collective_rpc(worker_calls.has_our_manager)
     if not all(workers_have_ours):
         return None
     lora_config = vllm_config.lora_config
@@ -160,7 +164,7 @@ def make_adapters(
         slots=lora_config.max_loras,
         max_rank=lora_config.max_lora_rank,
     )
-    observer.serves_with(executor.collective_rpc(calls.kernels_in_use)[0])
+    observer.serves_with(executor.collective_rpc(worker_calls.kernels_in_use)[0])
     slots = SlotAssignment(
         lora_config.max_loras,
         ContainedPolicy(make_policy(settings.cache_policy)),
@@ -197,7 +201,7 @@ def _connect(
     # In an engine core process, vLLM has renamed its instance since: each engine's differently.
     server = SERVER.get(executor) or server_of(vllm_config)
     if link is None:
-        executor.collective_rpc(calls.open_own_store, args=(server,))
+        executor.collective_rpc(worker_calls.open_own_store, args=(server,))
         workers = WaitingWorkers(executor.collective_rpc)
         return WaitingStore(executor.collective_rpc), workers
     store = _open_stores(executor, vllm_config, server)
@@ -223,7 +227,7 @@ def _open_stores(
     machines = [(here, client.address) for client in clients]
     clients += [StoreClient(machine.store, server) for machine in remote]
     machines += [(machine.ranks, machine.address) for machine in remote]
-    described = executor.collective_rpc(calls.open_memory, args=(machines, server))
+    described = executor.collective_rpc(worker_calls.open_memory, args=(machines, server))
     for client, (ranks, _) in zip(clients, machines, strict=True):
         layouts = [msgspec.msgpack.decode(described[r][0], type=ModelLayout) for r in ranks]
         largest = sum(described[rank][1] for rank in ranks)

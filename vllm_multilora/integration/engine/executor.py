@@ -19,17 +19,21 @@ from weakref import ref
 from vllm.v1.engine import EngineCoreRequestType
 
 from vllm_multilora.integration.engine.adapter_status import METHOD, engine_report
+from vllm_multilora.integration.engine.adapters.quarantine import RELOADS
 from vllm_multilora.integration.engine.core import make_adapters, starting_workers
-from vllm_multilora.integration.engine.quarantine import RELOADS
-from vllm_multilora.integration.engine.scheduler import EXECUTORS, AdapterAwareMixin, as_sent
-from vllm_multilora.integration.engine.scheduler_class import adapter_aware
-from vllm_multilora.integration.failures import (
+from vllm_multilora.integration.engine.scheduling.scheduler import (
+    EXECUTORS,
+    AdapterAwareMixin,
+    as_sent,
+)
+from vllm_multilora.integration.engine.scheduling.scheduler_class import adapter_aware
+from vllm_multilora.integration.failed_requests import (
     AdapterRefusedError,
     SentRefusalError,
     not_by_workers,
 )
 from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
-from vllm_multilora.integration.worker import calls
+from vllm_multilora.integration.worker import worker_calls
 from vllm_multilora.states import AT_HAND
 
 if TYPE_CHECKING:
@@ -37,8 +41,8 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
     from vllm.v1.executor import Executor
 
-    from vllm_multilora.integration.engine.adapters import EngineAdapters
-    from vllm_multilora.store.messages import PackInfo
+    from vllm_multilora.integration.engine.adapters.engine_adapters import EngineAdapters
+    from vllm_multilora.store.protocol.messages import PackInfo
 
 _IDLE_S = 0.001
 _PREFIX = "AdapterExecutor:"
@@ -128,11 +132,11 @@ class AdapterExecutorMixin:
         if method in _OF_SINGLE_ADAPTERS and self.connect() is not None:
             raise not_by_workers(method.removesuffix("_lora"))
         if method == "sleep":
-            ask(calls.slots_away)
+            ask(worker_calls.slots_away)
         done = ask(method, timeout, args, kwargs, *more, **others)
         if method == "wake_up" and _has_weights(*args, **(kwargs or {})):
             # Also after a sleep of level 1, which loses nothing: vLLM does not say which it was.
-            ask(calls.slots_lost)
+            ask(worker_calls.slots_lost)
             if (adapters := self.connect()) is not None:
                 adapters.slots_lost()
         elif method in RELOADS and (known := self._known()) is not None:

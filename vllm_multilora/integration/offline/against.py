@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vllm_multilora.integration.patching.attributes import TOOL_ATTRIBUTES
-from vllm_multilora.integration.patching.ledger import SEAMS
 from vllm_multilora.integration.patching.parts import TOOLS
-from vllm_multilora.integration.patching.seams import Finding, Seams
-from vllm_multilora.integration.patching.source import Source
+from vllm_multilora.integration.patching.seams import SeamFinding, Seams
+from vllm_multilora.integration.patching.source import VllmSource
+from vllm_multilora.integration.patching.tables.attributes import TOOL_ATTRIBUTES
+from vllm_multilora.integration.patching.tables.ledger import SEAMS
 
 _ALL = (*SEAMS, Seams(TOOLS, (), attributes=TOOL_ATTRIBUTES))
 
@@ -25,7 +25,7 @@ def judge(path: Path) -> int:
     Raises:
         ConfigError: There is no vLLM at `path`.
     """
-    source = Source.open(path)
+    source = VllmSource.open(path)
     print(f"vLLM            {source.version or 'of no known version'}, at {path}")
     are_whole = [_judge_part(source, seams) for seams in _ALL]
     if all(are_whole):
@@ -38,7 +38,7 @@ def judge(path: Path) -> int:
     return 1
 
 
-def _judge_part(source: Source, seams: Seams) -> bool:
+def _judge_part(source: VllmSource, seams: Seams) -> bool:
     """Prints how a vLLM has what one part needs; returns whether it has all of it."""
     part = seams.part
     state = "tested" if part.is_tested(source.version) else f"tested: {part.tested}"
@@ -49,7 +49,7 @@ def _judge_part(source: Source, seams: Seams) -> bool:
     return not any(finding.problem for finding in (*replaced, *others))
 
 
-def _show(title: str, findings: list[Finding], *, with_known: bool) -> None:
+def _show(title: str, findings: list[SeamFinding], *, with_known: bool) -> None:
     for finding in findings:
         if finding.problem or with_known:
             state = "DIFFERS" if finding.problem else "as known"

@@ -25,22 +25,26 @@ from vllm.v1.attention.backends.utils import (
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec, UniformTypeKVCacheSpecs
 
 from multilora_kernels.dtypes import of_torch
-from multilora_kernels.scatter import STAGING_BYTES
-from vllm_multilora.adapters.layout import ModelLayout
-from vllm_multilora.integration.offline.model import (
+from multilora_kernels.packs.scatter import STAGING_BYTES
+from vllm_multilora.adapters.model.layout import ModelLayout
+from vllm_multilora.integration.offline.base_model import BaseModel
+from vllm_multilora.integration.offline.kv_cache import KvCache
+from vllm_multilora.integration.offline.model_without_weights import (
     ALLOWED_RANKS,
     BaseModelError,
-    Server,
+    ServerFlags,
     offline_manager,
 )
+from vllm_multilora.integration.offline.slot_memory import LayerMemory, SlotMemory
 from vllm_multilora.integration.patching.activation import kernel_backend, loads_adapters
 from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
-from vllm_multilora.integration.worker.layout import RunningLayout, is_ranked, running_layout
-from vllm_multilora.integration.worker.output_factors import SlotFactors
-from vllm_multilora.integration.worker.slot_buffers import layer_bytes, wrapper_bytes
-from vllm_multilora.planning.base_model import BaseModel
-from vllm_multilora.planning.kv_cache import KvCache
-from vllm_multilora.planning.slot_memory import LayerMemory, SlotMemory
+from vllm_multilora.integration.worker.model.model_layout import (
+    RunningLayout,
+    is_ranked,
+    running_layout,
+)
+from vllm_multilora.integration.worker.model.output_factors import SlotFactors
+from vllm_multilora.integration.worker.slots.slot_buffers import layer_bytes, wrapper_bytes
 
 if TYPE_CHECKING:
     from vllm.lora.model_manager import LoRAModelManager
@@ -54,7 +58,7 @@ _get_kv_cache_groups: Any = next(
 _RANK_TABLE_BYTES = 2 * torch.int32.itemsize  # a shrink rank and an expand rank
 
 
-def offline_costs(server: Server) -> BaseModel:
+def offline_costs(server: ServerFlags) -> BaseModel:
     """What the first worker of a server would allocate.
 
     Args:

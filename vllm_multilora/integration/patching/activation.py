@@ -10,8 +10,8 @@ from multilora_kernels import resolve_backend
 from vllm_multilora import __version__
 from vllm_multilora.config import CONFIG_KEY, MultiLoRAConfig, flag_of
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.integration.patching.core_seams import CORE_SEAMS
 from vllm_multilora.integration.patching.decision import acts, said_of
+from vllm_multilora.integration.patching.tables.core_seams import CORE_SEAMS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

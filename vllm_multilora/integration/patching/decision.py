@@ -8,8 +8,8 @@ from pathlib import Path
 
 from vllm_multilora import __version__
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.integration.patching.seams import Finding, Seams
-from vllm_multilora.integration.patching.source import Source
+from vllm_multilora.integration.patching.seams import SeamFinding, Seams
+from vllm_multilora.integration.patching.source import VllmSource
 from vllm_multilora.integration.patching.version import installed_version
 
 _MAX_NAMED = 3
@@ -24,7 +24,7 @@ def acts(seams: Seams) -> bool:
 
 
 @functools.cache
-def misfits(seams: Seams) -> tuple[Finding, ...]:
+def misfits(seams: Seams) -> tuple[SeamFinding, ...]:
     """What of a part's seams the installed vLLM does not have in the known shape.
 
     It is read from vLLM's files, which takes seconds, once in a process: the result of a vLLM that
@@ -33,15 +33,15 @@ def misfits(seams: Seams) -> tuple[Finding, ...]:
     try:
         return tuple(seams.problems(_installed_source()))
     except ConfigError as error:
-        return (Finding("vllm", "vllm", str(error)),)
+        return (SeamFinding("vllm", "vllm", str(error)),)
 
 
 @functools.cache
-def _installed_source() -> Source:
+def _installed_source() -> VllmSource:
     found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:
         raise ConfigError("vLLM's files were not found: install vLLM as files, not as an archive")
-    return Source.open(Path(found.origin).parent)
+    return VllmSource.open(Path(found.origin).parent)
 
 
 def said_of(seams: Seams) -> str:

@@ -39,7 +39,7 @@ class Part:
         return minor is not None and minor > self.last
 
     def has_module(self, module: str) -> bool:
-        """Whether a module, such as `vllm_multilora.store.client`, belongs to this part."""
+        """Whether a module, such as `vllm_multilora.store.clients.client`, belongs to this part."""
         return part_of(module) is self
 
 
@@ -52,7 +52,7 @@ GATEWAY = Part(
     (0, 33),
     modules=(
         "gateway",
-        "integration.patching.gateway_seams",
+        "integration.patching.tables.gateway_seams",
         "integration.server",
         "metering",
         "routing",
@@ -66,16 +66,13 @@ TOOLS = Part(
     (0, 31),
     (0, 33),
     modules=(
-        "capacity",
         "cli",
-        "commands",
         "integration.engine_config",
         "integration.flag_values",
         "integration.offline",
-        "integration.patching.ledger",
-        "operations",
-        "planning",
+        "integration.patching.tables.ledger",
         "plugin",
+        "toolbox",
     ),
 )
 """The commands, and what puts the other two parts together: neither of them imports it."""
@@ -85,7 +82,7 @@ def part_of(module: str) -> Part:
     """The part that a module belongs to: the core, unless a list says otherwise.
 
     Args:
-        module: Its full name, such as `vllm_multilora.store.client`.
+        module: Its full name, such as `vllm_multilora.store.clients.client`.
     """
     name = module.removeprefix("vllm_multilora.")
     for part in (GATEWAY, TOOLS):

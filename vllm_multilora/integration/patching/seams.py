@@ -14,13 +14,13 @@ from pathlib import Path
 import vllm_multilora.integration
 from vllm_multilora.integration.patching.parts import Part
 from vllm_multilora.integration.patching.patch import Patch
-from vllm_multilora.integration.patching.source import Source, is_vllms
+from vllm_multilora.integration.patching.source import VllmSource, is_vllms
 
 _FOLDER = Path(vllm_multilora.integration.__file__).parent
 
 
 @dataclass(frozen=True)
-class Finding:
+class SeamFinding:
     """One thing of vLLM's that the plugin counts on.
 
     Attributes:
@@ -55,15 +55,15 @@ class Seams:
         """Which of some patches cannot be put in place; imports the modules of their targets."""
         return [patch.name for patch in self.patches if patch.name in names and not patch.apply()]
 
-    def findings_of_patches(self, source: Source) -> list[Finding]:
+    def findings_of_patches(self, source: VllmSource) -> list[SeamFinding]:
         """How a vLLM's source has what the patches replace, in the order of the table."""
         return [
-            Finding(each.name, each.target, _problem(source, each.target, each.takes))
+            SeamFinding(each.name, each.target, _problem(source, each.target, each.takes))
             for each in self.patches
             if is_vllms(each.module)
         ]
 
-    def other_findings(self, source: Source) -> list[Finding]:
+    def other_findings(self, source: VllmSource) -> list[SeamFinding]:
         """How a vLLM's source has what is overridden, imported and read."""
         return [
             *self._of_overrides(source),
@@ -71,25 +71,25 @@ class Seams:
             *self._of_attributes(source),
         ]
 
-    def problems(self, source: Source) -> list[Finding]:
+    def problems(self, source: VllmSource) -> list[SeamFinding]:
         """Everything that is not as this part knows it."""
         found = [*self.findings_of_patches(source), *self.other_findings(source)]
         return [finding for finding in found if finding.problem]
 
-    def _of_overrides(self, source: Source) -> Iterator[Finding]:
+    def _of_overrides(self, source: VllmSource) -> Iterator[SeamFinding]:
         for target, methods in self.overrides.items():
             owner = target.partition(":")[2]
             for method, parameters in methods.items():
                 problem = _problem(source, f"{target}.{method}", (parameters,))
-                yield Finding(owner, f"{target}.{method}", problem)
+                yield SeamFinding(owner, f"{target}.{method}", problem)
 
-    def _of_attributes(self, source: Source) -> Iterator[Finding]:
+    def _of_attributes(self, source: VllmSource) -> Iterator[SeamFinding]:
         for target in self.attributes:
             module, _, name = target.partition(":")
             problem = "" if source.has(module, name) else f"{module} has no {name}"
-            yield Finding("private attribute", target, problem)
+            yield SeamFinding("private attribute", target, problem)
 
-    def _of_imports(self, source: Source) -> Iterator[Finding]:
+    def _of_imports(self, source: VllmSource) -> Iterator[SeamFinding]:
         """Every name that this part's modules import from vLLM, but for type checkers alone."""
         for file in sorted(_FOLDER.rglob("*.py")):
             path = file.relative_to(_FOLDER)
@@ -102,16 +102,16 @@ class Seams:
                         if is_vllms(alias.name):
                             known = source.has_module(alias.name)
                             problem = "" if known else f"there is no module {alias.name}"
-                            yield Finding(str(path), alias.name, problem)
+                            yield SeamFinding(str(path), alias.name, problem)
                 elif isinstance(node, ast.ImportFrom) and is_vllms(node.module or ""):
                     module = node.module or ""
                     for alias in node.names:
                         known = source.find(module, alias.name) is not None
                         problem = "" if known else f"{module} has no {alias.name}"
-                        yield Finding(str(path), f"{module}:{alias.name}", problem)
+                        yield SeamFinding(str(path), f"{module}:{alias.name}", problem)
 
 
-def _problem(source: Source, target: str, takes: Sequence[str]) -> str:
+def _problem(source: VllmSource, target: str, takes: Sequence[str]) -> str:
     module, _, name = target.partition(":")
     if not source.has_module(module):
         return f"there is no module {module}"

@@ -23,7 +23,7 @@ _MOST_HOPS = 12  # from a name that is imported to where it is defined
 
 
 @dataclass(frozen=True)
-class Definition:
+class CodeDefinition:
     """What a name stands for.
 
     Attributes:
@@ -36,7 +36,7 @@ class Definition:
     is_imported: bool = False
 
 
-class Source:
+class VllmSource:
     """The modules of a vLLM, as text.
 
     Args:
@@ -48,7 +48,7 @@ class Source:
         self._parsed = cache(self._parse)
 
     @classmethod
-    def open(cls, path: Path) -> Source:
+    def open(cls, path: Path) -> VllmSource:
         """Opens a wheel, or a folder that has vLLM's package, or is it.
 
         Raises:
@@ -73,7 +73,7 @@ class Source:
         """Whether there is such a module or package."""
         return self._parsed(module) is not None
 
-    def find(self, module: str, name: str) -> Definition | None:
+    def find(self, module: str, name: str) -> CodeDefinition | None:
         """Finds a module's name, such as `Executor.__init__`, through imports and base classes.
 
         Returns:
@@ -112,15 +112,15 @@ class Source:
         found = filter(None, (self._in_module(module, base, hops - 1) for base in bases))
         return any(self._sets(*base, attribute, hops - 1) for base in found)
 
-    def _definition(self, module: str, node: ast.AST) -> Definition:
+    def _definition(self, module: str, node: ast.AST) -> CodeDefinition:
         if isinstance(node, ast.ClassDef):
             found = self._in_class(module, node, "__init__", _MOST_HOPS)
-            return Definition(None) if found is None else self._definition(*found)
+            return CodeDefinition(None) if found is None else self._definition(*found)
         if isinstance(node, _Function):
-            return Definition(_parameters(node.args))
+            return CodeDefinition(_parameters(node.args))
         if isinstance(node, ast.ImportFrom) and not node.level:
-            return Definition(None, is_imported=not is_vllms(node.module or ""))
-        return Definition(None)
+            return CodeDefinition(None, is_imported=not is_vllms(node.module or ""))
+        return CodeDefinition(None)
 
     def _in_module(self, module: str, name: str, hops: int) -> tuple[str, ast.AST] | None:
         """The node that defines a name, and the module that it is in."""

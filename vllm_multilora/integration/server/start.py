@@ -7,22 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.integration.failures import RefusalsInOneLine
+from vllm_multilora.integration.failed_requests import RefusalsInOneLine
 from vllm_multilora.integration.logs import PrintableLines, add_filter
 from vllm_multilora.integration.patching.activation import settings_of
-from vllm_multilora.integration.patching.gateway_seams import GATEWAY_SEAMS
-from vllm_multilora.integration.server import (
+from vllm_multilora.integration.patching.tables.gateway_seams import GATEWAY_SEAMS
+from vllm_multilora.integration.server.names import (
     adapter_directory,
-    engine_calls,
-    metering,
     registration,
     routes,
     shared_names,
 )
-from vllm_multilora.integration.server.activation import is_active_behind
-from vllm_multilora.integration.server.callers import current_tenant
-from vllm_multilora.integration.server.mounting import GATEWAY, is_gateway_mounted
-from vllm_multilora.integration.server.names_in_use import LocksInUse
+from vllm_multilora.integration.server.names.names_in_use import LocksInUse
+from vllm_multilora.integration.server.requests import engine_calls, metering
+from vllm_multilora.integration.server.requests.callers import current_tenant
+from vllm_multilora.integration.server.settings.gateway_activation import is_active_behind
+from vllm_multilora.integration.server.settings.mounting import GATEWAY, is_gateway_mounted
 from vllm_multilora.tenants.keys import ADMIN_KEY_VARIABLE, has_keys, key_in
 from vllm_multilora.tenants.work_turns import take_turns
 

@@ -19,8 +19,8 @@ from multilora_kernels import (
     PreparedLinear,
     PreparedShrink,
 )
-from multilora_kernels.by_rows import PreparedByRows
-from multilora_kernels.prepared import Prepared
+from multilora_kernels.launches.by_rows import PreparedByRows
+from multilora_kernels.launches.prepared import Prepared
 from multilora_kernels.trial.choices import Choice
 from vllm_multilora.integration.step.stock_kernels import StockExpand, StockLinear, StockShrink
 

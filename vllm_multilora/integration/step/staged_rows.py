@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from multilora_kernels.staging import StagingRing
+from multilora_kernels.batch.staging import StagingRing
 
 
 class StagedRows:

@@ -21,10 +21,10 @@ import numpy.typing as npt
 import torch
 
 from multilora_kernels import BatchPlan, PlanLayout
-from multilora_kernels.prepared import Prepared
+from multilora_kernels.launches.prepared import Prepared
 from multilora_kernels.skipping import tokens_to_skip
 from multilora_kernels.trial.kinds import LayerKind
-from multilora_kernels.trial.problems import Weights
+from multilora_kernels.trial.trial_problems import Weights
 from vllm_multilora.integration.step.stock_metadata import kernel_arguments
 
 
@@ -240,7 +240,7 @@ class StockExpand(_StockCall):
 def prepare(
     kind: LayerKind, weights: Weights, layout: PlanLayout
 ) -> Callable[[torch.Tensor, torch.Tensor, BatchPlan], None]:
-    """The call of a kind of layer, for a trial; see `multilora_kernels.trial.backends`."""
+    """The call of a kind of layer, for a trial; see `multilora_kernels.trial.trial_backends`."""
     from vllm.lora.ops.triton_ops.utils import _LORA_A_PTR_DICT, _LORA_B_PTR_DICT
 
     # They would keep all kinds' weights; a trial's process has no other layers.

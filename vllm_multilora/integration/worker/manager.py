@@ -22,30 +22,30 @@ from vllm_multilora.errors import ConfigError, MultiLoRAError
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration import kv_blocks
 from vllm_multilora.integration.cpp_compiler import compile_only_with_compiler
-from vllm_multilora.integration.failures import not_by_workers
-from vllm_multilora.integration.fill_link import (
+from vllm_multilora.integration.failed_requests import not_by_workers
+from vllm_multilora.integration.logs import join_vllm_logging
+from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
+from vllm_multilora.integration.patching.tables.core_seams import PUNICA_WRAPPER
+from vllm_multilora.integration.settings.cache_settings import cpu_budget, store_settings
+from vllm_multilora.integration.settings.flags import checks_in
+from vllm_multilora.integration.step.mapping import BatchMapping, rows_before
+from vllm_multilora.integration.worker.model.experts import leave_experts_alone
+from vllm_multilora.integration.worker.rows.activated_rows import base_rows_of
+from vllm_multilora.integration.worker.rows.encoder_rows import first_items
+from vllm_multilora.integration.worker.slots.filler import SlotFiller
+from vllm_multilora.integration.worker.slots.model_manager import MultiLoRAModelManager
+from vllm_multilora.integration.worker.slots.own_store import OwnStore
+from vllm_multilora.integration.worker.slots.special import SpecialParts
+from vllm_multilora.integration.worker.slots.start_report import report_slots
+from vllm_multilora.integration.worker_link.fill_link import (
     Answer,
     FillFailed,
     Missing,
     WorkerLink,
     attach_worker,
 )
-from vllm_multilora.integration.logs import join_vllm_logging
-from vllm_multilora.integration.orders import Order
-from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
-from vllm_multilora.integration.patching.cache_settings import cpu_budget, store_settings
-from vllm_multilora.integration.patching.core_seams import PUNICA_WRAPPER
-from vllm_multilora.integration.patching.flags import checks_in
-from vllm_multilora.integration.remote_link import Address, dial
-from vllm_multilora.integration.step.mapping import BatchMapping, rows_before
-from vllm_multilora.integration.worker.activated_rows import base_rows_of
-from vllm_multilora.integration.worker.encoder_rows import first_items
-from vllm_multilora.integration.worker.experts import leave_experts_alone
-from vllm_multilora.integration.worker.filler import SlotFiller
-from vllm_multilora.integration.worker.model_manager import MultiLoRAModelManager
-from vllm_multilora.integration.worker.own_store import OwnStore
-from vllm_multilora.integration.worker.special import SpecialParts
-from vllm_multilora.integration.worker.start_report import report_slots
+from vllm_multilora.integration.worker_link.orders import Order
+from vllm_multilora.integration.worker_link.remote_link import LinkAddress, dial
 from vllm_multilora.slots.budget import CpuBudget
 
 logger = logging.getLogger(__name__)
@@ -228,7 +228,7 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         """Which worker of its engine this is."""
         return self._vllm_config.parallel_config.rank
 
-    def reach_engine_core(self, address: Address) -> bool:
+    def reach_engine_core(self, address: LinkAddress) -> bool:
         """Connects to an engine core on another machine; whether anything was to be done.
 
         Raises:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from vllm_multilora.store.launch import FIRST_PAUSE_S, LONGEST_PAUSE_S, StoreHost
+from vllm_multilora.store.store_launch import FIRST_PAUSE_S, LONGEST_PAUSE_S, StoreHost
 
 logger = logging.getLogger(__name__)
 

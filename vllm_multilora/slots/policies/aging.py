@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 
-from vllm_multilora.slots.policy import CachePolicy
+from vllm_multilora.slots.policies.policy import CachePolicy
 
 
 class AgedFrequencyPolicy(CachePolicy):

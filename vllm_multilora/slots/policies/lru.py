@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vllm_multilora.slots.policy import CachePolicy
+from vllm_multilora.slots.policies.policy import CachePolicy
 
 
 class LruPolicy(CachePolicy):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vllm_multilora.slots.policy import CachePolicy
+from vllm_multilora.slots.policies.policy import CachePolicy
 
 PROTECTED_SHARE = 0.8
 """Most of the tier's content that is protected; the rest is on probation."""

@@ -9,7 +9,7 @@ from typing import Any
 from multilora_kernels.trial.choices import Choice
 from multilora_kernels.trial.records import Record
 from vllm_multilora.integration.step.punica_prepared import OURS
-from vllm_multilora.integration.worker.kernel_choice.calls import EXPERTS, HEADS, unchosen
+from vllm_multilora.integration.worker.kernel_choice.layer_calls import EXPERTS, HEADS, unchosen
 from vllm_multilora.wording import counted
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""What loads, registrations and starts cost."""

@@ -1,0 +1,1 @@
+"""How requests and tenants share slots, caches and steps."""

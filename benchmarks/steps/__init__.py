@@ -1,0 +1,1 @@
+"""What a step costs, and how many tokens a server computes."""

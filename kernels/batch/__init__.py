@@ -1,0 +1,1 @@
+"""Where the rows of a batch lie: runs of slots, and staging memory for plans."""

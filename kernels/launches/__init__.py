@@ -1,0 +1,1 @@
+"""Calls of the kernels that are prepared once and repeated each step."""

@@ -1,0 +1,1 @@
+"""Adapters' bytes: packed on the host, staged, and scattered over slots."""

@@ -1,0 +1,1 @@
+"""Compiles Triton kernels ahead of their first use, in processes of their own."""

@@ -1,0 +1,169 @@
+"""What the engine core says once a step is with its workers."""
+
+from collections.abc import Callable
+from queue import Queue
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+from tests.engine.executors import StartedExecutor
+from tests.engine.parties import FakeStore, lora, pack_info
+from tests.engine.scheduling.test_scheduler import Server, config
+from vllm_multilora.integration.engine import core
+from vllm_multilora.integration.engine.core import SERVER
+from vllm_multilora.integration.engine.scheduling import scheduler
+from vllm_multilora.integration.engine.scheduling.asides import Asides
+from vllm_multilora.integration.worker_link.fill_link import LINK
+
+
+def test_it_is_said_in_order_and_what_follows_from_it_too():
+    asides, said = Asides(), []
+    asides.say(lambda: said.append("at once"))
+    asides.wait = True
+    asides.say(lambda: asides.say(lambda: said.append("third")))
+    asides.say(lambda: said.append("second"))
+    assert said == ["at once"]
+    asides.flush()
+    assert said == ["at once", "second", "third"]
+    asides.flush()
+    assert len(said) == 3
+
+
+@pytest.mark.parametrize(("kind", "waits"), [(MultiprocExecutor, True), (UniProcExecutor, False)])
+def test_only_other_processes_compute_while_something_is_said(monkeypatch, kind, waits):
+    executor = kind.__new__(kind)
+    link = SimpleNamespace(start_waking=lambda wake: None)
+    LINK.set(executor, link)
+    SERVER.set(executor, "server")
+    store = SimpleNamespace(say_by=lambda say, say_all: None, start_waking=lambda wake: None)
+    monkeypatch.setattr(core, "_open_stores", lambda *arguments: store)
+    asides = Asides()
+    executor.vllm_config = None
+    core._connect(executor, SimpleNamespace(asides=asides), lambda: None)
+    assert asides.wait is waits
+
+
+class Aside(FakeStore):
+    """A store that hears what is said of requests' adapters when it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[int] = []
+        self.say: Callable = lambda call: call()
+        self.say_all: Callable = lambda: None
+
+    def want(self, want):
+        self.say(lambda: self.heard.append(want.adapter))
+        return super().want(want)
+
+    def poll(self, seconds=0.0):
+        if seconds:
+            self.say_all()
+        return super().poll(seconds)
+
+
+@pytest.fixture
+def server(monkeypatch) -> Server:
+    monkeypatch.setattr("tests.engine.parties.FakeStore", Aside)
+    monkeypatch.setattr(scheduler, "engine_recorder", lambda config: None)
+    server = Server()
+    asides = server.scheduler.asides
+    server.engine.store.say, server.engine.store.say_all = asides.say, asides.flush
+    asides.wait = True
+    return server
+
+
+def test_the_store_hears_of_a_request_when_the_step_is_with_the_workers(server):
+    server.ask("base")
+    server.ask("a", 1)
+    output = server.scheduler.schedule()
+    assert server.engine.store.heard == []
+    server.scheduler.get_grammar_bitmask(output)
+    assert server.engine.store.heard == [1]
+
+
+def test_it_hears_at_the_end_of_a_step_at_the_latest(server):
+    """VLLM asks for no bitmask where nothing is sampled."""
+    server.ask("base")
+    server.ask("a", 1)
+    server.step()
+    assert server.engine.store.heard == [1]
+
+
+def test_a_request_whose_adapter_is_in_memory_has_its_slot_filled_in_the_next_step(server):
+    """Its lease takes a moment, and a step all the longer."""
+    server.engine.host(1, 7)
+    server.engine.adapters.drop(1)
+    server.scheduler.asides.flush()
+    server.ask("base")
+    server.ask("a", 1)
+    server.engine.store.answers = lambda: server.engine.store.loaded(pack_info(7))
+    server.scheduler.schedule()
+    assert server.engine.workers.only().pack.pack == 7
+
+
+@pytest.fixture
+def executor(server) -> StartedExecutor:
+    """The executor of an engine core in a process of its own."""
+    return StartedExecutor(server.scheduler, config(2), Queue())
+
+
+def test_calls_are_carried_out_and_answered_when_the_step_is_with_the_workers(server, executor):
+    server.ask("base")
+    server.step()
+    good, bad = (executor.add_lora(lora(number)) for number in (1, 2))
+    output = server.scheduler.schedule()
+    assert server.engine.store.wants == {}
+    server.scheduler.get_grammar_bitmask(output)
+    assert server.engine.store.heard == [1, 2]
+    one, other = list(server.engine.store.wants.values())
+    server.engine.store.failed(other)
+    server.engine.store.loaded(pack_info(1), one)
+    output = server.scheduler.schedule()
+    server.engine.poll()
+    assert not good.done()
+    assert not bad.done()
+    server.scheduler.get_grammar_bitmask(output)
+    assert good.result(0)
+    assert "it is bad" in str(bad.exception(0))
+
+
+def test_calls_are_carried_out_in_their_order(server, executor):
+    server.ask("base")
+    server.step()
+    executor.add_lora(lora(1))
+    removed = executor.remove_lora(1)
+    refused = executor.pin_lora(1)
+    server.step()
+    server.engine.store.forgets()
+    server.step()
+    server.step()
+    assert removed.result(0)
+    assert "never added" in str(refused.exception(0))
+
+
+@pytest.mark.parametrize(
+    ("contents", "answer"),
+    [({}, "d1"), ({"dora": True}, "d1:dora"), ({"invocation_tokens": (1, 2)}, "d1:alora:1,2")],
+    ids=["plain", "dora", "activated"],
+)
+def test_a_registration_is_answered_with_what_was_read(server, executor, contents, answer):
+    read = executor.add_lora(lora(1))
+    assert not server.scheduler.has_requests()
+    server.engine.store.loaded(msgspec.structs.replace(pack_info(1, "d1"), **contents))
+    server.engine.poll()
+    assert not server.scheduler.has_requests()
+    assert read.result(0) == answer
+
+
+def test_nobody_waits_for_a_step_where_none_will_come(server, executor):
+    answer = executor.add_lora(lora(1))
+    assert not server.scheduler.has_requests()
+    assert server.engine.store.heard == [1]
+    server.engine.store.loaded(pack_info(1))
+    server.engine.poll()
+    assert not server.scheduler.has_requests()
+    assert answer.result(0)

@@ -1,0 +1,110 @@
+"""`AsyncLLM` as a library: calls for adapters, many at once, and answers as PEFT's beside them."""
+
+import asyncio
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vllm_multilora.store.protocol.store_folder import FOLDER_VARIABLE
+
+from .. import template
+from ..engine import lora_request, store_folder
+from ..models.cases import NEW_TOKENS, Case, Scenario
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+pytestmark = pytest.mark.serving
+
+LENGTH = 7
+"""Tokens of a prompt."""
+EXIT_LIMIT_S = 30.0
+
+
+@pytest.fixture
+def engine(llama: Scenario, monkeypatch: pytest.MonkeyPatch) -> "Iterator[AsyncLLM]":
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    arguments = AsyncEngineArgs(
+        model=str(llama.base),
+        dtype="float32",
+        enforce_eager=True,
+        enable_lora=True,
+        max_loras=2,
+        max_cpu_loras=len(llama.adapters),
+        max_lora_rank=64,
+        max_model_len=128,
+        skip_tokenizer_init=True,
+    )
+    with store_folder() as folder, template.forked_processes():
+        monkeypatch.setenv(FOLDER_VARIABLE, folder)
+        running = AsyncLLM.from_engine_args(arguments)
+        try:
+            yield running
+        finally:
+            running.shutdown(timeout=EXIT_LIMIT_S)
+
+
+async def answer(engine: "AsyncLLM", llama: Scenario, case: Case) -> tuple[int, ...]:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    settings = SamplingParams(
+        temperature=0.0,
+        max_tokens=NEW_TOKENS,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+    (output,) = [
+        output
+        async for output in engine.generate(
+            {"prompt_token_ids": list(case.prompt)},
+            settings,
+            f"request of {case.adapter}",
+            lora_request=case.adapter and lora_request(llama, case.adapter),
+        )
+    ]
+    return tuple(output.outputs[0].token_ids)
+
+
+def test_calls_and_answers_go_on_beside_each_other(engine: "AsyncLLM", llama: Scenario) -> None:
+    async def use() -> None:
+        first, *others = llama.adapters
+        requests = [lora_request(llama, name) for name in llama.adapters]
+        assert await asyncio.gather(*map(engine.add_lora, requests)) == [True] * len(requests)
+        everybody = {request.lora_int_id for request in requests}
+        assert await engine.list_loras() == everybody
+        assert await engine.pin_lora(llama.adapter_id(first))
+        with pytest.raises(Exception, match="was never added"):
+            await engine.pin_lora(90)
+        cases = [case for case in llama.cases if len(case.prompt) == LENGTH]
+        found = await asyncio.gather(*(answer(engine, llama, case) for case in cases))
+        assert {case.adapter: tokens for case, tokens in zip(cases, found, strict=True)} == {
+            case.adapter: case.expected.tokens for case in cases
+        }
+        removed = [engine.remove_lora(llama.adapter_id(name)) for name in others]
+        assert await asyncio.gather(*removed) == [True] * len(others)
+        assert not await engine.remove_lora(llama.adapter_id(others[0]))
+        assert await engine.list_loras() == {llama.adapter_id(first)}
+
+    asyncio.run(use())
+
+
+def test_a_refused_adapter_raises_its_reason_and_nothing_internal(
+    engine: "AsyncLLM", tmp_path: Path
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    from vllm_multilora.integration.failed_requests import AdapterRefusedError
+
+    path = str(tmp_path / "missing")
+    with pytest.raises(AdapterRefusedError, match=f"{path}.* does not exist") as raised:
+        asyncio.run(engine.add_lora(LoRARequest("missing", 1, path)))
+    (problem,) = raised.value.problems
+    assert str(raised.value) == problem["message"]
+    assert "multilora-refused" not in "".join(traceback.format_exception(raised.value))

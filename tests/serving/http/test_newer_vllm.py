@@ -1,0 +1,113 @@
+"""On a vLLM that is newer than those tested, each part of the plugin decides for itself."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.attacks.tenant_server import KEYS, write_tenants
+from tests.newer_vllm import BROKEN_CORE, BROKEN_GATEWAY, VERSION, make_newer
+
+from .. import completions
+from ..models.cases import Scenario
+from ..server import ServerStartError, VllmServer
+
+pytestmark = [pytest.mark.serving, pytest.mark.slow]
+
+ADAPTER = "all-linear-r8"
+LORA = ("--enable-lora", "--max-loras", "2", "--max-lora-rank", "64", "--dtype", "float32")
+SIZE = ("--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "4", "--block-size", "32")
+CORE_ACTIVE = f"found {VERSION}: LoRA serving is active"
+CORE_OFF = f"found {VERSION}: LoRA serving stays as vLLM has it, because of pin: takes"
+GATEWAY_OFF = f"found {VERSION}: the gateway (HTTP, names, keys, tenants) stays as vLLM has it"
+
+
+def serve(scenario: Scenario, folder: Path, environment: dict[str, str], *args: str) -> VllmServer:
+    modules = f"{ADAPTER}={scenario.adapters[ADAPTER]}"
+    return VllmServer(
+        scenario.base,
+        *LORA,
+        *SIZE,
+        *("--lora-modules", modules, *args),
+        log=folder / "vllm.log",
+        env=environment,
+        start_timeout=900.0,  # each process reads vLLM's files before it decides
+        new_interpreter=True,
+    )
+
+
+def assert_adapter_answers(scenario: Scenario, server: VllmServer, key: str = "") -> None:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    with httpx.Client(base_url=server.url, trust_env=False, timeout=120, headers=headers) as client:
+        for case in scenario.cases_of(ADAPTER):
+            body = completions.body(ADAPTER, case)
+            response = client.post("/v1/completions", json=body)
+            assert response.status_code == 200, response.text
+            assert completions.token_ids(response) == case.expected.tokens
+
+
+def test_lora_is_served_when_a_patch_of_the_gateway_does_not_fit(
+    llama: Scenario, tmp_path: Path
+) -> None:
+    environment = make_newer(tmp_path / "newer", BROKEN_GATEWAY)
+    with serve(llama, tmp_path, environment) as server:
+        assert_adapter_answers(llama, server)
+        log = server.log.read_text()
+    assert log.count(CORE_ACTIVE) == 1
+    assert "is active; LoRA kernels: native" in log
+    assert log.count(GATEWAY_OFF) == 1
+    assert "because of error-texts: takes (message, hint='')" in log
+
+    write_tenants(tmp_path / "tenants.json", {"acme": {"adapters": [ADAPTER]}})
+    tenants = ("--multilora-tenants", str(tmp_path / "tenants.json"))
+    server = serve(llama, tmp_path, environment, *tenants)
+    with pytest.raises(ServerStartError, match="protect nothing here"), server:
+        pass
+
+
+def test_keys_guard_a_server_when_a_patch_for_lora_does_not_fit(
+    llama: Scenario, tmp_path: Path
+) -> None:
+    environment = make_newer(tmp_path / "newer", BROKEN_CORE)
+    write_tenants(tmp_path / "tenants.json", {"acme": {"adapters": [ADAPTER]}})
+    tenants = ("--multilora-tenants", str(tmp_path / "tenants.json"))
+    with serve(llama, tmp_path, environment, *tenants) as server:
+        assert_adapter_answers(llama, server, KEYS["acme"] or "")
+        case = llama.cases_of(ADAPTER)[0]
+        refused = httpx.post(
+            f"{server.url}/v1/completions", json=completions.body(ADAPTER, case), trust_env=False
+        )
+        assert refused.status_code == 401
+        log = server.log.read_text()
+    assert log.count(CORE_OFF) == 1
+    assert "LoRA kernels: native" not in log
+    assert GATEWAY_OFF not in log
+
+
+@pytest.mark.parametrize(
+    ("changes", "core", "gateway"),
+    [
+        pytest.param({}, True, True, id="all-seams-fit"),
+        pytest.param(BROKEN_CORE, False, True, id="core-seam-broken"),
+        pytest.param(BROKEN_GATEWAY, True, False, id="gateway-seam-broken"),
+    ],
+)
+def test_the_doctor_says_which_part_acts_on_a_newer_vllm(
+    tmp_path: Path, changes: dict[str, tuple[str, str]], core: bool, gateway: bool
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_multilora.cli", "doctor"],
+        env={**os.environ, **make_newer(tmp_path, changes)},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    words = {True: "acts on this vLLM", False: "inactive (see below)"}
+    assert f"vLLM            {VERSION} (tested: " in done.stdout, done.stderr
+    assert f"core            {words[core]}" in done.stdout
+    assert f"gateway         {words[gateway]}" in done.stdout
+    assert done.returncode == (0 if core and gateway else 1)

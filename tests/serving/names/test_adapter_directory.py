@@ -1,0 +1,873 @@
+"""One API server's table of names follows its adapter directories; the engine is a stand-in."""
+
+import asyncio
+import threading
+import warnings
+from collections import defaultdict
+from collections.abc import Coroutine
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.lora.request import LoRARequest
+
+from vllm_multilora.adapters.directory import FIRST_NUMBER, AdapterDirectories
+from vllm_multilora.adapters.files.allowed_roots import AllowedRoots
+from vllm_multilora.adapters.problems import Code, Problem
+from vllm_multilora.config import MultiLoRAConfig
+from vllm_multilora.failures import FailureKind, LoadFailure
+from vllm_multilora.integration.failed_requests import AdapterRefusedError
+from vllm_multilora.integration.server import start
+from vllm_multilora.integration.server.names import (
+    adapter_directory,
+    model_names,
+    registration,
+    routes,
+)
+from vllm_multilora.integration.server.names.adapter_directory import (
+    DIRECTORY,
+    SCAN_S,
+    DirectoryServer,
+)
+from vllm_multilora.integration.server.names.refusals import Refusals
+from vllm_multilora.integration.server.names.routes import ROUTES
+from vllm_multilora.integration.server.requests.callers import Caller, current_caller
+from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account
+from vllm_multilora.tenants.rules import Role
+from vllm_multilora.tenants.tenant import Tenant
+
+pytestmark = pytest.mark.serving
+
+BASE = "base"
+
+
+class Engine:
+    """Reads an adapter as the text of its weights; "bad" and "away" cannot be had."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, str] = {}
+        self.read: list[str] = []
+        self.engine_core = self
+
+    async def add_lora(self, lora: LoRARequest) -> bool:
+        if lora.lora_int_id in self.held:
+            return True
+        content = (Path(lora.lora_path) / "adapter_model.safetensors").read_text()
+        self.read.append(f"{lora.lora_name}: {content}")
+        refuse(content)
+        self.held[lora.lora_int_id] = content
+        return True
+
+    async def remove_lora_async(self, lora_id: int) -> bool:
+        return self.held.pop(lora_id, None) is not None
+
+
+class TwoEngines(Engine):
+    """Data parallelism: the second engine reads an adapter after the first, if it can.
+
+    Attributes:
+        fault: What it finds in the place of weights; None: what the first has found.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held_by_second: dict[int, str] = {}
+        self.fault: str | None = None
+
+    async def add_lora(self, lora: LoRARequest) -> bool:
+        await super().add_lora(lora)
+        if lora.lora_int_id not in self.held_by_second:
+            content = self.fault or self.held[lora.lora_int_id]
+            refuse(content)
+            self.held_by_second[lora.lora_int_id] = content
+        return True
+
+    async def remove_lora_async(self, lora_id: int) -> bool:
+        self.held_by_second.pop(lora_id, None)
+        return await super().remove_lora_async(lora_id)
+
+
+class SlowEngine(Engine):
+    """Reads for as long as the test says, whatever becomes of who has asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_asked = asyncio.Event()
+        self.may_read = asyncio.Event()
+        self.reading: asyncio.Task[bool] | None = None
+
+    async def add_lora(self, lora: LoRARequest) -> bool:
+        self.reading = asyncio.create_task(self._read(lora))
+        self.is_asked.set()
+        return await asyncio.shield(self.reading)
+
+    async def _read(self, lora: LoRARequest) -> bool:
+        await self.may_read.wait()
+        return await super().add_lora(lora)
+
+    async def read_for_nobody(self, request: asyncio.Task[Any]) -> None:
+        """The client of the request that has an adapter read disconnects meanwhile."""
+        await asyncio.wait_for(self.is_asked.wait(), 10)
+        request.cancel()
+        await settle()
+        self.may_read.set()
+        await asyncio.wait({request}, timeout=10)
+        assert request.cancelled()
+        assert self.reading is not None
+        assert await self.reading
+        await settle()
+
+
+class StrictEngine(Engine):
+    """Refuses everything, while there is a reason.
+
+    Attributes:
+        codes: Of the problems that there are; None: it may be served.
+    """
+
+    codes: tuple[Code, ...] | None = None
+
+    async def add_lora(self, lora: LoRARequest) -> bool:
+        if self.codes is None:
+            return await super().add_lora(lora)
+        problems = [Problem.at(code, "f", "", "", "").as_dict() for code in self.codes]
+        failure = LoadFailure(FailureKind.INVALID, "not now")
+        raise AdapterRefusedError(lora.lora_int_id, failure, problems)
+
+
+def refuse(content: str) -> None:
+    for text, kind in (("bad", FailureKind.INVALID), ("away", FailureKind.UNREADABLE)):
+        if content == text:
+            problem = Problem(Code.NOT_FINITE, "f", "", "", "", f"{text} weights")
+            failure = LoadFailure(kind, problem.message)
+            raise AdapterRefusedError(1, failure, [problem.as_dict()])
+
+
+class Models:
+    """What `DirectoryServer` uses of vLLM's `OpenAIServingModels`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine_client = engine
+        self.lora_requests: dict[str, LoRARequest] = {}
+        self.lora_resolver_lock: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    def is_base_model(self, name: str) -> bool:
+        return name == BASE
+
+
+class Site:
+    """A directory, one engine or two, and API servers over both."""
+
+    def __init__(self, root: Path, servers: int = 1, engine: Engine | None = None) -> None:
+        self.root = root
+        self.engine = engine or Engine()
+        self.models = [Models(self.engine) for _ in range(servers)]
+        self.servers = [
+            DirectoryServer(
+                models,
+                AdapterDirectories([str(root)], AllowedRoots((), [root])),
+                is_alone=servers == 1,
+            )
+            for models in self.models
+        ]
+        self.now = 0.0
+        for server in self.servers:
+            server._missed = Refusals(lambda: self.now)
+
+    def pass_time(self, seconds: float) -> None:
+        """So much later, as far as pauses between tries go."""
+        self.now += seconds
+
+    def put(self, name: str, weights: str | None = "good") -> None:
+        (self.root / name).mkdir(exist_ok=True)
+        (self.root / name / "adapter_config.json").write_text("{}")
+        if weights is not None:
+            (self.root / name / "adapter_model.safetensors").write_text(weights)
+
+    def take(self, name: str) -> None:
+        for file in (self.root / name).iterdir():
+            file.unlink()
+        (self.root / name).rmdir()
+
+    async def look(self, server: int = 0, times: int = 2) -> None:
+        """Has a server scan until what has changed counts, and do what follows from it."""
+        for _ in range(times):
+            await self.servers[server].scan()
+            await settle()
+
+    async def ask(self, name: str, server: int = 0) -> Any:
+        """A request: the weights that answer it, or the status of the refusal."""
+        refusal = await self.servers[server].prepare(name)
+        if refusal is not None:
+            return refusal.error.code
+        lora = self.models[server].lora_requests.get(name)
+        return None if lora is None else self.engine.held.get(lora.lora_int_id, "not loaded")
+
+
+async def settle() -> None:
+    """Lets background work go on until there is nothing left to do but to wait."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(work)
+
+
+@pytest.fixture(autouse=True)
+def without_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter_directory, "_GRACE_S", 0.0)
+
+
+def test_all_names_are_known_and_nothing_is_read_before_its_first_use(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        for number in range(20):
+            site.put(f"customer-{number}", f"weights {number}")
+        await site.look(times=1)
+        assert len(site.models[0].lora_requests) == 20
+        assert site.engine.read == []
+        for _ in range(2):
+            assert await site.ask("customer-7") == "weights 7"
+        assert site.engine.read == ["customer-7: weights 7"]
+
+    run(scenario())
+
+
+def test_a_new_folder_is_found_by_its_first_request(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        await site.look(times=1)
+        assert await site.ask("acme") is None
+        site.put("acme", "one")
+        assert await site.ask("acme") == "one"
+        assert list(site.models[0].lora_requests) == ["acme"]
+
+    run(scenario())
+
+
+def test_where_every_name_is_the_base_models_an_adapters_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_SKIP_MODEL_NAME_VALIDATION", "1")
+    monkeypatch.setattr(registration, "acts_for", lambda models: True)
+
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        (models,) = site.models
+        DIRECTORY.set(models, site.servers[0])
+
+        async def status(name: str) -> int | None:
+            serving = SimpleNamespace(models=models)
+            refusal = await model_names.prepare(serving, SimpleNamespace(model=name))
+            return None if refusal is None else refusal.error.code
+
+        await site.look(times=1)
+        site.put("acme", "one")
+        site.put("broken", "bad")
+        assert await status("acme") is None
+        assert models.lora_requests["acme"].lora_int_id in site.engine.held
+        assert await status("broken") == 400
+        for name in ("nobody", "nobody\n"):
+            assert await status(name) is None
+            assert name not in models.lora_requests
+
+    run(scenario())
+
+
+def test_many_first_requests_read_an_adapter_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.put("acme", "one")
+        assert await asyncio.gather(*(site.ask("acme") for _ in range(50))) == ["one"] * 50
+        assert site.engine.read == ["acme: one"]
+
+    run(scenario())
+
+
+def test_what_was_read_for_a_client_that_has_disconnected_goes_with_its_folder(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        engine = SlowEngine()
+        site = Site(tmp_path, engine=engine)
+        site.put("acme")
+        await engine.read_for_nobody(asyncio.create_task(site.ask("acme")))
+        assert list(engine.held.values()) == ["good"]
+        site.take("acme")
+        await site.look()
+        assert engine.held == {}
+
+    run(scenario())
+
+
+def test_a_tenant_has_no_more_adapters_read_for_the_first_time_by_disconnecting(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        engine, turns = SlowEngine(), asyncio.Semaphore(1)
+        site = Site(tmp_path, engine=engine)
+        site.put("acme")
+
+        async def ask() -> Any:
+            caller = Caller(Role.TENANT, account=SimpleNamespace(first_readings=turns))
+            current_caller.set(caller)
+            return await site.ask("acme")
+
+        request = asyncio.create_task(ask())
+        await asyncio.wait_for(engine.is_asked.wait(), 10)
+        request.cancel()
+        await settle()
+        assert turns.locked()
+        engine.may_read.set()
+        await asyncio.wait({request}, timeout=10)
+        assert not turns.locked()
+
+    run(scenario())
+
+
+def test_few_names_of_a_tenant_are_looked_for_at_once(tmp_path: Path) -> None:
+    """One thread looks, and the storage may be slow: others' names wait behind them."""
+    under_way = most = 0
+
+    async def look(find: Any) -> Any:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0)
+        under_way -= 1
+        return find()
+
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.servers[0]._look = look  # type: ignore[method-assign]
+        current_caller.set(Caller(Role.TENANT, account=Account(Tenant("acme"))))
+        asked = await asyncio.gather(*(site.ask(f"acme-{number}") for number in range(20)))
+        assert asked == [None] * 20
+
+    run(scenario())
+    assert most == MOST_FIRST_READINGS
+
+
+def test_requests_that_come_while_storage_hangs_leave_little_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter_directory, "_FIND_LIMIT_S", 0.0001)
+    answers = threading.Event()
+
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        server = site.servers[0]
+        monkeypatch.setattr(server._directories, "find", lambda name: answers.wait(60) and None)
+        for number in range(3_000):
+            assert await site.ask(f"nobody-{number}") is None
+        assert server._thread._work_queue.qsize() < 2_000
+
+    try:
+        run(scenario())
+    finally:
+        answers.set()
+
+
+def test_a_changed_folder_is_reloaded_and_the_old_version_freed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.put("acme", "one")
+        await site.look(times=1)
+        assert await site.ask("acme") == "one"
+        site.put("acme", "version two")
+        await site.look(times=1)
+        assert await site.ask("acme") == "one"  # it may still be being written
+        await site.look(times=1)
+        assert await site.ask("acme") == "version two"
+        await settle()
+        assert list(site.engine.held.values()) == ["version two"]
+
+    run(scenario())
+
+
+def test_a_version_that_is_refused_replaces_nothing_and_is_read_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.put("acme", "good")
+        await site.look(times=1)
+        assert await site.ask("acme") == "good"
+        site.put("acme", "bad")
+        await site.look(times=6)
+        assert await site.ask("acme") == "good"
+        assert site.engine.read == ["acme: good", "acme: bad"]
+        site.put("acme", "better")
+        await site.look()
+        assert await site.ask("acme") == "better"
+
+    run(scenario())
+
+
+def test_a_version_that_the_storage_withholds_is_tried_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.put("acme", "good")
+        await site.look(times=1)
+        assert await site.ask("acme") == "good"
+        site.put("acme", "away")
+        for _ in range(60):  # two minutes
+            await site.look(times=1)
+            site.pass_time(SCAN_S)
+        # After 2, 6, 14, 30, 62 and 122 seconds.
+        assert site.engine.read == ["acme: good", *["acme: away"] * 6]
+        assert await site.ask("acme") == "good"
+
+    run(scenario())
+
+
+def test_requests_for_what_the_storage_withholds_are_answered_from_memory_for_a_while(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.put("acme", "away")
+        await site.look(times=1)
+        for _ in range(100):
+            assert await site.ask("acme") == 503
+        assert site.engine.read == ["acme: away"]
+        site.pass_time(2)
+        assert await site.ask("acme") == 503
+        assert site.engine.read == ["acme: away"] * 2
+        site.put("acme", "other files")
+        assert await site.ask("acme") == "other files"
+
+    run(scenario())
+
+
+def test_a_bad_adapter_is_refused_from_memory_until_its_files_change(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.put("acme", "bad")
+        await site.look()
+        for _ in range(3):
+            assert await site.ask("acme") == 400
+        assert site.engine.read == ["acme: bad"]
+        site.put("acme", "now good")
+        assert await site.ask("acme") == "now good"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [(), (Code.NOT_SIGNED,), (Code.WRONG_SIGNATURE,), (Code.NOT_AS_SIGNED, Code.NOT_AS_SIGNED)],
+    ids=["digest", "not-signed", "wrong-signature", "not-as-signed"],
+)
+def test_what_is_refused_for_what_is_not_in_its_files_serves_once_it_may(
+    tmp_path: Path, codes: tuple[Code, ...]
+) -> None:
+    """As soon as its digest is required, or it is signed: neither changes its two files."""
+
+    async def scenario() -> None:
+        engine = StrictEngine()
+        site = Site(tmp_path, engine=engine)
+        site.put("acme")
+        engine.codes = codes
+        assert await site.ask("acme") == 400
+        engine.codes = None
+        assert await site.ask("acme") == 400
+        site.pass_time(2.1)
+        assert await site.ask("acme") == "good"
+
+    run(scenario())
+
+
+def test_a_refusal_is_written_without_a_warning(tmp_path: Path) -> None:
+    """Each would be three lines in the server's log."""
+
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.put("acme", "bad")
+        refusal = await site.servers[0].prepare("acme")
+        assert refusal is not None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert refusal.model_dump()["error"]["problems"][0]["code"] == "not-finite"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("weights", ["bad", "away"])
+def test_why_an_adapter_is_refused_is_told_until_it_serves(tmp_path: Path, weights: str) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.put("acme", weights)
+        await site.look()
+        assert site.servers[0].refused() == {}, "nobody has tried it"
+        await site.ask("acme")
+        number = site.models[0].lora_requests["acme"].lora_int_id
+        site.pass_time(3600)
+        told = site.servers[0].refused()
+        assert told.keys() == {number}
+        assert f"{weights} weights" in told[number]
+        site.put("acme", "now good")
+        assert await site.ask("acme") == "now good"
+        assert site.servers[0].refused() == {}
+        site.put("acme", "bad")
+        await site.look()
+        number = site.models[0].lora_requests["acme"].lora_int_id
+        assert "bad weights" in site.servers[0].refused()[number], "the old version serves on"
+        site.take("acme")
+        await site.look()
+        assert site.servers[0].refused() == {}
+
+    run(scenario())
+
+
+def test_a_removed_folder_is_forgotten_and_freed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.put("acme")
+        site.put("globex")
+        await site.look(times=1)
+        assert await site.ask("acme") == "good"
+        site.take("acme")
+        site.take("globex")
+        await site.look()
+        assert await site.ask("acme") is None
+        assert site.models[0].lora_requests == {}
+        assert site.engine.held == {}
+
+    run(scenario())
+
+
+def test_a_folder_that_comes_back_as_it_was_is_not_freed_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        monkeypatch.setattr(adapter_directory, "_GRACE_S", 0.1)
+        site = Site(tmp_path)
+        site.put("acme")
+        assert await site.ask("acme") == "good"
+        (tmp_path / "acme").rename(tmp_path / ".acme")
+        await site.look()
+        assert await site.ask("acme") is None
+        (tmp_path / ".acme").rename(tmp_path / "acme")
+        assert await site.ask("acme") == "good"
+        await asyncio.sleep(0.2)
+        assert await site.ask("acme") == "good"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("name", [BASE, "registered"])
+def test_a_name_that_is_taken_stays_with_its_owner(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        owner = LoRARequest("registered", 1, "/elsewhere")
+        site.models[0].lora_requests["registered"] = owner
+        site.put(name)
+        await site.look(times=3)
+        assert await site.ask(name) in (None, "not loaded")
+        assert site.models[0].lora_requests == {"registered": owner}
+        assert site.engine.read == []
+        if name == "registered":  # its folder takes over once it has been unloaded
+            del site.models[0].lora_requests["registered"]
+            assert await site.ask(name) == "good"
+
+    run(scenario())
+    assert caplog.text.count("is not served: another model has its name") == 1
+
+
+def test_a_folder_that_is_named_like_a_route_keeps_no_server_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever fills the directory need not know the routes."""
+    directory, file = tmp_path / "adapters", tmp_path / "routes.json"
+    directory.mkdir()
+    file.write_text('{"routes": {"help": "acme", "old": "gone"}}')
+    settings = MultiLoRAConfig(adapter_dir=(str(directory),), routes=str(file))
+    for module in (adapter_directory, routes, start):
+        monkeypatch.setattr(module, "settings_of", lambda config: settings)
+    for module in (routes, start):
+        monkeypatch.setattr(module, "is_active_behind", lambda client: True)
+    monkeypatch.setattr(registration, "acts_for", lambda models: True)
+    # What has to do with a real engine.
+    monkeypatch.setattr(start, "require_guards", lambda models: None)
+    monkeypatch.setattr(start.engine_calls, "engine_reports", nothing)
+    for module in (registration, start.shared_names, start.metering):
+        monkeypatch.setattr(module, "start", lambda models: None)
+
+    async def scenario() -> None:
+        site = Site(directory)
+        for name in ("acme", "help"):
+            site.put(name)
+        models: Any = site.models[0]
+        models.base_model_paths = [SimpleNamespace(name=BASE)]
+        parallel = SimpleNamespace(_api_process_count=1)
+        models.engine_client = SimpleNamespace(
+            engine_core=site.engine,
+            output_processor=SimpleNamespace(),
+            vllm_config=SimpleNamespace(parallel_config=parallel),
+        )
+        await start.init_static_loras(nothing, models)
+        assert set(models.lora_requests) == {"acme"}
+        assert "help" in (ROUTES.get(models) or ())
+
+    run(scenario())
+    assert caplog.text.count("help is not served: another model has its name") == 1
+    assert "'old' leads to names that nobody serves yet: gone" in caplog.text
+    assert "'help' leads" not in caplog.text
+
+
+async def nothing(*_: Any) -> None:
+    """Does what is not looked at here."""
+
+
+def test_an_adapter_unloaded_over_http_stays_away_until_its_folder_changes(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.put("acme", "one")
+        assert await site.ask("acme") == "one"
+        request = SimpleNamespace(lora_name="acme")
+        models: Any = site.models[0]
+        models._check_unload_lora_adapter_request = nothing_wrong
+        assert "removed" in await registration.unload_adapter(models, request)
+        assert site.engine.held == {}
+        assert await site.ask("acme") is None
+        await site.look()
+        assert await site.ask("acme") is None
+        site.put("acme", "version two")
+        await site.look()
+        assert await site.ask("acme") == "version two"
+
+    async def nothing_wrong(request: Any) -> None:
+        return None
+
+    run(scenario())
+
+
+def test_a_look_that_fails_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter_directory, "SCAN_S", 0.0)
+
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        (server,) = site.servers
+        looks = asyncio.Queue[int]()
+
+        async def fail() -> None:
+            looks.put_nowait(1)
+            raise OSError("the storage is away")
+
+        monkeypatch.setattr(server, "scan", fail)
+        watching = asyncio.create_task(server.watch())
+        for _ in range(3):
+            await asyncio.wait_for(looks.get(), 10)
+        watching.cancel()
+
+    run(scenario())
+
+
+def test_of_a_folder_that_had_gone_before_its_first_request_nothing_stays_in_the_engine(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.put("acme")
+        await site.look()
+        site.take("acme")
+        assert await site.ask("acme") == "not loaded"  # the request goes to the engine
+        lora = site.models[0].lora_requests["acme"]
+        site.engine.held[lora.lora_int_id] = "the folder does not exist"
+        await site.look()
+        assert "acme" not in site.models[0].lora_requests
+        assert site.engine.held == {}
+
+    run(scenario())
+
+
+def test_only_looks_that_always_take_long_are_rare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage that has hung once has whatever changes seen as soon as ever."""
+    now, took_s, pauses = 0.0, [0.1, 600.0, 0.1, 40.0, 60.0], list[float]()
+
+    async def scan() -> None:
+        nonlocal now
+        now += took_s.pop(0)
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if not took_s:
+            raise asyncio.CancelledError
+
+    async def scenario() -> None:
+        (server,) = Site(tmp_path).servers
+        monkeypatch.setattr(server, "scan", scan)
+        monkeypatch.setattr(adapter_directory, "time", SimpleNamespace(monotonic=lambda: now))
+        monkeypatch.setattr(adapter_directory.asyncio, "sleep", pause)
+        with pytest.raises(asyncio.CancelledError):
+            await server.watch()
+
+    run(scenario())
+    assert pauses == pytest.approx([SCAN_S] * 5 + [200.0])
+
+
+def test_a_name_that_another_adapter_has_now_is_not_taken_away_with_the_folder(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path)
+        site.put("acme", "one")
+        await site.look()
+        site.take("acme")
+        await site.look(times=1)
+        table = site.models[0].lora_requests
+        table["acme"] = LoRARequest("acme", 1, "/registered/over/http")
+        await site.look(times=1)
+        assert {name: lora.lora_int_id for name, lora in table.items()} == {"acme": 1}
+
+    run(scenario())
+
+
+def test_api_servers_agree_without_asking_each_other(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path, servers=2)
+        site.put("acme", "one")
+        for server in range(2):
+            await site.look(server, times=1)
+            assert await site.ask("acme", server) == "one"
+        assert site.engine.read == ["acme: one"]
+        site.put("acme", "version two")
+        await site.look(0)
+        assert await site.ask("acme", 0) == "version two"
+        for server in range(2):
+            await site.look(server)
+            assert await site.ask("acme", server) == "version two"
+        assert list(site.engine.held.values()) == ["version two"]
+        assert all(number >= FIRST_NUMBER for number in site.engine.held)
+
+    run(scenario())
+
+
+def test_a_server_that_has_not_used_an_adapter_keeps_what_another_serves(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        site = Site(tmp_path, servers=2)
+        site.put("acme", "good")
+        for server in range(2):
+            await site.look(server, times=1)
+        assert await site.ask("acme", 0) == "good"
+        site.put("acme", "bad")
+        for server in range(2):
+            await site.look(server)
+        for _ in range(2):
+            assert await site.ask("acme", 1) == "good"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "servers"),
+    [("bad", 400, 1), ("bad", 400, 2), ("away", 503, 1)],
+    ids=["bad", "bad-several-servers", "away"],
+)
+def test_what_one_engine_refuses_no_other_keeps(
+    tmp_path: Path, fault: str, status: int, servers: int
+) -> None:
+    async def scenario() -> None:
+        engine = TwoEngines()
+        site = Site(tmp_path, servers, engine)
+        site.put("acme", "good")
+        engine.fault = fault
+        assert await site.ask("acme") == status
+        await settle()
+        assert engine.held == engine.held_by_second == {}
+        engine.fault = None
+        site.put("acme", "version two")
+        assert await site.ask("acme") == "version two"
+        engine.fault = fault
+        site.put("acme", "version three")
+        await site.look()
+        assert await site.ask("acme") == "version two"
+        for held in (engine.held, engine.held_by_second):
+            assert list(held.values()) == ["version two"]
+
+    run(scenario())
+
+
+def test_a_new_version_that_one_engine_refuses_stays_nowhere_under_an_old_number(
+    tmp_path: Path,
+) -> None:
+    """No request has used the old version: there is none to go on with."""
+
+    async def scenario() -> None:
+        engine = TwoEngines()
+        site = Site(tmp_path, engine=engine)
+        site.put("acme", "good")
+        await site.look()
+        site.put("acme", "version two")
+        engine.fault = "bad"
+        assert await site.ask("acme") == 400
+        await settle()
+        assert engine.held == {}
+
+    run(scenario())
+
+
+def test_what_another_server_serves_stays_while_an_engine_cannot_read_it_again(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        engine = TwoEngines()
+        site = Site(tmp_path, 2, engine)
+        site.put("acme", "good")
+        assert await site.ask("acme", 0) == "good"
+        engine.held_by_second.clear()  # evicted, and now the storage hangs
+        engine.fault = "away"
+        assert await site.ask("acme", 1) == 503
+        await settle()
+        assert await site.ask("acme", 0) == "good"
+
+    run(scenario())
+
+
+def test_what_one_engine_could_not_read_goes_with_its_folder(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        engine = TwoEngines()
+        site = Site(tmp_path, 2, engine)
+        site.put("acme", "good")
+        engine.fault = "away"
+        assert await site.ask("acme") == 503
+        site.take("acme")
+        await site.look()
+        assert engine.held == {}
+
+    run(scenario())
+
+
+def test_second_model_runner_s_adapter_numbers_have_room() -> None:
+    from vllm.v1.worker.gpu.lora_utils import LoraState
+
+    from vllm_multilora.integration.patching.tables.ledger import apply_patches
+
+    apply_patches()
+    state = LoraState(max_num_reqs=2)
+    state.add_request("request", 1, LoRARequest("acme", 2**53 - 1, "/adapters/acme"))
+    assert state.lora_ids.tolist() == [0, 2**53 - 1]
+
+
+def test_second_model_runner_tells_two_versions_of_an_adapter_apart() -> None:
+    """A reload gives an adapter a new number; requests in flight end on the old one."""
+    import numpy as np
+    from vllm.v1.worker.gpu.lora_utils import LoraState
+
+    from vllm_multilora.integration.patching.tables.ledger import apply_patches
+
+    apply_patches()
+    state = LoraState(max_num_reqs=3)
+    for index, number in enumerate((7, 8, 7)):
+        state.add_request(f"request-{index}", index, LoRARequest("acme", number, "/adapters/acme"))
+    names = [f"request-{index}" for index in range(3)]
+    mapping, _, requests = state.make_lora_inputs(names, np.arange(3), np.array([4, 1, 1]))
+    assert mapping.ids.tolist() == [7, 8, 7]
+    assert sorted(request.lora_int_id for request in requests) == [7, 8]

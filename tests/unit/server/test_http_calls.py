@@ -1,0 +1,299 @@
+"""What passes between HTTP and adapters: headers in, the adapter's name and version out."""
+
+import asyncio
+import importlib
+import json
+import time
+from types import SimpleNamespace
+from typing import get_args
+
+import pytest
+
+pytest.importorskip("starlette")
+
+
+from vllm_multilora.gateway.answers import DROPPING_JSON, HttpCallMiddleware
+from vllm_multilora.integration.patching.tables.gateway_seams import GATEWAY_SEAMS
+from vllm_multilora.integration.server.requests.http_calls import MOST_ERROR, HttpCall, current_call
+
+DIGEST = "0123456789abcdef" * 4
+OTHER = "fedcba9876543210" * 4
+SHOWN, OTHER_SHOWN = DIGEST[:16], OTHER[:16]
+FRENCH = SimpleNamespace(lora_name="french")
+
+
+def call(app, scope=None):
+    """The messages that an application sends behind the middleware."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(HttpCallMiddleware(app)(scope or {"type": "http", "headers": []}, None, send))
+    return sent
+
+
+async def answer(send, *parts, kind="application/json", status=200):
+    headers = [(b"content-type", kind.encode())]
+    if len(parts) == 1:
+        headers.append((b"content-length", str(len(parts[0])).encode()))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    for part in parts:
+        if callable(part):
+            part()
+        else:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+
+
+def bind(digest=DIGEST, ran=None):
+    """As an API server does with a request for an adapter."""
+    found = current_call.get()
+    found.adapter, found.lora, found.digest, found.ran = "french", FRENCH, digest, ran
+
+
+def run(digest):
+    """As an engine's first output does."""
+    current_call.get().ran = digest
+
+
+def headers_of(messages):
+    return {key.decode(): value.decode() for key, value in messages[0]["headers"]}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "header"),
+    [
+        (None, None),
+        ("acme/v2 beta", "acme/v2 beta"),
+        ("médical", "m%C3%A9dical"),
+        ("a\r\nset-cookie: b", "a%0D%0Aset-cookie: b"),
+        (" a b ", "%20a%20b%20"),
+        ("a-b._~/:@+*c", "a-b._~/:@+*c"),
+        ("team#1, (100%)", "team%231%2C %28100%25%29"),
+    ],
+    ids=[
+        *("no-adapter", "plain", "not-ascii", "line-break", "spaces-around"),
+        *("as-it-is", "other-punctuation"),
+    ],
+)
+def test_the_answer_names_the_adapter_that_a_task_of_the_request_chose(adapter, header):
+    async def app(scope, receive, send):
+        async def work():
+            current_call.get().adapter = adapter
+
+        await asyncio.create_task(work())  # vLLM's handlers run in tasks of their own
+        await answer(send, b"{}")
+
+    assert headers_of(call(app)).get("x-multilora-adapter") == header
+
+
+@pytest.mark.parametrize("body", [b'{"id":"x","usage":{}}', b"{}"], ids=["answer", "empty"])
+def test_an_answer_names_what_has_computed_it(body):
+    async def app(scope, receive, send):
+        bind(ran=OTHER)  # its files have changed since it was registered
+        await answer(send, body)
+
+    sent = call(app)
+    whole = json.loads(sent[1]["body"])
+    assert whole.pop("multilora") == {"adapter": "french", "version": OTHER_SHOWN}
+    assert whole == json.loads(body)
+    headers = headers_of(sent)
+    assert headers["x-multilora-version"] == OTHER_SHOWN
+    assert int(headers["content-length"]) == len(sent[1]["body"])
+
+
+def test_a_stream_names_its_version_first_and_what_computes_it_once_that_is_known():
+    first, second, third = b"event: created\ndata: {}\n\n", b'data: {"a":1}\n\n', b"data: {}\n\n"
+
+    async def app(scope, receive, send):
+        bind()
+        await answer(
+            send, first, lambda: run(OTHER), b": ping", second, third, kind="text/event-stream"
+        )
+
+    sent = call(app)
+    assert headers_of(sent)["x-multilora-version"] == SHOWN
+    assert [message["body"] for message in sent[1:]] == [
+        first,
+        b": ping",
+        b'data: {"multilora":{"adapter":"french","version":"%s"},"a":1}\n\n' % OTHER_SHOWN.encode(),
+        third,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "ran"),
+    [
+        ("application/json", 200, None),
+        ("application/json", 404, DIGEST),
+        ("audio/wav", 200, DIGEST),
+    ],
+    ids=["nothing-ran", "error", "no-json"],
+)
+def test_other_answers_stay_as_they_are(kind, status, ran):
+    async def app(scope, receive, send):
+        bind(ran=ran)
+        await answer(send, b'{"a":1}', kind=kind, status=status)
+
+    sent = call(app)
+    assert sent[1]["body"] == b'{"a":1}'
+    assert headers_of(sent)["content-length"] == "7"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [(lambda: run(DIGEST), b"[1]"), (b'{"a":"', lambda: run(DIGEST), b'data: {"}')],
+    ids=["no-object", "a-later-part"],
+)
+def test_nothing_is_put_into_json_but_at_the_beginning_of_an_object(parts):
+    async def app(scope, receive, send):
+        bind()
+        await answer(send, *parts)
+
+    said = [part for part in parts if isinstance(part, bytes)]
+    assert [message["body"] for message in call(app)[1:]] == said
+
+
+def test_the_request_s_headers_are_at_hand():
+    found = []
+
+    async def app(scope, receive, send):
+        found.append(current_call.get().headers.get("accept-language"))
+        await answer(send, b"{}")
+
+    call(app, {"type": "http", "headers": [(b"Accept-Language".lower(), b"fr")]})
+    assert found == ["fr"]
+
+
+def test_what_is_no_http_passes():
+    async def app(scope, receive, send):
+        assert current_call.get() is None
+        await send({"type": "websocket.accept"})
+
+    assert call(app, {"type": "websocket"}) == [{"type": "websocket.accept"}]
+
+
+RUNS = {
+    "path": "/a" * 4_096,
+    "paths": ("/a" * 120 + " ") * 1_000,
+    "spaces": "\n" * 16_000 + 'File "x", line',
+    "no-end": "/a" * 500_000,
+}
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("text", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("part", ["error_response", "handlers.validation"])
+def test_an_error_that_repeats_what_a_client_has_sent_takes_no_time(part, text):
+    """vLLM looks for paths in it, by expressions that take the third power of its length."""
+    vllm = importlib.import_module(f"vllm.entrypoints.serve.exception_handling.{part}")
+    assert not GATEWAY_SEAMS.missing({"error-texts", "validation-error-texts"})
+    begun = time.thread_time()
+    shown = behind(lambda: vllm.sanitize_message(f"No such thing: {text} (/home/me/secret)"))
+    assert time.thread_time() - begun < 1.0
+    assert shown.startswith("No such thing: ")
+    assert len(shown) <= MOST_ERROR + len("...")
+
+
+def test_an_errors_text_is_vllms_otherwise():
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+    text = f"The file /home/me/model/config.json has {'/a' * 100} \n in it"
+    answers = [behind(lambda: create_error_response(text)), create_error_response(text)]
+    assert answers[0] == answers[1]
+    assert answers[0].error.message == f"The file <path> has {'/a' * 100} \n in it"
+
+
+def behind(work):
+    """What some work returns while a request is answered."""
+    found = []
+
+    async def app(*_):
+        found.append(work())
+
+    call(app)
+    return found[0]
+
+
+def test_a_call_is_bound_to_nothing_at_first():
+    assert HttpCall({}) == HttpCall({}, None, None, None, None, (), "", None)
+
+
+@pytest.mark.parametrize(
+    ("path", "chunks", "drops"),
+    [
+        ("/v1/messages", [b'{"model": "base", "lora_blend": {"a": 1}}'], True),
+        ("/v1/messages", [b'{"model": "base", "lora_', b'blend": {"a": 1}}'], True),
+        ("/v1/messages", [rb'{"model": "base", "lora\u005Fblend": {"a": 1}}'], True),
+        ("/v1/messages", ['{"lora_blend": {"a": 1}}'.encode("utf-16")], True),
+        ("/v1/messages", ['{"lora_blend": {"a": 1}}'.encode("utf-32-le")], True),
+        ("/v1/messages", [b'{"model": "base", "lora_blend": null}'], False),
+        ("/v1/messages", [b'{"content": "what is \\"lora_blend\\"?"}'], False),
+        ("/v1/messages", [b'{"content": "lora_blend"}'], False),
+        ("/v1/messages", [b'{"metadata": {"lora_blend": 1}}'], False),
+        ("/v1/messages", [b'["lora_blend"]'], False),
+        ("/v1/messages", [b'{"lora_blend": {"a": 1}'], False),
+        ("/v1/messages", [b'"lora_blend"' + b"[" * 100_000], False),
+        ("/v1/audio/transcriptions", [b'form-data; name="lora_blend"\r\n'], True),
+        ("/v1/audio/transcriptions", [b'form-data; name="lora', b'_blend"\r\n'], True),
+        ("/v1/audio/translations", [b"form-data; name=lora_blend\r\n"], True),
+        ("/v1/audio/transcriptions", [b'name="prompt"\r\n\r\n"lora_blend"\r\n'], False),
+        ("/v1/audio/transcriptions", [b'name="file"; filename="lora_blend"\r\n'], False),
+        ("/inference/v1/generate", [b'{"lora_blend": {"a": 1}}'], True),
+        ("/cohere/v2/chat", [b'{"lora_blend": {"a": 1}}'], True),
+        ("/v2/embed", [b'{"lora_blend": {"a": 1}}'], True),
+        ("/v1/messages/render", [b'{"lora_blend": {"a": 1}}'], True),
+        ("/v1/completions", [b'{"lora_blend": {"a": 1}}'], False),  # which sees it itself
+    ],
+    ids=[
+        *("json", "in-two", "escaped", "utf-16", "utf-32", "null", "in-a-text", "a-text"),
+        *("not-at-the-top", "no-object", "no-json", "deep", "form", "form-in-two"),
+        *("form-without-quotes", "form-text", "form-file", "generate", "cohere", "embed", "render"),
+        "endpoint-that-sees-it",
+    ],
+)
+def test_a_blend_is_noticed_where_the_endpoint_drops_it(path, chunks, drops):
+    coming = iter(
+        [
+            *({"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks),
+            {"type": "http.request", "body": b"", "more_body": False},
+            {"type": "http.disconnect"},
+        ]
+    )
+    noticed = []
+
+    async def receive():
+        return next(coming)
+
+    async def app(scope, receive, send):
+        for chunk in chunks:
+            assert (await receive())["body"] == chunk
+        for _ in ("end", "disconnect"):
+            await receive()
+            noticed.append(current_call.get().drops_blend)
+
+    scope = {"type": "http", "path": path, "headers": []}
+    asyncio.run(HttpCallMiddleware(app)(scope, receive, None))
+    assert noticed == [drops, drops]
+
+
+def test_all_endpoints_of_vllms_are_known_that_drop_fields():
+    """Else the base model would answer a request for a blend."""
+    pytest.importorskip("vllm")
+    from vllm.entrypoints.cli.serve import make_arg_parser
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--enable-scale-out"])
+    app = build_app(args, ("generate", "transcription"))
+    dropping = {
+        route.path
+        for route in app.router.routes
+        for body in getattr(getattr(route, "dependant", None), "body_params", ())
+        for kind in (body.field_info.annotation, *get_args(body.field_info.annotation))
+        if "model" in getattr(kind, "model_fields", ())
+        and kind.model_config.get("extra") not in ("allow", "forbid")
+    }
+    assert "/v1/messages" in dropping
+    of_text = ("/derender", "/count_tokens")  # which compute nothing
+    assert not {path for path in dropping if not path.endswith((*of_text, *DROPPING_JSON))}

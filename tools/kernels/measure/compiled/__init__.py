@@ -1,0 +1,1 @@
+"""What compilers make of the kernels: PTX and SASS, without a GPU."""

@@ -1,0 +1,1 @@
+"""Counts the work of a launch in Triton's interpreter."""

@@ -1,0 +1,1 @@
+"""Candidates, trials and choices of the tuner."""

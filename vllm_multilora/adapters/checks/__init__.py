@@ -1,0 +1,1 @@
+"""Checks of tensors and values against what the base model accepts."""

@@ -1,0 +1,288 @@
+"""Whether tensors fit the modules that they belong to: types, sizes and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from multilora_kernels.dtypes import KERNEL_DTYPES
+from vllm_multilora.adapters.checks.missing_modules import MissingModules
+from vllm_multilora.adapters.checks.placement import Placement
+from vllm_multilora.adapters.checks.problem_list import ProblemList
+from vllm_multilora.adapters.config.adapter_config import AdapterConfig
+from vllm_multilora.adapters.files.header import TensorInfo
+from vllm_multilora.adapters.model.found_module import FoundModule
+from vllm_multilora.adapters.model.layout import LinearShape, ModelLayout, SpecialShape
+from vllm_multilora.adapters.model.ranks import room_for
+from vllm_multilora.adapters.model.tensor_names import HEADS, full_head, tensor_of
+from vllm_multilora.adapters.problems import Code, shown_name
+
+WEIGHT_DTYPES = KERNEL_DTYPES
+
+_ORDER = {"A": "[rank, inputs]", "B": "[outputs, rank]"}
+
+
+def check_shapes(
+    placement: Placement,
+    tensors: Mapping[str, TensorInfo],
+    config: AdapterConfig | None,
+    layout: ModelLayout,
+    problems: ProblemList,
+) -> None:
+    """Checks the tensors of modules that the base model serves.
+
+    Args:
+        placement: The modules.
+        tensors: What the header says, by name.
+        config: The configuration; None, if it is broken, leaves out what depends on it.
+        layout: What the base model accepts.
+        problems: Where problems are noted.
+    """
+    check = _Check(tensors, config, layout, problems)
+    check.heads(placement)
+    misfits = [misfit for m in placement.modules.values() for misfit in check.module(m)]
+    # Where most modules have other sizes than the base model's, the cause is one.
+    modules = {misfit.module for misfit in misfits}
+    cause = "base model" if 1 < len(modules) > len(placement.modules) // 2 else None
+    for misfit in misfits:
+        misfit.add_to(problems, MissingModules(layout, config).hint, cause)
+
+
+class _Check:
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorInfo],
+        config: AdapterConfig | None,
+        layout: ModelLayout,
+        problems: ProblemList,
+    ) -> None:
+        self._tensors = tensors
+        self._config = config
+        self._layout = layout
+        self._problems = problems
+
+    def heads(self, placement: Placement) -> None:
+        """Checks heads saved whole: without a weight of its own, the base model's would decide."""
+        saved = self._config.modules_to_save if self._config else ()
+        saved = tuple(name for name in saved if name in HEADS and self._layout.is_special(name))
+        found: dict[str, dict[str, str]] = {}
+        for tensor in placement.heads:
+            self.content(tensor)
+            parts = found.setdefault(full_head(tensor) or "", {})
+            if (first := parts.setdefault(tensor.rpartition(".")[2], tensor)) != tensor:
+                self._problems.add(
+                    Code.DUPLICATE_TENSOR,
+                    tensor,
+                    f"beside {shown_name(first)}, and both are of the same head",
+                    "one of them",
+                )
+        for name in saved:
+            if module := placement.modules.get(name):
+                self._problems.add(
+                    Code.DUPLICATE_TENSOR,
+                    module.first_tensor,
+                    f"of {name}, which 'modules_to_save' of adapter_config.json names, too",
+                    f"{name} adapted, or saved whole",
+                )
+        # PEFT names all heads that there are models with; each model has one of them.
+        for name in found or saved[:1]:
+            self._head(name, found.get(name, {}))
+
+    def _head(self, name: str, parts: Mapping[str, str]) -> None:
+        if "weight" not in parts:
+            self._problems.add(
+                Code.HALF_MISSING,
+                parts.get("bias", ""),
+                f"no full weight of {name}",
+                "one, as 'modules_to_save' of adapter_config.json has it",
+                verb="has",
+                hint="the checkpoint is incomplete: save it again",
+            )
+            return
+        weight = self._tensors[parts["weight"]].shape
+        bias = self._tensors[parts["bias"]].shape if "bias" in parts else weight[:1]
+        if len(weight) != 2:
+            wrong, shape, expected = "weight", weight, "[labels, inputs]"
+        elif bias != weight[:1]:
+            wrong, shape, expected = "bias", bias, f"{list(weight[:1])}: one for each label"
+        else:
+            return
+        found = f"the shape {list(shape)}"
+        self._problems.add(Code.WRONG_SHAPE, parts[wrong], found, expected, verb="has")
+
+    def module(self, module: FoundModule) -> Iterator[_Misfit]:
+        """Checks a module's tensors; yields those whose shapes do not fit the base model."""
+        sound = True
+        parts = ("A", "B", "magnitude") if self._has_magnitudes(module) else ("A", "B")
+        for missing in parts:
+            if missing not in module.tensors:
+                self._problems.add(
+                    Code.HALF_MISSING,
+                    module.first_tensor,
+                    f"there without its {tensor_of(missing)}",
+                    "both" if len(parts) == 2 else "all three",
+                    hint="the checkpoint is incomplete: save it again",
+                )
+                sound = False
+        for tensor in module.tensors.values():
+            sound &= self.content(tensor)
+        sizes = self._sizes(module)
+        if not sound or (sizes is None and module.target != module.module):  # experts held as one
+            return
+        inputs, outputs = (sizes.inputs, sizes.outputs) if sizes else (None, None)
+        if outputs is not None:
+            self._magnitude(module, outputs)
+        linear = sizes if isinstance(sizes, LinearShape) else LinearShape(0, 0)
+        a, b = (
+            self._matrix(module.tensors[part], matrices)
+            for part, matrices in zip("AB", linear.matrices or (None, None), strict=True)
+        )
+        fits = a is not None and b is not None
+        for part, shape, own, size in (("A", a, 1, inputs), ("B", b, 0, outputs)):
+            if shape is not None and size is not None and shape[own] != size:
+                vocabulary = self._is_vocabulary(module, part)
+                yield _Misfit(module.tensors[part], module.name, part, shape, size, vocabulary)
+                fits = False
+        if fits and a is not None and b is not None:
+            self._ranks(module, a[0], b[1], linear.experts)
+
+    def _matrix(self, tensor: str, matrices: int | None) -> tuple[int, ...] | None:
+        """The shape of a tensor's matrices; None if it is of others.
+
+        Args:
+            tensor: Its name.
+            matrices: How many it must hold, one after the other; None: it must be one.
+        """
+        shape = self._tensors[tensor].shape
+        if matrices is None and len(shape) == 2:
+            return shape
+        if matrices is not None and len(shape) == 3 and shape[0] == matrices:
+            return shape[1:]
+        expected = "two dimensions"
+        if matrices is not None:
+            expected = f"three dimensions, the first of {matrices}, with --enable-moe-shared-loras"
+        found = f"the shape {list(shape)}"
+        self._problems.add(Code.WRONG_SHAPE, tensor, found, expected, verb="has")
+        return None
+
+    def _has_magnitudes(self, module: FoundModule) -> bool:
+        if not (self._config and self._config.dora and self._layout.dora):
+            return False
+        return not self._layout.is_special(module.name)
+
+    def _magnitude(self, module: FoundModule, outputs: int) -> None:
+        tensor = module.tensors.get("magnitude")
+        if tensor is None or self._tensors[tensor].shape == (outputs,):
+            return
+        self._problems.add(
+            Code.WRONG_SHAPE,
+            tensor,
+            f"the shape {list(self._tensors[tensor].shape)}",
+            f"[{outputs}]: one magnitude for each output of the base model's {module.name}",
+            verb="has",
+            hint=MissingModules(self._layout, self._config).hint,
+            cause=f"{module.name.rpartition('.')[2]} magnitude",
+        )
+
+    def content(self, tensor: str) -> bool:
+        info = self._tensors[tensor]
+        if info.dtype not in WEIGHT_DTYPES:
+            self._problems.add(
+                Code.WRONG_DTYPE,
+                tensor,
+                str(info.dtype),
+                f"one of {', '.join(map(str, WEIGHT_DTYPES))}",
+                hint="convert the adapter's weights",
+            )
+            return False
+        if info.begin == info.end:
+            self._problems.add(
+                Code.EMPTY_TENSOR,
+                tensor,
+                f"no elements (shape {list(info.shape)})",
+                "a weight",
+                verb="has",
+                hint="the checkpoint was saved from a sharded model without gathering it: save it "
+                "again with its weights",
+            )
+            return False
+        return True
+
+    def _sizes(self, module: FoundModule) -> SpecialShape | LinearShape | None:
+        """The base model's sizes; None where only vLLM knows them."""
+        name = module.name
+        if self._layout.is_special(name):
+            return self._layout.special_shapes.get(name) or self._layout.linear_shapes.get(name)
+        slices = [self._layout.by_name[part][0] for part in self._layout.parts(name)]
+        return LinearShape(slices[0].inputs, sum(part.outputs for part in slices))
+
+    def _is_vocabulary(self, module: FoundModule, part: str) -> bool:
+        shape = self._layout.special_shapes.get(module.name)
+        return shape is not None and shape.embedding == (part == "A")
+
+    def _ranks(self, module: FoundModule, of_a: int, of_b: int, experts: int) -> None:
+        tensor = module.tensors["A"]
+        if of_a != of_b:
+            self._problems.add(
+                Code.RANKS_DIFFER,
+                module.tensors["B"],
+                f"the rank {of_b}",
+                f"{of_a}, as lora_A",
+                verb="has",
+                hint="the checkpoint mixes two adapters: save it again",
+            )
+            return
+        rank = self._config.rank_of(module.target) * experts if self._config else of_a
+        of_all = f" times the base model's {experts} experts" if experts > 1 else ""
+        if rank != of_a:
+            self._problems.add(
+                Code.RANK_NOT_AS_CONFIGURED,
+                tensor,
+                f"the rank {of_a}",
+                f"{rank // experts}{of_all}, which adapter_config.json gives its module",
+                verb="has",
+                hint="'r' and 'rank_pattern' must be those that the adapter was trained with: "
+                "scalings follow from them",
+            )
+        if of_a > self._layout.max_rank * experts and (rank != of_a or self._config is None):
+            self._problems.add(
+                Code.RANK_TOO_LARGE,
+                tensor,
+                f"the rank {of_a}",
+                f"at most {self._layout.max_rank}",
+                verb="has",
+                hint=room_for(of_a),
+            )
+
+
+@dataclass(frozen=True)
+class _Misfit:
+    """A tensor whose size is not the base model's."""
+
+    tensor: str
+    module: str
+    part: str
+    shape: tuple[int, ...]
+    size: int
+    vocabulary: bool
+
+    def add_to(self, problems: ProblemList, hint: str, cause: str | None) -> None:
+        side = "inputs" if self.part == "A" else "outputs"
+        rows, columns = self.shape
+        expected = [rows, self.size] if self.part == "A" else [self.size, columns]
+        if self.vocabulary:
+            code, what = Code.WRONG_VOCABULARY, f"a vocabulary of {self.size}"
+        else:
+            code, what = Code.WRONG_SHAPE, f"{self.size} {side}"
+        if (rows if self.part == "A" else columns) == self.size:
+            hint = f"lora_{self.part} seems to be transposed: PEFT writes {_ORDER[self.part]}"
+            expected = [columns, rows]
+        problems.add(
+            code,
+            self.tensor,
+            f"the shape {list(self.shape)}",
+            f"{expected}: the base model's {self.module} has {what}",
+            verb="has",
+            hint=hint,
+            cause=cause or f"{self.module.rpartition('.')[2]} {self.part} {self.shape}",
+        )

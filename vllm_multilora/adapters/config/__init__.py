@@ -1,0 +1,1 @@
+"""PEFT's `adapter_config.json`: parsing, patterns of modules, and checks."""

@@ -1,0 +1,161 @@
+"""A regular file of an adapter, open for reading."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from vllm_multilora.adapters.adapter_errors import AdapterReadError
+from vllm_multilora.adapters.files.fingerprint import Fingerprint
+from vllm_multilora.adapters.files.open_descriptor import OpenDescriptor
+from vllm_multilora.adapters.problems import Code, Problem
+
+_MOST_HOLES = 1000
+RENAME_HINT = "write adapters under another name, and rename them into place"
+
+
+class RegularFile(OpenDescriptor):
+    """An open file; a context manager that closes it.
+
+    It is read with `pread`, never through a memory map: where a mapped file is truncated by
+    someone else, touching the lost pages ends the process with SIGBUS. A file that is replaced
+    meanwhile is read on as it was; one that is written to in place is noticed.
+
+    Args:
+        descriptor: Open for reading; closed with this object.
+        path: What problems call it.
+
+    Attributes:
+        path: What problems call it.
+        fingerprint: Of the file, as it was opened.
+    """
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        super().__init__(descriptor)
+        self.path = path
+        status = os.fstat(descriptor)
+        self.fingerprint = Fingerprint.of(status)
+        self._links = status.st_nlink
+
+    def fileno(self) -> int:
+        """The descriptor.
+
+        Raises:
+            ValueError: The file is closed.
+        """
+        if self._descriptor < 0:
+            raise ValueError(f"{self.path} is closed")
+        return self._descriptor
+
+    def read_into(self, target: memoryview, offset: int) -> int:
+        """Reads bytes from an offset on; fewer than asked for where the file ends.
+
+        Args:
+            target: [bytes], where they go.
+            offset: Of the first byte.
+
+        Returns:
+            How many there were.
+
+        Raises:
+            AdapterReadError: The file cannot be read.
+        """
+        done = 0
+        try:
+            while done < len(target):
+                count = os.preadv(self.fileno(), [target[done:]], offset + done)
+                if not count:
+                    break
+                done += count
+        except OSError as error:
+            raise AdapterReadError.of(unreadable(self.path, error)) from error
+        return done
+
+    def hole_bytes(self) -> int:
+        """About how many of the file's bytes are stored nowhere; 0 where nobody can tell.
+
+        Holes are counted up to the thousandth.
+        """
+        holes, at, size = 0, 0, self.fingerprint.size
+        try:
+            for _ in range(_MOST_HOLES):
+                if at >= size:
+                    break
+                hole = os.lseek(self.fileno(), at, os.SEEK_HOLE)
+                at = _next_data(self.fileno(), hole, size)
+                holes += at - hole
+        except OSError:
+            pass
+        return holes
+
+    def require_unchanged(self) -> None:
+        """Raises if the file has been written to since it was opened.
+
+        Raises:
+            AdapterReadError: It has; what was read since may be a mixture of two adapters.
+        """
+        status = os.fstat(self.fileno())
+        now = Fingerprint.of(status)
+        if status.st_nlink < self._links:
+            # Another file was renamed into its place. Losing a name counts as a change of the
+            # inode, and is none of the content.
+            now = replace(now, ctime_ns=self.fingerprint.ctime_ns)
+        if now != self.fingerprint:
+            raise AdapterReadError.at(
+                Code.FILE_CHANGED,
+                str(self.path),
+                f"written to while it was being read ({self.fingerprint}, then {now})",
+                "no change",
+                verb="was",
+                hint=RENAME_HINT,
+            )
+
+
+def _next_data(descriptor: int, offset: int, size: int) -> int:
+    """Where data begins from an offset on; the file's end if there is none."""
+    if offset >= size:
+        return size
+    try:
+        return os.lseek(descriptor, offset, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return size
+        raise
+
+
+def unreadable(path: Path | str, error: OSError) -> Problem:
+    """The problem of a file that the system does not let us read."""
+    return Problem.at(
+        Code.FILE_UNREADABLE,
+        str(path),
+        "",
+        f"unreadable ({error.strerror})",
+        "a file that the server's user may read",
+    )
+
+
+def too_large(path: str, size: int, most: int) -> Problem:
+    """The problem of a file of more bytes than any adapter of the base model has."""
+    return Problem.at(
+        Code.FILE_TOO_LARGE,
+        path,
+        "",
+        f"{size} bytes",
+        f"at most {most}, more than the base model's largest adapter needs",
+        verb="has",
+    )
+
+
+def mostly_holes(path: str, size: int, holes: int) -> Problem:
+    """The problem of a file that says to be large and holds little."""
+    return Problem.at(
+        Code.FILE_TOO_LARGE,
+        path,
+        "",
+        f"{size} bytes of which {holes} are stored nowhere (a sparse file)",
+        "an adapter's weights",
+        verb="has",
+        hint="copy or save the adapter again",
+    )

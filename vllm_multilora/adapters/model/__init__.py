@@ -1,0 +1,1 @@
+"""What the base model accepts of an adapter, and the names of tensors and modules."""

@@ -1,0 +1,1 @@
+"""Plans and indexes of the bytes that a packed adapter consists of."""

@@ -1,0 +1,198 @@
+"""A folder whose files must match its signature: all of them, in the bytes that are used."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from blake3 import blake3
+
+from vllm_multilora.adapters.adapter_errors import AdapterFormatError, AdapterReadError
+from vllm_multilora.adapters.files.adapter_folder import AdapterFolder
+from vllm_multilora.adapters.files.regular_file import RENAME_HINT, RegularFile
+from vllm_multilora.adapters.problems import Code, Problem, shown_name
+from vllm_multilora.adapters.signing.signature import (
+    MOST_FILES,
+    SIGNATURE_NAME,
+    Hash,
+    Manifest,
+    SignatureError,
+    read_manifest,
+)
+from vllm_multilora.adapters.signing.signers import Signers
+
+_MOST_BYTES = 4 << 20
+_CHUNK = 1 << 20
+_SIGN = "sign the folder again, with vllm-multilora sign or model_signing"
+
+
+class SignedFiles:
+    """An open folder and its signature.
+
+    What is checked is what is used: files are read over the descriptors that they are used over,
+    and the weights, which are read again when they are packed, are compared again.
+
+    Args:
+        folder: Closed with this object.
+        signers: Those who may have signed it.
+
+    Attributes:
+        version: Tells one state of the signature, and of those who may sign, from another.
+
+    Raises:
+        AdapterError: There is no signature.
+    """
+
+    def __init__(self, folder: AdapterFolder, signers: Signers) -> None:
+        self._folder = folder
+        self._signers = signers
+        self._manifest: Manifest | None = None
+        self._weights = ""  # the digest of those that were verified
+        try:
+            self._signature = folder.open(SIGNATURE_NAME)
+        except FileNotFoundError:
+            raise AdapterFormatError.at(
+                Code.NOT_SIGNED,
+                str(folder.path),
+                f"no {SIGNATURE_NAME}",
+                f"a signature that is trusted here, by {signers}",
+                verb="has",
+                hint=_SIGN,
+            ) from None
+        self.version = f"{self._signature.fingerprint} {signers.state}"
+
+    def verify(self, config: RegularFile, content: bytes, weights: RegularFile) -> None:
+        """Compares all files with the signature, before anything else of them is looked at.
+
+        Args:
+            config: The configuration.
+            content: What has been read of it.
+            weights: The tensors.
+
+        Raises:
+            AdapterError: The signature is not trusted, or files are not as it says.
+        """
+        self._manifest = manifest = self._read_manifest()
+        used = {config.path.name: config, weights.path.name: weights}
+        found = self._names(manifest)
+        problems = [
+            self._problem(name, "not in the signature", "only what is signed")
+            for name in sorted(found - manifest.files.keys())
+        ]
+        problems += [
+            self._problem(name, "missing", "all that is signed")
+            for name in sorted(manifest.files.keys() - found)
+        ]
+        problems += [
+            self._problem(name, "not in the signature", "a digest of it")
+            for name in sorted(used.keys() - manifest.files.keys())
+            if name not in found
+        ]
+        for name in sorted(found & manifest.files.keys()):
+            file = used.get(name)
+            found_hash = manifest.new_hash(name)
+            if file is config:
+                found_hash.update(memoryview(content))
+            elif file is weights:
+                again = self.new_hash()
+                _take_in(weights, found_hash, again)
+                self._weights = again.hexdigest()
+            else:
+                with self._folder.open(name) as other:
+                    _take_in(other, found_hash)
+            if not self._is_as_signed(name, found_hash):
+                problems.append(self._changed(name, found_hash))
+        if problems:
+            raise AdapterFormatError.of(*problems)
+
+    def new_hash(self) -> Hash:
+        """Takes in the verified weights once more, as they are used; faster than what is signed."""
+        return blake3()
+
+    def require_same(self, weights: RegularFile, used: Hash) -> None:
+        """Raises if the bytes that were used are not those that were verified.
+
+        Raises:
+            AdapterReadError: They are not.
+        """
+        if used.hexdigest() == self._weights:
+            return
+        raise AdapterReadError.at(
+            Code.FILE_CHANGED,
+            str(weights.path),
+            "written to while it was being read",
+            "no change after its signature was verified",
+            verb="was",
+            hint=RENAME_HINT,
+        )
+
+    def close(self) -> None:
+        """Closes the folder and the signature; closing twice is harmless."""
+        self._signature.close()
+        self._folder.close()
+
+    def _read_manifest(self) -> Manifest:
+        size = self._signature.fingerprint.size
+        content = bytearray(min(size, _MOST_BYTES + 1))
+        count = self._signature.read_into(memoryview(content), 0)
+        try:
+            if count > _MOST_BYTES:
+                raise SignatureError(f"{size} bytes", f"at most {_MOST_BYTES}")
+            return read_manifest(bytes(content[:count]), self._signers, datetime.now(UTC))
+        except SignatureError as error:
+            raise AdapterFormatError.at(
+                Code.WRONG_SIGNATURE,
+                str(self._signature.path),
+                error.found,
+                error.expected,
+                verb="has",
+                hint=_SIGN,
+            ) from None
+
+    def _names(self, manifest: Manifest) -> set[str]:
+        """The files of the folder that the signature must have."""
+        found: set[str] = set()
+        for name, is_link in self._folder.files():
+            if name not in manifest.files and (name == SIGNATURE_NAME or manifest.is_ignored(name)):
+                continue
+            if is_link and not manifest.allows_links:
+                raise AdapterFormatError.of(
+                    self._problem(name, "a link", "files: links were not signed")
+                )
+            found.add(name)
+            if len(found) > MOST_FILES:
+                raise AdapterFormatError.at(
+                    Code.NOT_AS_SIGNED,
+                    str(self._folder.path),
+                    f"more than {MOST_FILES} files",
+                    "an adapter",
+                    verb="has",
+                )
+        return found
+
+    def _is_as_signed(self, name: str, found: Hash) -> bool:
+        assert self._manifest is not None
+        return found.hexdigest() == self._manifest.files[name][1].lower()
+
+    def _changed(self, name: str, found: Hash) -> Problem:
+        assert self._manifest is not None
+        algorithm, digest = self._manifest.files[name]
+        return self._problem(
+            name, f"{algorithm} {found.hexdigest()}", f"{digest}, as signed", verb="has"
+        )
+
+    def _problem(self, name: str, found: str, expected: str, verb: str = "is") -> Problem:
+        path = f"{self._folder.path}/{shown_name(name)}"
+        return Problem.at(Code.NOT_AS_SIGNED, path, "", found, expected, verb=verb, hint=_SIGN)
+
+
+def _take_in(file: RegularFile, *into: Hash) -> None:
+    buffer = memoryview(bytearray(min(_CHUNK, file.fingerprint.size)))
+    at = 0
+    while at < file.fingerprint.size:
+        piece = buffer[: min(len(buffer), file.fingerprint.size - at)]
+        count = file.read_into(piece, at)
+        if not count:
+            break
+        for each in into:
+            each.update(piece[:count])
+        at += count

@@ -1,0 +1,36 @@
+"""Refusals in the form of the API that was called: OpenAI's, Anthropic's or Cohere's."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from vllm_multilora.integration.server.requests.callers import TYPES
+
+_ANTHROPIC = ("/v1/messages", "/v1/messages/count_tokens")
+_COHERE = "/cohere/v2/chat"
+
+
+def error_answer(
+    status: HTTPStatus, message: str, *, path: str, param: str | None = None
+) -> JSONResponse:
+    """An error as clients of an endpoint read it.
+
+    Args:
+        status: The answer's status.
+        message: Text for people.
+        path: The endpoint's path, without the server's root path.
+        param: The field of the body that is at fault, for OpenAI's clients.
+    """
+    kind = TYPES[status]
+    content: dict[str, Any]
+    if path in _ANTHROPIC:
+        content = {"type": "error", "error": {"type": kind, "message": message}}
+    elif path == _COHERE:
+        content = {"message": message}
+    else:
+        error = {"message": message, "type": kind, "param": param, "code": status.value}
+        content = {"error": error}
+    return JSONResponse(content, status)

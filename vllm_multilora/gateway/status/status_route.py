@@ -1,0 +1,198 @@
+"""`GET /v1/lora_adapters`: every adapter, its state, and why it failed if it did.
+
+Read-only, so it needs no VLLM_ALLOW_RUNTIME_LORA_UPDATING; vLLM's `--api-key` guards it as it
+guards all of `/v1`. Where the plugin does not act, there is no such path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+import uuid
+from collections.abc import Callable, Coroutine, Hashable
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, Response
+
+from vllm_multilora.gateway.keys.access import Access
+from vllm_multilora.gateway.status.adapter_list import listing
+from vllm_multilora.integration.server.names import adapter_directory, registration
+from vllm_multilora.integration.server.requests.callers import Caller, current_caller
+from vllm_multilora.integration.server.requests.engine_calls import engine_reports
+from vllm_multilora.tenants.rules import STATUS, Role
+
+Listing = dict[str, Any]
+
+_TENANT_KEYS = ("id", "object", "state", "kind", "rank", "last_error")
+
+TIME_LIMIT_S = 30.0
+"""A call waits for the engine's running step, which ends much sooner."""
+
+NEW_S = 1.0
+"""How long an answer is given again, at least."""
+
+MAX_SHARE = 0.05
+"""Share of the engine core's and this server's time that making answers may take. They are made
+adapter by adapter, for any tenant who asks, and nobody's request goes on meanwhile. Answers that
+are made anew within `NEW_S`, because adapters have come or gone, do not count."""
+
+
+class RecentListing:
+    """The last answer, what callers see of it, and the answer that is on its way.
+
+    Used on the server's event loop only.
+
+    Args:
+        clock: Seconds; only differences count.
+
+    Attributes:
+        tag: The last answer's ETag.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._asked: list[int] = []
+        self._answer: asyncio.Task[Listing | None] | None = None
+        self._made, self._cost_s = -math.inf, 0.0
+        self.tag = ""
+        self._shown: tuple[Listing | None, dict[Hashable, bytes]] = (None, {})
+
+    async def get(
+        self, asked: list[int], ask: Callable[[], Coroutine[Any, Any, tuple[Listing | None, float]]]
+    ) -> Listing | None:
+        """Returns an answer that is new enough, whoever has asked for it.
+
+        Args:
+            asked: Numbers of the adapters; an answer about others is given where it was costly.
+            ask: Asks the engine; returns how many seconds the answer has cost, too.
+        """
+        while (answer := self._answer) is not None and not answer.done() and self._asked != asked:
+            await asyncio.wait([answer])  # one at a time
+        if answer is None or (answer.done() and not self._is_new(asked)):
+            self._asked = asked
+            self._answer = answer = asyncio.create_task(self._note(ask))
+        return await asyncio.shield(answer)
+
+    def _is_new(self, asked: list[int]) -> bool:
+        # Adapters come and go: what is costly is given again even if it is about others.
+        limit_s = self._cost_s / MAX_SHARE
+        if self._asked != asked and limit_s <= NEW_S:
+            return False
+        return self._clock() - self._made < max(NEW_S, limit_s)
+
+    async def _note(
+        self, ask: Callable[[], Coroutine[Any, Any, tuple[Listing | None, float]]]
+    ) -> Listing | None:
+        self._made = -math.inf  # a failure is no answer
+        answer, self._cost_s = await ask()
+        self._made = self._clock()
+        self.tag = f'"{uuid.uuid4().hex}"'
+        return answer
+
+    def body(self, answer: Listing, who: Hashable, show: Callable[[], Listing]) -> bytes:
+        """Returns an answer as JSON, as somebody sees it; made once, and part of the answer's cost.
+
+        Args:
+            answer: As `get` gives it.
+            who: Differs between callers who see different parts of it.
+            show: Makes what they see.
+        """
+        if self._shown[0] is not answer:
+            self._shown = answer, {}
+        bodies = self._shown[1]
+        body = bodies.get(who)
+        if body is None:
+            begun = self._clock()
+            body = bodies[who] = bytes(JSONResponse(show()).body)
+            self._cost_s += self._clock() - begun
+        return body
+
+
+class AdaptersRoute:
+    """The route of one API server.
+
+    Args:
+        access: Whose keys the server knows; None where it has none.
+        recent: The last answer.
+    """
+
+    def __init__(self, access: Access | None, recent: RecentListing | None = None) -> None:
+        self._access = access
+        self._recent = recent or RecentListing()
+
+    def add_to(self, server: FastAPI) -> None:
+        """Adds the route to vLLM's application."""
+        responses = registration.STATUS_REFUSALS
+        server.add_api_route(STATUS, self.show, methods=["GET"], responses=responses)
+
+    async def show(self, raw_request: Request) -> Response:
+        """Answers with the adapters of all engines, as they were within the last second.
+
+        Where an answer costs more than `MAX_SHARE` of a second, it may be older.
+        """
+        models = getattr(raw_request.app.state, "openai_serving_models", None)
+        if models is None or not registration.acts_for(models):
+            raise HTTPException(HTTPStatus.NOT_FOUND)
+        registered = list(models.lora_requests.values())
+        asked = [lora.lora_int_id for lora in registered]
+
+        async def ask() -> tuple[Listing | None, float]:
+            async with asyncio.timeout(TIME_LIMIT_S):
+                reports = await engine_reports(models.engine_client.engine_core, asked)
+            if not reports:
+                return None, 0.0
+            begun = time.perf_counter()
+            answer = listing(reports, registered, adapter_directory.refused(models))
+            own_s = time.perf_counter() - begun
+            # Every API server of this one asks the same engines.
+            parallel = models.engine_client.vllm_config.parallel_config
+            servers = max(1, parallel._api_process_count)
+            return answer, own_s + servers * max(report["seconds"] for report in reports)
+
+        try:
+            answer = await self._recent.get(asked, ask)
+        except TimeoutError as error:
+            raise HTTPException(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                f"the engine did not answer within {TIME_LIMIT_S:.0f} s",
+            ) from error
+        if answer is None:
+            raise HTTPException(HTTPStatus.NOT_FOUND)
+        caller = current_caller.get()
+        who = None if caller is None else (caller.role, caller.tenant)
+        body = self._recent.body(answer, who, lambda: self._shown(caller, answer))
+        headers = {"etag": self._recent.tag}
+        return Response(body, media_type="application/json", headers=headers)
+
+    def _shown(self, caller: Caller | None, answer: Listing) -> Listing:
+        shown, access = shown_to(caller, answer), self._access
+        if access is not None and access.locks.tenants and caller and caller.role is Role.OPERATOR:
+            shown = {**shown, "tenants": access.tenants_now()}
+        return shown
+
+
+def shown_to(caller: Caller | None, listed: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a caller may see: operators all, others no folders, tenants their own adapters.
+
+    A tenant does not see how much its adapters are used, nor what is in slots and in host memory:
+    others may use the same adapters and the same memory.
+    """
+    if caller is None:
+        return listed
+    rows = []
+    for row in listed["data"]:
+        names = row["parts"] or (row["id"],)
+        if not all(caller.may_use(name, is_base=False, is_route=False) for name in names):
+            continue
+        error = row["last_error"]
+        shown = {**row, "last_error": error and caller.shown(error, row["path"])}
+        if caller.hides_folders:
+            del shown["path"]
+        rows.append(shown)
+    if caller.tenant is None:
+        return {**listed, "data": rows}
+    rows = [{key: row[key] for key in _TENANT_KEYS} for row in rows]
+    return {"object": listed["object"], "data": rows}

@@ -1,0 +1,1 @@
+"""Every adapter's state in the engine core, and what changes it."""

@@ -1,0 +1,169 @@
+"""Keys of cached prefixes: of an adapter, they contain the digest of its weights and no more.
+
+vLLM hashes a request's blocks with the adapter's name and path. Here, the adapter's part of such a
+key is the digest of its weights. So the same weights have the same keys under every name, on every
+server and after every restart, and other weights have other keys. KV connectors and offloading that
+use vLLM's block hashes inherit this.
+
+Hashes are computed when a request arrives, if its adapter's weights are known by then; otherwise
+when the request has its turn, since a request that waits for its adapter has none before that.
+Before the request runs, its keys are compared with the weights in the slot, and computed again if
+those have changed.
+
+Blocks that end before an activated adapter becomes active are the base model's: they are keyed like
+those of requests without an adapter, and shared with them and with those of all other activated
+adapters. The key of the block in which the adapter becomes active contains the position as well as
+the digest, because the same tokens may invoke it at different positions, depending on what follows.
+All later blocks inherit that.
+
+The base model is not part of vLLM's keys; servers that share a KV store must serve the same one.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+from vllm.v1.request import RequestStatus
+
+from vllm_multilora.integration.activated import start_of
+from vllm_multilora.integration.attached import Attached
+from vllm_multilora.integration.engine.requests import invocation
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+    from vllm_multilora.store.protocol.messages import PackInfo
+
+VERSION: Attached[str | None] = Attached("version")
+"""The digest of the weights that a `Request` runs on; not set before they are known.
+
+None where vLLM loads the adapter, and has keys of its own.
+"""
+
+_newest: weakref.ref[HasAdapters] | None = None
+"""The scheduler that was made last: of the engine core that makes its hasher next."""
+
+
+class HasAdapters(Protocol):
+    """A scheduler, as far as its engine's hasher needs it."""
+
+    @property
+    def adapters(self) -> Versions | None:
+        """The versions that adapters have; None before they are connected."""
+
+
+class Versions(Protocol):
+    """Knows what adapters are."""
+
+    def version(self, lora_id: int) -> PackInfo | None:
+        """The weights that an adapter has; None: not known yet."""
+
+
+def use_versions_of(scheduler: HasAdapters) -> None:
+    """Has the engine core that is being made hash by the versions that its scheduler knows."""
+    global _newest
+    _newest = weakref.ref(scheduler)
+
+
+def get_request_block_hasher(
+    original: Callable[..., Callable[[Request], list[Any]]], *args: Any, **kwargs: Any
+) -> Callable[[Request], list[Any]]:
+    hash_blocks, newest = original(*args, **kwargs), _newest
+    return (
+        hash_blocks
+        if newest is None or newest() is None
+        else partial(_hash_blocks, hash_blocks, newest)
+    )
+
+
+def _hash_blocks(
+    hash_blocks: Callable[[Request], list[Any]],
+    scheduler: Callable[[], HasAdapters | None],
+    request: Request,
+) -> list[Any]:
+    """The hashes of a request's new blocks; none before its adapter's weights are known."""
+    if request.lora_request is None or request.block_hashes or VERSION.is_set(request):
+        return hash_blocks(request)
+    # It arrives, on the thread that makes all requests while steps are computed.
+    served = scheduler()
+    adapters = None if served is None else served.adapters
+    version = None if adapters is None else adapters.version(request.lora_request.lora_int_id)
+    if version is None or not invocation.is_invoked(request, version):
+        return []
+    VERSION.set(request, version.digest)
+    invocation.activate(request, version.digest)
+    return hash_blocks(request)
+
+
+def set_version(request: Request, digest: str) -> bool:
+    """Gives a request the keys of the weights that it is to run on.
+
+    Args:
+        request: One with an adapter, which its prompt invokes (`invocation.is_invoked`).
+        digest: Of the adapter's weights.
+
+    Returns:
+        Whether it may run on them: not where other weights have computed a part of its prompt, or
+        of its answer.
+    """
+    known = VERSION.get(request)
+    if known == digest:
+        return True
+    if known is not None and _holds_results(request, digest):
+        return False
+    VERSION.set(request, digest)
+    invocation.activate(request, digest)
+    _hash_again(request)
+    return True
+
+
+def use_stock_keys(request: Request) -> None:
+    """Gives a request vLLM's own keys: its adapter is loaded by vLLM itself."""
+    VERSION.set(request, None)
+    request.update_block_hashes()
+
+
+def _holds_results(request: Request, digest: str) -> bool:
+    """Whether other weights than those of a digest have left something, here or in a worker."""
+    if request.num_computed_tokens or request.num_output_tokens:
+        return True
+    if request.status is not RequestStatus.PREEMPTED:
+        return False
+    # Workers that have run it may remember where its adapter begins to act.
+    return start_of(request.lora_request) != (invocation.start_in(request, digest) or 0)
+
+
+def _hash_again(request: Request) -> None:
+    request.block_hashes.clear()
+    request.update_block_hashes()
+
+
+def lora_hash_keys(original: Callable[..., list[Any]], request: Any) -> list[Any]:
+    digest = VERSION.get(request)
+    if digest is None:
+        return original(request)
+    # Where it begins tells requests apart whose blocks nobody looks at singly.
+    start = start_of(request.lora_request)
+    return [("lora", digest, start)] if start else [("lora", digest)]
+
+
+def block_hash_keys(
+    original: Callable[..., tuple[tuple[Any, ...] | None, int]],
+    request: Any,
+    start_token_idx: int,
+    end_token_idx: int,
+    start_mm_idx: int,
+) -> tuple[tuple[Any, ...] | None, int]:
+    keys, next_mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
+    acts_from = start_of(request.lora_request)
+    if not acts_from or not keys:
+        return keys, next_mm_idx
+    (kind, digest, _), *others = keys  # the adapter's is the first
+    if start_token_idx >= acts_from:
+        return ((kind, digest), *others), next_mm_idx
+    if end_token_idx > acts_from:
+        return ((kind, digest, acts_from - start_token_idx), *others), next_mm_idx
+    return tuple(others) or None, next_mm_idx

@@ -1,0 +1,1 @@
+"""The engine core's connections to its workers, on all machines."""

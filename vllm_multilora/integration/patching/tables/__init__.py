@@ -1,0 +1,1 @@
+"""Tables of everything in vLLM that the plugin replaces, overrides or reads."""

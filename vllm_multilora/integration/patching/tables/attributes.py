@@ -1,0 +1,39 @@
+"""Private attributes of vLLM's that the plugin reads or calls, besides what it replaces.
+
+`vllm-multilora doctor --against` looks for them, and a part of the plugin is inactive on a newer
+vLLM that lacks one. `tests/unit/patching/test_private_attributes.py` holds the tables against the
+code. They may only get shorter.
+"""
+
+from __future__ import annotations
+
+CORE_ATTRIBUTES: tuple[str, ...] = (
+    "vllm.config.parallel:ParallelConfig._api_process_count",
+    "vllm.config.parallel:ParallelConfig._api_process_rank",
+    "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA._enable_aux_cuda_stream",
+    "vllm.lora.model_manager:LoRAModelManager._convert_3d_to_2d_moe_lora",
+    "vllm.lora.model_manager:LoRAModelManager._create_merged_loras_inplace",
+    "vllm.lora.model_manager:LoRAModelManager._enable_moe_shared_loras",
+    "vllm.lora.model_manager:LoRAModelManager._is_moe",
+    "vllm.lora.worker_manager:WorkerLoRAManager._lora_model_cls",
+    "vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner._replace_quant_method",
+    "vllm.model_executor.layers.linear:UnquantizedLinearMethod._gemm_impl",
+    "vllm.v1.core.sched.scheduler:Scheduler._reserve_prefill_lookahead",
+    "vllm.v1.structured_output.request:StructuredOutputRequest._grammar",
+)
+"""What LoRA serving reads."""
+
+GATEWAY_ATTRIBUTES: tuple[str, ...] = (
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels._check_load_lora_adapter_request",
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels._check_unload_lora_adapter_request",
+    "vllm.entrypoints.serve.engine.serving:BaseServing._get_active_default_mm_loras",
+    "vllm.entrypoints.serve.engine.serving:BaseServing._get_message_types",
+    "vllm.entrypoints.speech_to_text.realtime.connection:RealtimeConnection._is_model_validated",
+    "vllm.renderers.base:BaseRenderer._executor",
+    "vllm.v1.engine.core_client:AsyncMPClient._call_utility_async",
+    "vllm.v1.engine.core_client:AsyncMPClient._ensure_output_queue_task",
+)
+"""What the gateway reads."""
+
+TOOL_ATTRIBUTES: tuple[str, ...] = ("vllm.model_executor.layers.rotary_embedding:_ROPE_DICT",)
+"""What the commands read that set a model up without weights."""

@@ -1,0 +1,302 @@
+"""What LoRA serving replaces in vLLM: the core's part of the seam table."""
+
+from __future__ import annotations
+
+from vllm_multilora.integration.patching.parts import CORE
+from vllm_multilora.integration.patching.patch import Patch
+from vllm_multilora.integration.patching.seams import Seams
+from vllm_multilora.integration.patching.tables.attributes import CORE_ATTRIBUTES
+from vllm_multilora.integration.patching.tables.overrides import OVERRIDES
+
+PUNICA_WRAPPER = Patch(
+    name="punica-wrapper",
+    target="vllm.lora.model_manager:get_punica_wrapper",
+    takes=("*args, **kwargs",),
+    handler="step.punica:get_punica_wrapper",
+    why="The wrapper class is the platform's choice; an out-of-tree wrapper has no way in. "
+    "Returns ours when the plugin is active and has kernels for the platform.",
+    until="vLLM selects punica wrappers through a registry.",
+)
+
+_PATCHES: tuple[Patch, ...] = (
+    Patch(
+        name="flags",
+        target="vllm.engine.arg_utils:EngineArgs.add_cli_args",
+        takes=("parser",),
+        handler="settings.flags:add_cli_args",
+        why="vLLM has no hook for a plugin's own flags on `vllm serve`; adds the --multilora ones.",
+        until="vLLM lets plugins add arguments.",
+    ),
+    Patch(
+        name="flag-values",
+        target="vllm.engine.arg_utils:EngineArgs.from_cli_args",
+        takes=("cls, args",),
+        handler="flag_values:from_cli_args",
+        why="Unknown flags are dropped there; moves ours into additional_config, which reaches "
+        "every process.",
+        until="vLLM lets plugins add arguments.",
+    ),
+    Patch(
+        name="settings-check",
+        target="vllm.engine.arg_utils:EngineArgs.create_engine_config",
+        takes=("self, usage_context=None, headless=False",),
+        handler="engine_config:create_engine_config",
+        why="additional_config is not validated by vLLM; a wrong setting must be one clear "
+        "sentence at start-up, for `vllm serve` and `LLM(...)` alike.",
+        until="vLLM lets plugins validate their part of additional_config.",
+    ),
+    PUNICA_WRAPPER,
+    Patch(
+        name="worker-manager",
+        target="vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager",
+        takes=("self, vllm_config, device, embedding_modules, lora_model_cls=LoRAModel",),
+        handler="worker.manager:make_worker_manager",
+        why="The manager class is imported by name and not configurable. Ours fills slots as the "
+        "engine core orders and tells the kernels the true rank of every module and slot.",
+        until="vLLM makes the LoRA manager class configurable.",
+    ),
+    Patch(
+        name="batch-mapping",
+        target="vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.set_active_loras",
+        takes=(
+            "self, input_batch, num_scheduled_tokens, num_sampled_tokens=None, "
+            "mapping_type=LoRAMappingType.LANGUAGE",
+        ),
+        handler="worker.manager:set_active_loras",
+        why="vLLM spells the batch's adapters out in tuples with one entry per token and walks "
+        "them several times a step. Hands arrays per request to our manager instead.",
+        checked=("0.31", "0.32", "0.33"),
+        until="vLLM's LoRAMapping holds arrays.",
+    ),
+    Patch(
+        name="prompt-logprobs",
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_prompt_logprobs_dict",
+        takes=("self, hidden_states, num_scheduled_tokens",),
+        handler="worker.sampling:get_prompt_logprobs",
+        why="vLLM sends a prompt's rows through the output layer with the mapping of the sampled "
+        "rows: on CPUs the engine dies of it, elsewhere lm_head adapters meet the wrong rows. "
+        "Tells our wrapper that the rows are tokens of the step.",
+        checked=("0.31", "0.32", "0.33"),
+        until="vLLM sets the LoRA mapping for prompt_logprobs.",
+    ),
+    Patch(
+        name="rows-to-embed",
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._preprocess",
+        takes=("self, scheduler_output, num_input_tokens, intermediate_tensors=None",),
+        handler="worker.sampling:preprocess",
+        why="Of a step with prompts that are embeddings already (--enable-prompt-embeds), vLLM's "
+        "first model runner has the embedding look up the tokens alone, with the mapping of all "
+        "rows: adapters of it act on other requests. Tells our wrapper which rows these are.",
+        checked=("0.31", "0.32", "0.33"),
+        until="vLLM sets the LoRA mapping for such steps.",
+    ),
+    Patch(
+        name="batch-inputs",
+        target="vllm.v1.worker.gpu.lora_utils:LoraState.make_lora_inputs",
+        takes=("self, req_ids, idx_mapping, num_scheduled_tokens",),
+        handler="step.mapping:make_lora_inputs",
+        why="As batch-mapping, for vLLM's second model runner. That one collects a step's "
+        "adapters in a set, in which two versions of an adapter are one: the engine dies after a "
+        "reload with requests in flight. Tells them apart by number. The count by which vLLM "
+        "picks a captured graph still goes by name; our kernels read all adapters from the plan, "
+        "and vLLM's of experts look at all slots, whatever the graph was captured with.",
+        checked=("0.31/2", "0.32/2", "0.33/2"),
+        until="As batch-mapping.",
+    ),
+    Patch(
+        name="batch-inputs-taken",
+        target="vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin._set_active_loras",
+        takes=(
+            "self, prompt_lora_mapping, token_lora_mapping, lora_requests, "
+            "mapping_type=LoRAMappingType.LANGUAGE",
+        ),
+        handler="worker.manager:set_active_loras_from_inputs",
+        why="Takes what batch-inputs makes; spells it out for stock managers.",
+        until="As batch-mapping.",
+    ),
+    Patch(
+        name="prompt-logprobs-2",
+        target="vllm.v1.worker.gpu.sample.prompt_logprob:"
+        "PromptLogprobsWorker.compute_prompt_logprobs",
+        takes=(
+            "self, logits_fn, hidden_states, input_batch, all_token_ids, num_computed_tokens, "
+            "prompt_lens",
+        ),
+        handler="worker.sampling:compute_prompt_scores",
+        why="As prompt-logprobs, for vLLM's second model runner.",
+        checked=("0.31/2", "0.32/2", "0.33/2"),
+        until="As prompt-logprobs.",
+    ),
+    Patch(
+        name="prompt-scores-2",
+        target="vllm.v1.worker.gpu.sample.prompt_logprob:"
+        "PromptLogprobsWorker.compute_prompt_token_id_logprobs",
+        takes=("self, logits_fn, hidden_states, input_batch, prompt_lens",),
+        handler="worker.sampling:compute_prompt_scores",
+        why="As prompt-logprobs, for the scores of given tokens.",
+        checked=("0.31/2", "0.32/2", "0.33/2"),
+        until="As prompt-logprobs.",
+    ),
+    Patch(
+        name="sampled-rows",
+        target="vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample",
+        takes=("self, hidden_states, input_batch, grammar_output",),
+        handler="worker.sampling:sample",
+        why="vLLM's second model runner maps one row a request to the output layer, though "
+        "speculative decoding samples several, and takes the counts of their NaN for those of "
+        "requests. Tells our wrapper how many, and adds the counts up.",
+        checked=("0.31/2", "0.32/2", "0.33/2"),
+        until="vLLM's LoRA mapping covers all sampled rows, and its counts go by request.",
+    ),
+    Patch(
+        name="rows-to-sample",
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
+        takes=("self, logits, spec_decode_metadata",),
+        handler="worker.sampling:sample_rows",
+        why="vLLM's first model runner counts NaN in logits that it has sampled from. Those of "
+        "float32 are changed by that: a request's penalties make NaN of sound ones, and would "
+        "have its adapter quarantined. Looks at them before. On CPUs the engine dies of a request "
+        "with a seed whose prompt takes several steps, as generators of random numbers cannot be "
+        "turned back there. Has them draw nothing before the prompt's end. With speculative "
+        "decoding, the engine dies of a request with `logprob_token_ids`, and on CPUs of one with "
+        "`top_k`. Answers them all.",
+        checked=("0.31", "0.32", "0.33"),
+        until="vLLM's first model runner counts before it samples, as its second one does, seeds "
+        "work with divided prompts on CPUs, and its RejectionSampler knows `logprob_token_ids`.",
+    ),
+    Patch(
+        name="unsound-rows",
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync",
+        takes=(
+            "self, scheduler_output, sampler_output, logits, hidden_states, num_scheduled_tokens",
+        ),
+        handler="worker.sampling:bookkeeping_sync",
+        why="As sampled-rows, for the counts of vLLM's first model runner: with drafted tokens, "
+        "one customer's NaN would be another's. Hands it what rows-to-sample has seen, each row's "
+        "maximum, NaN if any of the row is: counting among the whole vocabulary takes far longer "
+        "on CPUs.",
+        checked=("0.31", "0.32", "0.33"),
+        until="As sampled-rows.",
+    ),
+    Patch(
+        name="executor-class",
+        target="vllm.v1.executor.abstract:Executor.get_class",
+        takes=("vllm_config",),
+        handler="engine.executor:get_class",
+        why="Has adapters read and slots filled in the background, as the engine core decides; "
+        "the class that it returns chooses the scheduler's. To name it in "
+        "`distributed_executor_backend` would change what vLLM does where it compares that with "
+        "`mp` and `external_launcher`, at a dozen places.",
+        checked=(),
+        until="vLLM asks for no name where a class was given.",
+    ),
+    Patch(
+        name="engine-core",
+        target="vllm.v1.engine.core:EngineCoreProc.process_input_sockets",
+        takes=("self, input_addresses, coord_input_address, identity, ready_event",),
+        handler="engine.executor:process_input_sockets",
+        why="An executor cannot wake the engine core that waits for requests, though an adapter "
+        "has been read meanwhile. Hands it the engine core's queue.",
+        checked=(),
+        until="vLLM's executors can wake their engine core.",
+    ),
+    Patch(
+        name="block-hashes",
+        target="vllm.v1.engine.core:get_request_block_hasher",
+        takes=(
+            "hash_block_size, caching_hash_fn",
+            "hash_block_size, caching_hash_fn, num_hash_lookahead_tokens=0",
+        ),
+        handler="engine.requests.prefix_keys:get_request_block_hasher",
+        why="A request's blocks are hashed as it arrives, when its adapter's digest may not be "
+        "known yet. Hashes them once it is.",
+        checked=(),
+        until="As prefix-cache-keys.",
+    ),
+    Patch(
+        name="registered-version",
+        target="vllm.v1.engine.async_llm:AsyncLLM.add_lora",
+        takes=("self, lora_request",),
+        handler="api_server.registered_versions:add_lora",
+        why="Notes the digest that the engine answers a registration with, and raises its refusal "
+        "as an exception with fields: vLLM sends the text of one alone.",
+        until="vLLM tells what it has loaded.",
+    ),
+    Patch(
+        name="lora-ids",
+        target="vllm.v1.worker.gpu.lora_utils:LoraState.__init__",
+        takes=("self, max_num_reqs",),
+        handler="step.mapping:init_lora_state",
+        why="vLLM's second model runner keeps adapters' numbers in 32 bits; those of adapter "
+        "directories, which servers find without asking each other, need more.",
+        checked=("0.31/2", "0.32/2", "0.33/2"),
+        until="vLLM keeps them in 64 bits, as its first model runner does.",
+    ),
+    Patch(
+        name="prefix-cache-keys",
+        target="vllm.v1.core.kv_cache_utils:_gen_lora_extra_hash_keys",
+        takes=("request",),
+        handler="engine.requests.prefix_keys:lora_hash_keys",
+        why="Cached prefixes are found by an adapter's name and path, so that new weights at the "
+        "same path get blocks of the old ones, and equal weights elsewhere get none. Has the "
+        "digest of the weights in their place.",
+        until="vLLM's keys go by what adapters contain.",
+    ),
+    Patch(
+        name="activated-keys",
+        target="vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
+        takes=("request, start_token_idx, end_token_idx, start_mm_idx",),
+        handler="engine.requests.prefix_keys:block_hash_keys",
+        why="All blocks of a request with an adapter are its adapter's. Leaves those that an "
+        "activated adapter does not act on to the base model, which has computed them.",
+        until="vLLM serves activated LoRA.",
+    ),
+    Patch(
+        name="empty-blocks",
+        target="vllm.v1.kv_cache_interface:KVCacheConfig.needs_kv_cache_zeroing",
+        takes=("self",),
+        handler="kv_blocks:needs_kv_cache_zeroing",
+        why="What one tenant's adapter leaves in a block of the KV cache, NaN for instance, is "
+        "multiplied by zero for the next one who has the block, and is NaN there. Has blocks "
+        "emptied before they are used again, as vLLM does for models with states.",
+        until="vLLM's attention reads nothing beyond a request's own tokens.",
+    ),
+    Patch(
+        name="attention-without-amx",
+        target="vllm.v1.attention.backends.cpu_attn:_get_attn_isa",
+        takes=("dtype, block_size, head_size=None, kv_cache_dtype=None",),
+        handler="worker.base_layers.amx:attention_isa",
+        why="With AMX, vLLM's attention on CPUs lets NaN of one request into the answers of others "
+        "in its step. Takes the kernels that do not.",
+        until="vLLM's attention with AMX reads nothing beyond a request's own tokens.",
+    ),
+    Patch(
+        name="base-products",
+        target="vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
+        takes=("layer, remove_weight",),
+        handler="worker.base_layers.base_products:dispatch_gemm",
+        why="With AMX, oneDNN reads the next row's numbers where a row does not fill its last "
+        "tile, and makes NaN of them: fills it. Without AMX, oneDNN reads weights and multiplies "
+        "in turn where rows are few: multiplies these by C kernels that do both at once. "
+        "Either way weights are repacked and nothing else is kept: keeps the lengths of their rows "
+        "before, which DoRA adapters need.",
+        checked=("0.31", "0.33", "0.33/2"),
+        until="oneDNN reads no more than a row has, and multiplies few rows while it reads.",
+    ),
+    Patch(
+        name="failed-requests",
+        target="vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
+        takes=(
+            "self, engine_core_outputs, engine_core_timestamp=None, iteration_stats=None",
+            "self, engine_core_outputs, engine_core_timestamp=None, iteration_stats=None, "
+            "weight_version=None",
+        ),
+        handler="api_server.failure_delivery:process_outputs",
+        why="vLLM answers a request that fails in the engine with HTTP 500 and no reason. Puts "
+        "the status and the reason of a failed load in their place, and notes which version of "
+        "its adapter each request runs on.",
+        until="vLLM carries a status and a reason with a failed request.",
+    ),
+)
+
+CORE_SEAMS = Seams(CORE, _PATCHES, OVERRIDES, CORE_ATTRIBUTES)

@@ -1,0 +1,115 @@
+"""What the plugin replaces on single objects of vLLM's, besides the patches of the ledger.
+
+A patch replaces an attribute of a module or class, for everybody. Each of these replaces a method,
+a function or a helper on one object, which a handler has at hand.
+`tests/unit/patching/test_assignments.py` holds the table against the code. It may only get shorter:
+a patch or a class of our own is seen by `vllm-multilora doctor`, and such an assignment is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """One attribute of vLLM's objects that is replaced.
+
+    Attributes:
+        module: Our module that replaces it, below `vllm_multilora`.
+        written: The assignment's target, as the module has it.
+        target: The attribute, as `module:Class.attribute` of vLLM's or another package's.
+        why: What vLLM lacks.
+        until: What would make it unnecessary.
+    """
+
+    module: str
+    written: str
+    target: str
+    why: str
+    until: str
+
+
+REPLACED = (
+    Replaced(
+        "integration.server.requests.metrics_route",
+        "stats.gauge_lora_info",
+        "vllm.v1.metrics.loggers:PrometheusStatLogger.gauge_lora_info",
+        "vLLM's gauge keeps a series for every set of adapters that ever had requests.",
+        "vLLM removes its series of what has passed.",
+    ),
+    Replaced(
+        "gateway.first_errors",
+        "adapter.validator",
+        "pydantic:TypeAdapter.validator",
+        "An answer to a wrong body lists every error in it, whatever that takes.",
+        "vLLM names the first wrong item alone.",
+    ),
+    Replaced(
+        "integration.server.start",
+        "executor.replace_inner",
+        "vllm.renderers.base:_SwappableExecutor.replace_inner",
+        "vLLM may give up threads on which tenants take turns; has them begin again.",
+        "Tenants take no turns on vLLM's threads.",
+    ),
+    Replaced(
+        "integration.server.start",
+        "models.lora_resolver_lock",
+        "vllm.entrypoints.openai.models.serving:OpenAIServingModels.lora_resolver_lock",
+        "vLLM keeps a lock for every name that was ever asked for.",
+        "Names are resolved before vLLM sees them.",
+    ),
+    Replaced(
+        "integration.step.mapping",
+        "state.lora_ids",
+        "vllm.v1.worker.gpu.lora_utils:LoraState.lora_ids",
+        "vLLM's second model runner keeps adapters' numbers in 32 bits.",
+        "vLLM keeps them in 64 bits, as its first model runner does.",
+    ),
+    Replaced(
+        "integration.step.short_forward",
+        "layer.forward",
+        "torch.nn:Module.forward",
+        "On CPUs the way from vLLM's LoRA layer to the kernels costs Python time in every step.",
+        "vLLM's LoRA layers call their kernels directly.",
+    ),
+    *(
+        Replaced(
+            f"integration.worker.base_layers.{module}",
+            "layer.cpu_linear",
+            "vllm.model_executor.layers.utils:layer.cpu_linear",
+            "See the patch base-products.",
+            "See the patch base-products.",
+        )
+        for module in ("amx", "base_products")
+    ),
+    Replaced(
+        "integration.worker.model.experts",
+        "config.is_lora_enabled",
+        "vllm.model_executor.layers.fused_moe.config:FusedMoEConfig.is_lora_enabled",
+        "vLLM's CPU build computes experts with --enable-lora in Triton only, which is not there.",
+        "vLLM's CPU build serves experts without Triton beside LoRA.",
+    ),
+    Replaced(
+        "integration.worker.slots.model_manager",
+        "model.compute_logits",
+        "vllm.model_executor.models.interfaces_base:VllmModelForTextGeneration.compute_logits",
+        "vLLM computes a prompt's logits without saying which of the step's rows they are.",
+        "vLLM sets the LoRA mapping for prompt_logprobs.",
+    ),
+    Replaced(
+        "integration.worker.sampling",
+        "sampler.gather_logprobs",
+        "vllm.v1.sample.sampler:Sampler.gather_logprobs",
+        "With drafts, a request with `logprob_token_ids` ends the engine.",
+        "vLLM's rejection sampler knows `logprob_token_ids`.",
+    ),
+    Replaced(
+        "tenants.work_turns",
+        "executor.submit",
+        "concurrent.futures:Executor.submit",
+        "vLLM's pools do work in the order in which it comes; lets tenants take turns.",
+        "Tenants take no turns on vLLM's threads.",
+    ),
+)
+"""All of them, by module."""

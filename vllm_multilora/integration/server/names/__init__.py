@@ -1,0 +1,1 @@
+"""From a requested model name to an adapter: registration, directories, routes."""

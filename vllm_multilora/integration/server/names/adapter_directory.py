@@ -1,0 +1,324 @@
+"""The API server's part of `--multilora-adapter-dir`: serves what is in the directories.
+
+All adapters of a directory are in vLLM's table of names from the start, so that `/v1/models` and
+every route know them. An adapter is read and checked when it is first used, as by a registration. A
+changed folder is reloaded like a registration: in place, under a new number, and if the new version
+is refused, the old one is served on.
+
+With several API servers, each watches the directories for itself. They arrive at the same numbers
+(`AdapterVersion.number`), so the engine holds each adapter once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, TypeVar
+
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.lora.request import LoRARequest
+
+from vllm_multilora.adapters.directory import AdapterDirectories, AdapterVersion, Settling
+from vllm_multilora.adapters.files.allowed_roots import AllowedRoots
+from vllm_multilora.adapters.problems import SIGNATURE_CODES
+from vllm_multilora.integration.attached import Attached
+from vllm_multilora.integration.patching.activation import settings_of
+from vllm_multilora.integration.server.names import registration
+from vllm_multilora.integration.server.names.pending_looks import PendingLooks
+from vllm_multilora.integration.server.names.refusals import Refusals
+from vllm_multilora.integration.server.requests import bound_versions, callers
+from vllm_multilora.wording import listed
+
+logger = logging.getLogger(__name__)
+
+SCAN_S = 2.0
+"""Time between two looks at the directories."""
+
+_MOST_BUSY = 0.2  # share of the time that looking may take, however slow the storage is
+_FIND_LIMIT_S = 5.0  # for one folder
+# Other API servers may know an old version by name for as long as it takes them to see the new.
+_GRACE_S = bound_versions.GRACE_S + 4 * SCAN_S
+_MOST_NAMED = 5
+
+_T = TypeVar("_T")
+
+DIRECTORY: Attached[DirectoryServer] = Attached("directory")
+"""What serves the adapter directories for vLLM's `OpenAIServingModels`."""
+
+
+@dataclass
+class _Served:
+    """An adapter that is served from a directory.
+
+    Attributes:
+        folder: The version that `lora` stands for.
+        lora: What vLLM's table of names holds.
+        is_admitted: Whether the engine has accepted this version for this server.
+        refused: The newest version that was found to be bad, and the answer.
+        is_asked: Whether the engine may know it by a request, which came when its folder had gone.
+    """
+
+    folder: AdapterVersion
+    lora: LoRARequest
+    is_admitted: bool = False
+    refused: tuple[AdapterVersion, ErrorResponse] | None = None
+    is_asked: bool = False
+
+
+class DirectoryServer:
+    """Keeps one API server's table of names in step with its directories.
+
+    Used on the server's event loop only; the file system is looked at on a thread.
+
+    Args:
+        models: vLLM's `OpenAIServingModels`.
+        directories: Whose adapters are served.
+        is_alone: Whether no other API server of these engines serves from the directories.
+    """
+
+    def __init__(self, models: Any, directories: AdapterDirectories, *, is_alone: bool) -> None:
+        self._models = models
+        self._directories = directories
+        self._is_alone = is_alone
+        self._settling = Settling()
+        self._served: dict[str, _Served] = {}
+        # Versions that somebody has unloaded or replaced over HTTP: they stay away.
+        self._given_up: dict[str, AdapterVersion] = {}
+        # Of versions that could not be had, and may yet.
+        self._missed = Refusals()
+        self._reloads: asyncio.Task[None] | None = None
+        # One thread: what one look finds is never older than what the look before has found.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="multilora-directory")
+        self._finding = PendingLooks(_FIND_LIMIT_S)
+
+    async def scan(self) -> None:
+        """Looks at the directories, and serves what is there from now on."""
+        self._take(self._settling.settle(await self._look(self._directories.scan)))
+
+    async def watch(self) -> None:
+        """Scans again and again; ends with the event loop."""
+        pause, last_s = SCAN_S, 0.0
+        while True:
+            await asyncio.sleep(pause)
+            began = time.monotonic()
+            try:
+                await self.scan()
+            except Exception:
+                logger.exception("The adapter directories could not be looked at.")
+            took_s = time.monotonic() - began
+            # Not after a single slow one: storage may have hung for minutes, and is back.
+            pause = max(SCAN_S, min(took_s, last_s) / _MOST_BUSY)
+            last_s = took_s
+
+    async def prepare(self, name: str) -> ErrorResponse | None:
+        """Finds an adapter that has just come, and has the engine read one on its first use.
+
+        Returns:
+            The answer to the request where the engine refuses the adapter.
+        """
+        served = self._served.get(name)
+        if served is not None and served.is_admitted:
+            return None
+        models = self._models
+        if served is None and (name in models.lora_requests or models.is_base_model(name)):
+            return None
+        async with callers.turn_to_read():
+            folder = await self._find(name)
+            if folder is None:  # vLLM says that there is no such model, or the engine why not
+                if served is not None:
+                    served.is_asked = True
+                return None
+            async with models.lora_resolver_lock[name]:
+                served = self._served.get(name)
+                if served is None and (served := self._serve(folder)) is not None:
+                    logger.info("Adapter directories: serving %s", name)
+                if served is None or served.is_admitted or not self._is_ours(served):
+                    return None
+                return await registration.to_its_end(self._admit(served, folder))
+
+    def refused(self) -> dict[int, str]:
+        """Why adapters were refused when they were tried last, by the numbers that serve.
+
+        The engine keeps nothing of an adapter that it has refused.
+        """
+        found = {}
+        for served in self._served.values():
+            answer = served.refused[1] if served.refused else self._missed.last(served.folder)
+            if answer is not None:
+                found[served.lora.lora_int_id] = answer.error.message
+        return found
+
+    def _take(self, adapters: Mapping[str, AdapterVersion]) -> None:
+        gone = [name for name in self._served if name not in adapters]
+        come = []
+        for name in gone:
+            self._withdraw(name)
+        for name, served in list(self._served.items()):
+            if not self._is_ours(served):
+                self._given_up[name] = served.folder
+                del self._served[name]
+        for name in self._given_up.keys() - adapters.keys():
+            del self._given_up[name]
+        for name, folder in adapters.items():
+            if name not in self._served and self._serve(folder) is not None:
+                come.append(name)
+        if come:
+            logger.info("Adapter directories: serving %s", listed(come, _MOST_NAMED))
+        if gone:
+            logger.info("Adapter directories: no longer there: %s", listed(gone, _MOST_NAMED))
+        changed = [
+            (served, adapters[name])
+            for name, served in self._served.items()
+            if served.is_admitted and served.folder != adapters[name]
+        ]
+        if changed and (self._reloads is None or self._reloads.done()):
+            self._reloads = asyncio.create_task(self._reload_all(changed))
+
+    def _serve(self, folder: AdapterVersion) -> _Served | None:
+        """Takes an adapter into the table of names, unless its name is somebody else's."""
+        name, models = folder.name, self._models
+        is_route = name in (registration.ROUTE_NAMES.get(models) or ())
+        if models.is_base_model(name) or name in models.lora_requests or is_route:
+            self._directories.tell(f"{folder.path} is not served: another model has its name")
+            return None
+        if self._given_up.get(name) == folder:
+            return None
+        self._given_up.pop(name, None)
+        served = self._served[name] = _Served(folder, _request(folder))
+        models.lora_requests[name] = served.lora
+        return served
+
+    def _withdraw(self, name: str) -> None:
+        served = self._served.pop(name)
+        if self._is_ours(served):
+            del self._models.lora_requests[name]
+            is_known = served.is_admitted or served.is_asked
+            # Of several engines, one may have what another could not read.
+            if is_known or self._missed.last(served.folder) is not None:
+                registration.without_waiting(registration.remove(self._models, served.lora))
+                registration.without_waiting(
+                    registration.remove_later(self._models, served.lora, _GRACE_S)
+                )
+
+    def _is_ours(self, served: _Served) -> bool:
+        return self._models.lora_requests.get(served.folder.name) is served.lora
+
+    async def _reload_all(self, changed: list[tuple[_Served, AdapterVersion]]) -> None:
+        # One at a time: nobody waits for them, and requests may wait for other adapters.
+        for served, folder in changed:
+            async with self._models.lora_resolver_lock[folder.name]:
+                if self._is_ours(served):
+                    await self._admit(served, folder)
+
+    async def _admit(self, served: _Served, folder: AdapterVersion) -> ErrorResponse | None:
+        """Has the engine read a version, which serves from now on if it is good."""
+        if served.refused is not None and served.refused[0] == folder:
+            return served.refused[1]
+        if (missed := self._missed.find(folder)) is not None:
+            return missed
+        lora = served.lora if folder == served.folder else _request(folder)
+        refusal = await registration.admit(self._models, lora)
+        if refusal is not None:
+            return await self._refuse(served, folder, lora, refusal)
+        if not self._is_ours(served):  # unloaded, or its folder taken away, meanwhile
+            registration.without_waiting(registration.remove_later(self._models, lora))
+            return None
+        if lora is not served.lora:
+            self._models.lora_requests[folder.name] = lora
+            if served.is_admitted or served.is_asked:
+                registration.without_waiting(
+                    registration.remove_later(self._models, served.lora, _GRACE_S)
+                )
+            if served.is_admitted:
+                logger.info("Adapter directories: serving a new version of %s", folder.path)
+        self._missed.forget(folder)
+        served.folder, served.lora, served.is_admitted, served.refused = folder, lora, True, None
+        served.is_asked = False
+        return None
+
+    async def _refuse(
+        self, served: _Served, folder: AdapterVersion, lora: LoRARequest, refusal: ErrorResponse
+    ) -> ErrorResponse | None:
+        refusal.error.param = "model"  # what the client has sent
+        self._directories.tell(f"{folder.path} is refused: {_beginning(refusal.error.message)}")
+        is_bad = refusal.error.code == HTTPStatus.BAD_REQUEST
+        if is_bad and _is_by_its_files(refusal):
+            served.refused = folder, refusal  # not read again until its files change
+        else:
+            self._missed.remember(folder, refusal)
+        # Another engine may have taken it. What was only not to be had now, another API server may
+        # serve: it had it read in better times.
+        if is_bad or self._is_alone:
+            registration.without_waiting(registration.remove(self._models, lora))
+        if served.is_admitted or folder == served.folder or self._is_alone:
+            return refusal
+        # Another API server may have had the version before read: it serves on.
+        if await registration.admit(self._models, served.lora) is not None:
+            return refusal
+        served.is_admitted = True
+        return None
+
+    async def _find(self, name: str) -> AdapterVersion | None:
+        try:
+            return await self._finding.wait(
+                lambda: self._look(lambda: self._directories.find(name))
+            )
+        except TimeoutError:
+            return None
+
+    async def _look(self, look: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, look)
+
+
+async def start(models: Any) -> None:
+    """Serves the adapters of the directories that the settings name, if they name any."""
+    if not registration.acts_for(models):
+        return
+    vllm_config = models.engine_client.vllm_config
+    settings = settings_of(vllm_config)
+    if not settings.adapter_dir:
+        return
+    directories = AdapterDirectories(settings.adapter_dir, AllowedRoots.of(settings))
+    is_alone = vllm_config.parallel_config._api_process_count <= 1
+    server = DirectoryServer(models, directories, is_alone=is_alone)
+    DIRECTORY.set(models, server)
+    await server.scan()
+    registration.in_background(server.watch())
+
+
+async def prepare(models: Any, name: str) -> ErrorResponse | None:
+    """See `DirectoryServer.prepare`; does nothing where there are no directories."""
+    server = DIRECTORY.get(models)
+    return None if server is None else await server.prepare(name)
+
+
+def refused(models: Any) -> dict[int, str]:
+    """See `DirectoryServer.refused`; nothing where there are no directories."""
+    server = DIRECTORY.get(models)
+    return {} if server is None else server.refused()
+
+
+def _request(folder: AdapterVersion) -> LoRARequest:
+    return LoRARequest(lora_name=folder.name, lora_int_id=folder.number, lora_path=folder.path)
+
+
+def _is_by_its_files(refusal: ErrorResponse) -> bool:
+    """Whether what is wrong is in the two files by which versions are told apart.
+
+    While these stay as they are, a signature may be put beside them, and keys or required digests,
+    which are no problem of a file, may become others.
+    """
+    codes = {problem.code for problem in getattr(refusal.error, "problems", ())}
+    return bool(codes) and codes.isdisjoint(SIGNATURE_CODES)
+
+
+def _beginning(message: str) -> str:
+    """The first problems of an adapter: a new version may have a hundred others every time."""
+    problems = message.splitlines()
+    told = "\n".join(problems[:_MOST_NAMED])
+    return told if len(problems) <= _MOST_NAMED else f"{told}\n(requests for it are told all)"

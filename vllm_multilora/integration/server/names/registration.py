@@ -1,0 +1,384 @@
+"""The API server's part: vLLM's routes for loading and unloading adapters, with exact answers.
+
+An adapter that is loaded again under its name gets a new number. Requests in flight end on the
+old weights, new ones begin on the new, the old version is unloaded once nobody uses it, and a
+reload that fails leaves it serving.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import Field
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+from vllm.exceptions import GracefulHTTPError
+from vllm.lora.request import LoRARequest
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from vllm_multilora.adapters.problems import Code, Problem, shown_name
+from vllm_multilora.adapters.served_names import name_fault, path_fault
+from vllm_multilora.integration.api_server import registered_versions
+from vllm_multilora.integration.attached import Attached
+from vllm_multilora.integration.blends import blend_of
+from vllm_multilora.integration.failed_requests import STATUS, AdapterRefusedError, without_folder
+from vllm_multilora.integration.server.names import shared_names
+from vllm_multilora.integration.server.requests import metering
+from vllm_multilora.integration.server.requests.bound_versions import GRACE_S
+from vllm_multilora.integration.server.requests.callers import TYPES
+from vllm_multilora.integration.server.requests.engine_door import SEE_OFF
+from vllm_multilora.integration.server.settings.gateway_activation import manages_adapters_behind
+
+if TYPE_CHECKING:
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+ROUTE_NAMES: Attached[Container[str]] = Attached("route-names")
+"""The names of the routes of vLLM's `OpenAIServingModels`, which no adapter may have."""
+
+MOST_ADAPTERS = 65_536
+"""Adapters that an API server serves at a time: as many as an engine can know."""
+
+LATE_GRACE_S = 3 * GRACE_S
+"""How long an adapter stays that a request has brought back after that. By then other API servers,
+which look at adapter directories for themselves, know too that its version is an old one."""
+
+
+class AdapterErrorInfo(ErrorInfo):
+    """vLLM's error with all problems of an adapter."""
+
+    problems: list[Problem] = Field(default_factory=list)
+
+
+class AdapterErrorResponse(ErrorResponse):
+    """vLLM's error response with all problems of an adapter."""
+
+    error: AdapterErrorInfo
+
+
+def _described(
+    model: type[ErrorResponse], texts: Mapping[HTTPStatus, str]
+) -> dict[int | str, dict[str, Any]]:
+    return {
+        status.value: {"model": model, "description": description}
+        for status, description in texts.items()
+    }
+
+
+REFUSALS = _described(
+    AdapterErrorResponse,
+    {
+        HTTPStatus.UNAUTHORIZED: "The request has no valid key.",
+        HTTPStatus.BAD_REQUEST: "The name, the path or the adapter itself is wrong.",
+        HTTPStatus.FORBIDDEN: "The path is outside the allowed folders, or the key too weak.",
+        HTTPStatus.NOT_FOUND: "There is no such adapter.",
+        HTTPStatus.INTERNAL_SERVER_ERROR: "The server has failed.",
+        HTTPStatus.SERVICE_UNAVAILABLE: "The storage failed, or memory or time ran out.",
+    },
+)
+"""Answers other than 200 of vLLM's routes for adapters, as `/openapi.json` describes them."""
+
+STATUS_REFUSALS = _described(
+    ErrorResponse,
+    {
+        HTTPStatus.UNAUTHORIZED: "The request has no valid key.",
+        HTTPStatus.NOT_FOUND: "The plugin is off, or LoRA is.",
+        HTTPStatus.SERVICE_UNAVAILABLE: "The engine did not answer in time.",
+    },
+)
+"""The same for `GET /v1/lora_adapters`."""
+
+
+def acts_for(models: OpenAIServingModels) -> bool:
+    """Whether the plugin loads the adapters of the engine behind a server, and not vLLM itself."""
+    return manages_adapters_behind(getattr(models, "engine_client", None))
+
+
+async def load_adapter(
+    models: Any, request: Any, base_model_name: str | None
+) -> ErrorResponse | str:
+    """`POST /v1/load_lora_adapter`: reads and checks an adapter, and serves it from now on.
+
+    A call that has waited while an equal one loaded the adapter succeeds with it.
+
+    Answers 400 with all problems where the adapter is bad, 403 where its path is not allowed, 404
+    where there is none, 503 where it could not be read.
+    """
+    name, path = request.lora_name, request.lora_path
+    refusal = _refuse_text(models, name, path)
+    if refusal is not None:
+        return refusal
+    success = f"Success: LoRA adapter '{name}' added successfully."
+    before = models.lora_requests.get(name)
+    async with models.lora_resolver_lock[name]:
+        if _has_loaded(models, request, before):
+            return success
+        refusal = await models._check_load_lora_adapter_request(request)
+        if refusal is not None:
+            return refusal
+        # Always a new number: what was computed with an older version is never taken for this.
+        lora = LoRARequest(
+            lora_name=name,
+            lora_int_id=models.lora_id_counter.inc(1),
+            lora_path=path,
+            is_3d_lora_weight=request.is_3d_lora_weight,
+        )
+        if base_model_name is not None and models.is_base_model(base_model_name):
+            lora.base_model_name = base_model_name
+        refusal = await admit(models, lora)
+        if refusal is not None:
+            without_waiting(remove(models, lora))  # another engine may have taken it
+            return refusal
+        await serve(models, lora)
+        logger.info("Loaded LoRA adapter: name '%s', path '%s'", name, shown_name(path))
+        return success
+
+
+def _has_loaded(models: Any, request: Any, before: LoRARequest | None) -> bool:
+    """Whether what a call is to load was loaded since its name led to `before`."""
+    loaded = models.lora_requests.get(request.lora_name)
+    return (
+        loaded is not None
+        and loaded is not before
+        and not request.load_inplace
+        and loaded.lora_path == request.lora_path
+        and loaded.is_3d_lora_weight == request.is_3d_lora_weight
+    )
+
+
+async def unload_adapter(models: Any, request: Any) -> ErrorResponse | str:
+    """`POST /v1/unload_lora_adapter`: refuses new requests at once, and frees the memory.
+
+    Answers when the adapter's running requests have ended, or have been ended, and its slot and
+    host memory are free in every worker.
+    """
+    if (fault := name_fault(request.lora_name)) is not None:
+        return no_such_name(request.lora_name, fault, "lora_name")
+    async with models.lora_resolver_lock[request.lora_name]:
+        refusal = await models._check_unload_lora_adapter_request(request)
+        if refusal is not None:
+            return refusal
+        lora = models.lora_requests.pop(request.lora_name)
+        await shared_names.retract(models, lora)
+    await remove(models, lora)
+    without_waiting(remove_later(models, lora))
+    logger.info("Removed LoRA adapter: name '%s'", lora.lora_name)
+    return f"Success: LoRA adapter '{lora.lora_name}' removed successfully."
+
+
+def _refuse_text(models: Any, name: str, path: str) -> AdapterErrorResponse | None:
+    """Why what a client has sent is not even looked for; None if it is."""
+    if (fault := name_fault(name)) is not None:
+        return error_response(
+            HTTPStatus.BAD_REQUEST,
+            f"the adapter's name '{shown_name(name)}' {fault}: give it a short, printable one",
+            param="lora_name",
+        )
+    if (fault := path_fault(path)) is not None:
+        return error_response(
+            HTTPStatus.BAD_REQUEST,
+            f"adapter {name!r}: '{shown_name(path)}' is no path, since it {fault}",
+        )
+    return one_too_many(models, name, "lora_name")
+
+
+def _route_refusal(models: Any, name: str) -> AdapterErrorResponse | None:
+    """The answer where a name is a route's, under which no adapter could be reached."""
+    if name not in (ROUTE_NAMES.get(models) or ()):
+        return None
+    return error_response(
+        HTTPStatus.BAD_REQUEST,
+        f"the name {name!r} is a route's; give the adapter another one, or take the route out of "
+        f"the routes file",
+        param="lora_name",
+    )
+
+
+def one_too_many(models: Any, name: str, param: str) -> AdapterErrorResponse | None:
+    """The answer where the server has as many adapters as it can, and a name is none of theirs."""
+    if name in models.lora_requests or len(models.lora_requests) < MOST_ADAPTERS:
+        return None
+    return error_response(
+        HTTPStatus.BAD_REQUEST,
+        f"adapter {name!r}: this server has {MOST_ADAPTERS} adapters, and serves no more; "
+        f"unload one first",
+        param=param,
+    )
+
+
+def no_such_name(name: str, fault: str, param: str) -> AdapterErrorResponse:
+    """The answer to a name that no adapter can have."""
+    return error_response(
+        HTTPStatus.NOT_FOUND,
+        f"There is no adapter of the name '{shown_name(name)}': no name {fault}.",
+        param=param,
+    )
+
+
+def no_such_model(models: Any, name: str | None) -> str:
+    """What vLLM says to a request for a model that does not exist."""
+    served = ", ".join(model.name for model in models.base_model_paths)
+    return f"The model `{name}` does not exist. Valid aliases: {served}."
+
+
+async def admit(models: Any, lora: LoRARequest) -> AdapterErrorResponse | None:
+    """Has the engine read and check an adapter; returns why it cannot be served."""
+    try:
+        await models.engine_client.add_lora(lora)
+    except Exception as error:
+        return _refusal(lora, error)
+    return None
+
+
+def is_current(models: Any, lora: LoRARequest) -> bool:
+    """Whether an adapter, in this version, still has its name; of a blend, whether all parts do."""
+    blend = blend_of(lora)
+    named = (
+        [(lora.lora_name, lora.lora_int_id)]
+        if blend is None
+        else [(part.name, part.number) for part in blend.parts]
+    )
+    table = models.lora_requests
+    return all(name in table and table[name].lora_int_id == number for name, number in named)
+
+
+async def serve(models: Any, lora: LoRARequest) -> None:
+    """Has an adapter's name lead to it in all API servers, and frees what it has replaced."""
+    previous = models.lora_requests.get(lora.lora_name)
+    models.lora_requests[lora.lora_name] = lora
+    await shared_names.publish(models, lora)
+    # By then the name may lead to another API server's adapter. That server frees what it has
+    # replaced itself, but does not know of this one.
+    for replaced in (previous, lora):
+        if replaced is not None and not is_current(models, replaced):
+            without_waiting(remove_later(models, replaced))
+
+
+async def remove(models: Any, lora: LoRARequest) -> None:
+    """Frees an adapter's slot and host memory; returns when its running requests have ended."""
+    registered_versions.forget(models.engine_client, lora.lora_int_id)
+    await models.engine_client.engine_core.remove_lora_async(lora.lora_int_id)
+
+
+async def remove_later(models: Any, lora: LoRARequest, delay_s: float = GRACE_S) -> None:
+    """Removes an adapter when requests that had found its name have reached the engine."""
+    await asyncio.sleep(delay_s)
+    # A folder that was put back as it was has the number that it had.
+    if not is_current(models, lora):
+        await remove(models, lora)
+
+
+def start(models: Any) -> None:
+    """Sees to it that no adapter stays with the engine for a request that came late."""
+
+    def see_off(lora: LoRARequest) -> None:
+        if is_current(models, lora):
+            return
+        if metering.goes_on_with_an_answer():
+            if registered_versions.find(models.engine_client, lora) is not None:
+                return  # whoever has taken the name away will remove the adapter
+            # It was removed between two requests to the engine for one answer: steps of a beam
+            # search, parts of a recording, what comes before and after the call of a tool. This
+            # one would bring it back, with other weights perhaps than the answer's first part has.
+            raise metering.replaced(lora.lora_name)
+        # Its name has gone while the request was on its way, maybe longer than an unload waits.
+        without_waiting(remove_later(models, lora, LATE_GRACE_S))
+
+    SEE_OFF.set(models.engine_client.output_processor, see_off)
+
+
+_tasks: set[asyncio.Task[Any]] = set()
+
+
+def in_background(work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+    """Does some work beside what this task does."""
+    task = asyncio.create_task(work)
+    _tasks.add(task)  # the event loop keeps weak references only
+    task.add_done_callback(_tasks.discard)
+    return task
+
+
+def without_waiting(removal: Coroutine[Any, Any, None]) -> None:
+    """Removes an adapter with nobody waiting for that."""
+
+    async def tell_of_failures() -> None:
+        try:
+            await removal
+        except EngineDeadError:
+            pass  # and has no adapters any more
+        except Exception as error:  # an engine that is about to end refuses to
+            logger.warning("An adapter stays in an engine that did not remove it: %s", error)
+
+    in_background(tell_of_failures())
+
+
+async def to_its_end(work: Coroutine[Any, Any, _T]) -> _T:
+    """Does some work whole, for a request too whose client disconnects meanwhile.
+
+    What the engine reads it reads all the same. Whoever has asked for it must learn of it, to free
+    it again, and holds its locks until then.
+    """
+    task = in_background(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
+
+
+def _refusal(lora: LoRARequest, error: Exception) -> AdapterErrorResponse:
+    """The answer to an adapter that the engine refused."""
+    if not isinstance(error, AdapterRefusedError):
+        status = HTTPStatus.INTERNAL_SERVER_ERROR
+        if isinstance(error, GracefulHTTPError):
+            status = error.http_status
+        return error_response(status, f"adapter {lora.lora_name!r}: {error}")
+    problems = [
+        Problem.from_dict(problem).with_texts(lambda text: without_folder(text, lora))
+        for problem in error.problems
+    ]
+    is_forbidden = any(problem.code == Code.NOT_ALLOWED for problem in problems)
+    status = HTTPStatus.FORBIDDEN if is_forbidden else STATUS[error.failure.kind]
+    message = without_folder(str(error), lora)
+    return error_response(status, f"adapter {lora.lora_name!r}: {message}", problems)
+
+
+def error_response(
+    status: HTTPStatus,
+    message: str,
+    problems: Sequence[Problem] = (),
+    param: str = "lora_path",
+) -> AdapterErrorResponse:
+    """An answer that says what is wrong, all problems included, and with which of the fields."""
+    return AdapterErrorResponse(
+        error=AdapterErrorInfo(
+            message=message,
+            type=TYPES[status],
+            param=param,
+            code=status.value,
+            problems=list(problems),
+        )
+    )
+
+
+async def load_lora_adapter(
+    original: Callable[..., Any], models: Any, request: Any, base_model_name: str | None = None
+) -> Any:
+    if (refusal := _route_refusal(models, request.lora_name)) is not None:
+        return refusal
+    if acts_for(models):
+        # Whole, for a caller too that gives up meanwhile: else nobody frees what the engine has.
+        return await asyncio.shield(in_background(load_adapter(models, request, base_model_name)))
+    return await original(models, request, base_model_name)
+
+
+async def unload_lora_adapter(original: Callable[..., Any], models: Any, request: Any) -> Any:
+    if acts_for(models):
+        return await asyncio.shield(in_background(unload_adapter(models, request)))  # likewise
+    return await original(models, request)

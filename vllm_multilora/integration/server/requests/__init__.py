@@ -1,0 +1,1 @@
+"""What is known of each request, and its way to the engine and back."""

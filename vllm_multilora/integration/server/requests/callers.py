@@ -1,0 +1,279 @@
+"""Who sent the HTTP request that is being handled, and what they may be told.
+
+vLLM looks up model names, lists models and hands requests to the engine far below HTTP. Code that
+depends on who asks finds out here. If no keys are set there is no caller, and everything works as
+without this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+from vllm.exceptions import GracefulHTTPError
+
+from vllm_multilora.integration.failed_requests import without_folders
+from vllm_multilora.tenants.limits import LimitReachedError
+from vllm_multilora.tenants.rules import Role
+from vllm_multilora.tenants.salts import tenant_salt
+
+if TYPE_CHECKING:
+    from vllm_multilora.tenants.limits import Account
+    from vllm_multilora.tenants.tenant import Tenant
+
+
+MOST_ANSWERS = 2_048
+"""Answers in flight per call of a tenant. Starting one costs the event loop about 0.1 ms."""
+
+MOST_SCORES = 65_536
+"""Log probabilities that a tenant's call may want to be told in one piece; each takes the event
+loop up to fifteen microseconds."""
+
+MOST_RESULTS = 64 << 20
+"""Numbers that the engine may send for a tenant's pooling call: of embeddings of tokens, say."""
+
+MOST_RESULTS_AS = {
+    "float": 1 << 20,
+    **dict.fromkeys(("base64", "bytes", "bytes_only"), 16 << 20),
+}
+"""Fewer, where a call has them told: as JSON each takes nearly a microsecond, in which no thread of
+the API server does anything else, and a hundred bytes of memory; as bytes a tenth of that."""
+
+MOST_BYTES = 16 << 20
+"""Bytes that a tenant's call may send to the engine. Receiving one takes a few nanoseconds and
+several bytes of memory; a prompt's token is three bytes."""
+
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=lambda _: None)
+
+
+def encoded_size(value: Any) -> int:
+    """Bytes of a value as the engine gets it, without tensors."""
+    return len(_ENCODER.encode(value))
+
+
+@dataclass
+class Caller:
+    """One HTTP request's sender.
+
+    Attributes:
+        role: By the request's key.
+        folders: What answers must not name; nothing for whoever may see folders.
+        hides_folders: Whether answers must not name folders, those of adapters included.
+        account: The tenant's; None for everybody else.
+        secret: What a tenant's salts and ids are made with.
+        granted: What the engine may answer this request with: adapters by name, None for the
+            base model.
+        retry_after_s: When a request over the tenant's limits may come again.
+        has_turn: Whether it is one of the tenant's running calls.
+        most_results: Numbers that the answer to a tenant's pooling call may hold.
+    """
+
+    role: Role
+    folders: Sequence[str] = ()
+    hides_folders: bool = False
+    account: Account | None = None
+    secret: str = ""
+    granted: set[str | None] = field(default_factory=set)
+    retry_after_s: int | None = None
+    has_turn: bool = False
+    most_results: int = MOST_RESULTS
+    _answers: int = 0
+    _scores: int = 0
+    _results: int = 0
+    _bytes: int = 0
+    _used: set[str] = field(default_factory=set)
+
+    @property
+    def tenant(self) -> Tenant | None:
+        """The tenant, as the tenants file has it now; None for everybody else."""
+        return None if self.account is None else self.account.tenant
+
+    def may_use(self, name: str | None, *, is_base: bool, is_route: bool) -> bool:
+        """Whether a request may name a model, whether there is such a model or not.
+
+        Args:
+            name: As the request has it; None or empty for the base model.
+            is_base: Whether it is a name of the base model.
+            is_route: Whether it is a route's.
+        """
+        tenant = self.tenant
+        if tenant is None:
+            return True
+        if is_base or not name:
+            return tenant.base_model
+        return name in (tenant.routes if is_route else tenant.adapters)
+
+    def grant(self, name: str | None) -> ErrorResponse | None:
+        """Lets this request use an adapter, or the base model by None.
+
+        Returns:
+            The answer where the tenant has too many adapters in use.
+        """
+        if self.account is not None and name is not None and name not in self._used:
+            try:
+                self.account.use(name)
+            except LimitReachedError as error:
+                self.retry_after_s = error.retry_after_s
+                return error_response(HTTPStatus.TOO_MANY_REQUESTS, str(error), "model")
+            self._used.add(name)
+        self.granted.add(name)
+        return None
+
+    def count_answers(self, count: int) -> None:
+        """The call wants so many answers more, until `answered`.
+
+        Raises:
+            GracefulHTTPError: A tenant's wants too many: nobody is answered while they are begun;
+                or it and the tenant's others do.
+        """
+        if self.account is None:
+            return
+        wanted, limit = self._answers + count, self.account.most_answers
+        most = MOST_ANSWERS if limit is None else min(limit, MOST_ANSWERS)
+        self._bound(wanted, most, "answers at a time, those to all of its prompts together.")
+        try:
+            self.account.want(count)
+        except LimitReachedError as error:
+            self.retry_after_s = error.retry_after_s
+            raise GracefulHTTPError(str(error), HTTPStatus.TOO_MANY_REQUESTS) from error
+        self._answers = wanted
+
+    def answered(self, count: int = 1) -> None:
+        """So many of them have ended: others may have their places before the call ends."""
+        if self.account is not None:
+            ended = min(count, self._answers)  # none are left where the call has ended before
+            self._answers -= ended
+            self.account.unwant(ended)
+
+    def count_scores(self, count: int) -> None:
+        """The call is told so many log probabilities in one piece, more than before.
+
+        Raises:
+            GracefulHTTPError: A tenant's wants too many: nobody is answered while they are told.
+        """
+        self._scores += count
+        self.require_few_scores(self._scores)
+
+    def require_few_scores(self, count: int) -> None:
+        """Raises as `count_scores` does, if there are too many in one piece."""
+        what = (
+            "log probabilities at a time at most: of its prompts' tokens and of answers that are "
+            "not streamed, or not read."
+        )
+        self._bound(count, MOST_SCORES, what)
+
+    def expect_results(self, request: Any) -> None:
+        """Says how a pooling call has its results told; request: vLLM's, of such an endpoint."""
+        is_coheres = hasattr(request, "embedding_types")
+        form = "float" if is_coheres else getattr(request, "encoding_format", None)
+        self.most_results = MOST_RESULTS_AS.get(form or "", MOST_RESULTS)
+
+    def count_results(self, count: int) -> None:
+        """The engine has sent so many numbers more for a pooling call.
+
+        Raises:
+            GracefulHTTPError: There are too many in a tenant's: nobody is answered while they are
+                told.
+        """
+        self._results += count
+        hint = "send fewer prompts at a time, or ask for `encoding_format` base64."
+        self._bound(self._results, self.most_results, f"numbers in its answer at most: {hint}")
+
+    def count_bytes(self, request: Any, answers: int) -> None:
+        """The call has the engine receive so much more, once for each of the answers.
+
+        Args:
+            request: What makes one request long; encoded as it is for the engine.
+            answers: How many requests like it there are.
+
+        Raises:
+            GracefulHTTPError: A tenant's is too much: nobody is answered while it is sent.
+        """
+        if self.account is not None:
+            self._bytes += encoded_size(request) * answers
+            self._bound(
+                self._bytes, MOST_BYTES, "bytes sent at most, a prompt's for each answer to it."
+            )
+
+    def _bound(self, wanted: int, most: int, what: str) -> None:
+        if self.account is not None and wanted > most:
+            raise GracefulHTTPError(f"One call may want {most} {what}", HTTPStatus.BAD_REQUEST)
+
+    def own_id(self, chosen: str) -> str:
+        """An id that a client has chosen for what the server keeps: another one for each tenant."""
+        tenant = self.tenant
+        return chosen if tenant is None else tenant_salt(self.secret, tenant.name, chosen)
+
+    def ended(self) -> None:
+        """Gives back what the request uses, once it has been answered."""
+        if self.account is None:
+            return
+        for name in self._used:
+            self.account.release(name)
+        self._used.clear()
+        self.answered(self._answers)
+        if self.has_turn:
+            self.account.end()
+
+    def shown(self, text: str, folder: str | None = None) -> str:
+        """A text without the folders that the caller must not see.
+
+        Args:
+            text: For instance why an adapter could not be loaded.
+            folder: Where that adapter lies.
+        """
+        if not self.hides_folders:
+            return text
+        return without_folders(text, (*self.folders, *([folder] if folder else [])))
+
+
+TYPES = {
+    HTTPStatus.BAD_REQUEST: "BadRequestError",
+    HTTPStatus.UNAUTHORIZED: "AuthenticationError",
+    HTTPStatus.FORBIDDEN: "PermissionDeniedError",
+    HTTPStatus.NOT_FOUND: "NotFoundError",
+    HTTPStatus.CONFLICT: "ConflictError",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "BadRequestError",
+    HTTPStatus.TOO_MANY_REQUESTS: "RateLimitError",
+    HTTPStatus.INTERNAL_SERVER_ERROR: "InternalServerError",
+    HTTPStatus.SERVICE_UNAVAILABLE: "ServiceUnavailableError",
+}
+"""What vLLM, or where it has no such answer OpenAI's client, calls an error, by its status."""
+
+
+def error_response(status: HTTPStatus, message: str, param: str | None = None) -> ErrorResponse:
+    """An error in vLLM's shape, which is OpenAI's."""
+    return ErrorResponse(
+        error=ErrorInfo(message=message, type=TYPES[status], param=param, code=status.value)
+    )
+
+
+current_caller: ContextVar[Caller | None] = ContextVar("multilora_caller", default=None)
+"""Who sent the request that is being worked for; None outside of any, and where no keys are set."""
+
+
+def current_account() -> Account | None:
+    """Account of the tenant whose request is being handled; None if it is no tenant's."""
+    caller = current_caller.get()
+    return None if caller is None else caller.account
+
+
+def current_tenant() -> str | None:
+    """The name of the tenant whose request is being worked for; None where it is nobody's."""
+    account = current_account()
+    return None if account is None else account.tenant.name
+
+
+def turn_to_read() -> AbstractAsyncContextManager[Any]:
+    """Holds back requests of a tenant that has several adapters looked for, or read first.
+
+    To be had before any lock: nobody waits for a name behind all that a tenant has asked for.
+    """
+    account = current_account()
+    return nullcontext() if account is None else account.first_readings

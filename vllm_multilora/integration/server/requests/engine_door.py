@@ -1,0 +1,128 @@
+"""The last check of a request in the API server before it goes to the engine.
+
+All endpoints pass through here, including those that are new in vLLM: what a tenant was not granted
+is refused, whatever let it through before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm.exceptions import VLLMNotFoundError
+
+from vllm_multilora.adapters.blend import folders_of
+from vllm_multilora.integration.api_server.failure_delivery import HIDDEN_FOLDERS
+from vllm_multilora.integration.attached import Attached
+from vllm_multilora.integration.server.requests import metering
+from vllm_multilora.integration.server.requests.callers import MOST_SCORES, Caller, current_caller
+from vllm_multilora.integration.server.settings.gateway_activation import manages_adapters
+from vllm_multilora.integration.tenant_of_request import RequestTenant, set_tenant
+from vllm_multilora.tenants.limits import Meter
+from vllm_multilora.tenants.salts import tenant_salt
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+SEE_OFF: Attached[Callable[[LoRARequest], None]] = Attached("see-off")
+"""What an `OutputProcessor` calls with the adapter of every request that goes to the engine. It
+raises if the request is not to go there."""
+
+
+def add_request(
+    original: Callable[..., None],
+    processor: Any,
+    request: Any,
+    prompt: Any,
+    parent: Any = None,
+    index: int = 0,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    caller = current_caller.get()
+    is_new = request.request_id not in processor.request_states
+    if caller is not None:
+        mark(request, caller)
+        caller.count_scores(_scores_of(request))
+        if is_new and index == 0 and not metering.is_of_beam_search():
+            answers = 1 if parent is None else parent.sampling_params.n
+            caller.count_answers(answers)
+            caller.count_bytes((request.prompt_token_ids, request.sampling_params), answers)
+    if is_new and request.lora_request is not None and (see_off := SEE_OFF.get(processor)):
+        see_off(request.lora_request)
+    original(processor, request, prompt, parent, index, *args, **kwargs)
+    state = processor.request_states.get(request.request_id)
+    if state is not None and is_new:
+        metering.begin(processor, state)
+    if caller is None or state is None:
+        return
+    if caller.hides_folders:
+        adapter = request.lora_request
+        own = () if adapter is None else folders_of(adapter.lora_path)
+        HIDDEN_FOLDERS.set(state, (*caller.folders, *own))
+    if caller.account is not None:
+        # The children of a request with several answers share their prompt.
+        caller.account.charge(state.prompt_len if index == 0 else 0)
+        caller.account.watch(meter(processor, state))
+
+
+def _scores_of(request: Any) -> int:
+    """How many log probabilities of its prompt's tokens a request wants."""
+    params = request.sampling_params
+    if params is None:  # of a pooling request
+        return 0
+    if (most := params.prompt_logprobs) is not None:
+        # -1 is one for each token that there is.
+        return len(request.prompt_token_ids or ()) * (most + 1) if most >= 0 else MOST_SCORES + 1
+    ids = params.prompt_logprob_token_ids
+    if ids is None:
+        return 0
+    if isinstance(ids, list):  # of vLLM 0.31: the same for each token
+        return len(ids) * len(request.prompt_token_ids or ())
+    return int(ids.size)
+
+
+async def send_request(
+    original: Callable[..., Any], client: Any, request: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Hands a request to the output processor, and then to the engine.
+
+    Where it cannot be sent nobody hears of it again: its client has gone, or it holds a number of
+    more than 64 bits or a text that is no Unicode.
+    """
+    processor = client.output_processor
+    is_new = request.request_id not in processor.request_states
+    try:
+        await original(client, request, *args, **kwargs)
+    except BaseException:
+        if is_new and manages_adapters(client.vllm_config):
+            await client.abort(request.request_id, internal=True)
+        raise
+
+
+def mark(request: Any, caller: Caller) -> None:
+    """Says whose a request is, and keeps its cached prefixes among its tenant's.
+
+    Raises:
+        VLLMNotFoundError: Nobody has granted the request what would answer it.
+    """
+    tenant = caller.tenant
+    if tenant is None:
+        return
+    adapter = request.lora_request
+    name = None if adapter is None else adapter.lora_name
+    if name not in caller.granted:
+        raise VLLMNotFoundError("The model does not exist.")
+    set_tenant(request, RequestTenant(tenant.name, tenant.weight, tenant.limits.resident))
+    request.priority = max(request.priority, 0)  # the lowest comes first; nobody pushes in
+    request.cache_salt = tenant_salt(caller.secret, tenant.name, request.cache_salt)
+
+
+def meter(processor: Any, state: Any) -> Meter:
+    """What counts the tokens that a request generates; state: vLLM's `RequestState`."""
+    detokenizer = state.detokenizer  # pooling requests have none, and generate nothing
+    states, name = processor.request_states, state.request_id
+    return Meter(
+        read=(lambda: 0) if detokenizer is None else detokenizer.num_output_tokens,
+        has_ended=lambda: states.get(name) is not state,
+    )

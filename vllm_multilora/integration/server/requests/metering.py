@@ -1,0 +1,470 @@
+"""Follows every prompt in an API server to its end, and records what it used and what ran it.
+
+It counts what the answers' `usage` counts, in the process that answers: tokens that the engine
+computed after a stop string are left out, and a prompt with several choices counts once. A beam
+search is many requests to the engine, but one prompt here. What was preempted counts once, and what
+was aborted counts as far as it got.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm.exceptions import GracefulHTTPError
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import FinishReason
+from vllm.v1.engine.async_llm import InputStreamError
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from vllm_multilora.adapters.blend import is_blend
+from vllm_multilora.integration.api_server.failure_delivery import ON_OUTPUTS
+from vllm_multilora.integration.attached import Attached
+from vllm_multilora.integration.engine.requests.weight_versions import version_in
+from vllm_multilora.integration.patching.activation import settings_of
+from vllm_multilora.integration.server.requests.callers import (
+    Caller,
+    current_caller,
+    current_tenant,
+)
+from vllm_multilora.integration.server.requests.http_calls import (
+    SHOWN_DIGITS,
+    HttpCall,
+    current_call,
+)
+from vllm_multilora.integration.server.settings.key_settings import stop_waiting
+from vllm_multilora.metering.usage import Status, Usage
+from vllm_multilora.metering.usage_log import UsageLog
+from vllm_multilora.metrics.label_values import BLENDS
+from vllm_multilora.metrics.server_counts import COUNTS
+from vllm_multilora.slots.budget import MIB
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+logger = logging.getLogger(__name__)
+
+METER: Attached[ServerMeter] = Attached("meter")
+"""What follows the requests of an API server's `OutputProcessor` to their ends."""
+
+UNREAD_SCORES: Attached[int] = Attached("unread-scores")
+"""Log probabilities that a stream's client has not read yet, by what collects its outputs."""
+
+PROMPT: Attached[Prompt | None] = Attached("prompt")
+"""What the prompt of a `RequestState`, or of the `ParentRequest` of several, has used so far; None
+once it has ended."""
+
+_ENDS = {FinishReason.ABORT: Status.ABORTED, FinishReason.ERROR: Status.FAILED}
+
+
+@dataclass
+class Prompt:
+    """One prompt on its way.
+
+    Attributes:
+        usage: What it has used so far.
+        call: The HTTP request that it came with.
+        caller: Who sent that, and counts its answers; None where no keys are set.
+        choices: Those that have not ended.
+        is_beam: Whether it is a part of a beam search, which is counted as a whole.
+    """
+
+    usage: Usage
+    call: HttpCall | None
+    caller: Caller | None
+    choices: int = 0
+    is_beam: bool = False
+
+
+@dataclass
+class BeamSearch:
+    """What a beam search has used so far, and how many of its parts came as far as the engine."""
+
+    usage: Usage
+    parts: int = 0
+
+
+_beam: ContextVar[BeamSearch | None] = ContextVar("multilora_beam", default=None)
+
+
+def is_of_beam_search() -> bool:
+    """Whether a request to the engine is one of a beam search's."""
+    return _beam.get() is not None
+
+
+def goes_on_with_an_answer() -> bool:
+    """Whether an adapter has computed a part of what a request to the engine is being made for.
+
+    That of a beam search may be its first.
+    """
+    call = current_call.get()
+    return is_of_beam_search() or (call is not None and call.ran is not None)
+
+
+class ServerMeter:
+    """Follows one API server's prompts, on its event loop.
+
+    Args:
+        log: Takes a line for each; None where there is no log.
+        has_latencies: Whether the latencies of each adapter's requests are counted.
+        takes_prefills: Whether other engines may have computed prompts: it has a KV connector.
+    """
+
+    def __init__(
+        self, log: UsageLog | None, *, has_latencies: bool = False, takes_prefills: bool = False
+    ) -> None:
+        self._log = log
+        self._has_latencies = has_latencies
+        self._takes_prefills = takes_prefills
+
+    def begin(self, state: Any) -> None:
+        """A choice begins.
+
+        Args:
+            state: vLLM's `RequestState`.
+        """
+        # How much of the prompt another engine had in its cache: the request says so, and vLLM
+        # believes it, whoever has sent it and whatever the number is.
+        if (told := getattr(state, "remote_prefill_cached_tokens", None)) is not None:
+            state.remote_prefill_cached_tokens = (
+                min(max(told, 0), state.prompt_len) if self._takes_prefills else None
+            )
+        parent = state.parent_req
+        prompt = None if parent is None else PROMPT.get(parent)
+        if prompt is None:
+            beam = _beam.get()
+            if beam is None:
+                usage = self.new_usage(state.external_req_id, state.lora_request)
+            else:
+                usage, beam.parts = beam.usage, beam.parts + 1
+            call, caller = current_call.get(), current_caller.get()
+            prompt = Prompt(usage, call, caller, is_beam=beam is not None)
+            if parent is not None:
+                prompt.usage.request_id = parent.external_req_id
+                PROMPT.set(parent, prompt)
+        prompt.choices += 1
+        PROMPT.set(state, prompt)
+
+    def new_usage(self, request_id: str, lora: LoRARequest | None) -> Usage:
+        """A new record of a prompt's usage, for the current HTTP request."""
+        call = current_call.get()
+        return Usage(
+            request_id,
+            adapter=None if lora is None else lora.lora_name,
+            is_blend=lora is not None and is_blend(lora.lora_path),
+            route=None if call is None else call.route,
+            tenant=current_tenant(),
+        )
+
+    def look(self, outputs: Iterable[Any], states: dict[str, Any]) -> None:
+        """Takes in what engines say of versions, results and ends, before vLLM does.
+
+        Args:
+            outputs: vLLM's `EngineCoreOutput`s.
+            states: vLLM's request states by internal request id.
+        """
+        for output in outputs:
+            if (
+                output.finish_reason is None
+                and output.trace_headers is None
+                and output.new_logprobs is None
+            ):
+                continue  # it has tokens only, as most have
+            state = states.get(output.request_id)
+            prompt = None if state is None else PROMPT.get(state)
+            if prompt is None:
+                continue
+            if (digest := version_in(output.trace_headers)) is not None:
+                self._ran(prompt, digest, state)
+            if output.new_logprobs is not None and prompt.caller is not None:
+                _count_scores(prompt, prompt.caller, output, state)
+            if output.pooling_output is not None and prompt.caller is not None:
+                _count_results(prompt, prompt.caller, output, state)
+            if (status := _ENDS.get(output.finish_reason)) is not None:
+                prompt.usage.status = status
+
+    def _ran(self, prompt: Prompt, digest: str, state: Any) -> None:
+        prompt.usage.version = digest
+        call = prompt.call
+        if call is None:
+            return
+        first = call.ran = call.ran or digest
+        if state.queue is None:
+            return
+        if not digest.startswith(call.asked):
+            error = GracefulHTTPError(
+                f"The model `{prompt.usage.adapter}` has become version "
+                f"{digest[:SHOWN_DIGITS]}; version {call.asked} was asked for.",
+                HTTPStatus.CONFLICT,
+            )
+            _refuse(prompt, state, error)
+        elif digest != first:
+            _refuse(prompt, state, replaced(str(prompt.usage.adapter)))
+
+    def end(self, state: Any, status: Status | None = None) -> None:
+        """A choice has ended; ending it again is no matter.
+
+        Args:
+            state: vLLM's `RequestState`.
+            status: How, where no engine has said so.
+        """
+        prompt = PROMPT.get(state)
+        if prompt is None:
+            return
+        PROMPT.set(state, None)
+        prompt.choices -= 1
+        usage = prompt.usage
+        if status is not None and usage.status is Status.OK:
+            usage.status = status
+        if prompt.is_beam:
+            return
+        if prompt.caller is not None:
+            prompt.caller.answered()
+        tokens = 0 if state.detokenizer is None else state.detokenizer.num_output_tokens()
+        usage.generated_tokens += tokens
+        if self._has_latencies and usage.adapter is not None:
+            _count_latencies(BLENDS if usage.is_blend else usage.adapter, state.stats)
+        if tokens or (usage.status is Status.OK and not state.is_prefilling):
+            usage.prompt_tokens = state.prompt_len
+            if state.request_index == 0:
+                usage.cached_tokens = state.num_cached_tokens
+        if not prompt.choices:
+            self.count(usage)
+
+    def count(self, usage: Usage) -> None:
+        """A prompt has ended with all of its choices."""
+        if usage.adapter is not None:
+            COUNTS.count_tokens(usage)
+        if self._log is not None:
+            self._log.write(usage)
+
+
+def _count_scores(prompt: Prompt, caller: Caller, output: Any, state: Any) -> None:
+    """Ends a request with too many log probabilities to be told in one piece.
+
+    vLLM keeps those of an answer that is not streamed until its end, and those of a stream until
+    its client reads on.
+    """
+    queue = state.queue
+    if queue is None or prompt.is_beam:
+        return
+    most = state.logprobs_processor.num_logprobs
+    width = output.new_logprobs.logprobs.shape[1] if most < 0 else most + 1  # -1: all that are
+    count = len(output.new_token_ids) * width
+    try:
+        if state.output_kind is RequestOutputKind.FINAL_ONLY:
+            caller.count_scores(count)
+        else:
+            unread = 0 if queue.output is None else UNREAD_SCORES.get(queue) or 0
+            UNREAD_SCORES.set(queue, unread + count)
+            caller.require_few_scores(unread + count)
+    except GracefulHTTPError as error:
+        _refuse(prompt, state, error)
+
+
+def _count_results(prompt: Prompt, caller: Caller, output: Any, state: Any) -> None:
+    """Has a pooling call fail whose results are too many to be told in a moment."""
+    try:
+        caller.count_results(output.pooling_output.numel())
+    except GracefulHTTPError as error:
+        if state.queue is not None:
+            _refuse(prompt, state, error)
+            output.pooling_output = output.pooling_output[:0]
+
+
+def replaced(adapter: str) -> GracefulHTTPError:
+    """What a call fails with of which another version of its adapter has computed a part."""
+    return GracefulHTTPError(
+        f"adapter {adapter!r} was reloaded or unloaded while this request was being answered; "
+        "send it again",
+        HTTPStatus.SERVICE_UNAVAILABLE,
+    )
+
+
+def _refuse(prompt: Prompt, state: Any, error: GracefulHTTPError) -> None:
+    """Has the reader of a request get an error before any output, and the engine stop at it."""
+    prompt.usage.status = Status.FAILED
+    # vLLM aborts what generates only if its input is said to be wrong. What pools has ended.
+    state.queue.put(error if state.detokenizer is None else InputStreamError(error))
+
+
+def _count_latencies(adapter: str, stats: Any) -> None:
+    """Counts what vLLM has measured of a choice; nothing where it had no token, or is not measured.
+
+    Args:
+        adapter: The adapter's name.
+        stats: vLLM's `RequestStateStats`.
+    """
+    if stats is None or not stats.first_token_ts:
+        return
+    others = stats.num_generation_tokens - 1
+    pace = (stats.last_token_ts - stats.first_token_ts) / others if others > 0 else None
+    # From the arrival by the wall clock, which may have been set back: a sum never shrinks.
+    COUNTS.count_latencies(adapter, max(stats.first_token_latency, 0.0), pace)
+
+
+def start(models: Any) -> None:
+    """Meters a server's requests from now on.
+
+    Raises:
+        ConfigError: The usage log cannot be written to.
+    """
+    client = models.engine_client
+    settings = settings_of(client.vllm_config)
+    log = None
+    if settings.usage_log is not None:
+        log = UsageLog(Path(settings.usage_log), round(settings.usage_log_mib * MIB))
+        atexit.register(log.close)
+    meter = ServerMeter(
+        log,
+        has_latencies=settings.latency_metrics,
+        takes_prefills=client.vllm_config.kv_transfer_config is not None,
+    )
+    attach(client.output_processor, meter)
+
+
+def attach(processor: Any, meter: ServerMeter) -> None:
+    """Has a meter follow the requests of vLLM's `OutputProcessor`."""
+    METER.set(processor, meter)
+    ON_OUTPUTS.set(processor, meter.look)
+
+
+def begin(processor: Any, state: Any) -> None:
+    """A request is on its way to the engine.
+
+    Args:
+        processor: vLLM's `OutputProcessor`.
+        state: vLLM's `RequestState` of it.
+    """
+    if (meter := METER.get(processor)) is not None:
+        meter.begin(state)
+
+
+# What vLLM calls
+
+
+def finish_request(original: Callable[..., None], processor: Any, state: Any) -> None:
+    original(processor, state)
+    if (meter := METER.get(processor)) is not None:
+        meter.end(state)
+
+
+def abort_requests(
+    original: Callable[..., list[str]], processor: Any, request_ids: Iterable[str], internal: bool
+) -> list[str]:
+    meter = METER.get(processor)
+    if meter is None:
+        return original(processor, request_ids, internal)
+    # Of these alone: there may be very many others. vLLM ends a prompt's choices by another call.
+    ids = list(request_ids) if internal else _numbered(processor, request_ids)
+    known = processor.request_states
+    states = {each: known[each] for each in ids if each in known}
+    ended = original(processor, ids, True)
+    for request_id in states.keys() & ended:
+        meter.end(states[request_id], Status.ABORTED)
+    return ended
+
+
+def _numbered(processor: Any, request_ids: Iterable[str]) -> list[str]:
+    """The ids that vLLM gave requests, by those that clients choose (`X-Request-Id`).
+
+    For a tenant those of its own requests.
+    """
+    states, numbered = processor.request_states, processor.external_req_ids
+    ids = dict.fromkeys(request_ids)  # clients may name one twice
+    found = [each for chosen in ids for each in numbered.get(chosen, ()) if each in states]
+    if (tenant := current_tenant()) is None:
+        return found
+    prompts = ((each, PROMPT.get(states[each])) for each in found)
+    return [each for each, prompt in prompts if prompt and prompt.usage.tenant == tenant]
+
+
+def shutdown(original: Callable[..., None], engine: Any, *args: Any, **kwargs: Any) -> None:
+    original(engine, *args, **kwargs)
+    processor: Any = getattr(engine, "output_processor", None)
+    meter, handler = METER.get(processor), getattr(engine, "output_handler", None)
+    if handler is None:
+        return  # nobody has asked for anything
+
+    def count() -> None:
+        for state in processor.request_states.values():
+            if meter is not None:
+                meter.end(state, Status.ABORTED)
+
+    def end_all(_: Any) -> None:
+        if meter is not None:
+            count()
+            # vLLM has cancelled what would tell them, and it is a matter of luck whether that has.
+            # Their clients would wait for the rest, and the server for them, until it is killed.
+            processor.propagate_error(EngineDeadError())
+        stop_waiting()  # tenants have turns also where vLLM loads the adapters and nobody meters
+
+    try:
+        # This is another thread. vLLM takes requests until the task that it has cancelled is done.
+        handler.get_loop().call_soon_threadsafe(handler.add_done_callback, end_all)
+    except RuntimeError:  # the loop is closed: nobody waits, and nobody else counts
+        count()
+
+
+async def beam_search(
+    original: Callable[..., Any],
+    serving: Any,
+    prompt: Any,
+    request_id: str,
+    params: Any,
+    lora_request: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> AsyncIterator[Any]:
+    beams = original(serving, prompt, request_id, params, lora_request, *args, **kwargs)
+    meter = METER.get(getattr(serving.engine_client, "output_processor", None))
+    if meter is None:
+        async for output in beams:
+            yield output
+        return
+    if (caller := current_caller.get()) is not None:
+        # Its parts are not counted, which come one after another.
+        caller.count_answers(params.beam_width)
+        caller.count_bytes(prompt, params.beam_width)
+    usage = meter.new_usage(request_id, lora_request)
+    beam = BeamSearch(usage)
+    is_over = False
+    try:
+        while True:
+            token = _beam.set(beam)
+            try:
+                output = await anext(beams)
+            except StopAsyncIteration:
+                is_over = True
+                return
+            except GracefulHTTPError:
+                usage.status = Status.FAILED
+                raise
+            finally:
+                _beam.reset(token)
+            if usage.status is Status.OK:
+                usage.prompt_tokens = len(output.prompt_token_ids)
+                usage.generated_tokens = sum(len(beam.token_ids) for beam in output.outputs)
+            yield output
+    finally:
+        await beams.aclose()
+        if not is_over and usage.status is Status.OK and not usage.prompt_tokens:
+            usage.status = Status.ABORTED
+        if caller is not None:
+            caller.answered(params.beam_width)
+        if beam.parts:
+            meter.count(usage)
+
+
+def update_scheduler_stats(
+    original: Callable[..., None], processor: Any, scheduler_stats: Any
+) -> None:
+    if METER.get(processor) is None:
+        original(processor, scheduler_stats)
+    # Else the engine core has said it: this process hears of waiting requests too late.

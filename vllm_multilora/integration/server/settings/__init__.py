@@ -1,0 +1,1 @@
+"""Whether the gateway acts, and the checks of its settings at start."""

@@ -1,0 +1,113 @@
+"""What the gateway needs of a new engine's configuration, checked before the engine starts."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm.usage.usage_lib import UsageContext
+
+from vllm_multilora.config import MultiLoRAConfig
+from vllm_multilora.integration.patching.activation import settings_of
+from vllm_multilora.integration.server.settings.gateway_activation import manages_adapters
+from vllm_multilora.integration.server.settings.key_settings import (
+    COUNT_VARIABLE,
+    SALT_VARIABLE,
+    read_admin_keys,
+)
+from vllm_multilora.metering.usage_log import require_writable
+from vllm_multilora.routing import load_routes
+from vllm_multilora.tenants.tenants_file import load_tenants
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger(__name__)
+
+
+def check(
+    vllm_config: VllmConfig,
+    engine_args: Any,
+    usage_context: UsageContext | None,
+    *,
+    is_headless: bool,
+) -> None:
+    """Checks the gateway's settings.
+
+    Args:
+        vllm_config: Of the engine; the gateway is active for it.
+        engine_args: vLLM's `EngineArgs` that it was made from.
+        usage_context: What the engine is for.
+        is_headless: Whether API servers of other machines are its only clients.
+
+    Raises:
+        ConfigError: A file that a setting names cannot be used.
+    """
+    settings = settings_of(vllm_config)
+    is_server = usage_context not in (None, UsageContext.LLM_CLASS) and not is_headless
+    if is_server and settings.usage_log is not None and manages_adapters(vllm_config):
+        require_writable(Path(settings.usage_log))
+    check_routes(settings, engine_args, usage_context)
+
+
+def read_keys(vllm_config: VllmConfig) -> None:
+    """Reads the admin key and the tenants file, and hands API servers what they share.
+
+    Raises:
+        ConfigError: The admin key or the tenants file cannot be used.
+    """
+    settings = settings_of(vllm_config)
+    read_admin_keys(settings, os.environ)
+    if settings.tenants is not None:
+        load_tenants(settings.tenants)
+        choose_grammars(vllm_config)
+        parallel = vllm_config.parallel_config
+        if parallel._api_process_rank < 0 or parallel._api_process_count <= 1:
+            os.environ[SALT_VARIABLE] = secrets.token_hex(32)
+            os.environ[COUNT_VARIABLE] = str(max(1, parallel._api_process_count))
+
+
+def choose_grammars(vllm_config: VllmConfig) -> None:
+    """Has no tenant choose for all others what computes their structured outputs.
+
+    An engine has one thing for that. With vLLM's `auto` it is what the first request of all needs,
+    and fails many of those that follow, for as long as the engine lives.
+    """
+    outputs = vllm_config.structured_outputs_config
+    if outputs.backend == "auto":
+        outputs.backend = "xgrammar"
+        logger.info(
+            "With tenants, structured outputs are those of xgrammar: `auto` would let the first "
+            "request choose for all (--structured-outputs-config.backend)."
+        )
+
+
+def check_routes(
+    settings: MultiLoRAConfig, engine_args: Any, usage_context: UsageContext | None
+) -> None:
+    """Reads the routes file, so that a mistake in it is told at once and not after minutes.
+
+    Args:
+        settings: Of the engine; the gateway is active for it.
+        engine_args: vLLM's `EngineArgs`.
+        usage_context: What the engine is for.
+
+    Raises:
+        DocumentError: The file cannot be used.
+    """
+    if settings.routes is None:
+        return
+    if usage_context is UsageContext.LLM_CLASS:
+        logger.warning(
+            "The routes in %s have no effect in LLM(...): they lead requests of HTTP servers. Name "
+            "the adapter with LoRARequest.",
+            settings.routes,
+        )
+        return
+    served = engine_args.served_model_name or engine_args.model
+    load_routes(settings.routes).check_names(
+        [served] if isinstance(served, str) else served, "the base model"
+    )

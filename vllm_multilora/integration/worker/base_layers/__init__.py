@@ -1,0 +1,1 @@
+"""Matrix products of the base layers on CPUs, without any adapter."""

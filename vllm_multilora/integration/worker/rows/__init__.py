@@ -1,0 +1,1 @@
+"""Which rows of a batch an adapter acts on."""

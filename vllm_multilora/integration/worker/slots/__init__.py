@@ -1,0 +1,1 @@
+"""A worker's slots: allocated, warmed up and filled."""

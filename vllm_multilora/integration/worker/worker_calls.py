@@ -1,0 +1,149 @@
+"""What the engine core asks of its workers, as functions that vLLM sends to them."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from vllm_multilora.integration.worker.kernel_choice.reporting import kernel_rows
+from vllm_multilora.integration.worker.store_relay import StoreRelay
+from vllm_multilora.integration.worker_link.fill_link import Answer
+from vllm_multilora.integration.worker_link.orders import Order
+from vllm_multilora.integration.worker_link.remote_link import LinkAddress, dial, this_machine
+from vllm_multilora.store.protocol.messages import Failed, Loaded, Want
+from vllm_multilora.store.protocol.store_folder import StoreUnavailableError
+from vllm_multilora.store.store_launch import store_host
+
+if TYPE_CHECKING:
+    from vllm_multilora.integration.worker.manager import MultiLoRAWorkerManager
+
+logger = logging.getLogger(__name__)
+
+
+def _manager(worker: Any) -> MultiLoRAWorkerManager:
+    return worker.model_runner.lora_manager
+
+
+def has_our_manager(worker: Any) -> bool:
+    """Whether the worker's LoRA manager is ours (a patch may have found no target)."""
+    from vllm_multilora.integration.worker.manager import manager_of
+
+    return manager_of(worker.model_runner) is not None
+
+
+def reach_engine_core(worker: Any, address: LinkAddress) -> str | None:
+    """Connects a worker that its engine core does not hear yet.
+
+    Returns:
+        What tells the worker's machine apart from others; None where the engine core hears the
+        worker already, or cannot be reached.
+    """
+    if not has_our_manager(worker):
+        return None
+    try:
+        return this_machine() if _manager(worker).reach_engine_core(address) else None
+    except OSError as error:
+        logger.warning(
+            "This worker does not reach its engine core at %s, port %d: %s",
+            address.host,
+            address.port,
+            error,
+        )
+        return None
+
+
+def relay_store(worker: Any, address: LinkAddress, ranks: list[int], mode: str) -> str | None:
+    """Connects the engine core to the store of a worker's machine, if the worker is one of these.
+
+    Returns:
+        Where that store listens; None: not this worker, or it cannot be connected.
+    """
+    rank = _manager(worker).rank
+    if rank not in ranks:
+        return None
+    try:
+        store = store_host(mode)  # type: ignore[arg-type]
+        StoreRelay(store, lambda: dial(address, "store", rank))
+    except (OSError, StoreUnavailableError) as error:  # the latter: its folder cannot be used
+        logger.warning("The store of this worker's machine is not within reach: %s", error)
+        return None
+    return f"unix:{store.path}"
+
+
+def open_memory(
+    worker: Any, machines: list[tuple[list[int], str]], server: str
+) -> tuple[bytes, int]:
+    """Says where the stores are.
+
+    Args:
+        worker: vLLM's.
+        machines: Ranks and the store's address of each machine.
+        server: As the engine core's `StoreClient`'s.
+
+    Returns:
+        What this worker accepts of an adapter, a `ModelLayout` in msgpack; and the bytes of the
+        largest adapter that does.
+    """
+    manager = _manager(worker)
+    machine = next(i for i, (ranks, _) in enumerate(machines) if manager.rank in ranks)
+    ranks, address = machines[machine]
+    place = ranks.index(manager.rank)
+    manager.filler.open_memory(address, server, machine=machine, place=place)
+    return msgspec.msgpack.encode(manager.model_manager.layout), manager.largest_adapter
+
+
+def kernels_in_use(worker: Any) -> list[dict[str, str]]:
+    """Which kernels serve which layers of this worker, as of `kernel_rows`."""
+    return kernel_rows(_manager(worker).model_manager.kernel_record)
+
+
+def carry_out(worker: Any, orders: list[Order]) -> None:
+    """Begins with what has come together since the last call."""
+    for order in orders:
+        _manager(worker).begin(order)
+
+
+def slots_away(worker: Any) -> None:
+    """Waits until nothing is being copied into slots, and copies nothing: the worker will sleep."""
+    from vllm_multilora.integration.worker.manager import manager_of
+
+    if (manager := manager_of(worker.model_runner)) is not None:
+        manager.filler.slots_away()
+
+
+def slots_lost(worker: Any) -> None:
+    """Empties the worker's slots, whose memory may not have survived its sleep."""
+    from vllm_multilora.integration.worker.manager import manager_of
+
+    if (manager := manager_of(worker.model_runner)) is not None:
+        manager.slots_lost()
+
+
+# Where the engine core waits for its workers
+
+
+def open_own_store(worker: Any, server: str) -> None:
+    """Has the worker find or start the store of its machine."""
+    _manager(worker).open_own_store(server)
+
+
+def carry_out_now(worker: Any, orders: list[Order]) -> list[Answer]:
+    """Carries out orders; returns their answers."""
+    return [_manager(worker).carry_out_now(order) for order in orders]
+
+
+def load_now(worker: Any, want: Want) -> Loaded | Failed:
+    """Loads an adapter from the worker's own store."""
+    return _manager(worker).own_store.load(want)
+
+
+def release_now(worker: Any, pack: int) -> None:
+    """Gives a lease of `load_now` back."""
+    _manager(worker).own_store.release(pack)
+
+
+def forget_now(worker: Any, adapter: int) -> None:
+    """The adapter was withdrawn."""
+    _manager(worker).own_store.forget(adapter)

@@ -1,0 +1,1 @@
+"""Orders to the workers, and the sockets on which they answer."""

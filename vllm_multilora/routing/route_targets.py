@@ -1,0 +1,155 @@
+"""Where a route leads: to an adapter or a blend, to one of several in shares, or by a value."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from vllm_multilora.adapters.blend import name_of
+from vllm_multilora.routing.request_facts import FactSource, RequestFacts
+from vllm_multilora.routing.route_errors import NoCaseError
+from vllm_multilora.routing.shares import sticky_choice, turn_choice
+from vllm_multilora.wording import listed
+
+_MOST_NAMED = 20
+_MOST_SHOWN = 80
+
+Turns = Counter[str]
+"""How many requests each split has divided that named no customer."""
+
+
+class Target(Protocol):
+    """Where a request may be led."""
+
+    def candidates(self, facts: RequestFacts, turns: Turns) -> tuple[Candidate, ...]:
+        """The names and blends that may answer the request: the first that is available does.
+
+        Raises:
+            RequestError: The route has no answer for such a request.
+        """
+
+    def names(self) -> Iterator[str]:
+        """Every name that may answer some request."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """An adapter, or the base model by a name that it is served under."""
+
+    name: str
+
+    def candidates(self, facts: RequestFacts, turns: Turns) -> tuple[str, ...]:
+        return (self.name,)
+
+    def names(self) -> Iterator[str]:
+        yield self.name
+
+
+@dataclass(frozen=True)
+class Blended:
+    """Several adapters as one.
+
+    Attributes:
+        weights: Each adapter's name and the weight of what it computes.
+    """
+
+    weights: tuple[tuple[str, float], ...]
+
+    def candidates(self, facts: RequestFacts, turns: Turns) -> tuple[Candidate, ...]:
+        return (self,)
+
+    def names(self) -> Iterator[str]:
+        for name, _ in self.weights:
+            yield name
+
+    def __str__(self) -> str:
+        return name_of(self.weights)
+
+
+Candidate: TypeAlias = str | Blended
+"""What may answer a request: an adapter, or the base model, by its name; or a blend."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Several adapters in shares.
+
+    Attributes:
+        place: The split's own place in the routes file; splits at different places divide
+            customers independently.
+        weights: Of each name, relative to each other.
+        sticky: What says who the customer is. Where a request does not, requests take turns.
+    """
+
+    place: str
+    weights: Mapping[str, float]
+    sticky: FactSource
+
+    def candidates(self, facts: RequestFacts, turns: Turns) -> tuple[str, ...]:
+        customer = self.sticky.value(facts)
+        if customer is not None:
+            return (sticky_choice(customer, self.weights, self.place),)
+        turn = turns[self.place]
+        turns[self.place] += 1
+        return (turn_choice(turn, self.weights),)
+
+    def names(self) -> Iterator[str]:
+        yield from self.weights
+
+
+@dataclass(frozen=True)
+class Cases:
+    """One target for each value of something that the request says.
+
+    Attributes:
+        place: The choice's place in the routes file.
+        by: Where the value is.
+        cases: The targets, by value in lower case.
+        default: For all other requests, those without value among them.
+    """
+
+    place: str
+    by: FactSource
+    cases: Mapping[str, Target]
+    default: Target | None
+
+    def candidates(self, facts: RequestFacts, turns: Turns) -> tuple[Candidate, ...]:
+        for value in self.by.wanted(facts):
+            if value in self.cases:
+                return self.cases[value].candidates(facts, turns)
+        if self.default is not None:
+            return self.default.candidates(facts, turns)
+        raise NoCaseError(
+            f"{self.place} chooses by {self.by.text} and has no default: found "
+            f"{_shown(self.by.value(facts))}, expected one of {listed(self.cases, _MOST_NAMED)}"
+        )
+
+    def names(self) -> Iterator[str]:
+        for target in self.cases.values():
+            yield from target.names()
+        if self.default is not None:
+            yield from self.default.names()
+
+
+def _shown(value: str | None) -> str:
+    if not value:
+        return "no value"
+    shown = repr(value)
+    return shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}..."
+
+
+@dataclass(frozen=True)
+class WithFallback:
+    """A target, and who answers where it is unavailable."""
+
+    target: Target
+    fallback: tuple[str, ...]
+
+    def candidates(self, facts: RequestFacts, turns: Turns) -> tuple[Candidate, ...]:
+        return tuple(dict.fromkeys((*self.target.candidates(facts, turns), *self.fallback)))
+
+    def names(self) -> Iterator[str]:
+        yield from self.target.names()
+        yield from self.fallback

@@ -1,0 +1,1 @@
+"""Fair shares of tokens and slots among tenants and adapters."""

@@ -1,0 +1,1 @@
+"""Replays traces against the server's own slots and cache policies."""

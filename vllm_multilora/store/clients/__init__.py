@@ -1,0 +1,1 @@
+"""Clients of the store, in the processes of a vLLM server."""

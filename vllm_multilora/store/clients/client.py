@@ -1,0 +1,368 @@
+"""How an engine core talks to the store."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import operator
+import os
+import select
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import msgspec
+
+from vllm_multilora.failures import FailureKind
+from vllm_multilora.store.jobs.hub import located
+from vllm_multilora.store.protocol.channel import Channel, ChannelClosedError
+from vllm_multilora.store.protocol.messages import (
+    PROTOCOL,
+    Cancel,
+    Configure,
+    Configured,
+    Describe,
+    Failed,
+    Forget,
+    Forgotten,
+    FromStore,
+    Hello,
+    Loaded,
+    Message,
+    Reading,
+    Refused,
+    Release,
+    Restarted,
+    Role,
+    Share,
+    StoreSettings,
+    ToUser,
+    Used,
+    Want,
+)
+from vllm_multilora.store.protocol.store_folder import StoreUnavailableError
+from vllm_multilora.store.protocol.waking import Waker
+from vllm_multilora.store.store_launch import FIRST_PAUSE_S, LONGEST_PAUSE_S, StoreHost, store_host
+
+logger = logging.getLogger(__name__)
+
+_NUMBERS_END = 1 << 63  # steps' adapters are in arrays of int64
+_CONFIGURE_S, _MOST_LOSSES = 60.0, 3  # before `configure` gives a store up
+_NO_STORE = "the server's store of adapters cannot be started; the server's log says why"
+
+
+class StoreClient:
+    """A connection to the store, for one thread.
+
+    Nothing but `configure` waits for the store, and `poll` where it is told to. One that has died
+    is started again by `poll`, which then returns `Restarted`: packs and leases are gone, wants go
+    on, but fail where no store has come up for seconds. A frozen one just does not answer.
+
+    Args:
+        host: Where the store is.
+        server: The same for all engines of a server: they share adapter numbers.
+        role: What this client is.
+
+    Raises:
+        StoreUnavailableError: There is no store, and none can be started.
+    """
+
+    def __init__(self, host: StoreHost, server: str, role: Role = "engine") -> None:
+        self._host = host
+        self._hello = Hello(PROTOCOL, role, server, os.getpid())
+        self._configure: Configure | None = None
+        # Until their answers are taken; None: the store cannot be told of it.
+        self._wants: dict[int, Want | None] = {}
+        self._tickets = itertools.count(1)
+        self._inbox: deque[ToUser] = deque()
+        self._answer: Configured | Refused | None = None
+        self._waker: Waker | None = None
+        self._say: Callable[[Callable[[], None]], None] = operator.call
+        self._say_all: Callable[[], None] = lambda: None
+        self._pause = FIRST_PAUSE_S
+        self._next_attempt = 0.0
+        self._losses = 0
+        self._poller = select.poll()
+        self._channel: Channel[FromStore] | None = None
+        self._connect()
+
+    @classmethod
+    def connect(
+        cls, mode: Literal["process", "thread"], server: str, role: Role = "engine"
+    ) -> StoreClient:
+        """Finds or starts the store, in a process of its own or on a thread of this one."""
+        return cls(store_host(mode), server, role)
+
+    @property
+    def address(self) -> str:
+        """Where workers connect to, such as `unix:/run/user/1000/vllm-multilora/store-N.sock`."""
+        return f"unix:{self._host.path}"
+
+    def configure(self, layouts: Sequence[Any], settings: StoreSettings) -> list[str]:
+        """Says what the model accepts, and waits for the answer.
+
+        Args:
+            layouts: The `ModelLayout` of each local rank.
+            settings: How adapters are kept and read.
+
+        Returns:
+            What is not as asked for, one sentence each, for the log.
+
+        Raises:
+            StoreUnavailableError: The store refuses, or does not answer.
+        """
+        data = msgspec.msgpack.encode(list(layouts), order="deterministic")
+        self._configure = Configure(data, settings)
+        self._answer = None
+        self._send(self._configure)
+        deadline = time.monotonic() + _CONFIGURE_S
+        self._losses = 0
+        while self._answer is None and self._losses < _MOST_LOSSES:
+            if (left := deadline - time.monotonic()) <= 0:
+                break
+            self._pump(left)
+        if isinstance(self._answer, Configured):
+            return self._answer.notes
+        if self._answer is not None:
+            reason = self._answer.reason
+        elif self._losses < _MOST_LOSSES:
+            reason = f"no answer within {_CONFIGURE_S:g} seconds"
+        else:
+            reason = f"it has ended {self._losses} times; it says: {self._host.last_words()}"
+        raise StoreUnavailableError(f"the store at {self.address} does not serve: {reason}")
+
+    def want(self, want: Want) -> int:
+        """Asks for an adapter; a relative path is one of this process's.
+
+        Returns:
+            The ticket: `Reading` may come for it, then `Loaded` or `Failed`, the latter also where
+            the store cannot be told what is wanted.
+        """
+        ticket = next(self._tickets)
+        try:
+            path = located(want.path)
+            sent = msgspec.structs.replace(want, path=path, ticket=ticket)
+            _check(sent)
+        except (TypeError, ValueError) as error:
+            message = f"adapter {want.name!a} cannot be asked for from {want.path!a}: {error}"
+            self._wants[ticket] = None
+            self._inbox.append(Failed(ticket, FailureKind.INVALID, message, []))
+            return ticket
+        self._wants[ticket] = sent
+        self._send(sent)
+        return ticket
+
+    def share(self, ticket: int, owner: str) -> None:
+        """Says that another owner waits for what a want has asked for; arguments as of `Share`."""
+        want = self._wants.get(ticket)
+        if want is not None and owner not in want.owners:
+            owners = (*want.owners, owner)
+            self._wants[ticket] = msgspec.structs.replace(want, owners=owners)
+            self._send(Share(ticket, owner))
+
+    def cancel(self, ticket: int) -> None:
+        """Takes a want back: nothing comes for its ticket any more, and no lease stays."""
+        if self._wants.pop(ticket, None) is not None:
+            self._send(Cancel(ticket))
+
+    def release(self, pack: int) -> None:
+        """Gives back one lease."""
+        self._send(Release(pack))
+
+    def used(self, packs: Collection[int]) -> None:
+        """A step uses these packs."""
+        self._send(Used(list(packs)))
+
+    def forget(self, adapter: int) -> None:
+        """Withdraws an adapter; this client's outstanding wants of it fail.
+
+        `Forgotten` comes for it; or `Restarted`, if the store ends before that.
+        """
+        if self._channel is None:  # the next store will have nothing to forget
+            self._inbox.append(Forgotten(adapter))
+        self._send(Forget(adapter))
+
+    def describe(self) -> None:
+        """Asks for a `Description`."""
+        self._send(Describe())
+
+    def poll(self, seconds: float = 0.0) -> list[ToUser]:
+        """What has come since the last call; waits at most so long for something to come."""
+        if seconds:
+            self._say_all()  # there is no answer to what was not said
+        deadline = time.monotonic() + seconds
+        self._pump(0)
+        while not self._inbox and (left := deadline - time.monotonic()) > 0:
+            self._pump(left)
+        return self._taken()
+
+    def fileno(self) -> int:
+        """The socket, for selectors; -1 while there is no store. Another one after `Restarted`."""
+        return -1 if self._channel is None else self._channel.fileno()
+
+    def start_waking(self, wake: Callable[[], None]) -> None:
+        """Calls `wake` on a thread of its own when something comes, once until the next `poll`."""
+        self._waker = Waker(wake)
+        self._waker.watch(self.fileno())
+
+    def say_by(
+        self, say: Callable[[Callable[[], None]], None], say_all: Callable[[], None]
+    ) -> None:
+        """From now on `say` is given what sends a message, to be called in the same order.
+
+        At the latest by `say_all`, which is called before an answer is waited for.
+        """
+        self._say, self._say_all = say, say_all
+
+    def close(self) -> None:
+        """Ends the connection: leases and wants end with it."""
+        if self._waker is not None:
+            self._waker.close()
+            self._waker = None
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+    def _send(self, message: Message) -> None:
+        self._say(partial(self._send_on, self._channel, message))
+
+    def _send_on(self, channel: Channel[FromStore] | None, message: Message) -> None:
+        if channel is None or channel is not self._channel:
+            return  # `_connect` sends again all that still matters to a new store
+        try:
+            channel.send(message)
+        except ChannelClosedError as error:
+            self._lose(error)
+        else:
+            self._watch_writes()
+
+    def _pump(self, seconds: float) -> None:
+        """Takes what is there, after waiting so long for it; brings a new store where it must."""
+        if self._channel is None:
+            self._reconnect()
+            if self._channel is None:
+                time.sleep(min(seconds, FIRST_PAUSE_S))
+        elif self._poller.poll(seconds * 1000):
+            try:
+                self._channel.flush()
+                for message, _ in self._channel.receive():
+                    self._take(message)
+            except ChannelClosedError as error:
+                self._lose(error)
+                self._reconnect()
+            self._watch_writes()
+
+    def _taken(self) -> list[ToUser]:
+        if self._waker is not None:
+            self._waker.rearm()
+        came: list[ToUser] = []
+        while self._inbox:
+            message = self._inbox.popleft()
+            if self._is_awaited(message):
+                came.append(message)
+        return came
+
+    def _is_awaited(self, message: ToUser) -> bool:
+        """Whether it is for the user; an answer ends its want, or comes after its `cancel`."""
+        if isinstance(message, Reading):
+            return message.ticket in self._wants
+        if not isinstance(message, Loaded | Failed):
+            return True
+        if message.ticket in self._wants:
+            del self._wants[message.ticket]
+            return True
+        if isinstance(message, Loaded) and message.leased:
+            self._send(Release(message.pack.pack))
+        return False
+
+    def _take(self, message: FromStore) -> None:
+        if not isinstance(message, Refused):  # it serves: its successor is worth a try at once
+            self._pause, self._next_attempt = FIRST_PAUSE_S, 0.0
+        match message:
+            case Configured(notes):
+                if self._answer is not None:  # nobody waits for it: this is another store's
+                    for note in notes:
+                        logger.warning("Adapter store: %s", note)
+                self._answer = message
+            case Refused(reason):
+                self._answer = message
+                logger.error("The store refuses to serve: %s", reason)
+            case _ if isinstance(message, ToUser):
+                self._inbox.append(message)
+
+    def _connect(self) -> None:
+        sock = self._host.connect()
+        sock.setblocking(False)
+        channel: Channel[FromStore] = Channel(sock, FromStore)
+        self._channel = channel
+        self._poller.register(channel, select.POLLIN)
+        if self._waker is not None:
+            self._waker.watch(channel.fileno())
+        for message in (self._hello, self._configure, *self._wants.values()):
+            if message is not None:
+                self._send_on(channel, message)
+
+    def _reconnect(self) -> None:
+        if time.monotonic() < self._next_attempt:
+            return
+        self._next_attempt = time.monotonic() + self._pause
+        self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
+        try:
+            self._connect()
+        except StoreUnavailableError as error:
+            logger.error("No store: %s; trying again in %.1f seconds", error, self._pause)
+            self._stop_waiting()
+
+    def _stop_waiting(self) -> None:
+        """Fails what is wanted where stores have not come up for long; others may be wanted."""
+        if self._pause < LONGEST_PAUSE_S:
+            return
+        for ticket, want in self._wants.items():
+            if want is not None:
+                self._wants[ticket] = None
+                kind = FailureKind.UNREADABLE
+                self._inbox.append(Failed(ticket, kind, _NO_STORE, []))
+
+    def _lose(self, error: ChannelClosedError) -> None:
+        """The store has gone: what it said is void, and the next one answers what is wanted."""
+        assert self._channel is not None
+        if (refusal := _refusal(self._channel)) is not None:
+            self._take(refusal)
+        says = f"; it says: {self._host.last_words()}" if self._pause > FIRST_PAUSE_S else ""
+        logger.warning("The store has gone (%s); it is started again%s", error, says)
+        self._poller.unregister(self._channel)
+        self._channel.close()
+        self._channel = None
+        if self._waker is not None:
+            self._waker.watch(-1)
+        own = (
+            m for m in self._inbox if isinstance(m, Failed) and self._wants.get(m.ticket) is None
+        )
+        self._inbox = deque([*own, Restarted()])
+        self._losses += 1
+        self._stop_waiting()
+
+    def _watch_writes(self) -> None:
+        if self._channel is not None:
+            writes = select.POLLOUT if self._channel.pending else 0
+            self._poller.modify(self._channel, select.POLLIN | writes)
+
+
+def _refusal(channel: Channel[FromStore]) -> Refused | None:
+    """Why a store that has closed a connection does not serve, if it has said so before."""
+    with contextlib.suppress(ChannelClosedError):
+        while messages := channel.receive():
+            for message, _ in messages:
+                if isinstance(message, Refused):
+                    return message
+    return None
+
+
+def _check(want: Want) -> None:
+    """Raises `TypeError` or `ValueError` for what a request may name and no message can hold."""
+    if not 0 <= want.adapter < _NUMBERS_END:
+        raise ValueError(f"its number is {want.adapter}, expected one below 2^63")
+    msgspec.msgpack.encode(want)

@@ -1,0 +1,1 @@
+"""Processes that read and check adapters, apart from the store."""

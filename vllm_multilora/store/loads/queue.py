@@ -1,0 +1,203 @@
+"""Which load is next: fair between owners, and not delayed for long by loads that hang."""
+
+from __future__ import annotations
+
+import enum
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+
+PATIENCE_S = 2.0
+"""Processor time after which a job gives its place to the next one, and goes on beside it."""
+
+IDLE_S = 0.05
+"""Seconds without work after which it does so: it waits for its storage, which may hang."""
+
+LONG_IDLE_S = 2.0
+"""Seconds without work after which it may be killed for others."""
+
+MOST_OLD_JOBS = 64
+"""Jobs that may go on beside those that have a place."""
+
+
+class Lane(enum.Enum):
+    """Why somebody wants an adapter."""
+
+    REQUEST = "request"
+    REGISTRATION = "registration"
+
+
+@dataclass
+class _Job:
+    server: str
+    deadline: float
+    worked: float
+    processor_s: float = 0.0
+    waiting_since: float | None = None
+
+    def has_place(self, now: float) -> bool:
+        """Whether the job keeps another one from starting."""
+        return (
+            self.waiting_since is None
+            and self.processor_s < PATIENCE_S
+            and now - self.worked < IDLE_S
+        )
+
+    def is_old(self, now: float) -> bool:
+        return self.waiting_since is None and not self.has_place(now)
+
+
+@dataclass
+class _Waiting:
+    lane: Lane
+    server: str
+    owners: list[Hashable]
+    timeout_s: float
+
+
+class LoadQueue:
+    """Loads by number: those that wait, and the jobs of those that have been started.
+
+    Each server has a lane of requests and one of registrations. Lanes take turns, in a lane its
+    owners, of an owner's loads the oldest is first. A load for which several owners wait is in the
+    line of each, and takes whichever turn comes first: nobody waits behind what another one has
+    asked for besides. A job keeps its place until it has used `PATIENCE_S` of a processor, and only
+    while it works: the next one starts beside it when it has not wanted the processor for `IDLE_S`.
+    So loads whose storage hangs hold up others for a moment each. One that wants the processor and
+    does not get it works: where the model has all of them, more jobs at once would only take
+    longer, all of them. When `MOST_OLD_JOBS` go on without a place and somebody waits, the one that
+    has been idle for longest is to be killed.
+
+    While a job waits for room in memory its clock stands still and it has no place; meanwhile no
+    further request of its server is started, which would wait for room too, and before what others
+    ask for.
+
+    Args:
+        places: Jobs that may be young at once.
+    """
+
+    def __init__(self, places: int = 2) -> None:
+        self.places = places
+        # Of lanes, and of each lane's owners, those whose turn comes first are first.
+        self._lanes: OrderedDict[tuple[Lane, str], OrderedDict[Hashable, deque[int]]] = (
+            OrderedDict()
+        )
+        self._where: dict[int, _Waiting] = {}
+        self._jobs: dict[int, _Job] = {}
+
+    @property
+    def queued(self) -> int:
+        """Loads that have not been started."""
+        return len(self._where)
+
+    def add(
+        self, number: int, server: str, owners: Iterable[Hashable], lane: Lane, timeout_s: float
+    ) -> None:
+        """Puts a load at the end of its owners' lines; its job may work for so many seconds."""
+        self._where[number] = _Waiting(lane, server, [], timeout_s)
+        for owner in owners:
+            self.share(number, owner)
+
+    def share(self, number: int, owner: Hashable) -> None:
+        """Another owner waits for a load; one that has been started needs no turn any more."""
+        where = self._where.get(number)
+        if where is not None:
+            where.owners.append(owner)
+            lane = self._lanes.setdefault((where.lane, where.server), OrderedDict())
+            lane.setdefault(owner, deque()).append(number)
+
+    def promote(self, number: int) -> None:
+        """A request has come to wait for a load that was queued for a registration."""
+        where = self._where[number]
+        if where.lane is not Lane.REQUEST:
+            self.remove(number)
+            self.add(number, where.server, where.owners, Lane.REQUEST, where.timeout_s)
+
+    def remove(self, number: int) -> None:
+        """Nobody wants the load any more, or its job has ended."""
+        self._jobs.pop(number, None)
+        where = self._where.pop(number, None)
+        if where is None:
+            return
+        lane = self._lanes[where.lane, where.server]
+        for owner in where.owners:
+            lane[owner].remove(number)
+            if not lane[owner]:
+                del lane[owner]
+        if not lane:
+            del self._lanes[where.lane, where.server]
+
+    def start_next(self, now: float) -> int | None:
+        """Takes the next load that may be started now, and gives its job a place."""
+        placed = sum(job.has_place(now) for job in self._jobs.values())
+        if placed >= self.places or len(self._old(now)) >= MOST_OLD_JOBS:
+            return None
+        for (lane, server), owners in self._lanes.items():
+            if lane is Lane.REQUEST and self.waits_for_room(server):
+                continue
+            owner, line = next(iter(owners.items()))
+            number = line[0]
+            timeout_s = self._where[number].timeout_s
+            self.remove(number)
+            if owner in owners:
+                owners.move_to_end(owner)
+            if owners:
+                self._lanes.move_to_end((lane, server))
+            self._jobs[number] = _Job(server, now + timeout_s, now)
+            return number
+        return None
+
+    def waits_for_room(self, server: str) -> bool:
+        """Whether a job of a server waits for room in memory."""
+        return any(
+            job.server == server and job.waiting_since is not None for job in self._jobs.values()
+        )
+
+    def wait_for_room(self, number: int, now: float) -> None:
+        """Stops a job's clock."""
+        self._jobs[number].waiting_since = now
+
+    def go_on(self, number: int, now: float) -> None:
+        """Starts a job's clock again."""
+        job = self._jobs[number]
+        assert job.waiting_since is not None
+        job.deadline += now - job.waiting_since
+        job.worked = now
+        job.waiting_since = None
+
+    def looked_at(self, number: int, processor_s: float, now: float, *, is_ready: bool) -> None:
+        """Notes how much processor time a job has used so far, and whether it wants more."""
+        job = self._jobs[number]
+        if is_ready or processor_s != job.processor_s:
+            job.processor_s = processor_s
+            job.worked = now
+
+    def stood_still(self, seconds: float) -> None:
+        """Nobody has heard the jobs for so long, as when the store was frozen."""
+        for job in self._jobs.values():
+            job.deadline += seconds
+            job.worked += seconds
+
+    def overdue(self, now: float) -> list[int]:
+        """Jobs to kill: past their deadline, or idle for longest of too many."""
+        late = [
+            number
+            for number, job in self._jobs.items()
+            if job.waiting_since is None and now >= job.deadline
+        ]
+        old = self._old(now)
+        if self._where and not late and len(old) >= MOST_OLD_JOBS:
+            number = min(old, key=lambda number: self._jobs[number].worked)
+            if now - self._jobs[number].worked >= LONG_IDLE_S:
+                late.append(number)
+        return late
+
+    def next_event(self, now: float) -> float | None:
+        """When to look at the jobs again, and ask again, if nothing else happens."""
+        working = [job for job in self._jobs.values() if job.waiting_since is None]
+        if working and self._where:
+            return now + IDLE_S
+        return min((job.deadline for job in working), default=None)
+
+    def _old(self, now: float) -> list[int]:
+        return [number for number, job in self._jobs.items() if job.is_old(now)]

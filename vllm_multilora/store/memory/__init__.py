@@ -1,0 +1,1 @@
+"""Shared host memory: the arena, the packs in it, and who maps and holds them."""

@@ -1,0 +1,233 @@
+"""How a worker accesses host memory: the store's segments, which it only reads.
+
+They are mapped read-only, but for those that are registered with a device: on most machines CUDA
+page-locks nothing that may not be written to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import select
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from vllm_multilora.store.memory.arena import OFFSET_MASK, PLACE_BITS
+from vllm_multilora.store.protocol import store_folder
+from vllm_multilora.store.protocol.channel import Channel, ChannelClosedError
+from vllm_multilora.store.protocol.messages import (
+    PROTOCOL,
+    FromStore,
+    Hello,
+    Map,
+    Refused,
+    Segment,
+    SegmentClosed,
+    SegmentOpened,
+    Watch,
+)
+from vllm_multilora.store.protocol.store_folder import StoreUnavailableError
+
+_ANSWER_S = 10.0
+
+
+class Device(Protocol):
+    """What segments are registered with."""
+
+    def add(self, number: int, address: int, size: int) -> None:
+        """A segment was mapped: its number, where it lies in this process, its bytes."""
+
+    def drop(self, number: int) -> None:
+        """It is about to be unmapped."""
+
+
+class _Mapped:
+    """One mapping; its bytes stay as long as it does, whatever becomes of the store."""
+
+    def __init__(self, descriptor: int, size: int, *, writable: bool) -> None:
+        access = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
+        self._map = mmap.mmap(descriptor, size, mmap.MAP_SHARED, access)
+        self.address = int(np.frombuffer(self._map, np.uint8).__array_interface__["data"][0])
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        return memoryview(self._map)[offset : offset + nbytes].toreadonly()
+
+    def close(self) -> None:
+        with contextlib.suppress(BufferError):  # a view is left: it unmaps when it goes
+            self._map.close()
+
+
+class SegmentMapper:
+    """Maps segments when they are first needed, and keeps them; for one thread but for `wait`.
+
+    It connects at once, while the address leads to the store that the engine core has found:
+    whoever cleans up may remove the socket, which the store does not need any more.
+
+    One that registers segments with a device watches for new ones, and maps them ahead
+    (`map_opened`): the store makes a segment before it begins to read what is to lie there.
+
+    Args:
+        address: `StoreClient.address` of the engine core.
+        server: As `StoreClient`'s.
+        device: What segments are registered with, if with anything.
+    """
+
+    def __init__(self, address: str, server: str, device: Device | None = None) -> None:
+        self._path = address.removeprefix("unix:")
+        self._hello = Hello(PROTOCOL, "worker", server, os.getpid())
+        self._device = device
+        self._segments: dict[int, _Mapped] = {}
+        self._opened: set[int] = set()  # and not mapped yet
+        self._closed: set[int] = set()
+        self._channel: Channel[FromStore] | None = None
+        with contextlib.suppress(ChannelClosedError):  # else when a segment is first needed
+            self._connected()
+
+    def address(self, place: int, segments: Sequence[int]) -> int:
+        """Where a place lies in this process.
+
+        Args:
+            place: As `PackIndex` and `PackInfo` give it.
+            segments: `PackInfo.segments` of its pack.
+
+        Raises:
+            StoreUnavailableError: The segment cannot be had: the store has died meanwhile, say.
+        """
+        return self._segment(segments[place >> PLACE_BITS]).address + (place & OFFSET_MASK)
+
+    def view(self, place: int, nbytes: int, segments: Sequence[int]) -> memoryview:
+        """The bytes at a place, mapped as long as this view is there. Raises as above."""
+        return self._segment(segments[place >> PLACE_BITS]).view(place & OFFSET_MASK, nbytes)
+
+    def wait(self, seconds: float) -> bool:
+        """Waits until the store may have said something; from any thread.
+
+        Returns:
+            Whether it has, or is not connected.
+        """
+        channel = self._channel
+        if channel is None:
+            return True
+        poller = select.poll()
+        try:
+            poller.register(channel, select.POLLIN)
+        except ValueError:  # it was closed meanwhile
+            return True
+        return bool(poller.poll(seconds * 1000))
+
+    def map_opened(self) -> None:
+        """Maps the segments that the store has made; to be called between copies.
+
+        What it has closed is unmapped before: a device has no more registered than the budget.
+
+        Raises:
+            StoreUnavailableError: There is no store; the next call finds its successor.
+        """
+        self.drop_closed()
+        try:
+            self._connected()
+        except ChannelClosedError as error:
+            self._disconnect()
+            raise StoreUnavailableError(str(error)) from error
+        while self._opened:
+            number = self._opened.pop()
+            with contextlib.suppress(StoreUnavailableError):  # it was closed again
+                self._segment(number)
+
+    def drop_closed(self) -> None:
+        """Unmaps what the store has closed, or left when it died; to be called between copies.
+
+        Costs a system call.
+        """
+        if self._channel is not None:
+            try:
+                self._channel_wait(0)
+            except ChannelClosedError:
+                self._disconnect()
+        for number in self._closed & self._segments.keys():
+            self._unmap(number)
+        self._closed.clear()
+
+    def close(self) -> None:
+        """Unmaps everything."""
+        for number in list(self._segments):
+            self._unmap(number)
+        self._disconnect()
+
+    def _segment(self, number: int) -> _Mapped:
+        found = self._segments.get(number)
+        return found if found is not None else self._map(number)
+
+    def _map(self, number: int) -> _Mapped:
+        try:
+            answer, descriptors = self._ask(number)
+        except ChannelClosedError:
+            # The store may be a new one since; it says itself that it does not know the segment.
+            self._disconnect()
+            try:
+                answer, descriptors = self._ask(number)
+            except ChannelClosedError as error:
+                raise StoreUnavailableError(f"segment {number}: {error}") from error
+        if not answer.size:
+            raise StoreUnavailableError(
+                f"the store has no segment {number} (any more): it has been started again, or the "
+                "pack was released too early"
+            )
+        try:
+            mapped = _Mapped(descriptors[0], answer.size, writable=self._device is not None)
+        finally:
+            os.close(descriptors[0])
+        self._segments[number] = mapped
+        if self._device is not None:
+            self._device.add(number, mapped.address, answer.size)
+        return mapped
+
+    def _unmap(self, number: int) -> None:
+        segment = self._segments.pop(number)
+        if self._device is not None:
+            self._device.drop(number)
+        segment.close()
+
+    def _ask(self, number: int) -> tuple[Segment, list[int]]:
+        self._connected().send(Map(number))
+        while True:
+            received = self._channel_wait(_ANSWER_S)
+            if not received:
+                raise ChannelClosedError(f"the store has not answered within {_ANSWER_S:g} seconds")
+            for message, descriptors in received:
+                if isinstance(message, Segment) and message.number == number:
+                    return message, descriptors
+                if isinstance(message, Refused):
+                    raise StoreUnavailableError(f"the store refuses: {message.reason}")
+
+    def _connected(self) -> Channel[FromStore]:
+        if self._channel is None:
+            try:
+                sock = store_folder.connect(self._path)
+            except OSError as error:
+                raise ChannelClosedError(f"{self._path}: {error}") from error
+            self._channel = Channel(sock, FromStore, take_descriptors=True)
+            self._channel.send(self._hello)
+            if self._device is not None:
+                self._channel.send(Watch())
+        return self._channel
+
+    def _channel_wait(self, seconds: float) -> list[tuple[FromStore, list[int]]]:
+        assert self._channel is not None
+        poller = select.poll()
+        poller.register(self._channel, select.POLLIN)
+        received = self._channel.receive() if poller.poll(seconds * 1000) else []
+        self._opened |= {m.number for m, _ in received if isinstance(m, SegmentOpened)}
+        self._closed |= {m.number for m, _ in received if isinstance(m, SegmentClosed)}
+        return received
+
+    def _disconnect(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        self._opened.clear()
+        # Nobody says any more when these are closed. A copy may still need some of them.
+        self._closed |= self._segments.keys()

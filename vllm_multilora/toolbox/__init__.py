@@ -1,0 +1,1 @@
+"""The commands of `vllm-multilora`, and what they plan, simulate, measure and advise with."""

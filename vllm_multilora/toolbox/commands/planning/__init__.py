@@ -1,0 +1,1 @@
+"""The command `plan`: its report, its plots, its JSON and its forecasts."""
