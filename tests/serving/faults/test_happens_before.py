@@ -54,10 +54,11 @@ class Rig:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # vLLM looks at PyTorch's streams when it is imported.
         from vllm_multilora.integration.worker import manager as worker_manager
+        from vllm_multilora.integration.worker import worker_calls
         from vllm_multilora.integration.worker.model.slot_columns import SlotColumns
         from vllm_multilora.integration.worker.slots.filler import SlotFiller
 
-        self._manager = worker_manager
+        self._manager, self._calls = worker_manager, worker_calls
         self.world = world = World()
         self.slot = 0
         self.blocking: list[bool] = []  # of each event that was made
@@ -133,10 +134,11 @@ class Rig:
         self.world.on_stream("a step's kernels", reads=("plan", *memory))
 
     def sleep(self) -> None:
-        self._manager.sleep(self._unmap, self._worker)
+        self._calls.slots_away(self._worker)
+        self._unmap()
 
     def wake(self) -> None:
-        self._manager.wake_up(lambda worker, tags: None, self._worker)
+        self._calls.slots_lost(self._worker)
 
     @property
     def _worker(self) -> Any:
@@ -145,7 +147,7 @@ class Rig:
         manager._adapter_manager = SimpleNamespace(forget_contents=self.world.synchronize)
         return SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager))
 
-    def _unmap(self, worker: Any, level: int) -> None:
+    def _unmap(self) -> None:
         self.world.clock("steps")  # vLLM waits for its own work alone
         steps = Event(self.world, dict(self.world.clock("steps")))
         steps.synchronize()

@@ -412,10 +412,10 @@ def test_drafted_tokens_are_verified_under_their_adapter(
         outputs = generate(llm, llama, cases, failing, greedy())
         drafts = counter(llm, "vllm:spec_decode_num_drafts")
         accepted = counter(llm, "vllm:spec_decode_num_accepted_tokens")
-        # Requests that draw are answered, too; on CPUs vLLM judges their drafts as it likes.
+        # These are drawn, if only from the likeliest; and steps that end prompts have no drafts.
         drawn = generate(llm, llama, cases, [], greedy(temperature=1.0, top_k=1))
     assert_as_peft(outputs, cases)
-    assert all(output.outputs[0].finish_reason == "length" for output in drawn)
+    assert_as_peft(drawn, cases)
     assert drafts > 0
     assert accepted > 0 or drafter is not small_model
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.engine.parties import lora, pack_info
-from vllm_multilora.integration.worker.slots.thread_placement import NICENESS, step_aside
+from vllm_multilora.integration.worker.slots.filler import NICENESS, step_aside
 from vllm_multilora.integration.worker_link.orders import Check, Order
 
 pytestmark = pytest.mark.skipif(

@@ -16,8 +16,7 @@ from vllm_multilora.adapters.adapter_errors import (
 )
 from vllm_multilora.adapters.files.allowed_roots import AllowedRoots
 from vllm_multilora.adapters.files.missing_files import EXPECTED, no_file, no_folder
-from vllm_multilora.adapters.files.open_descriptor import OpenDescriptor
-from vllm_multilora.adapters.files.regular_file import RegularFile, unreadable
+from vllm_multilora.adapters.files.regular_file import OpenDescriptor, RegularFile, unreadable
 from vllm_multilora.adapters.model.size_limits import SizeLimits
 from vllm_multilora.adapters.problems import Code, Problem, shown_name
 

@@ -6,14 +6,37 @@ import errno
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 from vllm_multilora.adapters.adapter_errors import AdapterReadError
 from vllm_multilora.adapters.files.fingerprint import Fingerprint
-from vllm_multilora.adapters.files.open_descriptor import OpenDescriptor
 from vllm_multilora.adapters.problems import Code, Problem
 
 _MOST_HOLES = 1000
 RENAME_HINT = "write adapters under another name, and rename them into place"
+
+
+class OpenDescriptor:
+    """A file descriptor; a context manager that closes it.
+
+    Args:
+        descriptor: Closed with this object.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def close(self) -> None:
+        """Closes it; closing twice is harmless."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 class RegularFile(OpenDescriptor):

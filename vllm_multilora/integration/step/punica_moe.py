@@ -10,7 +10,7 @@ from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.punica_wrapper.punica_selector import get_punica_wrapper
 
 from multilora_kernels import BatchPlan
-from vllm_multilora.integration.step.stock_metadata import step_metadata
+from vllm_multilora.integration.step.stock_kernels import step_metadata
 
 
 class ExpertLayers:

@@ -30,8 +30,7 @@ from vllm_multilora.integration.settings.cache_settings import cpu_budget, store
 from vllm_multilora.integration.settings.flags import checks_in
 from vllm_multilora.integration.step.mapping import BatchMapping, rows_before
 from vllm_multilora.integration.worker.model.experts import leave_experts_alone
-from vllm_multilora.integration.worker.rows.activated_rows import base_rows_of
-from vllm_multilora.integration.worker.rows.encoder_rows import first_items
+from vllm_multilora.integration.worker.rows.encoder_rows import base_rows_of, first_items
 from vllm_multilora.integration.worker.slots.filler import SlotFiller
 from vllm_multilora.integration.worker.slots.model_manager import MultiLoRAModelManager
 from vllm_multilora.integration.worker.slots.own_store import OwnStore

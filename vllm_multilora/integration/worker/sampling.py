@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from vllm.v1.sample import rejection_sampler
 
 from vllm_multilora.integration.worker.manager import manager_of
 from vllm_multilora.integration.worker.rows.encoder_rows import scheduled_items
@@ -97,8 +98,39 @@ def sample_rows(
     if not drafts.max_spec_len:
         # To compare no drafts at all is more than vLLM can on CPUs where a request has `top_k`.
         return original(runner, logits, None, *args, **kwargs)
-    with _tokens_that_requests_name(runner, drafts.max_spec_len + 1):
+    with _tokens_that_requests_name(runner, drafts.max_spec_len + 1), _expansion_on_cpus(logits):
         return original(runner, logits, drafts, *args, **kwargs)
+
+
+@contextmanager
+def _expansion_on_cpus(logits: torch.Tensor | None) -> Iterator[None]:
+    """Has each drafted token get its request's temperature, `top_k` and `top_p` on CPUs.
+
+    VLLM's kernel there writes them to a copy, in another type, that nobody reads: a request with
+    `top_k` ends the engine.
+    """
+    if logits is None or logits.device.type != "cpu":
+        yield
+        return
+    before = rejection_sampler.expand_batch_to_tokens
+    rejection_sampler.expand_batch_to_tokens = _expanded
+    try:
+        yield
+    finally:
+        rejection_sampler.expand_batch_to_tokens = before
+
+
+def _expanded(
+    x: torch.Tensor,
+    cu_num_tokens: torch.Tensor,
+    num_tokens: int,
+    replace_from: int = 0,
+    replace_to: int = 0,
+) -> torch.Tensor:
+    """As vLLM's function: for each token the value of its request."""
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+    expanded = x.repeat_interleave(counts, output_size=num_tokens)
+    return expanded.masked_fill_(expanded == replace_from, replace_to)
 
 
 @contextmanager

@@ -159,10 +159,12 @@ _PATCHES: tuple[Patch, ...] = (
         "with a seed whose prompt takes several steps, as generators of random numbers cannot be "
         "turned back there. Has them draw nothing before the prompt's end. With speculative "
         "decoding, the engine dies of a request with `logprob_token_ids`, and on CPUs of one with "
-        "`top_k`. Answers them all.",
+        "`top_k`; other drafts are judged there by any temperature and `top_p` but the request's. "
+        "Answers them all.",
         checked=("0.31", "0.32", "0.33"),
         until="vLLM's first model runner counts before it samples, as its second one does, seeds "
-        "work with divided prompts on CPUs, and its RejectionSampler knows `logprob_token_ids`.",
+        "work with divided prompts on CPUs, and its RejectionSampler knows `logprob_token_ids` "
+        "and, on CPUs, what requests ask for.",
     ),
     Patch(
         name="unsound-rows",

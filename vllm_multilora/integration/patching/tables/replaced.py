@@ -99,6 +99,13 @@ REPLACED = (
     ),
     Replaced(
         "integration.worker.sampling",
+        "rejection_sampler.expand_batch_to_tokens",
+        "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
+        "On CPUs drafts have no request's `top_k`, which ends the engine, nor its temperature.",
+        "vLLM's rejection sampler heeds what requests ask for on CPUs.",
+    ),
+    Replaced(
+        "integration.worker.sampling",
         "sampler.gather_logprobs",
         "vllm.v1.sample.sampler:Sampler.gather_logprobs",
         "With drafts, a request with `logprob_token_ids` ends the engine.",
