@@ -10,9 +10,12 @@ VERSION = "0.34.0+cpu"
 """With the suffix by which vLLM knows its CPU build."""
 
 BROKEN_CORE = {
-    "v1/engine/core.py": ("def pin_lora(self, lora_id: int)", "def pin_lora(self, adapter_id: int)")
+    "v1/core/kv_cache_utils.py": (
+        "def _gen_lora_extra_hash_keys(request: Request)",
+        "def _gen_lora_extra_hash_keys(request: Request, hint: str = '')",
+    )
 }
-"""Renames a parameter that nobody gives by name: vLLM itself works as before."""
+"""Adds a parameter to what keys an adapter's cached prefixes; vLLM itself never gives it."""
 
 BROKEN_GATEWAY = {
     "entrypoints/serve/exception_handling/utils.py": (

@@ -21,7 +21,7 @@ ADAPTER = "all-linear-r8"
 LORA = ("--enable-lora", "--max-loras", "2", "--max-lora-rank", "64", "--dtype", "float32")
 SIZE = ("--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "4", "--block-size", "32")
 CORE_ACTIVE = f"found {VERSION}: LoRA serving is active"
-CORE_OFF = f"found {VERSION}: LoRA serving stays as vLLM has it, because of pin: takes"
+CORE_OFF = f"found {VERSION}: LoRA serving stays as vLLM has it, because of prefix-cache-keys: "
 GATEWAY_OFF = f"found {VERSION}: the gateway (HTTP, names, keys, tenants) stays as vLLM has it"
 
 

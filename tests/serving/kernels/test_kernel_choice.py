@@ -101,7 +101,7 @@ def test_each_kind_of_layer_is_tried_once_with_all_that_decides_its_kernels(tria
         (208, (96,), SLOTS),
     ]
     assert set(asked.backends) == {"ours", "torch"}
-    assert (asked.max_tokens, asked.timed) == (64, False)
+    assert (asked.max_tokens, asked.timing_s) == (64, 0)
 
 
 def test_a_second_start_takes_what_the_first_has_found(trials):
