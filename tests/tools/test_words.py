@@ -68,7 +68,7 @@ def test_definitions_with_words_of_our_own_are_found(tree):
 
 
 def test_lanes_are_the_word_for_kernels_alone(tree):
-    (tree / "kernels").mkdir()
+    (tree / "kernels/packs").mkdir(parents=True)
     for file in (tree / "kernels/packs/scatter.py", tree / "queue.py"):
         file.write_text("lanes = 4\n")
     assert words.own_names() == {"lanes": 1}

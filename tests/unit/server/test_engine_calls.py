@@ -24,7 +24,7 @@ UNAVAILABLE = HTTPStatus.SERVICE_UNAVAILABLE
 
 @pytest.fixture(autouse=True)
 def active(monkeypatch: pytest.MonkeyPatch) -> None:
-    (patch,) = (one for one in PATCHES if one.handler.startswith("server.engine_calls:"))
+    (patch,) = (one for one in PATCHES if one.name == "engine-calls")
     assert patch.apply()
     monkeypatch.setattr(engine_calls, "is_active", lambda vllm_config: True)
 

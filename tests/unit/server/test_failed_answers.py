@@ -33,7 +33,7 @@ from vllm_multilora.integration.failed_requests import (
 from vllm_multilora.integration.patching.tables.ledger import PATCHES
 from vllm_multilora.integration.server.requests import failed_answers
 
-HANDLERS = "server.failed_answers:"
+HANDLERS = "server.requests.failed_answers:"
 LIMIT_S = 20.0
 GONE = GracefulHTTPError("adapter 'acme' could not be loaded", HTTPStatus.NOT_FOUND)
 NO_MEMORY = GracefulHTTPError("there is no memory", HTTPStatus.SERVICE_UNAVAILABLE)

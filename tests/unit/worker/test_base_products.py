@@ -32,6 +32,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> VLLM:
     monkeypatch.setattr(base_products, "get_current_vllm_config_or_none", object)
     monkeypatch.setattr(base_products, "is_active", lambda _: True)
     monkeypatch.setattr(base_products, "kernel_backend", lambda _: "native")
+    monkeypatch.setattr(base_products, "settings_of", lambda _: SimpleNamespace(dora=False))
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     return VLLM()
 
