@@ -26,7 +26,7 @@ class Command:
 
     Attributes:
         module: Has `add_arguments(parser)` and `run(arguments)`; see
-        `vllm_multilora.toolbox.commands`.
+            `vllm_multilora.toolbox.commands`.
         help: Its line among all commands.
         description: What its own help begins with.
         examples: What its own help ends with, without the program's name.

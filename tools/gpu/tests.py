@@ -40,7 +40,7 @@ _NO_TESTS = 5  # pytest's code where there is nothing to run
 def command(*arguments: str) -> list[str]:
     """How pytest is called for all tests, by `tools.gpu.tests_part` with those of one process."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    files = [str((FOLDER / name).relative_to(ROOT)) for name in TESTS]
+    files = [str(FOLDER / name) for name in TESTS]
     return [*pytest, "-p", "tools.gpu.tests_part", *arguments, *files]
 
 

@@ -134,14 +134,15 @@ def table(architecture: str) -> Iterator[str]:
 
 def rows_of(text: str) -> Iterator[tuple[str, str, dict[str, int]]]:
     """A table's layers, kernels and numbers, by the heads of the columns."""
-    heads, _, *rows = (_cells(line) for line in text.splitlines() if line.startswith("|"))
+    heads, _, *rows = (cells_of(line) for line in text.splitlines() if line.startswith("|"))
     for cells in rows:
         found = dict(zip(heads, cells, strict=True))
         layer, kernel = found.pop("layer"), found.pop("kernel")
         yield layer, kernel, {head: int(text) for head, text in found.items()}
 
 
-def _cells(line: str) -> list[str]:
+def cells_of(line: str) -> list[str]:
+    """The cells of a line of a table in Markdown."""
     return [each.strip() for each in line.strip("|").split("|")]
 
 

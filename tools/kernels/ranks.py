@@ -17,6 +17,7 @@ from pathlib import Path
 
 import triton
 
+from tools.kernels.loops import cells_of
 from tools.kernels.measure.batches import LAYERS
 from tools.kernels.measure.tuned.launch_cases import LaunchCase, launches, table_name
 from tools.kernels.report import compile_launch
@@ -73,16 +74,12 @@ def rows_in_page() -> dict[tuple[str, str], list[str]]:
     found = _TABLE.search(PAGE.read_text(encoding="utf-8"))
     if found is None:
         raise ValueError("the page has no table between `<!-- ranks -->` and `<!-- end -->`")
-    cells = [_cells(line) for line in found[0].strip().splitlines()[2:]]
+    cells = [cells_of(line) for line in found[0].strip().splitlines()[2:]]
     return {(each[0], each[1]): each[_FIRST_CELLS:] for each in cells}
 
 
-def _cells(line: str) -> list[str]:
-    return [each.strip() for each in line.strip("|").split("|")]
-
-
 def _key(line: str) -> tuple[str, int]:
-    version, card, *_ = _cells(line)
+    version, card, *_ = cells_of(line)
     return version, list(map(table_name, ARCHITECTURES)).index(card)
 
 
@@ -92,7 +89,7 @@ def _write(rows: Iterable[str]) -> None:
         for (version, card), cells in rows_in_page().items()
     }
     for line in rows:
-        version, card, *_ = _cells(line)
+        version, card, *_ = cells_of(line)
         kept[version, card] = line
     text = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(_TABLE.sub(lambda _: table(kept.values()), text), encoding="utf-8")

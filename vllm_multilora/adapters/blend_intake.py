@@ -34,7 +34,7 @@ from vllm_multilora.adapters.intake import (
     open_adapter,
 )
 from vllm_multilora.adapters.model.layout import ModelLayout, SliceLayout
-from vllm_multilora.adapters.model.size_limits import room_for
+from vllm_multilora.adapters.model.ranks import room_for
 from vllm_multilora.adapters.packing.applied import Applied
 from vllm_multilora.adapters.packing.pack_index import PackIndex, RankIndex
 from vllm_multilora.adapters.packing.pack_plan import padded_sizes, unpacked, write_index

@@ -11,9 +11,8 @@ from vllm.lora.layers.utils import LoRAMappingType
 from vllm.lora.request import LoRARequest
 
 from vllm_multilora.integration.activated import ActivatedLoRARequest, from_token
-from vllm_multilora.integration.step.mapping import BatchMapping, make_lora_inputs
+from vllm_multilora.integration.step.mapping import BatchMapping, base_rows_of, make_lora_inputs
 from vllm_multilora.integration.worker.manager import set_active_loras_from_inputs
-from vllm_multilora.integration.worker.rows.encoder_rows import base_rows_of
 
 
 def lora(number: int, start: int | None = None) -> LoRARequest:

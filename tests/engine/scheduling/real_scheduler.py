@@ -28,7 +28,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_multilora.integration.engine.executor import adapter_aware
+from vllm_multilora.integration.engine.scheduling.scheduler_class import adapter_aware
 from vllm_multilora.integration.tenant_of_request import TENANT, RequestTenant
 
 BLOCK_SIZE = 16

@@ -296,7 +296,7 @@ def test_heads_that_vllm_does_not_adapt_are_known_with_the_reason(tmp_path):
 
 
 def test_the_ranks_that_hints_name_are_those_that_vllm_takes():
-    from vllm_multilora.adapters.model.size_limits import MAX_LORA_RANKS
+    from vllm_multilora.adapters.model.ranks import MAX_LORA_RANKS
     from vllm_multilora.integration.offline.model_without_weights import ALLOWED_RANKS
 
     assert MAX_LORA_RANKS == ALLOWED_RANKS

@@ -32,6 +32,7 @@ _Value = TypeVar("_Value")
 
 _MOST_RANK = 1 << 20  # more than any model is wide; keeps scalings within floats
 _MOST_TOKEN = (1 << 31) - 1
+_MOST_PARTS = 200_000  # of lists, objects and values; 20,000 patterns with a rank each have 40,000
 
 MOST_INVOCATION_TOKENS = 64
 """Tokens of the text that activates an adapter; a chat template's generation prompt has three."""
@@ -357,9 +358,6 @@ class _Reader:
                 "'q_proj'",
             )
         )
-
-
-_MOST_PARTS = 200_000  # of lists, objects and values; 20,000 patterns with a rank each have 40,000
 
 
 def read_object(text: str | bytes, where: str) -> dict[str, Any] | Problem:

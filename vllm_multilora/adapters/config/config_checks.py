@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_multilora.adapters.config.adapter_config import AdapterConfig
 from vllm_multilora.adapters.model.layout import ModelLayout
-from vllm_multilora.adapters.model.size_limits import room_for
+from vllm_multilora.adapters.model.ranks import room_for
 from vllm_multilora.adapters.model.tensor_names import HEADS
 from vllm_multilora.adapters.problems import Code, Problem, shown
 

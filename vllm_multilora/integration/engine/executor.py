@@ -8,7 +8,6 @@ engine core, chooses the scheduler class, and answers what vLLM's executors woul
 from __future__ import annotations
 
 import importlib
-import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -22,12 +21,12 @@ from vllm.v1.engine import EngineCoreRequestType
 from vllm_multilora.integration.engine.adapter_status import METHOD, engine_report
 from vllm_multilora.integration.engine.adapters.quarantine import RELOADS
 from vllm_multilora.integration.engine.core import make_adapters, starting_workers
-from vllm_multilora.integration.engine.scheduling.fair_scheduler import FairSharesMixin
 from vllm_multilora.integration.engine.scheduling.scheduler import (
     EXECUTORS,
     AdapterAwareMixin,
     as_sent,
 )
+from vllm_multilora.integration.engine.scheduling.scheduler_class import adapter_aware
 from vllm_multilora.integration.failed_requests import (
     AdapterRefusedError,
     SentRefusalError,
@@ -94,10 +93,6 @@ class AdapterExecutorMixin:
             scheduler.attach_adapters(make_adapters(self, scheduler, wake))
         return scheduler.adapters
 
-    def _known(self) -> EngineAdapters | None:
-        scheduler = self._scheduler()
-        return None if scheduler is None else scheduler.adapters
-
     @property
     def scheduler(self) -> AdapterAwareMixin:
         """The scheduler of its engine core; made after the executor."""
@@ -140,8 +135,8 @@ class AdapterExecutorMixin:
             ask(worker_calls.slots_lost)
             if (adapters := self.connect()) is not None:
                 adapters.slots_lost()
-        elif method in RELOADS and (known := self._known()) is not None:
-            known.quarantine.base_reloaded(self.scheduler.requests)
+        elif method in RELOADS and (scheduler := self._scheduler()) and scheduler.adapters:
+            scheduler.adapters.quarantine.base_reloaded(scheduler.requests)
         return done
 
     def _report(self, asked: list[int]) -> list[dict[str, Any]]:
@@ -340,42 +335,3 @@ def process_input_sockets(
     if isinstance(executor, AdapterExecutorMixin):
         executor.serve_from(engine_core.input_queue)
     original(engine_core, *args, **kwargs)
-
-
-logger = logging.getLogger(__name__)
-
-
-def adapter_aware(scheduler: type, vllm_config: Any) -> type:
-    """The scheduler class of an engine: `AdapterAwareMixin` over the one that vLLM chose.
-
-    Where shares are fair, it is a `FairSharesMixin`.
-    """
-    if _shares_fairly(scheduler, vllm_config):
-        return _derived(
-            "Fair", FairSharesMixin, _derived("AdapterAware", AdapterAwareMixin, scheduler)
-        )
-    return _derived("AdapterAware", AdapterAwareMixin, scheduler)
-
-
-@lru_cache
-def _derived(prefix: str, mixin: type, base: type) -> type:
-    return type(base)(f"{prefix}{base.__name__}", (mixin, base), {})
-
-
-def _shares_fairly(scheduler: type, vllm_config: Any) -> bool:
-    if not settings_of(vllm_config).fair_shares:
-        return False
-    policy = vllm_config.scheduler_config.policy
-    if policy != "fcfs":
-        logger.info(
-            "Fair shares are off: requests are served by vLLM's --scheduling-policy %s.", policy
-        )
-        return False
-    if not hasattr(scheduler, "_reserve_prefill_lookahead"):
-        logger.warning(
-            "Fair shares are off: %s does not ask how much of a prompt to compute in a step, as "
-            "those of the supported vLLM versions do.",
-            scheduler.__name__,
-        )
-        return False
-    return True

@@ -28,9 +28,9 @@ from vllm_multilora.integration.patching.activation import loads_adapters, setti
 from vllm_multilora.integration.patching.tables.core_seams import PUNICA_WRAPPER
 from vllm_multilora.integration.settings.cache_settings import cpu_budget, store_settings
 from vllm_multilora.integration.settings.flags import checks_in
-from vllm_multilora.integration.step.mapping import BatchMapping, rows_before
+from vllm_multilora.integration.step.mapping import BatchMapping, base_rows_of, rows_before
 from vllm_multilora.integration.worker.model.experts import leave_experts_alone
-from vllm_multilora.integration.worker.rows.encoder_rows import base_rows_of, first_items
+from vllm_multilora.integration.worker.rows.encoder_rows import first_items
 from vllm_multilora.integration.worker.slots.filler import SlotFiller
 from vllm_multilora.integration.worker.slots.model_manager import MultiLoRAModelManager
 from vllm_multilora.integration.worker.slots.own_store import OwnStore

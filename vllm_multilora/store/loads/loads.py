@@ -21,6 +21,11 @@ from vllm_multilora.store.memory.waits import Room
 from vllm_multilora.store.protocol.job_messages import CheckOnly, Failure, Place
 from vllm_multilora.store.protocol.messages import Contents, PackInfo
 
+MOST_FAILURES = 1024
+
+RETRY_AFTER_S = 2.0
+"""Seconds for which a failure is the answer to further wants."""
+
 
 class Loads:
     """All loads, from the first want to the last answer.
@@ -318,12 +323,6 @@ class Loads:
         self.queue.remove(load.number)
         self._dying[load.number] = load.allocation
         self._effects.kill(load.number)
-
-
-MOST_FAILURES = 1024
-
-RETRY_AFTER_S = 2.0
-"""Seconds for which a failure is the answer to further wants."""
 
 
 class RecentFailures:

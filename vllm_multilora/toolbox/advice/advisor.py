@@ -10,7 +10,7 @@ import math
 import shlex
 from collections.abc import Iterator
 
-from vllm_multilora.adapters.model.size_limits import LARGE_RANK, slot_rank
+from vllm_multilora.adapters.model.ranks import LARGE_RANK, slot_rank
 from vllm_multilora.metrics.label_values import SHARED
 from vllm_multilora.slots.budget import GIB, readable
 from vllm_multilora.toolbox.advice.findings import Finding, FindingCode

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from vllm_multilora.integration.engine.adapters.engine_adapters import EngineAdapters
 
 
+_MOST_STEPS = 16  # that an engine has under way at once, and more: one, two, or a pipeline's depth
+
+
 class BlockedAdapters:
     """The adapters that steps have asked for in vain.
 
@@ -58,9 +61,6 @@ class BlockedAdapters:
                     self.add(number)
             elif entry.ticket is not None:
                 self.add_unready(entry)
-
-
-_MOST_STEPS = 16  # that an engine has under way at once, and more: one, two, or a pipeline's depth
 
 
 class FreedBlocks:

@@ -1,8 +1,7 @@
-"""Maps rows that vLLM does not: an encoder's, and those before an activated adapter acts.
+"""Maps the rows of an encoder to adapters, in models with encoder and decoder such as Whisper.
 
-In models with encoder and decoder, such as Whisper, vLLM maps the decoder's rows alone. The encoder
-computes the items (recordings, say) of all requests that begin in a step as one batch, and each
-request has its item before its first token.
+vLLM maps the decoder's rows alone. The encoder computes the items (recordings, say) of all requests
+that begin in a step as one batch, and each request has its item before its first token.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ from vllm.lora import model_manager
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.encoder_budget import MultiModalBudget
 
-from vllm_multilora.integration.activated import ActivatedLoRARequest, start_of
-from vllm_multilora.integration.step.mapping import rows_before
 from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
 
 ENCODER = "encoder"
@@ -95,27 +92,3 @@ def first_items(
 def _rows(feature: Any) -> int:
     rows: int = feature.mm_position.get_num_embeds()
     return rows
-
-
-def base_rows_of(
-    requests: Mapping[str, Any], input_batch: Any, tokens: npt.NDArray[np.integer]
-) -> npt.NDArray[np.integer] | None:
-    """`BatchMapping.base_rows` of a step.
-
-    Looks at requests in turn only while some of them have activated adapters, and then only at
-    those whose prompts are not computed yet: generated tokens are the adapter's.
-
-    Args:
-        requests: The runner's states of its requests, by id.
-        input_batch: The runner's batch.
-        tokens: [requests], tokens of each request in the step.
-    """
-    adapters = input_batch.lora_id_to_lora_request.values()
-    if not any(isinstance(lora, ActivatedLoRARequest) for lora in adapters):
-        return None
-    count = len(tokens)
-    computed = input_batch.num_computed_tokens_cpu[:count]
-    starts = np.zeros(count, np.int64)
-    for index in np.flatnonzero(computed < input_batch.num_prompt_tokens[:count]).tolist():
-        starts[index] = start_of(requests[input_batch.req_ids[index]].lora_request)
-    return rows_before(starts, computed, tokens)

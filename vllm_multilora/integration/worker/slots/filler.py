@@ -41,6 +41,15 @@ _REGISTER = 0  # cudaHostRegisterDefault
 _RETRY_S = 1.0
 
 
+NICENESS = 6
+"""Above the process's own: about a fifth of a processor that the model wants too.
+
+Measured with `benchmarks/cold/cold_loads.py` on two busy processors: the slowest steps beside loads
+take as long as without, and 1.4 times as long at nearly the model's own priority. With the lowest
+priority a cold request's first token can come seconds later.
+"""
+
+
 class SlotFiller:
     """Carries out orders; all methods but the thread's own are for the worker's main thread.
 
@@ -314,15 +323,6 @@ class Registered:
     def _drop(self, number: int) -> None:
         for begin in self._parts.pop(number):
             torch.cuda.cudart().cudaHostUnregister(begin)
-
-
-NICENESS = 6
-"""Above the process's own: about a fifth of a processor that the model wants too.
-
-Measured with `benchmarks/cold/cold_loads.py` on two busy processors: the slowest steps beside loads
-take as long as without, and 1.4 times as long at nearly the model's own priority. With the lowest
-priority a cold request's first token can come seconds later.
-"""
 
 
 def step_aside() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vllm_multilora.adapters.model.size_limits import LARGE_RANK
+from vllm_multilora.adapters.model.ranks import LARGE_RANK
 from vllm_multilora.slots.budget import readable
 from vllm_multilora.toolbox.planning.memory_plan import MemoryPlan
 from vllm_multilora.toolbox.planning.plan_hints import Advice
