@@ -57,3 +57,11 @@ def _log_records_reach_pytest() -> Iterator[None]:
         logger.parent = parent
     for each, level in levels:
         each.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def _priority_is_kept() -> Iterator[None]:
+    """No test lowers the priority of the process that runs the next ones: it cannot rise again."""
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    yield
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before

@@ -8,9 +8,9 @@ from vllm_multilora.store.jobs.adapter_reader import AdapterReader
 from vllm_multilora.store.rehearsal import rehearse
 
 
-def held() -> tuple[int, int]:
-    """Threads and open descriptors: a process with several threads must not fork."""
-    return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+def held() -> set[object]:
+    """This process's threads and descriptors; what an earlier test left may end meanwhile."""
+    return {*threading.enumerate(), *(path.name for path in Path("/proc/self/fd").iterdir())}
 
 
 def test_rehearsal_when_it_ends_leaves_no_thread_file_or_descriptor(tmp_path, monkeypatch):
@@ -20,7 +20,7 @@ def test_rehearsal_when_it_ends_leaves_no_thread_file_or_descriptor(tmp_path, mo
     reader = AdapterReader()
     before = held()
     assert rehearse(reader)
-    assert held() == before
+    assert held() <= before
     assert not list(folder.iterdir())
 
 
