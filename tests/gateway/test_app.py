@@ -10,15 +10,12 @@ import pytest
 pytest.importorskip("vllm")
 
 from fastapi.testclient import TestClient
-from starlette.requests import Request
 
 from vllm_multilora.gateway.app import Gateway
-from vllm_multilora.gateway.invocations import InvocationsMiddleware
 from vllm_multilora.integration.server.settings.mounting import GATEWAY, mount_gateway
 from vllm_multilora.integration.settings.flags import merge_flags
 from vllm_multilora.tenants.keys import stored
 
-SAGEMAKER_HEADER = "x-amzn-sagemaker-adapter-identifier"
 ACME = "sk-acme"
 
 
@@ -95,98 +92,6 @@ def test_known_callers_pass_vllms_own_check_and_strangers_do_not(tmp_path):
         body = {"model": "a", "prompt": "b"}
         answer = client.post("/v1/completions", json=body, headers=headers)
         assert answer.status_code == status, (key, answer.text)  # 500: there is no engine
-
-
-async def through(middleware, body, header=None):
-    """What is behind a middleware gets of a request to `/invocations`, and the answer's status."""
-    found, sent = {}, []
-
-    async def app(scope, receive, send):
-        request = Request(scope, receive)
-        found["header"] = request.headers.getlist(SAGEMAKER_HEADER)
-        found["body"] = await request.body()
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
-
-    parts = [body[:5], body[5:]]
-
-    async def receive():
-        part = parts.pop(0)
-        return {"type": "http.request", "body": part, "more_body": bool(parts)}
-
-    async def send(message):
-        sent.append(message)
-
-    headers = [(SAGEMAKER_HEADER.encode(), each.encode("latin-1")) for each in header or ()]
-    scope = {"type": "http", "method": "POST", "path": "/invocations", "headers": headers}
-    await middleware(app)(scope, receive, send)
-    return found, sent[0]["status"]
-
-
-@pytest.mark.parametrize(
-    ("header", "model"),
-    [
-        ([], "zen-a"),
-        ([""], "zen-a"),
-        ([" \t"], "zen-a"),
-        (["acme-a"], "acme-a"),
-        (["", "acme-a"], "acme-a"),
-        (["acme-a", "zen-b"], "acme-a"),
-    ],
-    ids=["none", "empty", "spaces", "another", "second", "two"],
-)
-def test_sagemakers_header_names_the_model_of_the_body_unless_it_names_one(header, model):
-    body = b'{"model": "zen-a", "prompt": [7]}'
-    found, status = asyncio.run(through(InvocationsMiddleware, body, header))
-    assert found == {"header": [model], "body": body}
-    assert status == 200
-
-
-@pytest.mark.parametrize(
-    "body", [b'{"prompt": [7]}', b'{"model": null}', b"[]", b"{", b"[" * 9_999]
-)
-def test_invocation_that_names_no_model_gets_no_header(body):
-    found, status = asyncio.run(through(InvocationsMiddleware, body, [""]))
-    assert found == {"header": [], "body": body}
-    assert status == 200
-
-
-@pytest.mark.parametrize("model", [7, ["zen-a"], "客户"], ids=["number", "list", "not-latin-1"])
-def test_invocation_whose_model_no_header_can_carry_is_refused(model):
-    found, status = asyncio.run(
-        through(InvocationsMiddleware, json.dumps({"model": model}).encode())
-    )
-    assert not found
-    assert status == 400
-
-
-@pytest.mark.smoke
-@pytest.mark.parametrize("header", [None, "", "acme-a"], ids=["none", "empty", "another"])
-def test_sagemakers_own_code_puts_the_headers_model_into_the_body(header):
-    module = pytest.importorskip(
-        "model_hosting_container_standards.sagemaker.lora.transforms.inject_to_body"
-    )
-    transforming = module.InjectToBodyApiTransform({"model": f'headers."{SAGEMAKER_HEADER}"'})
-    seen = []
-
-    class Transform:
-        def __init__(self, app):
-            self._app = app
-
-        async def __call__(self, scope, receive, send):
-            request = Request({**scope, "query_string": b""}, receive)
-            await transforming.transform_request(request)
-            seen.append(json.loads(await request.body()))
-            await send({"type": "http.response.start", "status": 200, "headers": []})
-            await send({"type": "http.response.body", "body": b""})
-
-    body = b'{"model": "zen-a", "prompt": [7]}'
-
-    def both(app):
-        return InvocationsMiddleware(Transform(app))
-
-    asyncio.run(through(both, body, None if header is None else [header]))
-    assert seen == [{"model": header or "zen-a", "prompt": [7]}]
 
 
 def test_path_with_control_characters_is_answered_before_any_key_is_looked_at():

@@ -98,7 +98,14 @@ def assert_answered(tenants, path, body, status):
         start = asyncio.run(call(reading, access, path, key, bodies=parts_of(body)))
         assert start["status"] == expected
     assert len(seen) == (2 if status == 200 else 1)
-    assert seen[-1] == body
+    assert seen[-1] == body or without_seal(seen[-1]) == json.loads(body)
+
+
+def without_seal(body):
+    """What a body holds besides the seal that the gateway has put in it."""
+    content = json.loads(body)
+    del content["cache_salt"]
+    return content
 
 
 @pytest.mark.parametrize(("path", "body", "status"), BODIES.values(), ids=BODIES)
@@ -149,9 +156,9 @@ RESPONSES = "/v1/responses"
 @pytest.mark.parametrize(
     ("body", "allow", "expected"),
     [
-        (b'{"input": "a"}', [], b'{"input": "a", "store": false}'),
-        (b'{"input": "a", "store": null}', [], b'{"input": "a", "store": false}'),
-        (b'{"input":  "a", "store": false}', [], b'{"input":  "a", "store": false}'),
+        (b'{"input": "a"}', [], {"input": "a", "store": False}),
+        (b'{"input": "a", "store": null}', [], {"input": "a", "store": False}),
+        (b'{"input":  "a", "store": false}', [], {"input": "a", "store": False}),
     ],
     ids=["left-out", "null", "false"],
 )
@@ -160,7 +167,7 @@ def test_tenants_response_is_not_stored_unless_that_is_allowed(tenants, body, al
     seen = []
 
     async def reading(scope, receive, send):
-        seen.append(await Request(scope, receive).body())
+        seen.append(without_seal(await Request(scope, receive).body()))
         await App()(scope, receive, send)
 
     access = Access(tenants_path=str(tenants))

@@ -28,6 +28,7 @@ from vllm.v1.engine.output_processor import (
 from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import LogprobsLists
 
+from vllm_multilora.gateway.names.names_middleware import expect_results
 from vllm_multilora.integration.api_server.failure_delivery import process_outputs
 from vllm_multilora.integration.engine.requests.weight_versions import KEY as VERSION_KEY
 from vllm_multilora.integration.server.requests import metering
@@ -333,24 +334,25 @@ def test_all_others_are_told_what_they_ask_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("request_", "most"),
+    ("path", "fields", "most"),
     [
-        (SimpleNamespace(encoding_format="float"), 1 << 20),
-        (SimpleNamespace(encoding_format="base64"), 16 << 20),
-        (SimpleNamespace(embedding_types=None), 1 << 20),
-        (SimpleNamespace(queries="a", documents="b"), 64 << 20),
+        ("/v1/embeddings", {}, 1 << 20),
+        ("/pooling", {"encoding_format": "float"}, 1 << 20),
+        ("/v1/embeddings", {"encoding_format": "base64"}, 16 << 20),
+        ("/v2/embed", {"embedding_types": None}, 1 << 20),
+        ("/score", {"queries": "a", "documents": "b"}, 64 << 20),
     ],
-    ids=["float", "base64", "cohere", "score"],
+    ids=["default", "float", "base64", "cohere", "score"],
 )
 @pytest.mark.parametrize("who", [ACME, Caller(Role.CLIENT), None], ids=["tenant", "client", "none"])
 def test_a_tenants_pooling_call_has_few_enough_results_to_tell_them_in_a_moment(
-    request_: Any, most: int, who: Caller | None
+    path: str, fields: dict[str, Any], most: int, who: Caller | None
 ) -> None:
     processor = OutputProcessor(None, log_stats=False)
     metering.attach(processor, ServerMeter(None))
     caller = None if who is None else replace(who)
     if caller is not None:
-        caller.expect_results(request_)
+        expect_results(caller, path, fields)
     got: list[Any] = []
     used: list[Usage] = []
     for number in range(3):

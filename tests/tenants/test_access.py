@@ -25,6 +25,7 @@ from starlette.datastructures import Headers
 from starlette.middleware.base import BaseHTTPMiddleware
 from vllm.config import StructuredOutputsConfig
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+from vllm.exceptions import GracefulHTTPError
 from vllm.usage.usage_lib import UsageContext
 
 from tests.gateway.calls import ACME, ADMIN, CLIENT, App, call, write
@@ -44,9 +45,12 @@ from vllm_multilora.gateway.stored import new_id
 from vllm_multilora.integration.engine_config import check_access
 from vllm_multilora.integration.failed_requests import without_folders
 from vllm_multilora.integration.patching.patch import Patch
+from vllm_multilora.integration.seals import SECRET_VARIABLE
+from vllm_multilora.integration.server.requests import engine_door
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller, turn_to_read
 from vllm_multilora.integration.server.requests.metering import METER, ServerMeter, shutdown
-from vllm_multilora.integration.server.settings.key_settings import SALT_VARIABLE, read_admin_keys
+from vllm_multilora.integration.server.settings import mounting
+from vllm_multilora.integration.server.settings.key_settings import read_admin_keys
 from vllm_multilora.integration.server.settings.mounting import mount_gateway
 from vllm_multilora.integration.server.start import (
     require_guards,
@@ -903,7 +907,9 @@ def test_a_salt_in_the_file_counts_for_all_replicas(tenants):
 
 
 def engine(tenants, *, lora=True):
-    parallel = SimpleNamespace(_api_process_rank=-1, _api_process_count=3)
+    parallel = SimpleNamespace(
+        _api_process_rank=-1, _api_process_count=3, data_parallel_backend="mp"
+    )
     return SimpleNamespace(
         additional_config={"multilora": {"tenants": str(tenants)}},
         lora_config=SimpleNamespace() if lora else None,
@@ -978,11 +984,24 @@ def test_a_server_whose_vllm_lacks_a_guard_does_not_start_with_keys(monkeypatch,
     require_guards(models(**{setting: "file"}))
 
 
-def test_keys_whose_server_has_no_gateway_stop_the_start(monkeypatch):
+def test_server_with_keys_and_without_the_gateway_answers_nobody(tenants, monkeypatch):
+    """Whatever has made its application from other arguments than vLLM's."""
+    sent = []
+    request = SimpleNamespace(request_id="1", lora_request=None)
+    processor = SimpleNamespace(request_states={})
+
+    def answer():
+        engine_door.add_request(lambda *_: sent.append(request), processor, request, None)
+
+    monkeypatch.setattr(mounting, "_needed", set())
     monkeypatch.delitem(sys.modules, "vllm_multilora.gateway.app", raising=False)
-    require_guards(models())
-    with pytest.raises(ConfigError, match="lacks the middleware vllm_multilora"):
-        require_guards(models(tenants="file"))
+    answer()
+    check_access(engine(tenants), UsageContext.OPENAI_API_SERVER)
+    with pytest.raises(GracefulHTTPError, match="lacks what enforces them, the middleware vllm_"):
+        answer()
+    importlib.import_module("vllm_multilora.gateway.app")  # as vLLM imports middlewares
+    answer()
+    assert len(sent) == 2
 
 
 def test_an_admin_key_of_the_environment_stops_no_server_without_adapters(monkeypatch):
@@ -1014,6 +1033,23 @@ def test_what_api_servers_share_is_made_before_they_start(tenants, monkeypatch):
     assert min(map(len, made)) == 64
 
 
+def test_secret_of_engines_on_other_machines_is_the_salt_of_the_file(tenants, monkeypatch):
+    for name in ("MULTILORA_CACHE_SALT", "MULTILORA_API_SERVERS"):
+        monkeypatch.setenv(name, "")
+    with pytest.raises(ConfigError, match="a secret that their API servers share"):
+        check_access(engine(tenants), UsageContext.OPENAI_API_SERVER, is_headless=True)
+    tenants.write_text(json.dumps({**json.loads(tenants.read_text()), "cache_salt": "s" * 32}))
+    check_access(engine(tenants), UsageContext.OPENAI_API_SERVER, is_headless=True)
+    assert os.environ["MULTILORA_CACHE_SALT"] == "s" * 32
+
+
+def test_server_with_tenants_whose_engines_ray_starts_is_refused(tenants):
+    config = engine(tenants)
+    config.parallel_config.data_parallel_backend = "ray"
+    with pytest.raises(ConfigError, match="--data-parallel-backend mp"):
+        check_access(config, UsageContext.OPENAI_API_SERVER)
+
+
 def test_no_tenants_request_chooses_the_grammars_of_all(tenants, monkeypatch):
     """VLLM's `auto` takes what the first request needs, and fails others for good."""
     monkeypatch.setenv("MULTILORA_CACHE_SALT", "")
@@ -1031,7 +1067,7 @@ def test_no_tenants_request_chooses_the_grammars_of_all(tenants, monkeypatch):
 
 def test_a_store_is_started_without_the_keys_of_servers(monkeypatch):
     """Its jobs inherit what it has, and may be made to say it by the files that they read."""
-    for name in (ADMIN_KEY_VARIABLE, SALT_VARIABLE, "VLLM_API_KEY"):
+    for name in (ADMIN_KEY_VARIABLE, SECRET_VARIABLE, "VLLM_API_KEY"):
         monkeypatch.setenv(name, "secret-0123456789")
     assert "secret-0123456789" not in environment().values()
 

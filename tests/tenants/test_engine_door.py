@@ -9,7 +9,6 @@ from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import AsyncMock
 
 import numpy as np
 import pytest
@@ -33,9 +32,8 @@ from vllm_multilora.integration.server.requests.callers import (
     Caller,
     current_caller,
 )
-from vllm_multilora.integration.server.requests.engine_door import add_request, send_request
+from vllm_multilora.integration.server.requests.engine_door import add_request
 from vllm_multilora.integration.server.requests.metering import METER, ServerMeter
-from vllm_multilora.integration.tenant_of_request import tenant_of
 from vllm_multilora.metering.usage import Usage
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role
@@ -52,9 +50,6 @@ CONFIG = SimpleNamespace(
 @dataclass
 class Request:
     lora_request: Any = None
-    cache_salt: str | None = None
-    priority: int = 0
-    trace_headers: Any = None
     request_id: str = "1"
     sampling_params: Any = None
     prompt_token_ids: Any = None
@@ -121,20 +116,17 @@ def test_the_base_model_is_granted_too():
     send(caller(None), Processor(), Request())
 
 
-def test_a_request_is_marked_as_its_tenants():
-    processor, request = Processor(), Request(ADAPTER, cache_salt="mine", priority=-5)
-    send(caller("acme-a", resident=3), processor, request)
-    assert tenant_of(request) == ("acme", 2.0, 3)
-    assert request.priority == 0
-    assert request.cache_salt not in (None, "mine")
+def test_folders_are_hidden_from_a_tenants_request():
+    processor = Processor()
+    send(caller("acme-a"), processor, Request(ADAPTER))
     assert HIDDEN_FOLDERS.get(processor.request_states["1"]) == ("/srv", "/data/acme-a")
 
 
 def test_requests_of_others_stay_as_they_are():
     for who in (None, Caller(Role.OPERATOR), Caller(Role.CLIENT, ("/srv",), True)):
-        request = Request(ADAPTER, cache_salt="mine", priority=-5)
+        request = Request(ADAPTER)
         send(who, Processor(), request)
-        assert request == Request(ADAPTER, cache_salt="mine", priority=-5)
+        assert request == Request(ADAPTER)
 
 
 def test_several_answers_share_a_prompt_and_count_each():
@@ -350,62 +342,3 @@ def test_a_tenant_ends_no_requests_but_its_own():
     assert abort(callers["zen"]) == {"acme", "client"}
     assert abort(callers["zen"]) == {"acme", "client"}
     assert abort(None) == set()
-
-
-@pytest.mark.parametrize("way", ["number", "text", "client-goes"])
-def test_a_request_that_cannot_be_sent_leaves_nothing(way):
-    """In stock vLLM, what is registered before it is sent stays for ever."""
-    from vllm.v1.engine import EngineCoreRequest
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.output_processor import OutputProcessor
-
-    from vllm_multilora.plugin import register
-
-    register()
-
-    class Core:
-        """Fails as vLLM's client of an engine does."""
-
-        async def add_request_async(self, request: EngineCoreRequest) -> None:
-            assert request.request_id in processor.request_states
-            if way == "client-goes":
-                raise asyncio.CancelledError
-            raise OverflowError(way) if way == "number" else UnicodeEncodeError("", "", 0, 1, "")
-
-        async def abort_requests_async(self, request_ids: list[str]) -> None:
-            """It does not know them."""
-
-    processor, who = OutputProcessor(None, log_stats=False), caller(None, tokens_per_minute=1)
-    METER.set(processor, ServerMeter(None))
-    client = SimpleNamespace(
-        vllm_config=CONFIG,
-        output_processor=processor,
-        engine_core=Core(),
-        log_requests=False,
-        check_admission=lambda **request: None,
-    )
-    client.abort = partial(AsyncLLM.abort, client)
-    request = engines_request("cmpl-1-a", "cmpl-1")
-
-    async def send_one() -> None:
-        current_caller.set(who)
-        queue = SimpleNamespace(put=lambda output: None)
-        with pytest.raises((OverflowError, UnicodeEncodeError, asyncio.CancelledError)):
-            await AsyncLLM._add_request(client, request, None, None, 0, queue)
-
-    asyncio.run(send_one())
-    assert not processor.request_states
-    assert not processor.external_req_ids
-    assert who.account is not None
-    who.account.settle()
-    assert not who.account._meters
-
-
-def test_a_request_that_is_not_taken_ends_none_that_has_its_id():
-    processor, abort = Processor(request_states={"1": object()}), AsyncMock()
-    client = SimpleNamespace(output_processor=processor, vllm_config=CONFIG, abort=abort)
-    refuse = AsyncMock(side_effect=OverflowError)
-    for known, ended in (("1", False), ("2", True)):
-        with pytest.raises(OverflowError):
-            asyncio.run(send_request(refuse, client, Request(request_id=known)))
-        assert bool(abort.await_count) is ended

@@ -1,7 +1,6 @@
 """Which models a tenant may name, with a routes file that changes."""
 
 import asyncio
-import io
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
@@ -10,27 +9,16 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from fastapi import UploadFile
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry
 from vllm.entrypoints.serve.engine.protocol import ModelCard
-from vllm.entrypoints.serve.engine.serving import BaseServing
-from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
-from vllm.exceptions import VLLMNotFoundError
 from vllm.lora.request import LoRARequest
 
-from tests.tenants.callers import as_caller
 from vllm_multilora.gateway.names.models_list import card_for, models_for
 from vllm_multilora.integration.api_server import registered_versions
 from vllm_multilora.integration.api_server.registered_versions import Version
-from vllm_multilora.integration.patching.tables.ledger import apply_patches
 from vllm_multilora.integration.server.names import adapter_directory, blend_names, registration
-from vllm_multilora.integration.server.names.model_names import (
-    check_model,
-    check_pooling_model,
-    prepare,
-)
+from vllm_multilora.integration.server.names.model_names import Chosen, choose
 from vllm_multilora.integration.server.names.routes import ROUTES, ServerRoutes
 from vllm_multilora.integration.server.requests.callers import (
     Caller,
@@ -42,6 +30,18 @@ from vllm_multilora.integration.server.requests.metering import METER, ServerMet
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import AllowedNames, Tenant
+
+
+def choose_for(models: Any, who: Caller | None, name: str | None, path: str = "", **fields: Any):
+    """What answers somebody's request, or the answer that refuses it; and the request."""
+
+    async def chosen():
+        current_caller.set(who)
+        call = HttpCall({}, path=path)
+        current_call.set(call)
+        return await choose(call, models, name, fields), call
+
+    return asyncio.run(chosen())
 
 
 @pytest.fixture
@@ -64,20 +64,11 @@ def models(tmp_path):
 
 
 @pytest.mark.parametrize("who", [None, Role.OPERATOR], ids=["without-keys", "with-keys"])
-def test_a_server_that_only_renders_prompts_knows_its_model(who):
+@pytest.mark.parametrize("name", ["base", "nobody"])
+def test_server_that_only_renders_prompts_leaves_names_to_vllm(who, name):
     """Such a server has the one of vLLM's two model tables that needs no engine."""
-    serving = object.__new__(type("Serving", (BaseServing,), {}))
-    serving.models = OpenAIModelRegistry(None, [BaseModelPath("base", "/base")])
-    serving.request_logger = None
-
-    async def status(name: str) -> int | None:
-        current_caller.set(who and Caller(who))
-        refusal = await serving._check_model(SimpleNamespace(model=name, messages=[]))
-        return refusal and refusal.error.code
-
-    apply_patches()
-    assert asyncio.run(status("base")) is None
-    assert asyncio.run(status("nobody")) == 404
+    registry = OpenAIModelRegistry(None, [BaseModelPath("base", "/base")])
+    assert choose_for(registry, who and Caller(who), name)[0] == Chosen()
 
 
 def test_a_server_that_only_renders_prompts_lists_its_model_as_any_other():
@@ -115,41 +106,9 @@ def test_a_rendered_request_names_what_is_to_answer_it(models, asked, named, mon
         registered_versions.note(models.engine_client, number, Version("12345678" * 8, 1.0, "lora"))
     monkeypatch.setattr(blend_names, "why_none", lambda models: None)
     models.path.write_text("routes: {help-acme: acme-a, mixed: {blend: {acme-a: 0.5, zen-a: 0.5}}}")
-
-    async def original(serving, request):
-        return None
-
-    async def rendered():
-        current_call.set(HttpCall({}, renders=True))
-        await ROUTES.get(models)._refresh()
-        request = SimpleNamespace(model=asked)
-        serving = SimpleNamespace(models=models)
-        assert await check_model(original, serving, request) is None
-        return request.model
-
-    assert asyncio.run(rendered()) == named
-
-
-def test_each_request_of_a_batch_is_followed_as_over_http(models):
-    """`vllm run-batch` brings no HTTP along; its requests may be one task's."""
-
-    async def original(serving, request):
-        return None
-
-    async def batch():
-        found = []
-        for name in ("help-acme", "acme-a", "help-zen"):
-            request = SimpleNamespace(model=name)
-            assert await check_model(original, SimpleNamespace(models=models), request) is None
-            call = current_call.get()
-            found.append((call.route, request.model))
-        return found
-
-    assert asyncio.run(batch()) == [
-        ("help-acme", "acme-a"),
-        (None, "acme-a"),
-        ("help-zen", "zen-a"),
-    ]
+    choose_for(models, None, "unheard-of")  # and the file is looked at
+    chosen, _ = choose_for(models, None, asked, "/v1/completions/render")
+    assert chosen.rendered == named
 
 
 def tenant(*, adapters: tuple[str, ...] = (), routes: tuple[str, ...] = ()) -> Caller:
@@ -163,21 +122,8 @@ def tenant(*, adapters: tuple[str, ...] = (), routes: tuple[str, ...] = ()) -> C
 
 def ask(models: Any, who: Caller, name: str) -> Any:
     """What a request for a model is granted; or the status of its answer."""
-
-    async def original(serving, request):
-        return None
-
-    def refuse(*, status_code, **_):
-        return SimpleNamespace(error=SimpleNamespace(code=status_code))
-
-    serving = SimpleNamespace(models=models, create_error_response=refuse)
-
-    async def check():
-        current_caller.set(who)
-        return await check_model(original, serving, SimpleNamespace(model=name))
-
-    refusal = asyncio.run(check())
-    return who.granted if refusal is None else refusal.error.code
+    chosen, _ = choose_for(models, who, name)
+    return who.granted if isinstance(chosen, Chosen) else chosen.error.code
 
 
 @pytest.mark.parametrize("pattern", ["*", "help-*"])
@@ -219,23 +165,21 @@ def test_a_refusal_names_no_folder_to_who_may_see_none(models, asked, monkeypatc
 
     monkeypatch.setattr(adapter_directory, "prepare", refuse)
     monkeypatch.setattr(blend_names, "why_none", lambda models: None)
-    monkeypatch.setattr(blend_names, "is_active_behind", lambda client: True)
     processor = SimpleNamespace()
     METER.set(processor, ServerMeter(None))
     models.engine_client = SimpleNamespace(output_processor=processor)
-    request = SimpleNamespace(model="acme-a")
-    if asked == "blend":
-        request = SimpleNamespace(model="base", lora_blend={"acme-a": 0.5})
 
-    async def told(hides):
+    def told(hides):
         who = tenant(adapters=("acme-*",))
         who.hides_folders = hides
-        current_caller.set(who)
-        refusal = await check_model(None, SimpleNamespace(models=models), request)
+        if asked == "blend":
+            refusal, _ = choose_for(models, who, "base", lora_blend={"acme-a": 0.5})
+        else:
+            refusal, _ = choose_for(models, who, "acme-a")
         return refusal.error.message
 
-    assert "/acme-a" not in asyncio.run(told(True))
-    assert "/acme-a/" in asyncio.run(told(False))
+    assert "/acme-a" not in told(True)
+    assert "/acme-a/" in told(False)
 
 
 @pytest.mark.parametrize(
@@ -255,17 +199,8 @@ def test_a_version_that_is_not_served_is_not_answered_by_another(models, name, s
     models.engine_client = SimpleNamespace(output_processor=processor)
     registered_versions.note(models.engine_client, 1, Version("12345678" * 8, 1.0, "lora"))
     models.lora_requests["help-yourself@12345678"] = LoRARequest(name, 9, "/help-yourself")
-
-    async def original(serving, request):
-        return None
-
-    async def asked():
-        current_call.set(HttpCall({}))
-        request = SimpleNamespace(model=name)
-        return await check_model(original, SimpleNamespace(models=models), request)
-
-    refusal = asyncio.run(asked())
-    assert (refusal and refusal.error.code) == status
+    chosen, _ = choose_for(models, None, name)
+    assert (None if isinstance(chosen, Chosen) else chosen.error.code) == status
 
 
 def test_a_blend_stands_for_all_of_its_parts_in_their_versions(models):
@@ -288,26 +223,27 @@ def test_a_changed_file_takes_no_name_from_an_adapter(models):
     assert ask(models, tenant(adapters=("zen-a",)), "zen-a") == {"zen-a"}
 
 
-@pytest.mark.parametrize("check", [check_model, check_pooling_model])
-def test_a_name_that_ends_like_a_version_is_as_unknown_as_any_other(models, check):
+def test_a_name_that_ends_like_a_version_is_as_unknown_as_any_other(models):
     """Whether it is an adapter's, or asks for a version of one, is not to be told by the answer."""
     processor = SimpleNamespace()
     METER.set(processor, ServerMeter(None))
     models.engine_client = SimpleNamespace(output_processor=processor)
     models.lora_requests["zen@12345678"] = LoRARequest("zen@12345678", 9, "/zen")
-    refuse = BaseServing.create_error_response
-    serving = SimpleNamespace(models=models, create_error_response=refuse)
 
-    async def told(name):
-        current_caller.set(tenant(adapters=("acme-*",)))
-        try:
-            refusal = await check(None, serving, SimpleNamespace(model=name))
-        except VLLMNotFoundError as error:
-            return str(error)
+    def told(name):
+        refusal, _ = choose_for(models, tenant(adapters=("acme-*",)), name)
         return refusal.error.message
 
-    theirs, nobodys = (asyncio.run(told(name)) for name in ("zen@12345678", "yen@12345678"))
-    assert theirs.replace("zen", "yen") == nobodys
+    assert told("zen@12345678").replace("zen", "yen") == told("yen@12345678")
+
+
+def test_request_stays_with_the_version_that_its_name_stood_for_first(models):
+    METER.set(processor := SimpleNamespace(), ServerMeter(None))
+    models.engine_client = SimpleNamespace(output_processor=processor)
+    chosen, call = choose_for(models, None, "acme-a")
+    models.lora_requests["acme-a"] = LoRARequest("acme-a", 9, "/acme-a")
+    assert chosen.lora.lora_int_id == call.lora.lora_int_id == 1
+    assert choose_for(models, None, "acme-a")[0].lora.lora_int_id == 9
 
 
 def test_a_list_of_models_costs_a_tenant_no_time_for_those_of_others(models):
@@ -337,18 +273,16 @@ def test_a_list_of_models_costs_a_tenant_no_time_for_those_of_others(models):
 def test_only_a_recording_has_its_language_found_by_the_base_model(models):
     """Other requests may have any field, one of that name included."""
 
-    def granted(request: Any) -> set[str | None]:
+    def granted(*, is_form: bool, **fields: Any) -> set[str | None]:
+        async def chosen():
+            current_caller.set(who)
+            call = HttpCall({}, is_form=is_form)
+            return await choose(call, models, "acme-a", fields)
+
         who = tenant(adapters=("acme-*",))
-        prepared = as_caller(
-            who, lambda: asyncio.run(prepare(SimpleNamespace(models=models), request))
-        )
-        assert prepared is None
+        assert isinstance(asyncio.run(chosen()), Chosen)
         return who.granted
 
-    fields = {"model": "acme-a", "language": None}
-    chat = {**fields, "messages": [{"role": "user", "content": "?"}]}
-    assert granted(ChatCompletionRequest.model_validate(chat)) == {"acme-a"}
-    recording = {**fields, "file": UploadFile(io.BytesIO())}
-    assert granted(TranscriptionRequest.model_validate(recording)) == {"acme-a", None}
-    recording["language"] = "en"
-    assert granted(TranscriptionRequest.model_validate(recording)) == {"acme-a"}
+    assert granted(is_form=False, language=None) == {"acme-a"}
+    assert granted(is_form=True) == {"acme-a", None}
+    assert granted(is_form=True, language="en") == {"acme-a"}

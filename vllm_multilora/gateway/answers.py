@@ -11,14 +11,13 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 
+from vllm_multilora.gateway.paths import route_path
 from vllm_multilora.integration.server.requests.http_calls import (
-    BLEND_FIELD,
     SHOWN_DIGITS,
     HttpCall,
     current_call,
@@ -32,18 +31,6 @@ ADAPTER_HEADER = "x-multilora-adapter"
 
 VERSION_HEADER = "x-multilora-version"
 """The adapter's version: the first digits of its digest."""
-
-RENDERING = "/render"
-"""End of the paths of endpoints whose answers are requests for `/inference/v1/generate`."""
-
-DROPPING_JSON = ("/messages", "/inference/v1/generate", "/cohere/v2/chat", "/v2/embed", RENDERING)
-"""Ends of the paths of endpoints that drop fields of their body which they do not know."""
-_DROPPING_FORMS = ("/transcriptions", "/translations")
-"""The same, of those that take forms."""
-
-_ESCAPED = re.compile(rb"\\u00[5-7]")  # among them are all letters of the field
-_FORM_FIELD = re.compile(rb'[\s;]name="?%s["\s;]' % BLEND_FIELD.encode(), re.IGNORECASE)
-_LONGEST_FORM_FIELD = 32
 
 _EVENT = b"data: {"
 
@@ -59,49 +46,17 @@ class HttpCallMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        call = HttpCall(Headers(scope=scope))
+        call = HttpCall(Headers(scope=scope), path=route_path(scope).rstrip("/"))
         token = current_call.set(call)
-        path = scope.get("path", "")
-        call.renders = path.endswith(RENDERING)
-        if path.endswith((*DROPPING_JSON, *_DROPPING_FORMS)):
-            receive = _noticing(receive, call, is_form=path.endswith(_DROPPING_FORMS))
+        if scope["type"] == "http":
+            send = _Answer(call, send).send
         try:
-            await self._app(scope, receive, _Answer(call, send).send)
+            await self._app(scope, receive, send)
         finally:
             current_call.reset(token)
-
-
-def _noticing(receive: Receive, call: HttpCall, *, is_form: bool) -> Receive:
-    """Notices a field for a blend in a body: in a form as it passes, in JSON once it is whole."""
-    seen = bytearray()
-
-    async def receive_noticing() -> Message:
-        message = await receive()
-        seen.extend(message.get("body", b""))
-        if is_form:
-            call.drops_blend |= _FORM_FIELD.search(seen) is not None
-            del seen[:-_LONGEST_FORM_FIELD]
-        elif not message.get("more_body"):
-            call.drops_blend |= _asks_for_blend(seen)
-            seen.clear()
-        return message
-
-    return receive_noticing
-
-
-def _asks_for_blend(body: bytearray) -> bool:
-    """Whether JSON has a field for a blend; it is parsed only if it could have one."""
-    # Letters may be escaped, and JSON in UTF-16 and UTF-32 has null bytes.
-    if BLEND_FIELD.encode() not in body and b"\0" not in body and not _ESCAPED.search(body):
-        return False
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):  # which the endpoint refuses
-        return False
-    return isinstance(content, dict) and content.get(BLEND_FIELD) is not None
 
 
 class _Answer:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.gateway.fields import FieldError, check_body
+from vllm_multilora.gateway.sealed_bodies import SALT_FIELD, with_seal
 from vllm_multilora.gateway.stored import ID_FIELD, PREVIOUS_FIELD, new_id, require_own
 from vllm_multilora.gateway.table import Route
 from vllm_multilora.tenants.tenant import MEDIA, STORED_RESPONSES
@@ -123,7 +124,10 @@ def _checked(body: bytes, route: Route, caller: Caller) -> bytes:
     if STORED_RESPONSES in allow and PREVIOUS_FIELD in route.gated:
         require_own(caller, content.get(PREVIOUS_FIELD))
         changes[ID_FIELD] = new_id(caller)
-    return json.dumps({**content, **changes}).encode() if changes else body
+    if changes:
+        content = {**content, **changes}
+        body = json.dumps(content).encode()
+    return with_seal(content, body, caller) if SALT_FIELD in route.plain else body
 
 
 def _require_few_repeats(content: dict[str, Any], size: int) -> None:

@@ -35,6 +35,10 @@ MAX_TEXT = 4 << 20
 MAX_NAMED = 8
 """Unknown fields that a refusal names."""
 
+MAX_INTEGER = (1 << 63) - 1
+"""The largest whole number, and with the other sign the smallest. vLLM keeps a request for ever
+that it cannot send to its engine: for a number of more than 64 bits, or half of a character."""
+
 _NUMBERS = frozenset((int, float, bool))
 _SHOWN = 64  # characters of a name that a refusal shows
 
@@ -106,7 +110,7 @@ def _require_few(name: str, value: Any) -> None:
     if largest is None or value is None:
         return
     is_number = isinstance(value, (int, float))  # vLLM would also take a text that has one in it
-    if not (is_number and value <= largest):
+    if not (is_number and abs(value) <= largest):
         found = "a larger one" if is_number else _kind(value)
         raise FieldError(f"`{name}`: found {found}, expected a number, {largest} at most.", name)
 
@@ -139,8 +143,11 @@ class _Check:
         is_url = self._name in URL_KEYS if is_url is None else is_url
         if isinstance(value, str):
             self._text(value, is_long=is_long, is_url=is_url)
+        elif isinstance(value, int):
+            self._integer(value)
         elif isinstance(value, list):
             self._enter(depth)
+            self._integer(max((v for v in value if type(v) is int), key=abs, default=0))
             for item in _without_numbers(value):
                 self.any(item, depth + 1, is_long=is_long, is_url=is_url)
         elif isinstance(value, dict):
@@ -190,6 +197,8 @@ class _Check:
             )
 
     def _key(self, key: str) -> None:
+        if not is_unicode(key):
+            self._text(key, is_long=False, is_url=False)
         if len(key) > MAX_SHORT_TEXT:
             raise FieldError(
                 f"`{self._name}`: found a key of {len(key)} characters, expected {MAX_SHORT_TEXT} "
@@ -197,7 +206,19 @@ class _Check:
                 self._name,
             )
 
+    def _integer(self, number: int) -> None:
+        if abs(number) > MAX_INTEGER:
+            raise FieldError(
+                f"`{self._name}`: found a number of more than 64 bits, expected {MAX_INTEGER} at "
+                f"most.",
+                self._name,
+            )
+
     def _text(self, text: str, *, is_long: bool, is_url: bool) -> None:
+        if not is_unicode(text):
+            raise FieldError(
+                f"`{self._name}`: found half of a surrogate pair, expected Unicode.", self._name
+            )
         if is_url and not text.startswith("data:"):
             raise FieldError(
                 f"`{self._name}`: found an address, expected a `data:` URL: tenants send images "
@@ -210,6 +231,15 @@ class _Check:
                 f"`{self._name}`: found a text of {len(text)} characters, expected {most} at most.",
                 self._name,
             )
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be sent: JSON may name half of a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _without_numbers(items: list[Any]) -> list[Any]:

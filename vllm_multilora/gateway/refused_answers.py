@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from http import HTTPStatus
 from typing import Any
 
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
 from vllm_multilora.integration.server.requests.callers import TYPES
 
@@ -15,7 +16,7 @@ _COHERE = "/cohere/v2/chat"
 
 def error_answer(
     status: HTTPStatus, message: str, *, path: str, param: str | None = None
-) -> JSONResponse:
+) -> Response:
     """An error as clients of an endpoint read it.
 
     Args:
@@ -33,4 +34,22 @@ def error_answer(
     else:
         error = {"message": message, "type": kind, "param": param, "code": status.value}
         content = {"error": error}
-    return JSONResponse(content, status)
+    return _json(content, status)
+
+
+def refusal_answer(refusal: Any, *, path: str) -> Response:
+    """An error of vLLM's as clients of an endpoint read it.
+
+    Args:
+        refusal: vLLM's `ErrorResponse`, or one with an adapter's problems.
+        path: As for `error_answer`.
+    """
+    error = refusal.error
+    if path in _ANTHROPIC or path == _COHERE:
+        return error_answer(HTTPStatus(error.code), error.message, path=path)
+    return _json(refusal.model_dump(), error.code)
+
+
+def _json(content: dict[str, Any], status: int) -> Response:
+    """JSON in ASCII: what a client has sent, and an error repeats, may be no Unicode."""
+    return Response(json.dumps(content), status, media_type="application/json")

@@ -240,7 +240,18 @@ MAX_NUMBERS: Mapping[str, int] = {
     "max_tokens": _MAX_TOKENS,
     "max_completion_tokens": _MAX_TOKENS,
     "max_output_tokens": _MAX_TOKENS,
-    "seed": (1 << 63) - 1,
+    **dict.fromkeys(
+        (
+            "seed",
+            "priority",
+            "top_k",
+            "k",
+            "min_tokens",
+            "thinking_token_budget",
+            "stream_interval",
+        ),
+        (1 << 63) - 1,
+    ),
 }
 """The largest value that a field may have. Engines end at what their 32 or 64 bits do not hold."""
 

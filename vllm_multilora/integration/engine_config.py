@@ -34,16 +34,21 @@ def create_engine_config(
     announce(vllm_config)
     engine_settings.complete(vllm_config, engine_args, usage_context)
     gateway.announce(vllm_config)
+    is_headless = args[1] if len(args) > 1 else kwargs.get("headless", False)
     if gateway.is_active(vllm_config):
         from vllm_multilora.integration.server.settings import start_checks
 
-        is_headless = args[1] if len(args) > 1 else kwargs.get("headless", False)
         start_checks.check(vllm_config, engine_args, usage_context, is_headless=is_headless)
-    check_access(vllm_config, usage_context)
+    check_access(vllm_config, usage_context, is_headless=is_headless)
     return vllm_config
 
 
-def check_access(vllm_config: VllmConfig, usage_context: UsageContext | None = None) -> None:
+def check_access(
+    vllm_config: VllmConfig,
+    usage_context: UsageContext | None = None,
+    *,
+    is_headless: bool = False,
+) -> None:
     """Has the gateway read the keys of a server that has any.
 
     Raises:
@@ -66,4 +71,4 @@ def check_access(vllm_config: VllmConfig, usage_context: UsageContext | None = N
         raise ConfigError(UNGUARDED)
     from vllm_multilora.integration.server.settings import start_checks
 
-    start_checks.read_keys(vllm_config)
+    start_checks.read_keys(vllm_config, is_headless=is_headless)

@@ -82,6 +82,16 @@ def replaced_stop_reason(adapter: LoRARequest) -> str:
     )
 
 
+def unsealed_stop_reason() -> str:
+    """The text of a request to a server with tenants that did not come through the gateway."""
+    return _stop_reason(
+        _REQUESTS,
+        FailureKind.INVALID,
+        "this server has tenants and answers HTTP calls to known routes only; this request came "
+        "another way",
+    )
+
+
 def uninvoked_stop_reason(adapter: LoRARequest, tokens: Sequence[int]) -> str:
     """What travels with a request whose prompt lacks the tokens that activate its adapter."""
     return f"{_UNINVOKED}{json.dumps([adapter.lora_name, *tokens])}"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.metrics.recorder import Recorder
+from vllm_multilora.metrics.request_lists import RequestLists
 from vllm_multilora.metrics.value_folder import (
     create_folder,
     find_folder,
@@ -73,6 +74,12 @@ def folder_of(vllm_config: VllmConfig) -> Path | None:
 def engine_recorder(vllm_config: VllmConfig) -> Recorder | None:
     """What an engine core records with; None where nothing is recorded."""
     return recorder(vllm_config, "engine", folder_of(vllm_config))
+
+
+def request_lists(vllm_config: VllmConfig, slots: int) -> RequestLists | None:
+    """Where an engine core says which adapters have requests; None where nothing is recorded."""
+    folder, engine = folder_of(vllm_config), vllm_config.parallel_config.data_parallel_index
+    return None if folder is None else RequestLists(folder, engine, slots)
 
 
 def recorder(vllm_config: VllmConfig, role: str, folder: Path | None) -> Recorder | None:

@@ -48,11 +48,16 @@ class LoRACollector(Collector):
 
     def __init__(self) -> None:
         self.folder: Path | None = None
+        self._shows_lists = False
         self._has_failed = False
 
     def show(self, folder: Path) -> None:
         """From now on shows the values in this folder, and no longer those in another."""
         self.folder = folder
+
+    def show_lists(self) -> None:
+        """From now on shows `vllm:lora_requests_info` too, which vLLM does not any more."""
+        self._shows_lists = True
 
     def describe(self) -> Iterable[Metric]:
         """All metrics without values: the registry asks for their names."""
@@ -64,7 +69,8 @@ class LoRACollector(Collector):
             return []
         try:
             with locked(self.folder, exclusively=False):
-                return [*_merge(self.folder), *newest_lists(self.folder)]
+                lists = newest_lists(self.folder) if self._shows_lists else ()
+                return [*_merge(self.folder), *lists]
         except FileNotFoundError:
             return []  # the engine is ending
         except Exception:

@@ -1,8 +1,7 @@
 """`vllm:lora_requests_info`: which adapters have requests now, in all engines together.
 
-vLLM makes a series of every pair of lists, and the files that its API servers share forget none. So
-each API server has a file for each engine, with the lists that it was told last. What is shown is
-one series, of the newest lists of all engines: an engine tells each step's to one API server.
+vLLM makes a series of every pair of lists, and hears of a request with its first output. So each
+engine core has a file with its own lists, and what is shown is one series of all engines' newest.
 """
 
 from __future__ import annotations
@@ -22,43 +21,48 @@ from vllm_multilora.metrics.process_stamps import ProcessStamp
 
 _SUFFIX = ".lists"
 _TRIES = 3
+_AGAIN_S = 1.0
 
 
 class RequestLists:
-    """What one API server is told.
+    """What one engine core says.
 
     Args:
         folder: The engine's; see `folder`.
+        engine: vLLM's number of the engine.
+        slots: It has so many.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files: dict[int, FileIO] = {}
+    def __init__(self, folder: Path, engine: int, slots: int) -> None:
+        self._path = folder / f"{engine}-{ProcessStamp.own()}{_SUFFIX}"
+        self._slots = slots
+        self._file: FileIO | None = None
+        self._said: tuple[list[str], list[str]] | None = None
+        self._say_at = 0.0
 
-    def tell(self, engine: int, slots: int, running: Iterable[str], waiting: Iterable[str]) -> None:
-        """What is so in a step.
+    def say(self, running: Iterable[str], waiting: Iterable[str]) -> None:
+        """What is so in a step; written when it changes, and once a second.
 
         Args:
-            engine: vLLM's number of the engine.
-            slots: It has so many.
             running: The adapters with running requests.
             waiting: Those with waiting ones.
 
         Raises:
             OSError: It cannot be written.
         """
-        if (file := self._files.get(engine)) is None:
-            path = self._folder / f"{engine}-{ProcessStamp.own()}{_SUFFIX}"
-            file = self._files[engine] = FileIO(path, "w")
+        now, lists = time.monotonic(), ([*running], [*waiting])
+        if lists == self._said and now < self._say_at:
+            return
+        self._said, self._say_at = lists, now + _AGAIN_S
+        self._file = self._file or FileIO(self._path, "w")
         # The wall clock may be set back: which lists are the newest follows from the other one.
-        times = time.monotonic(), time.time()
-        told = json.dumps([*times, slots, [*running], [*waiting]]).encode()
+        told = json.dumps([now, time.time(), self._slots, *lists]).encode()
         # One line, with a sum by which readers tell that it is whole; below may be older ones.
-        os.pwrite(file.fileno(), b"%d %s\n" % (zlib.crc32(told), told), 0)
+        os.pwrite(self._file.fileno(), b"%d %s\n" % (zlib.crc32(told), told), 0)
 
 
 def newest_lists(folder: Path) -> Iterator[Metric]:
-    """The metric, where any API server was told anything.
+    """The metric, where any engine has said anything.
 
     Raises:
         OSError: The engine is ending.

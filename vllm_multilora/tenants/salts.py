@@ -11,7 +11,7 @@ def tenant_salt(secret: str, tenant: str, own: str | None) -> str:
 
     Args:
         secret: The server's, or that of all replicas that may share cached prefixes.
-        tenant: The tenant's name, which has no line break.
+        tenant: The tenant's name, which has no line break; empty for no tenant.
         own: What the client asked for; it divides the tenant's cache further.
     """
     said = f"{tenant}\n{'' if own is None else f'+{own}'}"

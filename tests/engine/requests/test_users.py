@@ -1,7 +1,5 @@
 """Who uses an adapter, and what routers are told of it; which version a request runs on."""
 
-from types import SimpleNamespace
-
 from tests.engine.parties import lora
 from tests.engine.scheduling.fake_scheduler import FakeRequest
 from vllm_multilora.integration.blends import blended
@@ -11,29 +9,27 @@ from vllm_multilora.integration.engine.requests.weight_versions import Announcem
 from vllm_multilora.metrics.label_values import BLENDS
 
 
-def told(users: AdapterUsers, *running: FakeRequest) -> tuple[dict, dict]:
-    stats = SimpleNamespace(running_lora_adapters={}, waiting_lora_adapters={})
-    users.tell(stats, running)
-    return stats.running_lora_adapters, stats.waiting_lora_adapters
+def told(users: AdapterUsers, *running: FakeRequest) -> tuple[list[str], list[str]]:
+    return users.lists(running)
 
 
 def test_adapters_run_and_wait_by_their_requests_and_those_without_are_not_named():
     users, base = AdapterUsers(), FakeRequest("base")
-    assert told(users, base) == ({}, {})
+    assert told(users, base) == ([], [])
     one, two = lora(1), lora(2)
     for adapter in (one, one, two):
         users.come(adapter)
-    assert told(users, base) == ({}, {"adapter 1": 2, "adapter 2": 1})
+    assert told(users, base) == ([], ["adapter 1", "adapter 2"])
     assert told(users, base, FakeRequest("a", one)) == (
-        {"adapter 1": 1},
-        {"adapter 1": 1, "adapter 2": 1},
+        ["adapter 1"],
+        ["adapter 1", "adapter 2"],
     )
     assert not users.leave(1)
     assert users.leave(2)
-    assert told(users, FakeRequest("b", one)) == ({"adapter 1": 1}, {})
+    assert told(users, FakeRequest("b", one)) == (["adapter 1"], [])
     assert users.leave(1)
     assert users[1] == 0
-    assert told(users) == ({}, {})
+    assert told(users) == ([], [])
     assert not users._counts, "nothing is kept of adapters that come and go"
 
 
@@ -43,8 +39,8 @@ def test_requests_of_all_blends_are_counted_under_one_name():
     for blend in blends:
         users.come(blend)
     assert told(users, *(FakeRequest(str(one.lora_int_id), one) for one in blends)) == (
-        {BLENDS: 2},
-        {},
+        [BLENDS],
+        [],
     )
 
 

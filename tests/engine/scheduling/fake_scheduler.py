@@ -152,4 +152,4 @@ class FakeScheduler:
 
 
 class AwareScheduler(AdapterAwareMixin, FakeScheduler):
-    """As `adapter_aware` makes them."""
+    """As `scheduler_over` makes them."""

@@ -28,7 +28,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_multilora.integration.engine.scheduling.scheduler_class import adapter_aware
+from vllm_multilora.integration.engine.scheduling.scheduler_class import scheduler_over
 from vllm_multilora.integration.tenant_of_request import TENANT, RequestTenant
 
 BLOCK_SIZE = 16
@@ -110,7 +110,7 @@ class Steps:
         spec = FullAttentionSpec(
             block_size=BLOCK_SIZE, num_kv_heads=1, head_size=1, dtype=torch.float32
         )
-        self.scheduler = adapter_aware(base, config)(
+        self.scheduler = scheduler_over(base, config)(
             vllm_config=config,
             kv_cache_config=KVCacheConfig(
                 num_blocks=blocks,

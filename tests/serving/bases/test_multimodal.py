@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,11 +14,15 @@ import pytest
 
 from tests.attacks.poison import poisoned
 from tests.tenants.callers import as_caller
+from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.api_server import registered_versions
 from vllm_multilora.integration.api_server.registered_versions import Version
-from vllm_multilora.integration.server.names.model_names import prepare
+from vllm_multilora.integration.server.names import registration
+from vllm_multilora.integration.server.names.model_names import Chosen, choose
+from vllm_multilora.integration.server.names.public_names import PART_KINDS, public_names, separate
 from vllm_multilora.integration.server.requests.callers import Caller
-from vllm_multilora.integration.server.requests.http_calls import HttpCall, current_call
+from vllm_multilora.integration.server.requests.http_calls import HttpCall
+from vllm_multilora.integration.server.requests.metering import METER, ServerMeter
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import Tenant
@@ -40,18 +45,6 @@ OTHER = "other"
 """Pushes others out of host memory."""
 
 
-@pytest.fixture(autouse=True)
-def patched() -> None:
-    from vllm_multilora.integration.patching.tables.ledger import apply_patches
-
-    apply_patches()
-
-
-def config(**lora: Any) -> SimpleNamespace:
-    """An engine's settings, as far as these functions read them."""
-    return SimpleNamespace(lora_config=SimpleNamespace(**lora), additional_config={})
-
-
 def tenant(name: str) -> Caller:
     return Caller(Role.TENANT, account=Account(Tenant(name, base_model=True)), secret="secret")
 
@@ -60,88 +53,118 @@ PARTS = [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": {"url
 """A message's text and image."""
 
 
-def serving_with(defaults: dict[str, str] | None, *adapters: str, plugin: bool = True) -> Any:
-    """One of vLLM's handlers, with default adapters and registered ones."""
-    from vllm.entrypoints.serve.engine.serving import BaseServing
+def models_with(defaults: dict[str, str] | None, *adapters: str) -> Any:
+    """vLLM's table of models behind the gateway, with default adapters and registered ones."""
     from vllm.lora.request import LoRARequest
 
-    serving: Any = object.__new__(type("Serving", (BaseServing,), {}))
-    vllm_config = config(default_mm_loras=defaults)
-    vllm_config.additional_config = {"multilora": {"enabled": plugin}}
-    serving.models = SimpleNamespace(
-        engine_client=SimpleNamespace(vllm_config=vllm_config),
+    METER.set(processor := SimpleNamespace(), ServerMeter(None))
+    lora_config = SimpleNamespace(default_mm_loras=defaults)
+    vllm_config = SimpleNamespace(lora_config=lora_config, additional_config={})
+    models = SimpleNamespace(
+        engine_client=SimpleNamespace(vllm_config=vllm_config, output_processor=processor),
+        base_model_paths=[SimpleNamespace(name=BASE)],
         is_base_model=lambda name: name == BASE,
         lora_requests={
             name: LoRARequest(name, number, f"/{name}") for number, name in enumerate(adapters, 1)
         },
     )
-    return serving
+    separate(models)
+    return models
 
 
-def default_adapter(defaults: dict[str, str] | None, *adapters: str, plugin: bool = True) -> Any:
-    """The adapter that vLLM applies to a base model's chat with a text and an image."""
-    request = SimpleNamespace(model=None, messages=[{"role": "user", "content": PARTS}])
-    serving = serving_with(defaults, *adapters, plugin=plugin)
-    found = serving._get_active_default_mm_loras(request)
-    return found and found.lora_name
+def chat_of(*content: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [*content]}]
 
 
 @pytest.mark.smoke("default adapters for images and audio")
-def test_an_adapters_name_makes_it_no_default():
-    assert default_adapter(None, "text") is None
-    assert default_adapter(None, "image") is None
-    assert default_adapter({"audio": "/audio"}, "image", "audio") is None
+def test_vllm_finds_the_operators_default_adapters_alone() -> None:
+    """It applies all that it finds by the kinds of a message's parts."""
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+
+    def default_adapter(models: Any) -> str | None:
+        serving: Any = object.__new__(type("Serving", (BaseServing,), {}))
+        serving.models = models
+        request = SimpleNamespace(model=None, messages=chat_of(*PARTS))
+        found = serving._maybe_get_adapters(request, supports_default_mm_loras=True)
+        return None if found is None else str(found.lora_name)
+
+    assert default_adapter(models_with(None, "other")) is None
+    models = models_with({"image": "/image"}, "image", "other")
+    assert default_adapter(models) == "image"
+    assert set(models.lora_requests) == {"image"}
+    assert set(public_names(models)) == {"image", "other"}
+    reloaded = public_names(models)["other"]
+    public_names(models)["image"] = reloaded
+    assert models.lora_requests == {"image": reloaded}
+    del public_names(models)["image"]
+    assert default_adapter(models) is None
 
 
 @pytest.mark.smoke("default adapters for images and audio")
-def test_the_operators_default_is_one_whatever_others_are_named():
-    assert default_adapter({"image": "/image"}, "image") == "image"
-    assert default_adapter({"image": "/image"}, "text", "image") == "image"
-
-
-def test_with_the_plugin_off_vllm_decides():
-    assert default_adapter(None, "text", plugin=False) == "text"
+def test_adapter_with_the_name_of_a_message_part_is_refused_unless_it_is_a_default() -> None:
+    for name in ("text", "image"):
+        found = registration.name_refusal(models_with(None), name)
+        assert found is not None
+        assert found.error.code == 400
+        assert f"named '{name}' to all chats" in found.error.message
+    with pytest.raises(ConfigError, match=r"--lora-modules: vLLM applies .* 'text'"):
+        models_with({"image": "/image"}, "image", "text")
 
 
 @pytest.mark.smoke("default adapters for images and audio")
-def test_who_may_use_the_base_model_may_use_it_with_its_default_adapter():
-    serving = serving_with({"image": "/image"}, "image", "other")
+def test_kinds_of_message_parts_are_all_of_vllms() -> None:
+    import vllm
 
-    def granted(model: str, *content: Any) -> set[str | None]:
-        who = tenant("acme")
-        request = SimpleNamespace(model=model, messages=[{"role": "user", "content": [*content]}])
-        assert as_caller(who, lambda: asyncio.run(prepare(serving, request))) is None
+    parsers = re.compile(r"^MM_PARSER_MAP.*?^}$", re.MULTILINE | re.DOTALL)
+    files = Path(vllm.__file__).parent.rglob("chat_*.py")
+    [found] = [text[0] for file in files if (text := parsers.search(file.read_text()))]
+    kinds = {name.split("_")[0] for name in re.findall(r'^    "(\w+)":', found, re.MULTILINE)}
+    assert kinds
+    assert kinds <= PART_KINDS
+
+
+@pytest.mark.smoke("default adapters for images and audio")
+def test_who_may_use_the_base_model_may_use_it_with_its_default_adapter() -> None:
+    models = models_with({"image": "/image"}, "image", "other")
+
+    def granted(model: str, messages: list[Any]) -> set[str | None]:
+        who, call = tenant("acme"), HttpCall({}, path="/v1/chat/completions")
+        chosen = as_caller(
+            who, lambda: asyncio.run(choose(call, models, model, {"messages": messages}))
+        )
+        assert isinstance(chosen, Chosen)
         return who.granted
 
-    assert granted(BASE, *PARTS) == {None, "image"}
-    assert granted(BASE, PARTS[0]) == {None}
-    assert granted("other", *PARTS) == {"other"}
-    chats = [[{"role": "user", "content": content}] for content in (PARTS[:1], PARTS)]
-    who, batch = tenant("acme"), SimpleNamespace(model=BASE, messages=chats)
-    assert as_caller(who, lambda: asyncio.run(prepare(serving, batch))) is None
-    assert who.granted == {None, "image"}
-    serving = serving_with(None, "image")
-    assert granted(BASE, *PARTS, "a type of text that vLLM looks into") == {None}
+    assert granted(BASE, chat_of(*PARTS)) == {None, "image"}
+    assert granted(BASE, chat_of(PARTS[0])) == {None}
+    assert granted(BASE, [chat_of(PARTS[0]), chat_of(*PARTS)]) == {None, "image"}
+    models = models_with(None, "other")
+    assert granted(BASE, chat_of(*PARTS, "a type of text that vLLM looks into")) == {None}
 
 
 @pytest.mark.smoke("default adapters for images and audio")
-def test_the_default_adapter_is_named_by_the_answers_that_it_has_made():
-    serving = serving_with({"image": "/image"}, "image")
-    registered_versions.note(serving.models.engine_client, 1, Version("abc", 1.0, "lora"))
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        ("/v1/chat/completions", ("image", "abc")),
+        ("/v1/messages", ("image", "abc")),
+        ("/tokenize", (None, None)),
+        ("/v1/embeddings", (None, None)),
+    ],
+)
+def test_default_adapter_answers_chats_and_is_named_by_their_answers(path: str, named: Any) -> None:
+    models = models_with({"image": "/image"}, "image")
+    registered_versions.note(models.engine_client, 1, Version("abc", 1.0, "lora"))
 
-    def named(content: list[Any], *, takes_defaults: bool) -> Any:
-        call = HttpCall({})
-        token = current_call.set(call)
-        request = SimpleNamespace(model=BASE, messages=[{"role": "user", "content": content}])
-        try:
-            serving._maybe_get_adapters(request, supports_default_mm_loras=takes_defaults)
-        finally:
-            current_call.reset(token)
+    def answered_by(content: list[Any]) -> Any:
+        call = HttpCall({}, path=path)
+        chosen = asyncio.run(choose(call, models, BASE, {"messages": chat_of(*content)}))
+        assert isinstance(chosen, Chosen)
+        assert (None if chosen.lora is None else chosen.lora.lora_name) == call.adapter
         return call.adapter, call.digest
 
-    assert named(PARTS, takes_defaults=True) == ("image", "abc")
-    assert named(PARTS[:1], takes_defaults=True) == (None, None)
-    assert named(PARTS, takes_defaults=False) == (None, None)
+    assert answered_by(PARTS) == named
+    assert answered_by(PARTS[:1]) == (None, None)
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def deployment(
         *failed_answers.ARGUMENTS,
         *("--lora-modules", f"{NAME}={activated.adapters[NAME]}"),
         log=root / "vllm.log",
-        env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", **failed_answers.ENVIRONMENT},
+        env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
     ) as server:
         found = Deployment(server, activated, root)
         for name in (OTHER, TWIN):
@@ -119,9 +119,7 @@ def test_every_endpoint_says_that_a_prompt_lacks_the_invocation(
         f"({' '.join(f't{token}' for token in tokens)!r}), which the prompt does not contain: put "
         "them where the adapter is to begin"
     )
-    failed_answers.assert_fails(
-        deployment.server, call, OTHER, HTTPStatus.BAD_REQUEST, reason, streams_begin=False
-    )
+    failed_answers.assert_fails(deployment.server, call, OTHER, HTTPStatus.BAD_REQUEST, reason)
     # The adapter is none the worse for it.
     assert deployment.row(OTHER)["last_error"] is None
     completions.assert_serves(deployment.server, OTHER, deployment.case(OTHER))

@@ -239,12 +239,13 @@ def test_what_is_no_blend_is_refused_exactly(deployment: Deployment, name: str) 
     assert str(deployment.root) not in response.text
 
 
-def test_an_endpoint_that_would_drop_the_field_says_so(deployment: Deployment) -> None:
+def test_an_endpoint_that_does_not_know_the_field_takes_it_too(deployment: Deployment) -> None:
     body = {"messages": [{"role": "user", "content": "t5"}], "max_tokens": 4}
     asked = {"model": BASE, "lora_blend": {"qv-r5": 1}, **body}
     response = deployment.request("POST", "/v1/messages", asked)
-    assert response.status_code == 400, response.text
-    assert "lora_blend is not taken here" in response.text
+    assert response.status_code == 200, response.text
+    assert response.headers["x-multilora-adapter"] == name_of({"qv-r5": 1})
+    assert response.json()["model"] == name_of({"qv-r5": 1})
     routed = deployment.request("POST", "/v1/messages", {"model": "mixed", **body})
     assert routed.headers["x-multilora-adapter"] == name_of(dict(BLENDS["two"]))
 

@@ -75,7 +75,6 @@ def deployment(llama: Scenario, tmp_path_factory: pytest.TempPathFactory) -> Ite
         *("--enable-lora", "--max-loras", "3", "--max-cpu-loras", "3", "--max-lora-rank", "64"),
         *("--lora-modules", *(f"{name}={path}" for name, path in adapters.items())),
         log=folder / "vllm.log",
-        env=failed_answers.ENVIRONMENT,
     ) as server:
         yield Deployment(server, llama, victim)
 

@@ -3,7 +3,6 @@
 import asyncio
 import threading
 import warnings
-from collections import defaultdict
 from collections.abc import Coroutine
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,9 +29,12 @@ from vllm_multilora.integration.server.names.adapter_directory import (
     SCAN_S,
     DirectoryServer,
 )
+from vllm_multilora.integration.server.names.public_names import public_names
 from vllm_multilora.integration.server.names.refusals import Refusals
 from vllm_multilora.integration.server.names.routes import ROUTES
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller
+from vllm_multilora.integration.server.requests.http_calls import HttpCall
+from vllm_multilora.integration.server.requests.metering import METER, ServerMeter
 from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account
 from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import Tenant
@@ -150,7 +152,6 @@ class Models:
     def __init__(self, engine: Engine) -> None:
         self.engine_client = engine
         self.lora_requests: dict[str, LoRARequest] = {}
-        self.lora_resolver_lock: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def is_base_model(self, name: str) -> bool:
         return name == BASE
@@ -257,11 +258,12 @@ def test_where_every_name_is_the_base_models_an_adapters_is_its_own(
         site = Site(tmp_path)
         (models,) = site.models
         DIRECTORY.set(models, site.servers[0])
+        processor = site.engine.output_processor = SimpleNamespace()
+        METER.set(processor, ServerMeter(None))
 
         async def status(name: str) -> int | None:
-            serving = SimpleNamespace(models=models)
-            refusal = await model_names.prepare(serving, SimpleNamespace(model=name))
-            return None if refusal is None else refusal.error.code
+            chosen = await model_names.choose(HttpCall({}), models, name, {})
+            return None if isinstance(chosen, model_names.Chosen) else chosen.error.code
 
         await site.look(times=1)
         site.put("acme", "one")
@@ -608,8 +610,8 @@ def test_a_folder_that_is_named_like_a_route_keeps_no_server_from_starting(
             output_processor=SimpleNamespace(),
             vllm_config=SimpleNamespace(parallel_config=parallel),
         )
-        await start.init_static_loras(nothing, models)
-        assert set(models.lora_requests) == {"acme"}
+        await start.start(models)
+        assert set(public_names(models)) == {"acme"}
         assert "help" in (ROUTES.get(models) or ())
 
     run(scenario())
@@ -631,7 +633,6 @@ def test_an_adapter_unloaded_over_http_stays_away_until_its_folder_changes(
         assert await site.ask("acme") == "one"
         request = SimpleNamespace(lora_name="acme")
         models: Any = site.models[0]
-        models._check_unload_lora_adapter_request = nothing_wrong
         assert "removed" in await registration.unload_adapter(models, request)
         assert site.engine.held == {}
         assert await site.ask("acme") is None
@@ -640,9 +641,6 @@ def test_an_adapter_unloaded_over_http_stays_away_until_its_folder_changes(
         site.put("acme", "version two")
         await site.look()
         assert await site.ask("acme") == "version two"
-
-    async def nothing_wrong(request: Any) -> None:
-        return None
 
     run(scenario())
 

@@ -375,11 +375,9 @@ def test_a_route_does_without_its_blend_where_nothing_blends(
         return backend != "vllm"
 
     monkeypatch.setattr(registration, "acts_for", acts_for)
-    server, request = ServerRoutes(models, str(path)), SimpleNamespace(model="house")
-    assert asyncio.run(server.lead(request)) is None
-    assert request.model == "domain"
-    refusal = asyncio.run(server.lead(SimpleNamespace(model="bare")))
-    assert refusal is not None
+    server = ServerRoutes(models, str(path))
+    assert asyncio.run(server.lead("house", {})) == "domain"
+    refusal: Any = asyncio.run(server.lead("bare", {}))
     assert refusal.error.code == HTTPStatus.BAD_REQUEST
     assert reason in refusal.error.message
     assert asked == [models]  # not for each request
@@ -408,46 +406,6 @@ def test_a_new_route_is_known_while_all_of_asyncios_own_threads_are_busy(tmp_pat
         return is_known
 
     assert asyncio.run(is_found())
-
-
-def test_pooling_endpoints_follow_routes() -> None:
-    """They look names up with a method of their own, which answers with exceptions."""
-    pytest.importorskip("vllm")
-    from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
-    from vllm.entrypoints.pooling.embed.protocol import EmbeddingCompletionRequest
-    from vllm.entrypoints.serve import create_error_response
-    from vllm.exceptions import GracefulHTTPError
-
-    from vllm_multilora.integration.server.names.routes import ROUTES
-    from vllm_multilora.plugin import register
-
-    class OneRoute:
-        async def look_for(self, name: Any) -> None: ...
-
-        async def lead(self, request: Any) -> Any:
-            if request.model == "closed":
-                return create_error_response("the route is closed", "Gone", HTTPStatus.GONE)
-            if request.model == "open":
-                request.model = BASE
-            return None
-
-    register()
-    serving = PoolingBaseServing.__new__(_concrete(PoolingBaseServing))
-    serving.models = SimpleNamespace(
-        lora_requests={}, is_base_model=BASE.__eq__, engine_client=SimpleNamespace()
-    )
-    ROUTES.set(serving.models, OneRoute())
-    request = EmbeddingCompletionRequest(model="open", input="t1")
-    asyncio.run(serving._check_model(request))
-    assert request.model == BASE
-    request = EmbeddingCompletionRequest(model="closed", input="t1")
-    with pytest.raises(GracefulHTTPError, match="the route is closed") as caught:
-        asyncio.run(serving._check_model(request))
-    assert caught.value.http_status == HTTPStatus.GONE
-
-
-def _concrete(cls: type) -> type:
-    return type("Concrete", (cls,), dict.fromkeys(cls.__abstractmethods__))
 
 
 @pytest.mark.parametrize(

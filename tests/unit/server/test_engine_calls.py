@@ -13,20 +13,11 @@ from vllm.utils.counter import AtomicCounter
 from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from vllm_multilora.integration.patching.tables.ledger import PATCHES
 from vllm_multilora.integration.server.names import registration
-from vllm_multilora.integration.server.names.names_in_use import LocksInUse
 from vllm_multilora.integration.server.requests import engine_calls
 
 LIMIT_S = 5.0
 UNAVAILABLE = HTTPStatus.SERVICE_UNAVAILABLE
-
-
-@pytest.fixture(autouse=True)
-def active(monkeypatch: pytest.MonkeyPatch) -> None:
-    (patch,) = (one for one in PATCHES if one.name == "engine-calls")
-    assert patch.apply()
-    monkeypatch.setattr(engine_calls, "is_active", lambda vllm_config: True)
 
 
 def client_of(hearing: "asyncio.Task[None]") -> Any:
@@ -57,7 +48,9 @@ def during_a_call(
         hearing = asyncio.create_task(_for_ever())
         client = client_of(hearing)
         call: Awaitable[Any] = asyncio.create_task(
-            client._call_utility_async("add_lora", "acme", engine=b"0")
+            engine_calls.answer_of(
+                client, client._call_utility_async("add_lora", "acme", engine=b"0")
+            )
         )
         async with asyncio.timeout(LIMIT_S):
             await until_asked(client)
@@ -123,12 +116,10 @@ def test_what_nobody_waits_for_fails_quietly_where_an_engine_has_died(
         asked.append(number)
         raise error
 
-    async def is_fine(request: object) -> None: ...
-
     async def run() -> int:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda loop, context: unheard.append(context["message"]))
-        refusal: Any = await registration.load_adapter(models, request, None)
+        refusal: Any = await registration.load_adapter(models, request)
         async with asyncio.timeout(LIMIT_S):
             while not asked or registration._tasks:
                 await asyncio.sleep(0)
@@ -141,11 +132,12 @@ def test_what_nobody_waits_for_fails_quietly_where_an_engine_has_died(
     models: Any = SimpleNamespace(
         engine_client=client,
         lora_requests={},
-        lora_resolver_lock=LocksInUse(),
+        is_base_model="base".__eq__,
         lora_id_counter=AtomicCounter(),
-        _check_load_lora_adapter_request=is_fine,
     )
-    request = SimpleNamespace(lora_name="acme", lora_path="/acme", is_3d_lora_weight=False)
+    request = SimpleNamespace(
+        lora_name="acme", lora_path="/acme", load_inplace=False, is_3d_lora_weight=False
+    )
     assert asyncio.run(run()) == status
     assert asked == [1]
     assert not unheard

@@ -1,22 +1,14 @@
-"""Endpoints of vLLM's that would lose the reason of a failed request tell it."""
+"""A failed request's reason reaches its reader, and leaves nothing behind."""
 
-import asyncio
-import json
 import logging
-from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from vllm import SamplingParams
-from vllm.entrypoints.openai.responses.context import SimpleContext
-from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
-from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.exceptions import GracefulHTTPError
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
-from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
 from vllm_multilora.failures import FailureKind, LoadFailure
@@ -30,142 +22,8 @@ from vllm_multilora.integration.failed_requests import (
     to_stop_reason,
     uninvoked_stop_reason,
 )
-from vllm_multilora.integration.patching.tables.ledger import PATCHES
-from vllm_multilora.integration.server.requests import failed_answers
 
-HANDLERS = "server.requests.failed_answers:"
-LIMIT_S = 20.0
-GONE = GracefulHTTPError("adapter 'acme' could not be loaded", HTTPStatus.NOT_FOUND)
-NO_MEMORY = GracefulHTTPError("there is no memory", HTTPStatus.SERVICE_UNAVAILABLE)
-ERROR = {"code": "invalid_prompt", "message": GONE.message, "type": "Not Found"}
-NO_MEMORY_ERROR = {
-    "code": "server_error",
-    "message": NO_MEMORY.message,
-    "type": "Service Unavailable",
-}
 SAMPLING = SamplingParams(max_tokens=3)
-
-
-@pytest.fixture(autouse=True)
-def active(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """vLLM with these handlers, for an engine that the plugin acts for; `is_on` may be changed."""
-    for patch in PATCHES:
-        if patch.handler.startswith(HANDLERS):
-            assert patch.apply()
-    state = SimpleNamespace(is_on=True)
-    monkeypatch.setattr(failed_answers, "is_active_behind", lambda client: state.is_on)
-    return state
-
-
-def within_limit(scenario: Callable[[], Any]) -> Any:
-    async def run() -> Any:
-        async with asyncio.timeout(LIMIT_S):
-            return await scenario()
-
-    return asyncio.run(run())
-
-
-class Responses:
-    """vLLM's endpoint without an engine, and a request whose reader gets a failure."""
-
-    def __init__(self, failure: Exception = GONE) -> None:
-        self.serving = OpenAIServingResponses.__new__(OpenAIServingResponses)
-        self.serving.engine_client = SimpleNamespace(vllm_config=object())
-        self.serving.use_harmony = False
-        self.serving.response_store = {}
-        self.serving.response_store_lock = asyncio.Lock()
-        self.serving.event_store = {}
-        self.request = ResponsesRequest(model="acme", input="hello", background=True)
-        self._failure = failure
-
-    def arguments(self) -> tuple[Any, ...]:
-        return (self.request, SAMPLING, self._failing(), SimpleContext(), "acme", None, None)
-
-    def keep(self, status: str) -> ResponsesResponse:
-        kept = ResponsesResponse.from_request(self.request, SAMPLING, "acme", 1, [], status)
-        self.serving.response_store[kept.id] = kept
-        return kept
-
-    async def _failing(self) -> AsyncIterator[Any]:
-        raise self._failure
-        yield
-
-
-@pytest.mark.parametrize(
-    ("failure", "error"), [(GONE, ERROR), (NO_MEMORY, NO_MEMORY_ERROR)], ids=["gone", "memory"]
-)
-def test_a_streamed_response_ends_with_its_failure(
-    failure: GracefulHTTPError, error: dict[str, str]
-) -> None:
-    async def scenario() -> list[Any]:
-        responses = Responses(failure)
-        events = responses.serving.responses_stream_generator(*responses.arguments())
-        return [event async for event in events]
-
-    events = within_limit(scenario)
-    kinds = [event.type for event in events]
-    assert kinds == ["response.created", "response.in_progress", "response.failed"]
-    assert [event.sequence_number for event in events] == [0, 1, 2]
-    told = json.loads(events[-1].model_dump_json(by_alias=True))["response"]
-    assert (told["status"], told["error"]) == ("failed", error)
-    assert told["id"] == events[0].response.id
-    assert events[0].response.status == "in_progress"
-
-
-@pytest.mark.parametrize("failure", [GONE, EngineDeadError()], ids=["adapter", "engine"])
-def test_a_streamed_response_in_the_background_ends_for_all_who_listen(failure: Any) -> None:
-    """A server that is stopped waits for them, too."""
-
-    async def scenario() -> None:
-        responses = Responses(failure)
-        serving, kept = responses.serving, responses.keep("queued")
-
-        async def listen(starting_after: int | None = None) -> list[str]:
-            events = serving.responses_background_stream_generator(kept.id, starting_after)
-            return [event.type async for event in events]
-
-        running = asyncio.create_task(
-            serving._run_background_request_stream(*responses.arguments())
-        )
-        await asyncio.sleep(0)  # it has begun: its events are kept
-        early = await listen()
-        await running
-        assert early == ["response.created", "response.in_progress", "response.failed"]
-        assert await listen() == early
-        assert await listen(1) == early[2:]
-        assert kept.status == "failed"
-        assert (kept.error == ERROR) is (failure is GONE)
-
-    within_limit(scenario)
-
-
-@pytest.mark.parametrize("status", ["cancelled", "completed"])
-def test_a_response_that_is_not_to_be_made_any_more_stays_as_it_is(status: str) -> None:
-    async def scenario() -> str:
-        responses = Responses()
-        kept = responses.keep(status)
-        await responses.serving._run_background_request_stream(*responses.arguments())
-        return kept.status
-
-    assert within_limit(scenario) == status
-
-
-@pytest.mark.parametrize("is_on", [False, True])
-def test_other_failures_and_those_without_the_plugin_are_left_to_vllm(
-    active: SimpleNamespace, is_on: bool
-) -> None:
-    active.is_on = is_on
-    failure = RuntimeError("vLLM's own") if is_on else GONE
-
-    async def scenario() -> str:
-        responses = Responses(failure)
-        kept = responses.keep("queued")
-        with pytest.raises(type(failure)):
-            async for _ in responses.serving.responses_stream_generator(*responses.arguments()):
-                pass
-        return kept.status
-
-    assert within_limit(scenario) == "queued"
 
 
 def test_one_line_is_logged_of_a_request_whose_adapter_fails(

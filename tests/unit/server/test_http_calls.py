@@ -5,16 +5,15 @@ import importlib
 import json
 import time
 from types import SimpleNamespace
-from typing import get_args
 
 import pytest
 
 pytest.importorskip("starlette")
 
 
-from vllm_multilora.gateway.answers import DROPPING_JSON, HttpCallMiddleware
+from vllm_multilora.gateway.answers import HttpCallMiddleware
 from vllm_multilora.integration.patching.tables.gateway_seams import GATEWAY_SEAMS
-from vllm_multilora.integration.server.requests.http_calls import MOST_ERROR, HttpCall, current_call
+from vllm_multilora.integration.server.requests.http_calls import MOST_ERROR, current_call
 
 DIGEST = "0123456789abcdef" * 4
 OTHER = "fedcba9876543210" * 4
@@ -29,7 +28,9 @@ def call(app, scope=None):
     async def send(message):
         sent.append(message)
 
-    asyncio.run(HttpCallMiddleware(app)(scope or {"type": "http", "headers": []}, None, send))
+    asyncio.run(
+        HttpCallMiddleware(app)(scope or {"type": "http", "path": "/", "headers": []}, None, send)
+    )
     return sent
 
 
@@ -161,16 +162,19 @@ def test_the_request_s_headers_are_at_hand():
         found.append(current_call.get().headers.get("accept-language"))
         await answer(send, b"{}")
 
-    call(app, {"type": "http", "headers": [(b"Accept-Language".lower(), b"fr")]})
+    call(app, {"type": "http", "path": "/", "headers": [(b"Accept-Language".lower(), b"fr")]})
     assert found == ["fr"]
 
 
-def test_what_is_no_http_passes():
+def test_websocket_has_a_call_without_an_answer():
+    """Texts of its errors may repeat what its client has sent, as those of answers do."""
+
     async def app(scope, receive, send):
-        assert current_call.get() is None
+        assert current_call.get().path == "/v1/realtime"
         await send({"type": "websocket.accept"})
 
-    assert call(app, {"type": "websocket"}) == [{"type": "websocket.accept"}]
+    scope = {"type": "websocket", "path": "/v1/realtime", "headers": []}
+    assert call(app, scope) == [{"type": "websocket.accept"}]
 
 
 RUNS = {
@@ -213,87 +217,3 @@ def behind(work):
 
     call(app)
     return found[0]
-
-
-def test_a_call_is_bound_to_nothing_at_first():
-    assert HttpCall({}) == HttpCall({}, None, None, None, None, (), "", None)
-
-
-@pytest.mark.parametrize(
-    ("path", "chunks", "drops"),
-    [
-        ("/v1/messages", [b'{"model": "base", "lora_blend": {"a": 1}}'], True),
-        ("/v1/messages", [b'{"model": "base", "lora_', b'blend": {"a": 1}}'], True),
-        ("/v1/messages", [rb'{"model": "base", "lora\u005Fblend": {"a": 1}}'], True),
-        ("/v1/messages", ['{"lora_blend": {"a": 1}}'.encode("utf-16")], True),
-        ("/v1/messages", ['{"lora_blend": {"a": 1}}'.encode("utf-32-le")], True),
-        ("/v1/messages", [b'{"model": "base", "lora_blend": null}'], False),
-        ("/v1/messages", [b'{"content": "what is \\"lora_blend\\"?"}'], False),
-        ("/v1/messages", [b'{"content": "lora_blend"}'], False),
-        ("/v1/messages", [b'{"metadata": {"lora_blend": 1}}'], False),
-        ("/v1/messages", [b'["lora_blend"]'], False),
-        ("/v1/messages", [b'{"lora_blend": {"a": 1}'], False),
-        ("/v1/messages", [b'"lora_blend"' + b"[" * 100_000], False),
-        ("/v1/audio/transcriptions", [b'form-data; name="lora_blend"\r\n'], True),
-        ("/v1/audio/transcriptions", [b'form-data; name="lora', b'_blend"\r\n'], True),
-        ("/v1/audio/translations", [b"form-data; name=lora_blend\r\n"], True),
-        ("/v1/audio/transcriptions", [b'name="prompt"\r\n\r\n"lora_blend"\r\n'], False),
-        ("/v1/audio/transcriptions", [b'name="file"; filename="lora_blend"\r\n'], False),
-        ("/inference/v1/generate", [b'{"lora_blend": {"a": 1}}'], True),
-        ("/cohere/v2/chat", [b'{"lora_blend": {"a": 1}}'], True),
-        ("/v2/embed", [b'{"lora_blend": {"a": 1}}'], True),
-        ("/v1/messages/render", [b'{"lora_blend": {"a": 1}}'], True),
-        ("/v1/completions", [b'{"lora_blend": {"a": 1}}'], False),  # which sees it itself
-    ],
-    ids=[
-        *("json", "in-two", "escaped", "utf-16", "utf-32", "null", "in-a-text", "a-text"),
-        *("not-at-the-top", "no-object", "no-json", "deep", "form", "form-in-two"),
-        *("form-without-quotes", "form-text", "form-file", "generate", "cohere", "embed", "render"),
-        "endpoint-that-sees-it",
-    ],
-)
-def test_a_blend_is_noticed_where_the_endpoint_drops_it(path, chunks, drops):
-    coming = iter(
-        [
-            *({"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks),
-            {"type": "http.request", "body": b"", "more_body": False},
-            {"type": "http.disconnect"},
-        ]
-    )
-    noticed = []
-
-    async def receive():
-        return next(coming)
-
-    async def app(scope, receive, send):
-        for chunk in chunks:
-            assert (await receive())["body"] == chunk
-        for _ in ("end", "disconnect"):
-            await receive()
-            noticed.append(current_call.get().drops_blend)
-
-    scope = {"type": "http", "path": path, "headers": []}
-    asyncio.run(HttpCallMiddleware(app)(scope, receive, None))
-    assert noticed == [drops, drops]
-
-
-def test_all_endpoints_of_vllms_are_known_that_drop_fields():
-    """Else the base model would answer a request for a blend."""
-    pytest.importorskip("vllm")
-    from vllm.entrypoints.cli.serve import make_arg_parser
-    from vllm.entrypoints.launchers.app import build_app
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--enable-scale-out"])
-    app = build_app(args, ("generate", "transcription"))
-    dropping = {
-        route.path
-        for route in app.router.routes
-        for body in getattr(getattr(route, "dependant", None), "body_params", ())
-        for kind in (body.field_info.annotation, *get_args(body.field_info.annotation))
-        if "model" in getattr(kind, "model_fields", ())
-        and kind.model_config.get("extra") not in ("allow", "forbid")
-    }
-    assert "/v1/messages" in dropping
-    of_text = ("/derender", "/count_tokens")  # which compute nothing
-    assert not {path for path in dropping if not path.endswith((*of_text, *DROPPING_JSON))}

@@ -1,4 +1,4 @@
-"""A session of vLLM's WebSocket is answered by what it has named last, or by nothing."""
+"""A session of vLLM's WebSocket is answered by the base model, or closed."""
 
 import asyncio
 import json
@@ -10,87 +10,120 @@ import pytest
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.entrypoints.speech_to_text.realtime.connection import RealtimeConnection
 
+from vllm_multilora.gateway.answers import HttpCallMiddleware
+from vllm_multilora.gateway.names.realtime import only_base_model
 from vllm_multilora.integration.patching.tables.ledger import PATCHES
-from vllm_multilora.integration.server.requests.metering import METER, ServerMeter
 
 BASE, ADAPTER = "base", "acme"
+COMMIT = {"type": "input_audio_buffer.commit"}
 
 
 class Session:
-    """vLLM's WebSocket without a network and an engine.
+    """vLLM's WebSocket behind the gateway, without a network and an engine.
 
     Attributes:
-        told: The events that the client has got.
+        sent: What the client has got, in the order in which it came.
         begun: How many answers were begun.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *events: Any) -> None:
         for patch in PATCHES:
-            if patch.name in ("realtime-model", "error-texts"):
+            if patch.name == "error-texts":
                 assert patch.apply()
-        self.told: list[dict[str, Any]] = []
+        self.sent: list[dict[str, Any]] = []
         self.begun = 0
-        processor = SimpleNamespace()
-        METER.set(processor, ServerMeter(None))
-        serving: Any = object.__new__(type("Serving", (BaseServing,), {}))
-        serving.models = SimpleNamespace(
-            engine_client=SimpleNamespace(output_processor=processor),
+        self._events = [{"type": "websocket.connect"}, *map(_received, events)]
+        self._models = SimpleNamespace(
             base_model_paths=[SimpleNamespace(name=BASE)],
             is_base_model=lambda name: name == BASE,
             lora_requests={ADAPTER: SimpleNamespace()},
         )
-        websocket: Any = SimpleNamespace(send_text=self._hear)
-        self._connection: Any = RealtimeConnection(websocket, serving)
-        self._connection.start_generation = self._begin
+        gateway = HttpCallMiddleware(only_base_model(self._vllm, self._models))
+        scope = {"type": "websocket", "path": "/v1/realtime", "headers": []}
+        asyncio.run(gateway(scope, self._receive, self._send))
 
-    async def _hear(self, event: str) -> None:
-        self.told.append(json.loads(event))
+    @property
+    def told(self) -> list[dict[str, Any]]:
+        """The events that the client has got."""
+        return [json.loads(each["text"]) for each in self.sent if each["type"] == "websocket.send"]
+
+    @property
+    def is_closed(self) -> bool:
+        return {"type": "websocket.close", "code": 1008, "reason": "model"} in self.sent
+
+    async def _receive(self) -> dict[str, Any]:
+        end = {"type": "websocket.disconnect", "code": 1000}
+        return self._events.pop(0) if self._events else end
+
+    async def _send(self, message: Any) -> None:
+        assert not self.is_closed
+        self.sent.append(message)
+
+    async def _vllm(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.websockets import WebSocket
+
+        serving: Any = object.__new__(type("Serving", (BaseServing,), {}))
+        serving.models = self._models
+        connection: Any = RealtimeConnection(WebSocket(scope, receive, send), serving)
+        connection.start_generation = self._begin
+        await connection.handle_connection()
 
     async def _begin(self) -> None:
         self.begun += 1
 
-    def name(self, model: Any) -> None:
-        self._send({"type": "session.update", "model": model})
 
-    def commit(self) -> None:
-        self._send({"type": "input_audio_buffer.commit"})
+def _received(event: Any) -> dict[str, Any]:
+    if isinstance(event, bytes):
+        return {"type": "websocket.receive", "bytes": event, "text": event.decode()}
+    return {"type": "websocket.receive", "text": json.dumps(event)}
 
-    def _send(self, event: dict[str, Any]) -> None:
-        asyncio.run(self._connection.handle_event(event))
+
+def name(model: Any) -> dict[str, Any]:
+    return {"type": "session.update", "model": model}
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("model", [ADAPTER, "nobody", {"no": "name"}])
+def test_session_that_names_the_base_model_is_answered() -> None:
+    session = Session(name(BASE), COMMIT)
+    assert session.begun == 1
+    assert not session.is_closed
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("model", [ADAPTER, "nobody", {"no": "name"}, 7])
 @pytest.mark.parametrize("takes_any", ["0", "1"], ids=["known-names", "any-name"])
-def test_the_base_model_answers_only_who_has_named_it_last(
+def test_session_that_names_another_model_is_closed(
     model: Any, takes_any: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """vLLM would go on with the base model, which the session has named before."""
     monkeypatch.setenv("VLLM_SKIP_MODEL_NAME_VALIDATION", takes_any)
-    session = Session()
-    session.name(BASE)
-    session.commit()
-    assert (session.begun, session.told) == (1, [])
-    session.name(model)
-    session.commit()
+    session = Session(name(BASE), COMMIT, name(model), COMMIT)
     if model != ADAPTER and takes_any == "1":
-        assert session.begun == 2
+        assert (session.begun, session.is_closed) == (2, False)
         return
-    assert session.begun == 1
-    named, committed = session.told
-    assert str(model) in named["error"]
-    assert committed["code"] == "model_not_validated"
+    assert (session.begun, session.is_closed) == (1, True)
+    assert str(model) in session.told[-1]["error"]
     if model == ADAPTER:
-        assert f"found the model `{ADAPTER}`, expected `{BASE}`" in named["error"]
-    session.name(BASE)
-    session.commit()
-    assert session.begun == 2
+        assert f"found the model `{ADAPTER}`, expected `{BASE}`" in session.told[-1]["error"]
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        rb'{"type": "session\u002eupdate", "model": "\u0061cme"}',
+        rb'{"type": "session.update", "model": "acme", "x": NaN}',
+        rb'{"type": "session.update", "model": "base", "model": "acme"}',
+    ],
+    ids=["escaped", "not-json-but-pythons", "twice"],
+)
+def test_adapter_is_found_however_the_event_is_written(event: bytes) -> None:
+    session = Session(name(BASE), event, COMMIT)
+    assert (session.begun, session.is_closed) == (0, True)
 
 
 def test_a_long_name_of_a_model_takes_no_time() -> None:
     """vLLM looks for paths in what it answers, and takes the third power of a path's length."""
-    session = Session()
     begun = time.thread_time()
-    session.name("/a" * 4_096)
+    session = Session(name("/a" * 4_096), {"type": "/a" * 4_096})
     assert time.thread_time() - begun < 1.0
-    [named] = session.told
-    assert "does not exist" in named["error"]
+    assert "does not exist" in session.told[-1]["error"]

@@ -5,7 +5,6 @@ import gc
 import json
 import os
 import threading
-from contextvars import copy_context
 from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,15 +77,14 @@ def test_a_name_that_no_adapter_has_is_not_searched_for_a_version(monkeypatch: A
 
     asks = bound_versions._ASKS
     monkeypatch.setattr(bound_versions, "_ASKS", Asks())
-    longest, models = "x" * 255, SimpleNamespace(lora_requests={})
+    longest = "x" * 255
     for name, taken in (
         (f"{longest}@{'0' * 64}", "0" * 64),
         (f"{longest}x@{'0' * 64}", ""),
         ("@" * 1_000_000, ""),
     ):
-        request = SimpleNamespace(model=name)
-        assert bound_versions.take_asked(models, request, is_name=lambda name: False) == taken
-        assert request.model == (longest if taken else name)
+        found = bound_versions.split(name, (), is_name=lambda name: False)
+        assert found == (longest if taken else name, taken)
     assert len(searched) == 1
 
 
@@ -379,9 +377,6 @@ def test_a_registration_touches_no_path_here_and_leaves_nothing_in_other_engines
 ) -> None:
     """A mount that hangs would hold the event loop, and every stream with it."""
 
-    async def check(request: Any) -> None:
-        return None
-
     def touch(*_: Any, **__: Any) -> None:
         raise AssertionError("the path was looked at")
 
@@ -390,16 +385,19 @@ def test_a_registration_touches_no_path_here_and_leaves_nothing_in_other_engines
         models = SimpleNamespace(
             engine_client=engine,
             lora_requests={},
-            lora_resolver_lock=LocksInUse(),
             lora_id_counter=numbers,
-            _check_load_lora_adapter_request=check,
+            is_base_model="base".__eq__,
         )
-        request = SimpleNamespace(lora_name="acme", lora_path="/hung", is_3d_lora_weight=False)
+        request = SimpleNamespace(
+            lora_name="acme", lora_path="/hung", load_inplace=False, is_3d_lora_weight=False
+        )
         with monkeypatch.context() as patch:
             for module, name in ((os, "stat"), (os, "open"), (os.path, "realpath")):
                 patch.setattr(module, name, touch)
-            answer = await registration.load_adapter(models, request, None)
-        await asyncio.sleep(0)
+            answer = await registration.load_adapter(models, request)
+        async with asyncio.timeout(10):
+            while not engine.removed:
+                await asyncio.sleep(0)
         assert engine.asked == engine.removed == [1]
         return answer
 
@@ -413,7 +411,7 @@ def test_no_more_adapters_are_registered_than_a_server_may_have(
     monkeypatch.setattr(registration, "admit", None)  # is not asked
     models = SimpleNamespace(lora_requests={"other": LoRARequest("other", 1, "/adapters/other")})
     request = SimpleNamespace(lora_name="acme", lora_path="/adapters/acme")
-    refusal: Any = asyncio.run(registration.load_adapter(models, request, None))
+    refusal: Any = asyncio.run(registration.load_adapter(models, request))
     assert refusal.error.code == HTTPStatus.BAD_REQUEST
     assert "this server has 1 adapters, and serves no more" in refusal.error.message
     assert registration.one_too_many(models, "other", "lora_name") is None  # replaces its own
@@ -422,9 +420,6 @@ def test_no_more_adapters_are_registered_than_a_server_may_have(
 def test_a_registration_that_is_given_up_is_made_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a middleware with a time limit, say: the engine has the adapter all the same."""
     monkeypatch.setattr(registration, "acts_for", lambda models: True)
-
-    async def check(request: Any) -> None:
-        return None
 
     async def scenario() -> None:
         is_asked, may_read = asyncio.Event(), asyncio.Event()
@@ -438,12 +433,13 @@ def test_a_registration_that_is_given_up_is_made_whole(monkeypatch: pytest.Monke
         models = SimpleNamespace(
             engine_client=SlowEngine(),
             lora_requests={},
-            lora_resolver_lock=LocksInUse(),
             lora_id_counter=AtomicCounter(0),
-            _check_load_lora_adapter_request=check,
+            is_base_model="base".__eq__,
         )
-        request = SimpleNamespace(lora_name="acme", lora_path="/acme", is_3d_lora_weight=False)
-        load = registration.load_lora_adapter(lambda *args: None, models, request)
+        request = SimpleNamespace(
+            lora_name="acme", lora_path="/acme", load_inplace=False, is_3d_lora_weight=False
+        )
+        load = registration.load(models, request)
         call = asyncio.create_task(load)
         await asyncio.wait_for(is_asked.wait(), 10)
         call.cancel()
@@ -471,11 +467,9 @@ def test_an_unload_that_is_given_up_is_made_whole(monkeypatch: pytest.MonkeyPatc
         models = SimpleNamespace(
             engine_client=Engine(),
             lora_requests={"acme": lora_of("acme", 1)},
-            lora_resolver_lock=LocksInUse(),
-            _check_unload_lora_adapter_request=nothing,
         )
         request = SimpleNamespace(lora_name="acme")
-        unload = registration.unload_lora_adapter(lambda *args: None, models, request)
+        unload = registration.unload(models, request)
         call = asyncio.create_task(unload)
         await asyncio.wait_for(is_asked.wait(), 10)
         call.cancel()
@@ -515,22 +509,6 @@ def test_an_adapter_that_is_unloaded_while_a_request_is_on_its_way_does_not_stay
         return engine.removed
 
     assert asyncio.run(scenario()) == [8, 9]
-
-
-def test_a_request_stays_with_the_weights_that_its_name_stood_for_first() -> None:
-    """However often vLLM looks its model up."""
-    models: Any = SimpleNamespace(engine_client=SimpleNamespace(), lora_requests={})
-    request = SimpleNamespace(model="acme")
-
-    def answered_by() -> int | None:
-        current_call.set(HttpCall({}))
-        for number in (1, 2):
-            models.lora_requests["acme"] = LoRARequest("acme", number, f"/adapters/{number}")
-            assert bound_versions.bind(models, request, "") is None
-        lora = bound_versions.bound(request)
-        return None if lora is None else lora.lora_int_id
-
-    assert copy_context().run(answered_by) == 1
 
 
 def test_a_beam_search_does_not_go_on_with_an_adapter_that_was_removed() -> None:

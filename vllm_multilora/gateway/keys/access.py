@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.documents import DocumentError, WatchedFile
+from vllm_multilora.integration.seals import SECRET_VARIABLE
 from vllm_multilora.integration.server.requests.callers import Caller
 from vllm_multilora.integration.server.settings.key_settings import (
     COUNT_VARIABLE,
-    SALT_VARIABLE,
     STOPPED_WITH_SERVER,
     api_keys_in,
     parse_admin_keys,
@@ -59,7 +59,8 @@ class Access:
         admin_path: The file of the operators' keys; None where there is none.
         tenants_path: The tenants file; None where there are no tenants.
         folders: What only operators may see named.
-        secret: Of the tenants' salts, where the file has none.
+        secret: Of this start of the server: of all seals, and of the tenants' salts where the file
+            has none.
         servers: How many API servers share the tenants' limits.
 
     Attributes:
@@ -105,7 +106,9 @@ class Access:
             identity = Identity(Role.STRANGER)
         account = None if identity.tenant is None else self._accounts[identity.tenant]
         hides = not self.locks.shows_folders(identity.role)
-        return Caller(identity.role, self._folders, hides, account, self._salt)
+        return Caller(
+            *(identity.role, self._folders, hides, account, self._salt), seal_secret=self._secret
+        )
 
     def tenants_now(self) -> list[dict[str, Any]]:
         """What each tenant uses in this API server, and what it may use in all of them together."""
@@ -217,7 +220,7 @@ def access_for(args: Namespace) -> Access | None:
         admin_path=settings.admin_key_file,
         tenants_path=settings.tenants,
         folders=_as_named(*settings.allowed_roots, *settings.adapter_dir),
-        secret=os.environ.get(SALT_VARIABLE, ""),
+        secret=os.environ.get(SECRET_VARIABLE, ""),
         servers=int(os.environ.get(COUNT_VARIABLE, "1")),
     )
     warn_of_open_updates(access.locks)

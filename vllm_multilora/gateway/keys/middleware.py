@@ -22,6 +22,7 @@ from vllm_multilora.gateway.limits.pauses import STRANGERS_PER_MINUTE, pause
 from vllm_multilora.gateway.limits.tenant_turns import ClientGoneError, turn_of
 from vllm_multilora.gateway.paths import route_path
 from vllm_multilora.gateway.refused_answers import error_answer
+from vllm_multilora.gateway.sealed_bodies import has_salt_field, sealed_body, sealed_by_id
 from vllm_multilora.gateway.stored import UnknownResponseError, require_own_path
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller
 from vllm_multilora.metrics.server_counts import COUNTS
@@ -101,6 +102,8 @@ class AccessMiddleware:
             word = refused_word(endpoint, path, caller.tenant.allow)
             if word is not None:
                 status, message = HTTPStatus.FORBIDDEN, f"This path is {needs(word)}."
+        if status is None and scope["type"] == "websocket" and self._access.locks.tenants:
+            status, message = HTTPStatus.FORBIDDEN, "A server with tenants has no WebSockets."
         if status is not None and message is not None:
             COUNTS.count_refused(None if caller.tenant is None else caller.tenant.name, status)
             if caller.account is not None:
@@ -117,6 +120,12 @@ class AccessMiddleware:
                 await self._call(caller, caller.account, endpoint, scope, receive, send)
             elif caller.role is Role.STRANGER:
                 await self._app(scope, receive, self._refusing(send))
+            elif self._access.locks.tenants and scope.get("method") == "POST":
+                if has_salt_field(path):
+                    receive = await sealed_body(receive, caller)
+                else:
+                    scope, send = sealed_by_id(scope, send, caller)
+                await self._app(scope, receive, send)
             else:
                 await self._app(scope, receive, send)
         finally:
@@ -169,20 +178,21 @@ class AccessMiddleware:
                     COUNTS.count_refused(account.tenant.name, message["status"])
             await send(message)
 
+        send_on: Send = send_marked
         try:
             _require_short(headers)
             if endpoint is Endpoint.CALL:
                 receive = await turn_of(account, receive)
                 caller.has_turn = True
                 receive = await read_body(receive, called_route(path), caller)
+                if not has_salt_field(path):
+                    scope, send_on = sealed_by_id(scope, send_on, caller)
             if endpoint is Endpoint.STORED:
                 require_own_path(caller, path)
             if endpoint in _PACED:
-                await list_in_turn(
-                    self._app, account.listing[endpoint], scope, receive, send_marked
-                )
+                await list_in_turn(self._app, account.listing[endpoint], scope, receive, send_on)
             else:
-                await self._app(scope, receive, send_marked)
+                await self._app(scope, receive, send_on)
         except (
             LimitReachedError,
             ServerStoppedError,
@@ -195,9 +205,9 @@ class AccessMiddleware:
                 await pause(account.without_turn)
             param = error.param if isinstance(error, FieldError) else None
             answer = error_answer(_STATUS[type(error)], str(error), path=path, param=param)
-            await answer(scope, receive, send_marked)
+            await answer(scope, receive, send_on)
         except ClientGoneError:  # operators' middlewares expect an answer
-            await Response(status_code=_CLIENT_GONE)(scope, receive, send_marked)
+            await Response(status_code=_CLIENT_GONE)(scope, receive, send_on)
 
 
 def _require_short(headers: list[tuple[bytes, bytes]]) -> None:

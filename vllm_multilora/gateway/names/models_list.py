@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from vllm_multilora.integration.api_server import registered_versions
+from vllm_multilora.integration.server.names.public_names import public_names
 from vllm_multilora.integration.server.names.routes import ROUTES
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller
 
@@ -41,7 +42,7 @@ async def models_for(caller: Caller | None, models: Any) -> Any:
     routes = ROUTES.get(models)
     shown = await _as_seen(models, caller).show_available_models()
     for card in shown.data:
-        lora = models.lora_requests.get(card.id)
+        lora = public_names(models).get(card.id)
         version = None if lora is None else registered_versions.find(models.engine_client, lora)
         if version is not None:
             card.digest, card.created = version.digest, int(version.loaded)
@@ -60,18 +61,18 @@ async def models_for(caller: Caller | None, models: Any) -> Any:
 
 
 def _as_seen(models: Any, caller: Caller | None) -> Any:
-    """Returns the models with a tenant's adapters alone.
+    """Returns the models with the adapters that somebody may see, by their public names.
 
     A line of the list takes longer to make than many requests take to read, and nobody is answered
     meanwhile. So a tenant's list must not take time for thousands of others' adapters.
     """
     tenant = None if caller is None else caller.tenant
-    if tenant is None:
-        return models
-    seen, names = copy(models), tenant.adapters
-    seen.lora_requests = {
-        name: lora for name, lora in models.lora_requests.items() if name in names
-    }
+    seen, served = copy(models), public_names(models)
+    seen.lora_requests = (
+        served
+        if tenant is None
+        else {name: lora for name, lora in served.items() if name in tenant.adapters}
+    )
     return seen
 
 

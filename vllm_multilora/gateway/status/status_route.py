@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse, Response
 from vllm_multilora.gateway.keys.access import Access
 from vllm_multilora.gateway.status.adapter_list import listing
 from vllm_multilora.integration.server.names import adapter_directory, registration
+from vllm_multilora.integration.server.names.public_names import public_names
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller
 from vllm_multilora.integration.server.requests.engine_calls import engine_reports
 from vllm_multilora.tenants.rules import STATUS, Role
@@ -136,7 +137,7 @@ class AdaptersRoute:
         models = getattr(raw_request.app.state, "openai_serving_models", None)
         if models is None or not registration.acts_for(models):
             raise HTTPException(HTTPStatus.NOT_FOUND)
-        registered = list(models.lora_requests.values())
+        registered = list(public_names(models).values())
         asked = [lora.lora_int_id for lora in registered]
 
         async def ask() -> tuple[Listing | None, float]:

@@ -21,12 +21,13 @@ from vllm.v1.engine import EngineCoreRequestType
 from vllm_multilora.integration.engine.adapter_status import METHOD, engine_report
 from vllm_multilora.integration.engine.adapters.quarantine import RELOADS
 from vllm_multilora.integration.engine.core import make_adapters, starting_workers
+from vllm_multilora.integration.engine.requests.tenant_wall import has_wall
 from vllm_multilora.integration.engine.scheduling.scheduler import (
     EXECUTORS,
     AdapterAwareMixin,
     as_sent,
 )
-from vllm_multilora.integration.engine.scheduling.scheduler_class import adapter_aware
+from vllm_multilora.integration.engine.scheduling.scheduler_class import scheduler_over
 from vllm_multilora.integration.failed_requests import (
     AdapterRefusedError,
     SentRefusalError,
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from vllm_multilora.store.protocol.messages import PackInfo
 
 _IDLE_S = 0.001
-_PREFIX = "AdapterExecutor:"
+_MARK = "Executor:"
 _OF_SINGLE_ADAPTERS = frozenset({"add_lora", "remove_lora", "pin_lora"})
 _WATCHED = frozenset({METHOD, "list_loras", "sleep", "wake_up", *RELOADS, *_OF_SINGLE_ADAPTERS})
 """Calls of workers that are answered here, or have a consequence here."""
@@ -70,9 +71,7 @@ class AdapterExecutorMixin:
         self._scheduler: Callable[[], AdapterAwareMixin | None] = lambda: None
         with starting_workers(self, vllm_config):
             super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
-        scheduler_config = vllm_config.scheduler_config
-        chosen = scheduler_config.get_scheduler_cls()
-        scheduler_config.scheduler_cls = adapter_aware(chosen, vllm_config)
+        _choose_scheduler(vllm_config)
         EXECUTORS.add(self)
 
     def serve(self, scheduler: AdapterAwareMixin) -> None:
@@ -295,37 +294,57 @@ def _has_weights(tags: list[str] | None = None) -> bool:
     return tags is None or "weights" in tags
 
 
+class WalledExecutorMixin:
+    """The executor of an engine that serves tenants, and whose adapters vLLM loads."""
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
+        _choose_scheduler(vllm_config)
+
+
+def _choose_scheduler(vllm_config: VllmConfig) -> None:
+    scheduler_config = vllm_config.scheduler_config
+    chosen = scheduler_config.get_scheduler_cls()
+    scheduler_config.scheduler_cls = scheduler_over(chosen, vllm_config)
+
+
 # The class
 
 
-@lru_cache
 def adapter_loading(executor: type[Executor]) -> type[Executor]:
-    """An executor class of vLLM's, or of a user's, that loads adapters by the plugin.
+    """An executor class of vLLM's, or of a user's, that loads adapters by the plugin."""
+    return _derived("Adapter", executor)
 
-    Other processes find it by its name in this module; see `__getattr__`.
-    """
+
+_MIXINS: dict[str, type] = {"Adapter": AdapterExecutorMixin, "Walled": WalledExecutorMixin}
+
+
+@lru_cache
+def _derived(kind: str, executor: type[Executor]) -> type[Executor]:
+    """An executor class with a mixin; other processes find it by its name, see `__getattr__`."""
     name = f"{executor.__module__}.{executor.__qualname__}".replace(".", "/")
     metaclass: Any = type(executor)
-    made: type[Executor] = metaclass(
-        f"Adapter{executor.__name__}", (AdapterExecutorMixin, executor), {}
-    )
-    made.__module__, made.__qualname__ = __name__, _PREFIX + name
+    made: type[Executor] = metaclass(f"{kind}{executor.__name__}", (_MIXINS[kind], executor), {})
+    made.__module__, made.__qualname__ = __name__, f"{kind}{_MARK}{name}"
     return made
 
 
 def __getattr__(name: str) -> Any:
-    """Finds the class that another process has made by `adapter_loading`, for pickle."""
-    if not name.startswith(_PREFIX):
+    """Finds the class that another process has made by `_derived`, for pickle."""
+    kind, mark, path = name.partition(_MARK)
+    if not mark or kind not in _MIXINS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, found = name.removeprefix(_PREFIX).replace("/", ".").rpartition(".")
-    return adapter_loading(getattr(importlib.import_module(module), found))
+    module, _, found = path.replace("/", ".").rpartition(".")
+    return _derived(kind, getattr(importlib.import_module(module), found))
 
 
 def get_class(original: Callable[..., type[Executor]], vllm_config: VllmConfig) -> type[Executor]:
     executor = original(vllm_config)
-    if not loads_adapters(vllm_config) or issubclass(executor, AdapterExecutorMixin):
+    if issubclass(executor, tuple(_MIXINS.values())):
         return executor
-    return adapter_loading(executor)
+    if loads_adapters(vllm_config):
+        return _derived("Adapter", executor)
+    return _derived("Walled", executor) if has_wall(vllm_config) else executor
 
 
 def process_input_sockets(

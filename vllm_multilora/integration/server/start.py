@@ -1,9 +1,8 @@
-"""What an API server does once it can reach its engine, before its first request."""
+"""What an API server does when it starts: its engine can be reached, no request has come."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 from vllm_multilora.errors import ConfigError
@@ -17,17 +16,16 @@ from vllm_multilora.integration.server.names import (
     routes,
     shared_names,
 )
-from vllm_multilora.integration.server.names.names_in_use import LocksInUse
-from vllm_multilora.integration.server.requests import engine_calls, metering
+from vllm_multilora.integration.server.names.public_names import separate
+from vllm_multilora.integration.server.requests import engine_calls, metering, metrics_route
 from vllm_multilora.integration.server.requests.callers import current_tenant
 from vllm_multilora.integration.server.settings.gateway_activation import is_active_behind
-from vllm_multilora.integration.server.settings.mounting import GATEWAY, is_gateway_mounted
 from vllm_multilora.tenants.keys import ADMIN_KEY_VARIABLE, has_keys, key_in
 from vllm_multilora.tenants.work_turns import take_turns
 
 _FILTERS = (RefusalsInOneLine(), PrintableLines())
-"""Filters for vLLM's log in an API server, in the order in which they act."""
-_GUARDS = ("flag-values", "model-names", "model-names-pooling", "engine-door")
+"""Of what vLLM logs in an API server, the first that acts first."""
+_GUARDS = ("flag-values", "engine-door")
 
 
 def require_guards(models: Any) -> None:
@@ -42,13 +40,6 @@ def require_guards(models: Any) -> None:
     settings = settings_of(models.engine_client.vllm_config)
     if not has_keys(settings) and not key_in(os.environ):
         return
-    if not is_gateway_mounted():
-        raise ConfigError(
-            f"--multilora-tenants, --multilora-admin-key-file and {ADMIN_KEY_VARIABLE} cannot be "
-            f"enforced: this server was not started from arguments that vLLM has read, so its "
-            f"application lacks the middleware {GATEWAY}. Start it with `vllm serve`, or leave "
-            f"all three out"
-        )
     if lacking := GATEWAY_SEAMS.missing(_GUARDS):
         raise ConfigError(
             f"--multilora-tenants, --multilora-admin-key-file and {ADMIN_KEY_VARIABLE} cannot be "
@@ -76,22 +67,31 @@ def share_threads(renderer: Any) -> None:
     executor.replace_inner = replace_inner
 
 
-async def init_static_loras(original: Callable[..., Any], models: Any) -> None:
+async def start(models: Any) -> None:
+    """Starts serving adapters: directories, routes, and names that several servers share.
+
+    Args:
+        models: vLLM's table of models, with the adapters of `--lora-modules`.
+
+    Raises:
+        MultiLoRAError: A setting or a file that one names cannot be used.
+    """
+    client: Any = getattr(models, "engine_client", None)
+    if not is_active_behind(client):
+        return
     require_guards(models)
     if registration.acts_for(models):
-        models.lora_resolver_lock = LocksInUse()
         for lines in _FILTERS:
             add_filter(lines)
+        separate(models)
         # The engines find their store and show their metrics now, not with their first request.
-        await engine_calls.engine_reports(models.engine_client.engine_core, [])
-    await original(models)
-    if registration.acts_for(models):
+        await engine_calls.engine_reports(client.engine_core, [])
         registration.start(models)
         shared_names.start(models)
         metering.start(models)
-    client = models.engine_client  # tenants are apart also where vLLM loads the adapters
-    if is_active_behind(client) and settings_of(client.vllm_config).tenants is not None:
-        share_threads(client.renderer)
+        metrics_route.hide_stock_lists(client)
+    if settings_of(client.vllm_config).tenants is not None:
+        share_threads(client.renderer)  # also where vLLM loads the adapters
     # In this order: a folder that somebody gives a route's name is not served, and stops no server.
     routes.start(models)
     await adapter_directory.start(models)

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm_multilora.integration.blends import label_of
 from vllm_multilora.integration.engine.adapters.registrations import MOST_KNOWN
@@ -105,23 +105,21 @@ class AdapterUsers:
             kept = {*known}
             self.accepted = Counter({i: n for i, n in self.accepted.items() if i in kept})
 
-    def tell(self, stats: Any, running: Iterable[Request]) -> None:
-        """Says in vLLM's statistics which adapters have requests that run, and that wait.
+    def lists(self, running: Iterable[Request]) -> tuple[list[str], list[str]]:
+        """The adapters with requests that run, and those with requests that wait.
 
         A request waits for whatever it cannot run without: a load, a slot, a turn, memory.
 
         Args:
-            stats: vLLM's `SchedulerStats`.
             running: The running requests.
         """
-        if not self._counts:
-            return
         runs = Counter(r.lora_request.lora_int_id for r in running if r.lora_request)
-        for number, count in self._counts.items():
-            name = self._names[number]
-            for numbers, names in (
-                (runs[number], stats.running_lora_adapters),
-                (count - runs[number], stats.waiting_lora_adapters),
-            ):
-                if numbers > 0:
-                    names[name] = names.get(name, 0) + numbers
+        names = self._names
+        waits = (number for number, count in self._counts.items() if count > runs[number])
+        runs_now = (number for number in self._counts if runs[number])
+        return _unique(names, runs_now), _unique(names, waits)
+
+
+def _unique(names: dict[int, str], numbers: Iterable[int]) -> list[str]:
+    """The names of adapters, each once: all blends have the same."""
+    return list(dict.fromkeys(names[number] for number in numbers))

@@ -43,16 +43,15 @@ VERSION: Attached[str | None] = Attached("version")
 None where vLLM loads the adapter, and has keys of its own.
 """
 
-_newest: weakref.ref[HasAdapters] | None = None
+_newest: weakref.ref[HashesBlocks] | None = None
 """The scheduler that was made last: of the engine core that makes its hasher next."""
 
 
-class HasAdapters(Protocol):
+class HashesBlocks(Protocol):
     """A scheduler, as far as its engine's hasher needs it."""
 
-    @property
-    def adapters(self) -> Versions | None:
-        """The versions that adapters have; None before they are connected."""
+    def may_hash(self, request: Request) -> bool:
+        """Whether all that a request's keys contain is known; any thread."""
 
 
 class Versions(Protocol):
@@ -62,8 +61,8 @@ class Versions(Protocol):
         """The weights that an adapter has; None: not known yet."""
 
 
-def use_versions_of(scheduler: HasAdapters) -> None:
-    """Has the engine core that is being made hash by the versions that its scheduler knows."""
+def hash_for(scheduler: HashesBlocks) -> None:
+    """Has the engine core that is being made ask its scheduler before it hashes blocks."""
     global _newest
     _newest = weakref.ref(scheduler)
 
@@ -81,21 +80,29 @@ def get_request_block_hasher(
 
 def _hash_blocks(
     hash_blocks: Callable[[Request], list[Any]],
-    scheduler: Callable[[], HasAdapters | None],
+    scheduler: Callable[[], HashesBlocks | None],
     request: Request,
 ) -> list[Any]:
-    """The hashes of a request's new blocks; none before its adapter's weights are known."""
-    if request.lora_request is None or request.block_hashes or VERSION.is_set(request):
-        return hash_blocks(request)
-    # It arrives, on the thread that makes all requests while steps are computed.
+    """The hashes of a request's new blocks; none before all that they contain is known."""
     served = scheduler()
-    adapters = None if served is None else served.adapters
+    return hash_blocks(request) if served is None or served.may_hash(request) else []
+
+
+def is_known(request: Request, adapters: Versions | None) -> bool:
+    """Whether the keys of a request's adapter are known; any thread.
+
+    Args:
+        request: It may have just been made, while steps are computed.
+        adapters: None before they are connected.
+    """
+    if request.lora_request is None or request.block_hashes or VERSION.is_set(request):
+        return True
     version = None if adapters is None else adapters.version(request.lora_request.lora_int_id)
     if version is None or not invocation.is_invoked(request, version):
-        return []
+        return False
     VERSION.set(request, version.digest)
     invocation.activate(request, version.digest)
-    return hash_blocks(request)
+    return True
 
 
 def set_version(request: Request, digest: str) -> bool:

@@ -21,6 +21,7 @@ import operator
 import os
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakSet
@@ -51,8 +52,8 @@ from vllm_multilora.integration.failed_requests import (
     unloaded_stop_reason,
 )
 from vllm_multilora.integration.patching.activation import settings_of
-from vllm_multilora.integration.recording import engine_recorder
-from vllm_multilora.integration.tenant_of_request import take_tenant, tenant_of
+from vllm_multilora.integration.recording import engine_recorder, request_lists
+from vllm_multilora.integration.tenant_of_request import tenant_of
 from vllm_multilora.metrics.request_metrics import RequestMetrics
 from vllm_multilora.slots.fairness.fair_shares import FairShares
 from vllm_multilora.slots.fairness.slot_turns import SlotTurns
@@ -117,6 +118,7 @@ class AdapterAwareMixin:
         self.users = AdapterUsers()
         self.recorder = engine_recorder(vllm_config)
         self.request_metrics = None if self.recorder is None else RequestMetrics(self.recorder)
+        self._lists = None if self.recorder is None else request_lists(vllm_config, self._slots)
         self._blocked = BlockedAdapters(self._turns)
         if isinstance(self.waiting, FCFSRequestQueue | PriorityRequestQueue):
             self.waiting = queue_of(self, FairShares(), lambda request: None)
@@ -124,7 +126,7 @@ class AdapterAwareMixin:
         self._late_reloads = LateReloads()
         self.is_connected = False
         self._executor = _executor_beside(self, vllm_config)
-        prefix_keys.use_versions_of(self)
+        prefix_keys.hash_for(self)
 
     def attach_adapters(self, adapters: EngineAdapters | None) -> None:
         """From now on requests wait for their adapters; None: vLLM loads them."""
@@ -144,6 +146,10 @@ class AdapterAwareMixin:
         self.users.retire(lora_id, limit_s, then)
         self._let_go()
         return self.users[lora_id] > 0
+
+    def may_hash(self, request: Request) -> bool:
+        """As `prefix_keys.HashesBlocks` has it."""
+        return prefix_keys.is_known(request, self.adapters)
 
     def _let_go(self) -> None:
         for each in self.users.let_go():
@@ -167,7 +173,9 @@ class AdapterAwareMixin:
         """
         if self._executor is not None:
             self._executor.connect()  # to workers that serve: after the engine has started
-        lora = _take_in(request)
+        if request.lora_request is not None:
+            request.lora_request = as_sent(request.lora_request)
+        lora = request.lora_request
         self._has_polled = False
         is_new = request.request_id not in self.requests
         super().add_request(request)  # type: ignore[misc]
@@ -352,11 +360,11 @@ class AdapterAwareMixin:
         return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
-        """VLLM's statistics, with the adapters whose requests run and wait."""
-        stats = super().make_stats(*args, **kwargs)  # type: ignore[misc]
-        if stats is not None:
-            self.users.tell(stats, self.running)
-        return stats
+        """VLLM's statistics; says besides which adapters' requests run and wait."""
+        if self._lists is not None:
+            with suppress(OSError):  # an engine must not fail for what it shows
+                self._lists.say(*self.users.lists(self.running))
+        return super().make_stats(*args, **kwargs)  # type: ignore[misc]
 
     def _end_failed(self, output: Any) -> list[tuple[int, EngineCoreOutput]]:
         """Ends requests whose adapter cannot be had, waiting ones and running ones."""
@@ -393,14 +401,6 @@ def _executor_beside(scheduler: AdapterAwareMixin, vllm_config: Any) -> Executor
     if found is not None:
         found.serve(scheduler)
     return found
-
-
-def _take_in(request: Request) -> LoRARequest | None:
-    """Takes a request's tenant out of its trace headers; returns its adapter."""
-    take_tenant(request)
-    if request.lora_request is not None:
-        request.lora_request = as_sent(request.lora_request)
-    return request.lora_request
 
 
 def _unfilled(running: Iterable[Request], adapters: EngineAdapters) -> list[Request]:

@@ -6,22 +6,26 @@ import logging
 from functools import lru_cache
 from typing import Any
 
+from vllm_multilora.integration.engine.requests.tenant_wall import TenantWallMixin, has_wall
 from vllm_multilora.integration.engine.scheduling.fair_scheduler import FairSharesMixin
 from vllm_multilora.integration.engine.scheduling.scheduler import AdapterAwareMixin
-from vllm_multilora.integration.patching.activation import settings_of
+from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
 
 logger = logging.getLogger(__name__)
 
 
-def adapter_aware(scheduler: type, vllm_config: Any) -> type:
-    """The scheduler class of an engine: `AdapterAwareMixin` over the one that vLLM chose.
+def scheduler_over(scheduler: type, vllm_config: Any) -> type:
+    """The scheduler class of an engine, over the one that vLLM chose.
 
-    Where shares are fair, it is a `FairSharesMixin`.
+    Where the plugin loads the adapters it is an `AdapterAwareMixin`, and a `FairSharesMixin` where
+    shares are fair. Where there are tenants, a `TenantWallMixin` stands in front.
     """
-    made = _derived("AdapterAware", AdapterAwareMixin, scheduler)
-    return (
-        _derived("Fair", FairSharesMixin, made) if _shares_fairly(scheduler, vllm_config) else made
-    )
+    made = scheduler
+    if loads_adapters(vllm_config):
+        made = _derived("AdapterAware", AdapterAwareMixin, scheduler)
+        if _shares_fairly(scheduler, vllm_config):
+            made = _derived("Fair", FairSharesMixin, made)
+    return _derived("Walled", TenantWallMixin, made) if has_wall(vllm_config) else made
 
 
 @lru_cache

@@ -24,14 +24,8 @@ CORE_ATTRIBUTES: tuple[str, ...] = (
 """What LoRA serving reads."""
 
 GATEWAY_ATTRIBUTES: tuple[str, ...] = (
-    "vllm.entrypoints.openai.models.serving:OpenAIServingModels._check_load_lora_adapter_request",
-    "vllm.entrypoints.openai.models.serving:OpenAIServingModels._check_unload_lora_adapter_request",
-    "vllm.entrypoints.serve.engine.serving:BaseServing._get_active_default_mm_loras",
-    "vllm.entrypoints.serve.engine.serving:BaseServing._get_message_types",
-    "vllm.entrypoints.speech_to_text.realtime.connection:RealtimeConnection._is_model_validated",
     "vllm.renderers.base:BaseRenderer._executor",
     "vllm.v1.engine.core_client:AsyncMPClient._call_utility_async",
-    "vllm.v1.engine.core_client:AsyncMPClient._ensure_output_queue_task",
 )
 """What the gateway reads."""
 

@@ -53,13 +53,6 @@ REPLACED = (
         "Tenants take no turns on vLLM's threads.",
     ),
     Replaced(
-        "integration.server.start",
-        "models.lora_resolver_lock",
-        "vllm.entrypoints.openai.models.serving:OpenAIServingModels.lora_resolver_lock",
-        "vLLM keeps a lock for every name that was ever asked for.",
-        "Names are resolved before vLLM sees them.",
-    ),
-    Replaced(
         "integration.step.mapping",
         "state.lora_ids",
         "vllm.v1.worker.gpu.lora_utils:LoraState.lora_ids",

@@ -30,6 +30,7 @@ from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server.names import registration
 from vllm_multilora.integration.server.names.pending_looks import PendingLooks
+from vllm_multilora.integration.server.names.public_names import is_reserved, public_names
 from vllm_multilora.integration.server.names.refusals import Refusals
 from vllm_multilora.integration.server.requests import bound_versions, callers
 from vllm_multilora.wording import listed
@@ -125,7 +126,7 @@ class DirectoryServer:
         if served is not None and served.is_admitted:
             return None
         models = self._models
-        if served is None and (name in models.lora_requests or models.is_base_model(name)):
+        if served is None and (name in public_names(models) or models.is_base_model(name)):
             return None
         async with callers.turn_to_read():
             folder = await self._find(name)
@@ -133,7 +134,7 @@ class DirectoryServer:
                 if served is not None:
                     served.is_asked = True
                 return None
-            async with models.lora_resolver_lock[name]:
+            async with registration.lock_of(models, name):
                 served = self._served.get(name)
                 if served is None and (served := self._serve(folder)) is not None:
                     logger.info("Adapter directories: serving %s", name)
@@ -182,21 +183,24 @@ class DirectoryServer:
     def _serve(self, folder: AdapterVersion) -> _Served | None:
         """Takes an adapter into the table of names, unless its name is somebody else's."""
         name, models = folder.name, self._models
+        if is_reserved(models, name):
+            self._directories.tell(f"{folder.path} is not served: {name} is a kind of message part")
+            return None
         is_route = name in (registration.ROUTE_NAMES.get(models) or ())
-        if models.is_base_model(name) or name in models.lora_requests or is_route:
+        if models.is_base_model(name) or name in public_names(models) or is_route:
             self._directories.tell(f"{folder.path} is not served: another model has its name")
             return None
         if self._given_up.get(name) == folder:
             return None
         self._given_up.pop(name, None)
         served = self._served[name] = _Served(folder, _request(folder))
-        models.lora_requests[name] = served.lora
+        public_names(models)[name] = served.lora
         return served
 
     def _withdraw(self, name: str) -> None:
         served = self._served.pop(name)
         if self._is_ours(served):
-            del self._models.lora_requests[name]
+            del public_names(self._models)[name]
             is_known = served.is_admitted or served.is_asked
             # Of several engines, one may have what another could not read.
             if is_known or self._missed.last(served.folder) is not None:
@@ -206,12 +210,12 @@ class DirectoryServer:
                 )
 
     def _is_ours(self, served: _Served) -> bool:
-        return self._models.lora_requests.get(served.folder.name) is served.lora
+        return public_names(self._models).get(served.folder.name) is served.lora
 
     async def _reload_all(self, changed: list[tuple[_Served, AdapterVersion]]) -> None:
         # One at a time: nobody waits for them, and requests may wait for other adapters.
         for served, folder in changed:
-            async with self._models.lora_resolver_lock[folder.name]:
+            async with registration.lock_of(self._models, folder.name):
                 if self._is_ours(served):
                     await self._admit(served, folder)
 
@@ -229,7 +233,7 @@ class DirectoryServer:
             registration.without_waiting(registration.remove_later(self._models, lora))
             return None
         if lora is not served.lora:
-            self._models.lora_requests[folder.name] = lora
+            public_names(self._models)[folder.name] = lora
             if served.is_admitted or served.is_asked:
                 registration.without_waiting(
                     registration.remove_later(self._models, served.lora, _GRACE_S)

@@ -1,36 +1,86 @@
-"""What happens to the model name of a request before vLLM looks it up."""
+"""From the model's name in a request's body to the adapter that is to answer the request."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm import envs
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
+from vllm.exceptions import GracefulHTTPError
+from vllm.lora.request import LoRARequest
 
 from vllm_multilora.adapters.served_names import name_fault
-from vllm_multilora.integration.server.names import blend_names, multimodal, registration, resolvers
+from vllm_multilora.integration.server.names import (
+    blend_names,
+    public_names,
+    registration,
+    resolvers,
+)
 from vllm_multilora.integration.server.names.routes import ROUTES
 from vllm_multilora.integration.server.requests import bound_versions
-from vllm_multilora.integration.server.requests.callers import Caller, current_caller
-from vllm_multilora.integration.server.requests.http_calls import (
-    BLEND_FIELD,
-    current_call,
-    look_for_call,
+from vllm_multilora.integration.server.requests.callers import (
+    Caller,
+    current_caller,
+    error_response,
 )
+from vllm_multilora.integration.server.requests.http_calls import BLEND_FIELD
 from vllm_multilora.integration.server.requests.metering import METER
+from vllm_multilora.tenants.rules import INVOCATIONS
 
-_GENERATES = "Blends of adapters are served by endpoints that generate, not by this one."
+if TYPE_CHECKING:
+    from vllm_multilora.integration.server.requests.http_calls import HttpCall
+
+TAKE_DEFAULTS = ("/chat/completions", "/v1/messages", INVOCATIONS)
+"""Ends of the paths where vLLM applies default adapters."""
 
 
-async def may_use(serving: Any, name: str | None) -> bool:
+@dataclass(frozen=True)
+class Chosen:
+    """What is to answer a request.
+
+    Attributes:
+        name: What the request's `model` has to be for vLLM, where it is no adapter that the plugin
+            manages; None leaves it as the client has sent it.
+        lora: The adapter, in its version; None for all else.
+        rendered: What `/render` calls the adapter, for `/inference/v1/generate` to take.
+    """
+
+    name: str | None = None
+    lora: LoRARequest | None = None
+    rendered: str = ""
+
+
+async def choose(
+    call: HttpCall, models: Any, name: str | None, fields: Mapping[str, Any]
+) -> Chosen | ErrorResponse:
+    """Finds what is to answer a request, and makes sure that it is served.
+
+    Args:
+        call: The request; learns which adapter answers it.
+        models: vLLM's table of models.
+        name: The model that the request names.
+        fields: Those of its body.
+
+    Returns:
+        What answers it, or the answer to a request that is refused.
+    """
+    try:
+        if fields.get(BLEND_FIELD) is not None:
+            return await _choose_blend(call, models, name, fields)
+        return await _choose(call, models, name, fields)
+    except GracefulHTTPError as error:
+        return error_response(HTTPStatus(error.http_status), str(error), "model")
+
+
+async def may_use(models: Any, name: str | None) -> bool:
     """Whether whoever asks may use a model, if there is one of this name.
 
-    Whether the name is a route's is looked up here: until `prepare` nothing changes that.
+    Whether the name is a route's is looked up here: until the request is led, nothing changes that.
     """
-    models, caller = serving.models, current_caller.get()
+    caller = current_caller.get()
     routes, tenant = ROUTES.get(models), None if caller is None else caller.tenant
     if routes is not None and (tenant is None or tenant.mentions(name)):
         await routes.look_for(name)
@@ -40,80 +90,158 @@ async def may_use(serving: Any, name: str | None) -> bool:
     return caller.may_use(name, is_base=is_base, is_route=name in (routes or ()))
 
 
-def unknown(serving: Any, name: str | None) -> ErrorResponse:
+def unknown(models: Any, name: str | None) -> ErrorResponse:
     """The answer of vLLM to a request for a model that does not exist."""
-    answer: ErrorResponse = serving.create_error_response(
-        message=registration.no_such_model(serving.models, name),
-        err_type="NotFoundError",
-        status_code=HTTPStatus.NOT_FOUND,
-        param="model",
-    )
-    return answer
+    return error_response(HTTPStatus.NOT_FOUND, registration.no_such_model(models, name), "model")
 
 
-async def prepare(serving: Any, request: Any) -> ErrorResponse | None:
-    """Puts an adapter's name in the place of a route's, and makes sure that it is served.
+async def _choose(
+    call: HttpCall, models: Any, model: str | None, fields: Mapping[str, Any]
+) -> Chosen | ErrorResponse:
+    routes, caller, acts = ROUTES.get(models), current_caller.get(), acts_for(models)
+    served = public_names.public_names(models)
 
-    Args:
-        serving: One of vLLM's handlers of a route.
-        request: As the client sent it, for a model that it may use; its `model` is replaced where
-            it is a route.
+    def is_name(name: str) -> bool:
+        return models.is_base_model(name) or name in (routes or ())
 
-    Returns:
-        The answer to a request whose adapter cannot be served; None lets vLLM go on.
-    """
-    refusal = await _prepare(serving.models, request)
-    caller = current_caller.get()
-    if caller is None:
+    name, asked = model or "", ""
+    if acts and model:
+        name, asked = bound_versions.split(model, served, is_name=is_name)
+    if not await may_use(models, name):
+        return unknown(models, model)  # whole: whether there is such a name decides what is asked
+    led = None if routes is None else await routes.lead(name, fields)
+    if isinstance(led, ErrorResponse):
+        return _as_shown(led, caller, models, name)
+    if isinstance(led, LoRARequest):
+        return _answered_by(call, models, led, asked, fields, rendered=name)
+    name = led or name
+    lora, is_base = None, not name or models.is_base_model(name)
+    if is_base and acts:
+        for default in _defaults(models, fields):
+            if caller is not None and (refusal := caller.grant(default)) is not None:
+                return refusal
+        if call.path.endswith(TAKE_DEFAULTS):
+            lora = _only_default(models, fields)
+    elif not is_base:
+        refusal = await _find(models, name)
+        is_unknown = refusal is not None and refusal.error.code == HTTPStatus.NOT_FOUND
+        takes_any = takes_any_name() and name not in served
+        if refusal is not None and not (is_unknown and takes_any):
+            return _as_shown(refusal, caller, models, name)
+        lora = served.get(name) if acts else None
+        if lora is None and acts and not takes_any:
+            return unknown(models, name)
+    if caller is not None:
+        if is_base or _lacks_language(call, fields):
+            caller.grant(None)  # the base model says to vLLM which language a recording is in
+        if not is_base and lora is None and (refusal := caller.grant(name)) is not None:
+            return refusal
+    if lora is not None:
+        rendered = f"{name}@{asked}" if asked else lora.lora_name
+        return _answered_by(call, models, lora, asked, fields, rendered=rendered)
+    if (refusal := bound_versions.bind(call, models, name, None, asked)) is not None:
         return refusal
-    if refusal is not None:
-        return _as_shown(refusal, caller, serving.models, request.model)
-    if _lacks_language(request):
-        caller.grant(None)  # the base model says to vLLM which language a recording is in
-    name = request.model
-    if name and not serving.models.is_base_model(name):
-        return caller.grant(name)
-    caller.grant(None)
-    for default in multimodal.default_adapters(serving, request):
-        if (refusal := caller.grant(default)) is not None:
-            return refusal
-    return None
+    return Chosen(led)
 
 
-def _lacks_language(request: Any) -> bool:
-    """Whether it is a recording without its language; any request may have a field so named."""
-    return "language" in getattr(type(request), "model_fields", ()) and request.language is None
+def _answered_by(
+    call: HttpCall,
+    models: Any,
+    lora: LoRARequest,
+    asked: str,
+    fields: Mapping[str, Any],
+    *,
+    rendered: str,
+) -> Chosen | ErrorResponse:
+    caller = current_caller.get()
+    if caller is not None and (refusal := caller.grant(lora.lora_name)) is not None:
+        return refusal
+    refusal = bound_versions.bind(call, models, lora.lora_name, lora, asked)
+    return Chosen(None, lora, rendered) if refusal is None else refusal
 
 
-async def _prepare(models: Any, request: Any) -> ErrorResponse | None:
-    routes = ROUTES.get(models)
-    if routes is not None:
-        refusal = await routes.lead(request)
+async def _choose_blend(
+    call: HttpCall, models: Any, model: str | None, fields: Mapping[str, Any]
+) -> Chosen | ErrorResponse:
+    """The blend that a request's body asks for; as `choose`."""
+    if call.renders or call.is_form:
+        return blend_names.error_response(
+            f"{BLEND_FIELD} is not taken here: ask for a route that leads to the blend."
+        )
+    weights = blend_names.weights_of(models, model, fields.get(BLEND_FIELD))
+    if isinstance(weights, ErrorResponse):
+        return weights
+    served = public_names.public_names(models)
+    for name in weights:
+        if not await may_use(models, name):
+            return unknown(models, name)
+        if name in (ROUTES.get(models) or ()):
+            return blend_names.error_response(
+                f"{BLEND_FIELD}: found the route `{name}`, expected adapters."
+            )
+        refusal = await _find(models, name)
         if refusal is not None:
-            return refusal
-    name = request.model
-    if not name or models.is_base_model(name):
-        return None
-    refusal = await _find(models, name)
-    is_unknown = refusal is not None and refusal.error.code == HTTPStatus.NOT_FOUND
-    if is_unknown and envs.VLLM_SKIP_MODEL_NAME_VALIDATION and name not in models.lora_requests:
-        return None  # it is the base model's, as all are there that are no adapter's
-    return refusal
+            return _as_shown(refusal, current_caller.get(), models, name)
+        if name not in served:
+            return unknown(models, name)
+    blend = blend_names.blend_now(models, weights.items())
+    if blend is None:  # a part was unloaded while another one was looked for
+        return unknown(models, next(name for name in weights if name not in served))
+    return _answered_by(call, models, blend, "", fields, rendered=blend.lora_name)
 
 
 async def _find(models: Any, name: str) -> ErrorResponse | None:
     """As `resolvers.find`, which is not asked for what no adapter can be called."""
-    is_served = name in models.lora_requests
+    is_served = name in public_names.public_names(models)
     if not is_served and registration.acts_for(models) and (fault := name_fault(name)) is not None:
         return registration.no_such_name(name, fault, "model")
     return await resolvers.find(models, name)
 
 
+def _lacks_language(call: HttpCall, fields: Mapping[str, Any]) -> bool:
+    """Whether it is a recording without its language; recordings come as forms."""
+    return call.is_form and not fields.get("language")
+
+
+def _defaults(models: Any, fields: Mapping[str, Any]) -> Set[str]:
+    """The operator's defaults that may answer a base-model request; of a batch, each chat's."""
+    defaults = public_names.defaults_of(models)
+    messages = fields.get("messages") if defaults else None
+    served = public_names.public_names(models)
+    return {name for name in defaults if name in served} & _kinds_in(messages)
+
+
+def _only_default(models: Any, fields: Mapping[str, Any]) -> LoRARequest | None:
+    """The default adapter that vLLM applies to a chat, which has to be its only one."""
+    messages = fields.get("messages") if public_names.defaults_of(models) else None
+    if not isinstance(messages, list) or any(isinstance(each, list) for each in messages):
+        return None
+    found = _defaults(models, fields)
+    return public_names.public_names(models)[min(found)] if len(found) == 1 else None
+
+
+def _kinds_in(messages: Any) -> set[str]:
+    """The kinds of the parts of messages, `image` of `image_url` say, as vLLM tells them."""
+    found: set[str] = set()
+    for message in messages if isinstance(messages, list) else ():
+        if isinstance(message, list):  # a chat of a batch
+            found |= _kinds_in(message)
+            continue
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str):
+                found.add(kind.split("_")[0])
+    return found
+
+
 def _as_shown(
-    refusal: ErrorResponse, caller: Caller, models: Any, name: str | None
+    refusal: ErrorResponse, caller: Caller | None, models: Any, name: str
 ) -> ErrorResponse:
     """A refusal as its caller may see it; others may be shown the same object."""
-    lora = models.lora_requests.get(name)
+    if caller is None:
+        return refusal
+    lora = public_names.public_names(models).get(name)
     folder = None if lora is None else lora.lora_path
     shown = refusal.model_copy(deep=True)
     shown.error.message = caller.shown(shown.error.message, folder)
@@ -125,127 +253,14 @@ def _as_shown(
     return shown
 
 
-def take_asked(serving: Any, request: Any) -> str:
-    """The version that a request asks for, which is taken out of its model's name."""
-    models = serving.models
-    if not _acts_for(models):
-        return ""
-    routes = ROUTES.get(models) or ()
-    return bound_versions.take_asked(
-        models, request, is_name=lambda name: models.is_base_model(name) or name in routes
-    )
+def takes_any_name() -> bool:
+    """Whether the base model answers to names that are no adapter's."""
+    return bool(envs.VLLM_SKIP_MODEL_NAME_VALIDATION)
 
 
-def bind(serving: Any, request: Any, asked: str) -> ErrorResponse | None:
-    """See `versions.bind`; does nothing where the plugin does not act."""
-    return (
-        bound_versions.bind(serving.models, request, asked) if _acts_for(serving.models) else None
-    )
-
-
-def _acts_for(models: Any) -> bool:
+def acts_for(models: Any) -> bool:
+    """Whether the plugin manages the adapters of a server that has started."""
     # Asked for each request: what the server has been given when it started says so at once. A
     # server that only renders prompts has no engine.
     client = getattr(models, "engine_client", None)
     return METER.get(getattr(client, "output_processor", None)) is not None
-
-
-async def _prepare_blend(serving: Any, request: Any) -> ErrorResponse | None:
-    """Puts the blend that a request's body asks for in the base model's place; as `prepare`."""
-    models, caller = serving.models, current_caller.get()
-    weights = blend_names.weights_of(models, request)
-    if isinstance(weights, ErrorResponse):
-        return weights
-    for name in weights:
-        if not await may_use(serving, name):
-            return unknown(serving, name)
-        if name in (ROUTES.get(models) or ()):
-            return blend_names.error_response(
-                f"{BLEND_FIELD}: found the route `{name}`, expected adapters."
-            )
-        refusal = await _find(models, name)
-        if refusal is not None:
-            return refusal if caller is None else _as_shown(refusal, caller, models, name)
-        if name not in models.lora_requests:
-            return unknown(serving, name)
-    blend = blend_names.blend_now(models, weights.items())
-    if blend is None:  # a part was unloaded while another one was looked for
-        return unknown(serving, next(name for name in weights if name not in models.lora_requests))
-    refusal = None if caller is None else caller.grant(blend.lora_name)
-    if refusal is None:
-        blend_names.bind(request, blend)
-    return refusal
-
-
-async def check_model(original: Callable[..., Any], serving: Any, request: Any) -> Any:
-    look_for_call()
-    if blend_names.is_bound(request):
-        return None  # by a look before this one
-    if (refusal := blend_names.dropped()) is not None and _acts_for(serving.models):
-        return refusal
-    if blend_names.is_asked(serving.models, request):
-        refusal = await _prepare_blend(serving, request)
-        return refusal if refusal is not None else bind(serving, request, "")
-    named, asked = request.model, take_asked(serving, request)
-    if not await may_use(serving, request.model):
-        return unknown(serving, named)  # whole: whether there is such a name decides what is taken
-    refusal = await prepare(serving, request)
-    if refusal is None and not blend_names.is_bound(request):
-        refusal = await original(serving, request)
-    if refusal is None:
-        refusal = bind(serving, request, asked)
-    if refusal is None:
-        _name_rendered(request, asked)
-    return refusal
-
-
-def _name_rendered(request: Any, asked: str) -> None:
-    """Has a rendered request name the version that was asked for, and a blend by its route."""
-    call = current_call.get()
-    if call is None or not call.renders:
-        return
-    if blend_names.is_bound(request):
-        request.model = call.route
-    elif asked:
-        request.model = f"{request.model}@{asked}"
-
-
-def check_realtime_model(original: Callable[..., Any], connection: Any, model: str) -> Any:
-    """Checks the model that a WebSocket session names: only the base model answers there."""
-    serving = connection.serving
-    models = serving.models
-    if not _acts_for(models):
-        return original(connection, model)
-    look_for_call()
-    connection._is_model_validated = False  # vLLM validates what is not refused
-    served = (models.lora_requests, ROUTES.get(models) or ())
-    if not isinstance(model, str) or not any(model in names for names in served):
-        return original(connection, model)
-    base = models.base_model_paths[0].name
-    return serving.create_error_response(
-        message=f"/v1/realtime serves no adapters: found the model `{model}`, expected `{base}`.",
-        param="model",
-    )
-
-
-async def check_pooling_model(original: Callable[..., Any], serving: Any, request: Any) -> Any:
-    look_for_call()
-    is_dropped = blend_names.dropped() is not None and _acts_for(serving.models)
-    if is_dropped or blend_names.is_asked(serving.models, request):
-        raise GracefulHTTPError(_GENERATES, HTTPStatus.BAD_REQUEST)
-    if (caller := current_caller.get()) is not None:
-        caller.expect_results(request)
-    named, asked = request.model, take_asked(serving, request)
-    if not await may_use(serving, request.model):
-        # As vLLM does, which looks names up in two places here; and whole, as in `check_model`.
-        raise VLLMNotFoundError(f"The model `{named}` does not exist.")
-    refusal = await prepare(serving, request)
-    if refusal is None and blend_names.is_bound(request):
-        raise GracefulHTTPError(_GENERATES, HTTPStatus.BAD_REQUEST)
-    if refusal is None:
-        answer = await original(serving, request)
-        refusal = bind(serving, request, asked)
-    if refusal is not None:
-        # These handlers answer with exceptions alone.
-        raise GracefulHTTPError(refusal.error.message, HTTPStatus(refusal.error.code))
-    return answer

@@ -7,10 +7,7 @@ from weakref import WeakValueDictionary
 
 
 class LocksInUse:
-    """In the place of vLLM's locks, of which there is one for every name ever asked for.
-
-    Any client can ask for names that there are not, as many and as long as it likes.
-    """
+    """Locks by name, for names that anybody may invent, as many and as long as they like."""
 
     def __init__(self) -> None:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()

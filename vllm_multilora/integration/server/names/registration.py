@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
+from collections.abc import Container, Coroutine, Mapping, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,9 +26,12 @@ from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.integration.failed_requests import STATUS, AdapterRefusedError, without_folder
 from vllm_multilora.integration.server.names import shared_names
+from vllm_multilora.integration.server.names.names_in_use import LocksInUse
+from vllm_multilora.integration.server.names.public_names import is_reserved, public_names
 from vllm_multilora.integration.server.requests import metering
 from vllm_multilora.integration.server.requests.bound_versions import GRACE_S
 from vllm_multilora.integration.server.requests.callers import TYPES
+from vllm_multilora.integration.server.requests.engine_calls import answer_of
 from vllm_multilora.integration.server.requests.engine_door import SEE_OFF
 from vllm_multilora.integration.server.settings.gateway_activation import manages_adapters_behind
 
@@ -41,6 +44,8 @@ _T = TypeVar("_T")
 
 ROUTE_NAMES: Attached[Container[str]] = Attached("route-names")
 """The names of the routes of vLLM's `OpenAIServingModels`, which no adapter may have."""
+
+_LOCKS: Attached[LocksInUse] = Attached("locks")
 
 MOST_ADAPTERS = 65_536
 """Adapters that an API server serves at a time: as many as an engine can know."""
@@ -95,14 +100,38 @@ STATUS_REFUSALS = _described(
 """The same for `GET /v1/lora_adapters`."""
 
 
+def lock_of(models: Any, name: str) -> asyncio.Lock:
+    """The lock of a name, which whoever changes what it stands for has to hold."""
+    return _LOCKS.get_or_make(models, LocksInUse)[name]
+
+
 def acts_for(models: OpenAIServingModels) -> bool:
     """Whether the plugin loads the adapters of the engine behind a server, and not vLLM itself."""
     return manages_adapters_behind(getattr(models, "engine_client", None))
 
 
-async def load_adapter(
-    models: Any, request: Any, base_model_name: str | None
-) -> ErrorResponse | str:
+async def load(models: Any, request: Any) -> ErrorResponse | str:
+    """Loads an adapter, and goes on if the caller gives up: nobody else frees what engines hold.
+
+    vLLM does it where the plugin does not manage the adapters.
+    """
+    if (refusal := name_refusal(models, request.lora_name)) is not None:
+        return refusal
+    if acts_for(models):
+        return await asyncio.shield(in_background(load_adapter(models, request)))
+    answer: ErrorResponse | str = await models.load_lora_adapter(request)
+    return answer
+
+
+async def unload(models: Any, request: Any) -> ErrorResponse | str:
+    """Unloads an adapter; as `load`."""
+    if acts_for(models):
+        return await asyncio.shield(in_background(unload_adapter(models, request)))
+    answer: ErrorResponse | str = await models.unload_lora_adapter(request)
+    return answer
+
+
+async def load_adapter(models: Any, request: Any) -> ErrorResponse | str:
     """`POST /v1/load_lora_adapter`: reads and checks an adapter, and serves it from now on.
 
     A call that has waited while an equal one loaded the adapter succeeds with it.
@@ -115,12 +144,11 @@ async def load_adapter(
     if refusal is not None:
         return refusal
     success = f"Success: LoRA adapter '{name}' added successfully."
-    before = models.lora_requests.get(name)
-    async with models.lora_resolver_lock[name]:
+    before = public_names(models).get(name)
+    async with lock_of(models, name):
         if _has_loaded(models, request, before):
             return success
-        refusal = await models._check_load_lora_adapter_request(request)
-        if refusal is not None:
+        if (refusal := _refuse_load(models, request)) is not None:
             return refusal
         # Always a new number: what was computed with an older version is never taken for this.
         lora = LoRARequest(
@@ -129,8 +157,6 @@ async def load_adapter(
             lora_path=path,
             is_3d_lora_weight=request.is_3d_lora_weight,
         )
-        if base_model_name is not None and models.is_base_model(base_model_name):
-            lora.base_model_name = base_model_name
         refusal = await admit(models, lora)
         if refusal is not None:
             without_waiting(remove(models, lora))  # another engine may have taken it
@@ -142,7 +168,7 @@ async def load_adapter(
 
 def _has_loaded(models: Any, request: Any, before: LoRARequest | None) -> bool:
     """Whether what a call is to load was loaded since its name led to `before`."""
-    loaded = models.lora_requests.get(request.lora_name)
+    loaded = public_names(models).get(request.lora_name)
     return (
         loaded is not None
         and loaded is not before
@@ -160,11 +186,15 @@ async def unload_adapter(models: Any, request: Any) -> ErrorResponse | str:
     """
     if (fault := name_fault(request.lora_name)) is not None:
         return no_such_name(request.lora_name, fault, "lora_name")
-    async with models.lora_resolver_lock[request.lora_name]:
-        refusal = await models._check_unload_lora_adapter_request(request)
-        if refusal is not None:
-            return refusal
-        lora = models.lora_requests.pop(request.lora_name)
+    async with lock_of(models, request.lora_name):
+        lora = public_names(models).get(request.lora_name)
+        if lora is None:
+            return error_response(
+                HTTPStatus.NOT_FOUND,
+                f"The lora adapter '{request.lora_name}' cannot be found.",
+                param="lora_name",
+            )
+        del public_names(models)[request.lora_name]
         await shared_names.retract(models, lora)
     await remove(models, lora)
     without_waiting(remove_later(models, lora))
@@ -188,8 +218,32 @@ def _refuse_text(models: Any, name: str, path: str) -> AdapterErrorResponse | No
     return one_too_many(models, name, "lora_name")
 
 
-def _route_refusal(models: Any, name: str) -> AdapterErrorResponse | None:
-    """The answer where a name is a route's, under which no adapter could be reached."""
+def _refuse_load(models: Any, request: Any) -> AdapterErrorResponse | None:
+    """Why an adapter cannot have its name now; None if it can."""
+    name = request.lora_name
+    if not name or not request.lora_path:
+        message = "Both 'lora_name' and 'lora_path' must be provided."
+    elif models.is_base_model(name):
+        message = f"The lora adapter '{name}' conflicts with a served base model."
+    elif not request.load_inplace and name in public_names(models):
+        message = (
+            f"The lora adapter '{name}' has already been loaded. If you want to load the adapter "
+            f"in place, set 'load_inplace' to True."
+        )
+    else:
+        return None
+    return error_response(HTTPStatus.BAD_REQUEST, message, param="lora_name")
+
+
+def name_refusal(models: Any, name: str) -> AdapterErrorResponse | None:
+    """The answer where an adapter may not have a name: a route's, or a kind of message part."""
+    if is_reserved(models, name):
+        return error_response(
+            HTTPStatus.BAD_REQUEST,
+            f"vLLM applies an adapter that is named {name!r} to all chats with a part of that "
+            f"kind; give it another name",
+            param="lora_name",
+        )
     if name not in (ROUTE_NAMES.get(models) or ()):
         return None
     return error_response(
@@ -202,7 +256,7 @@ def _route_refusal(models: Any, name: str) -> AdapterErrorResponse | None:
 
 def one_too_many(models: Any, name: str, param: str) -> AdapterErrorResponse | None:
     """The answer where the server has as many adapters as it can, and a name is none of theirs."""
-    if name in models.lora_requests or len(models.lora_requests) < MOST_ADAPTERS:
+    if name in public_names(models) or len(public_names(models)) < MOST_ADAPTERS:
         return None
     return error_response(
         HTTPStatus.BAD_REQUEST,
@@ -230,7 +284,8 @@ def no_such_model(models: Any, name: str | None) -> str:
 async def admit(models: Any, lora: LoRARequest) -> AdapterErrorResponse | None:
     """Has the engine read and check an adapter; returns why it cannot be served."""
     try:
-        await models.engine_client.add_lora(lora)
+        client = models.engine_client
+        await answer_of(client.engine_core, client.add_lora(lora))
     except Exception as error:
         return _refusal(lora, error)
     return None
@@ -244,14 +299,14 @@ def is_current(models: Any, lora: LoRARequest) -> bool:
         if blend is None
         else [(part.name, part.number) for part in blend.parts]
     )
-    table = models.lora_requests
+    table = public_names(models)
     return all(name in table and table[name].lora_int_id == number for name, number in named)
 
 
 async def serve(models: Any, lora: LoRARequest) -> None:
     """Has an adapter's name lead to it in all API servers, and frees what it has replaced."""
-    previous = models.lora_requests.get(lora.lora_name)
-    models.lora_requests[lora.lora_name] = lora
+    previous = public_names(models).get(lora.lora_name)
+    public_names(models)[lora.lora_name] = lora
     await shared_names.publish(models, lora)
     # By then the name may lead to another API server's adapter. That server frees what it has
     # replaced itself, but does not know of this one.
@@ -263,7 +318,8 @@ async def serve(models: Any, lora: LoRARequest) -> None:
 async def remove(models: Any, lora: LoRARequest) -> None:
     """Frees an adapter's slot and host memory; returns when its running requests have ended."""
     registered_versions.forget(models.engine_client, lora.lora_int_id)
-    await models.engine_client.engine_core.remove_lora_async(lora.lora_int_id)
+    core = models.engine_client.engine_core
+    await answer_of(core, core.remove_lora_async(lora.lora_int_id))
 
 
 async def remove_later(models: Any, lora: LoRARequest, delay_s: float = GRACE_S) -> None:
@@ -365,20 +421,3 @@ def error_response(
             problems=list(problems),
         )
     )
-
-
-async def load_lora_adapter(
-    original: Callable[..., Any], models: Any, request: Any, base_model_name: str | None = None
-) -> Any:
-    if (refusal := _route_refusal(models, request.lora_name)) is not None:
-        return refusal
-    if acts_for(models):
-        # Whole, for a caller too that gives up meanwhile: else nobody frees what the engine has.
-        return await asyncio.shield(in_background(load_adapter(models, request, base_model_name)))
-    return await original(models, request, base_model_name)
-
-
-async def unload_lora_adapter(original: Callable[..., Any], models: Any, request: Any) -> Any:
-    if acts_for(models):
-        return await asyncio.shield(in_background(unload_adapter(models, request)))  # likewise
-    return await original(models, request)

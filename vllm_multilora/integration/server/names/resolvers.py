@@ -28,6 +28,7 @@ from vllm_multilora.failures import describe_failure
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server.names import adapter_directory, registration
 from vllm_multilora.integration.server.names.pending_looks import PendingLooks
+from vllm_multilora.integration.server.names.public_names import is_reserved, public_names
 from vllm_multilora.integration.server.names.refusals import REFUSALS, Refusals
 from vllm_multilora.integration.server.requests import callers
 
@@ -45,8 +46,10 @@ async def find(models: Any, name: str) -> ErrorResponse | None:
     Returns:
         The answer to the request where it cannot be served.
     """
+    if is_reserved(models, name):
+        return registration.no_such_name(name, "is a kind of message part", "model")
     refusal = await adapter_directory.prepare(models, name)
-    if refusal is None and name not in models.lora_requests:
+    if refusal is None and name not in public_names(models):
         refusal = await prepare(models, name)
     return refusal
 
@@ -62,8 +65,8 @@ async def prepare(models: Any, name: str) -> ErrorResponse | None:
         return None
     if not models.lora_resolvers:
         return None
-    async with callers.turn_to_read(), models.lora_resolver_lock[name]:
-        if models.is_base_model(name) or name in models.lora_requests:
+    async with callers.turn_to_read(), registration.lock_of(models, name):
+        if models.is_base_model(name) or name in public_names(models):
             return None
         refusals = REFUSALS.get_or_make(models, Refusals)
         refusal = refusals.find(name)

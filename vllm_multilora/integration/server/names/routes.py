@@ -1,10 +1,7 @@
 """Routes in an API server: from a public model name to the adapter that answers a request.
 
-A route is resolved where vLLM looks up a request's model name, which every endpoint does, with the
-parsed request at hand: `request.model` is set to the adapter's name, and everything after that is
-vLLM's own handling of adapters. Rewriting bodies before vLLM parses them would require knowing
-every endpoint's format, and parsing each body twice. The answer's `model` names the adapter, as
-OpenAI's names the model behind an alias.
+A route is resolved where the gateway reads the model's name in a request's body, before vLLM does.
+The answer's `model` names the adapter, as OpenAI's names the model behind an alias.
 
 An adapter is unavailable, and a route's fallback answers, if
 
@@ -38,6 +35,7 @@ from vllm_multilora.integration.api_server.failure_delivery import ON_FAILURE
 from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server.names import blend_names, registration, resolvers
+from vllm_multilora.integration.server.names.public_names import public_names
 from vllm_multilora.integration.server.names.refusals import next_pause
 from vllm_multilora.integration.server.requests.callers import (
     Caller,
@@ -121,39 +119,43 @@ class ServerRoutes:
         elif time.monotonic() >= self._due:
             self._begin_refresh()
 
-    async def lead(self, request: Any) -> ErrorResponse | None:
-        """Puts an adapter's name in the place of a route's that is known.
+    async def lead(
+        self, name: str, fields: Mapping[str, Any]
+    ) -> str | LoRARequest | ErrorResponse | None:
+        """Finds what a route leads a request to.
 
         Args:
-            request: One of vLLM's parsed requests.
+            name: What the request names.
+            fields: Those of its body.
 
         Returns:
-            The answer to a request for a route that leads nowhere; None lets vLLM go on.
+            The name of an adapter or of the base model, or a blend; the answer to the request
+            where the route leads nowhere; None where the name is no route's.
         """
-        name = request.model
         target = self._file.value.targets.get(name)
         if target is None:
             return None
         try:
-            candidates = target.candidates(_facts(request), self._turns)
+            candidates = target.candidates(_facts(fields), self._turns)
         except RequestError as error:
             return _error(HTTPStatus.BAD_REQUEST, f"The model `{name}` is a route. {error}.")
         chosen, refusal = await self._choose(name, candidates)
         if chosen is None:
             return refusal
-        call = current_call.get()
+        label = BLENDS if isinstance(chosen, Blended) else chosen
+        COUNTS.count_route(name, label, "chosen" if chosen == candidates[0] else "fallback")
+        found: str | LoRARequest
         if isinstance(chosen, Blended):
             blend = blend_names.blend_now(self._models, chosen.weights)
             assert blend is not None  # nothing was awaited since it was chosen
-            blend_names.bind(request, blend)
             self._note_led(blend.lora_int_id)
+            found = blend
         else:
-            request.model = chosen
-        label = BLENDS if isinstance(chosen, Blended) else chosen
-        COUNTS.count_route(name, label, "chosen" if chosen == candidates[0] else "fallback")
-        if call is not None:
-            call.route, call.adapter = name, request.model
-        return None
+            found = chosen
+        if (call := current_call.get()) is not None:
+            call.route = name
+            call.adapter = found if isinstance(found, str) else found.lora_name
+        return found
 
     def note_failure(self, lora: LoRARequest, failure: LoadFailure) -> None:
         """Takes an adapter out of routes with fallbacks until it has been loaded again."""
@@ -243,7 +245,7 @@ class ServerRoutes:
         refusal = await resolvers.find(models, name)
         if refusal is not None:
             return refusal
-        lora = models.lora_requests.get(name)
+        lora = public_names(models).get(name)
         if lora is None:
             return _error(HTTPStatus.NOT_FOUND, f"there is no adapter `{name}`")
         return self._failure_of(lora)
@@ -265,16 +267,16 @@ class ServerRoutes:
 
     def _is_served(self, name: Candidate) -> bool:
         if isinstance(name, Blended):
-            are_there = all(part in self._models.lora_requests for part, _ in name.weights)
+            are_there = all(part in public_names(self._models) for part, _ in name.weights)
             return are_there and self._no_blends is None
-        return name in self._models.lora_requests or self._models.is_base_model(name)
+        return name in public_names(self._models) or self._models.is_base_model(name)
 
     def _parse(self, file: str, text: str) -> Routes:
         routes = parse_routes(file, text)
         routes.check_names(
             [model.name for model in self._models.base_model_paths], "the base model"
         )
-        routes.check_names(self._models.lora_requests, "an adapter")
+        routes.check_names(public_names(self._models), "an adapter")
         return routes
 
     async def _refresh(self) -> None:
@@ -294,7 +296,7 @@ class ServerRoutes:
 
     def tell_unknown(self) -> None:
         """Logs which routes lead to names that nobody serves."""
-        known = [*self._models.lora_requests, *(m.name for m in self._models.base_model_paths)]
+        known = [*public_names(self._models), *(m.name for m in self._models.base_model_paths)]
         for route, names in self._file.value.unknown(set(known)).items():
             logger.warning(
                 "The route %r leads to names that nobody serves yet: %s", route, ", ".join(names)
@@ -331,12 +333,11 @@ def tell_unknown(models: Any) -> None:
         routes.tell_unknown()
 
 
-def _facts(request: Any) -> RequestFacts:
-    # vLLM's requests take OpenAI's `metadata` as an extra field where they have none of their own.
-    metadata = getattr(request, "metadata", None)
+def _facts(fields: Mapping[str, Any]) -> RequestFacts:
+    metadata = fields.get("metadata")
     call = current_call.get()
     return RequestFacts(
-        user=getattr(request, "user", None),
+        user=fields.get("user"),
         metadata=metadata if isinstance(metadata, Mapping) else {},
         headers={} if call is None else call.headers,
     )

@@ -18,6 +18,7 @@ from vllm.lora.request import LoRARequest
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.integration.api_server import registered_versions
 from vllm_multilora.integration.attached import Attached
+from vllm_multilora.integration.server.names.public_names import public_names
 from vllm_multilora.integration.server.requests.bound_versions import GRACE_S
 from vllm_multilora.integration.updating import SERVER_VARIABLE, UPDATING_VARIABLE
 from vllm_multilora.store.clients.names_client import NamesClient
@@ -112,7 +113,7 @@ class SharedNames:
             self._watch()
 
     def _take(self, message: Published | Retracted) -> None:
-        table = self._models.lora_requests
+        table = public_names(self._models)
         before = table.get(message.name)
         is_there = before is not None and before.lora_int_id == message.adapter
         if is_there == isinstance(message, Published):
@@ -140,7 +141,7 @@ class SharedNames:
         )
 
     def _forget(self, adapter: int) -> None:
-        if all(lora.lora_int_id != adapter for lora in self._models.lora_requests.values()):
+        if all(lora.lora_int_id != adapter for lora in public_names(self._models).values()):
             registered_versions.forget(self._models.engine_client, adapter)
 
 

@@ -19,6 +19,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.exceptions import GracefulHTTPError
 
 from vllm_multilora.integration.failed_requests import without_folders
+from vllm_multilora.integration.seals import SALT_CHARACTERS, Seal, sealed
 from vllm_multilora.tenants.limits import LimitReachedError
 from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.salts import tenant_salt
@@ -72,6 +73,7 @@ class Caller:
         retry_after_s: When a request over the tenant's limits may come again.
         has_turn: Whether it is one of the tenant's running calls.
         most_results: Numbers that the answer to a tenant's pooling call may hold.
+        seal_secret: What seals are made with, which the engine reads.
     """
 
     role: Role
@@ -83,6 +85,7 @@ class Caller:
     retry_after_s: int | None = None
     has_turn: bool = False
     most_results: int = MOST_RESULTS
+    seal_secret: str = ""
     _answers: int = 0
     _scores: int = 0
     _results: int = 0
@@ -168,10 +171,12 @@ class Caller:
         )
         self._bound(count, MOST_SCORES, what)
 
-    def expect_results(self, request: Any) -> None:
-        """Says how a pooling call has its results told; request: vLLM's, of such an endpoint."""
-        is_coheres = hasattr(request, "embedding_types")
-        form = "float" if is_coheres else getattr(request, "encoding_format", None)
+    def expect_results(self, form: str | None) -> None:
+        """Says how a pooling call has its results told.
+
+        Args:
+            form: The call's `encoding_format`; None for an endpoint that has none.
+        """
         self.most_results = MOST_RESULTS_AS.get(form or "", MOST_RESULTS)
 
     def count_results(self, count: int) -> None:
@@ -209,6 +214,19 @@ class Caller:
         """An id that a client has chosen for what the server keeps: another one for each tenant."""
         tenant = self.tenant
         return chosen if tenant is None else tenant_salt(self.secret, tenant.name, chosen)
+
+    def seal(self, own: str | None) -> str:
+        """What tells the engine whose the call is; see `vllm_multilora.integration.seals`.
+
+        Args:
+            own: The salt that the client has chosen; None for none.
+        """
+        tenant = self.tenant
+        name = "" if tenant is None else tenant.name
+        salt = tenant_salt(self.secret, name, own)[:SALT_CHARACTERS] if name or own else ""
+        if tenant is None:
+            return sealed(self.seal_secret, Seal(salt=salt))
+        return sealed(self.seal_secret, Seal(name, tenant.weight, tenant.limits.resident, salt))
 
     def ended(self) -> None:
         """Gives back what the request uses, once it has been answered."""

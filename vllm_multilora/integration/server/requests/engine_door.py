@@ -7,19 +7,18 @@ is refused, whatever let it through before.
 from __future__ import annotations
 
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from vllm.exceptions import VLLMNotFoundError
+from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
 
 from vllm_multilora.adapters.blend import folders_of
 from vllm_multilora.integration.api_server.failure_delivery import HIDDEN_FOLDERS
 from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.server.requests import metering
 from vllm_multilora.integration.server.requests.callers import MOST_SCORES, Caller, current_caller
-from vllm_multilora.integration.server.settings.gateway_activation import manages_adapters
-from vllm_multilora.integration.tenant_of_request import RequestTenant, set_tenant
+from vllm_multilora.integration.server.settings.mounting import GATEWAY, is_gateway_missing
 from vllm_multilora.tenants.limits import Meter
-from vllm_multilora.tenants.salts import tenant_salt
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -40,9 +39,15 @@ def add_request(
     **kwargs: Any,
 ) -> None:
     caller = current_caller.get()
+    if caller is None and is_gateway_missing():
+        raise GracefulHTTPError(
+            f"This server has keys, and its application lacks what enforces them, the middleware "
+            f"{GATEWAY}: start it with `vllm serve`",
+            HTTPStatus.SERVICE_UNAVAILABLE,
+        )
     is_new = request.request_id not in processor.request_states
     if caller is not None:
-        mark(request, caller)
+        require_granted(request, caller)
         caller.count_scores(_scores_of(request))
         if is_new and index == 0 and not metering.is_of_beam_search():
             answers = 1 if parent is None else parent.sampling_params.n
@@ -82,26 +87,8 @@ def _scores_of(request: Any) -> int:
     return int(ids.size)
 
 
-async def send_request(
-    original: Callable[..., Any], client: Any, request: Any, *args: Any, **kwargs: Any
-) -> None:
-    """Hands a request to the output processor, and then to the engine.
-
-    Where it cannot be sent nobody hears of it again: its client has gone, or it holds a number of
-    more than 64 bits or a text that is no Unicode.
-    """
-    processor = client.output_processor
-    is_new = request.request_id not in processor.request_states
-    try:
-        await original(client, request, *args, **kwargs)
-    except BaseException:
-        if is_new and manages_adapters(client.vllm_config):
-            await client.abort(request.request_id, internal=True)
-        raise
-
-
-def mark(request: Any, caller: Caller) -> None:
-    """Says whose a request is, and keeps its cached prefixes among its tenant's.
+def require_granted(request: Any, caller: Caller) -> None:
+    """Refuses what nobody has granted.
 
     Raises:
         VLLMNotFoundError: Nobody has granted the request what would answer it.
@@ -113,9 +100,6 @@ def mark(request: Any, caller: Caller) -> None:
     name = None if adapter is None else adapter.lora_name
     if name not in caller.granted:
         raise VLLMNotFoundError("The model does not exist.")
-    set_tenant(request, RequestTenant(tenant.name, tenant.weight, tenant.limits.resident))
-    request.priority = max(request.priority, 0)  # the lowest comes first; nobody pushes in
-    request.cache_salt = tenant_salt(caller.secret, tenant.name, request.cache_salt)
 
 
 def meter(processor: Any, state: Any) -> Meter:

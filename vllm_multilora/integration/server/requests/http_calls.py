@@ -1,8 +1,7 @@
 """Per-request context shared by the HTTP layer and adapter resolution.
 
-vLLM resolves a request's model name, and runs the request, far below HTTP. A context variable
-reaches every task that works for the request. It carries the request's headers in one direction,
-the adapter and its version in the other.
+vLLM runs a request far below HTTP. A context variable reaches every task that works for it, and
+carries what the gateway knows of the request in one direction, what has computed it in the other.
 """
 
 from __future__ import annotations
@@ -22,6 +21,9 @@ SHOWN_DIGITS = 16
 BLEND_FIELD = "lora_blend"
 """Field of request bodies: a weight for each adapter of a blend."""
 
+RENDERING = "/render"
+"""End of the paths of endpoints whose answers are requests for `/inference/v1/generate`."""
+
 MOST_ERROR = 16_384
 """Characters of an error's text, which may repeat what its request holds."""
 _LONG_RUN = re.compile(r"(\S{256})\S++|(\s{64})\s++")
@@ -29,7 +31,7 @@ _LONG_RUN = re.compile(r"(\S{256})\S++|(\s{64})\s++")
 
 @dataclass
 class HttpCall:
-    """One HTTP request, or one of a batch that a file holds.
+    """One HTTP request, or a WebSocket.
 
     Attributes:
         headers: As the client sent them; names in any case.
@@ -37,12 +39,10 @@ class HttpCall:
         adapter: What the answer names: the adapter, or what a route has led to; None: nothing.
         lora: The adapter in the version that its name stood for; None for the base model.
         digest: The digest of that version, if it is known.
-        invocation: Tokens of which each prompt is refused that lacks them; see `invoked_prompts`.
         asked: The digits of the digest that the client asked for; empty for any version.
         ran: The digest of the weights that have computed the answer; None before that.
-        drops_blend: Whether the body asks for a blend, which the endpoint does not see.
-        renders: Whether the answer is a request for `/inference/v1/generate`.
-        is_http: Whether it came over HTTP.
+        path: Its path, without the server's root path.
+        is_form: Whether its body is a form.
     """
 
     headers: Mapping[str, str]
@@ -50,23 +50,19 @@ class HttpCall:
     adapter: str | None = None
     lora: LoRARequest | None = None
     digest: str | None = None
-    invocation: tuple[int, ...] = ()
     asked: str = ""
     ran: str | None = None
-    drops_blend: bool = False
-    renders: bool = False
-    is_http: bool = True
+    path: str = ""
+    is_form: bool = False
+
+    @property
+    def renders(self) -> bool:
+        """Whether the answer is a request for `/inference/v1/generate`."""
+        return self.path.endswith(RENDERING)
 
 
 current_call: ContextVar[HttpCall | None] = ContextVar("multilora_http_call", default=None)
 """The HTTP request that is being worked for; None outside of any."""
-
-
-def look_for_call() -> None:
-    """Has what did not come over HTTP (`vllm run-batch`, a WebSocket) be a call of its own."""
-    call = current_call.get()
-    if call is None or not call.is_http:
-        current_call.set(HttpCall({}, is_http=False))
 
 
 def sanitize_message(original: Callable[[str], str], message: str) -> str:

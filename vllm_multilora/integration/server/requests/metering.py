@@ -460,11 +460,3 @@ async def beam_search(
             caller.answered(params.beam_width)
         if beam.parts:
             meter.count(usage)
-
-
-def update_scheduler_stats(
-    original: Callable[..., None], processor: Any, scheduler_stats: Any
-) -> None:
-    if METER.get(processor) is None:
-        original(processor, scheduler_stats)
-    # Else the engine core has said it: this process hears of waiting requests too late.

@@ -10,25 +10,19 @@ import contextlib
 import logging
 import os
 import weakref
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Gauge, generate_latest
 from starlette.responses import Response
 from starlette.routing import Route
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.recording import FOLDER_VARIABLE, folder_of, recorder
-from vllm_multilora.integration.server.settings.gateway_activation import (
-    is_active,
-    manages_adapters,
-)
+from vllm_multilora.integration.server.settings.gateway_activation import manages_adapters
 from vllm_multilora.metrics.collector import LoRACollector
 from vllm_multilora.metrics.recorder import Recorder
-from vllm_multilora.metrics.request_lists import RequestLists, labels_of
 from vllm_multilora.metrics.server_counts import COUNTS
 
 if TYPE_CHECKING:
@@ -37,10 +31,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = logging.getLogger(__name__)
-
-LISTS: Attached[Callable[[int, Any], None] | None] = Attached("lists")
-"""What takes the lists of adapters in an engine's statistics, of a `PrometheusStatLogger`; None
-where vLLM's own metric does, as it is."""
 
 _MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 """Where vLLM's API servers keep the values of their metrics, if they share them."""
@@ -88,53 +78,19 @@ def add_routes(app: FastAPI) -> None:
     app.routes[:0] = [Route(path, show_all, include_in_schema=False) for path in paths]
 
 
-def init_stat_loggers(
-    original: Callable[..., None], self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any
-) -> None:
-    original(self, vllm_config, *args, **kwargs)
-    show(vllm_config)
+def hide_stock_lists(client: Any) -> None:
+    """Shows the engines' own lists of adapters with requests in the place of vLLM's.
 
+    vLLM's makes a series of every pair of lists that has ever been, and does not know which
+    adapters' requests wait.
 
-def record(
-    original: Callable[..., None], stats: Any, scheduler_stats: Any, *args: Any, **kwargs: Any
-) -> None:
-    """Records a step in vLLM's metrics; of lists of adapters with requests, the newest alone stay.
-
-    They are those of all engines together. vLLM's own makes a series of every pair of lists.
+    Args:
+        client: vLLM's `AsyncLLM` of an API server.
     """
-    take = LISTS.get_or_make(stats, partial(_taking_lists, stats))
-    original(stats, scheduler_stats, *args, **kwargs)
-    if scheduler_stats is not None and take is not None:
-        take(kwargs.get("engine_idx") or 0, scheduler_stats)
-
-
-def _taking_lists(stats: Any) -> Callable[[int, Any], None] | None:
-    """What is called with an engine's number and statistics after each step; None: nothing."""
-    gauge = stats.gauge_lora_info
-    if gauge is None or not is_active(stats.vllm_config):
-        return None
-    if _MULTIPROCESS not in os.environ:
-        is_ours = hasattr(gauge, "_metrics")  # else Ray's
-        return partial(_show_newest, gauge, stats.max_lora, {}) if is_ours else None
-    if _COLLECTOR.folder is None:
-        return None
-    stats.gauge_lora_info = None  # its files forget nothing
-    return partial(_tell, RequestLists(_COLLECTOR.folder), stats.max_lora)
-
-
-def _show_newest(
-    gauge: Any, slots: int, newest: dict[int, Sequence[Any]], engine: int, scheduler_stats: Any
-) -> None:
-    lists = scheduler_stats.running_lora_adapters, scheduler_stats.waiting_lora_adapters
-    newest[engine] = slots, *map(tuple, lists)
-    labels = labels_of(newest.values())
-    gauge.labels(**labels).set_to_current_time()
-    shown = tuple(labels[name] for name in gauge._labelnames)
-    for old in [each for each in gauge._metrics if each != shown]:
-        gauge.remove(*old)
-
-
-def _tell(lists: RequestLists, slots: int, engine: int, scheduler_stats: Any) -> None:
-    running = scheduler_stats.running_lora_adapters
-    with contextlib.suppress(OSError):  # a server must not fail for what it shows
-        lists.tell(engine, slots, running, scheduler_stats.waiting_lora_adapters)
+    manager = getattr(client, "logger_manager", None)  # there is none without statistics
+    for stats in [] if manager is None or _COLLECTOR.folder is None else manager.stat_loggers:
+        if isinstance(gauge := getattr(stats, "gauge_lora_info", None), Gauge):  # else it is Ray's
+            stats.gauge_lora_info = None
+            with contextlib.suppress(KeyError):  # values in files are shown by another registry
+                REGISTRY.unregister(gauge)
+            _COLLECTOR.show_lists()

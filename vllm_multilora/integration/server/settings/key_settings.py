@@ -28,10 +28,8 @@ from vllm_multilora.tenants.rules import Locks
 
 logger = logging.getLogger(__name__)
 
-SALT_VARIABLE = "MULTILORA_CACHE_SALT"
-"""Tells the API servers of one `vllm serve` the secret of their tenants' salts."""
 COUNT_VARIABLE = "MULTILORA_API_SERVERS"
-"""Tells them how many they are."""
+"""Tells the API servers of one `vllm serve` how many they are."""
 
 MIN_ADMIN_KEY = 16
 

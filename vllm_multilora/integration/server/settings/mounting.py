@@ -19,6 +19,9 @@ GATEWAY = "vllm_multilora.gateway.app.Gateway"
 """The class that vLLM's `--middleware` is given, by its name: nothing here imports it."""
 
 
+_needed: set[str] = set()
+
+
 def mount_gateway(args: argparse.Namespace) -> None:
     """Puts the gateway first among the middlewares in an HTTP server's arguments, once.
 
@@ -36,13 +39,18 @@ def mount_gateway(args: argparse.Namespace) -> None:
         args.middleware = [GATEWAY, *args.middleware]
 
 
-def is_gateway_mounted() -> bool:
-    """Whether vLLM has made an application with the gateway in this process.
+def need_gateway() -> None:
+    """Requires the gateway in this process: without it, nothing would enforce the server's keys."""
+    _needed.add(GATEWAY)
+
+
+def is_gateway_missing() -> bool:
+    """Whether this process needs the gateway, and its application was made without it.
 
     With several API servers vLLM reads each one's arguments before it loads its plugins, so nothing
     of ours has seen them there. vLLM imports each middleware when it makes its application.
     """
-    return GATEWAY.rpartition(".")[0] in sys.modules
+    return bool(_needed) and GATEWAY.rpartition(".")[0] not in sys.modules
 
 
 def settings_in(args: argparse.Namespace) -> MultiLoRAConfig | None:

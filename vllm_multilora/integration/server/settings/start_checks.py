@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from vllm.usage.usage_lib import UsageContext
 
 from vllm_multilora.config import MultiLoRAConfig
+from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.patching.activation import settings_of
+from vllm_multilora.integration.seals import SECRET_VARIABLE
+from vllm_multilora.integration.server.requests import metrics_route
 from vllm_multilora.integration.server.settings.gateway_activation import manages_adapters
-from vllm_multilora.integration.server.settings.key_settings import (
-    COUNT_VARIABLE,
-    SALT_VARIABLE,
-    read_admin_keys,
-)
+from vllm_multilora.integration.server.settings.key_settings import COUNT_VARIABLE, read_admin_keys
+from vllm_multilora.integration.server.settings.mounting import need_gateway
 from vllm_multilora.metering.usage_log import require_writable
 from vllm_multilora.routing import load_routes
 from vllm_multilora.tenants.tenants_file import load_tenants
@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_UNSHARED = (
+    "--multilora-tenants: engines on several machines need a secret that their API servers share. "
+    "Put the same `cache_salt` in the tenants file of each, and let vLLM start the engines "
+    "(--data-parallel-backend mp)"
+)
+
 
 def check(
     vllm_config: VllmConfig,
@@ -35,7 +41,7 @@ def check(
     *,
     is_headless: bool,
 ) -> None:
-    """Checks the gateway's settings.
+    """Checks the gateway's settings, and shows the engine's metrics in this process.
 
     Args:
         vllm_config: Of the engine; the gateway is active for it.
@@ -47,26 +53,45 @@ def check(
         ConfigError: A file that a setting names cannot be used.
     """
     settings = settings_of(vllm_config)
+    if usage_context is UsageContext.OPENAI_BATCH_RUNNER and (idle := _without_http(settings)):
+        logger.warning("No effect in vllm run-batch, which has no HTTP server: %s.", idle)
     is_server = usage_context not in (None, UsageContext.LLM_CLASS) and not is_headless
     if is_server and settings.usage_log is not None and manages_adapters(vllm_config):
         require_writable(Path(settings.usage_log))
     check_routes(settings, engine_args, usage_context)
+    if usage_context is not None:  # else nobody starts an engine with it
+        metrics_route.show(vllm_config)
 
 
-def read_keys(vllm_config: VllmConfig) -> None:
-    """Reads the admin key and the tenants file, and hands API servers what they share.
+def _without_http(settings: MultiLoRAConfig) -> str:
+    """The flags that are given and that only an HTTP server has a use for."""
+    given = {
+        "--multilora-adapter-dir": settings.adapter_dir,
+        "--multilora-routes": settings.routes,
+        "--multilora-usage-log": settings.usage_log,
+    }
+    return ", ".join(flag for flag, value in given.items() if value)
+
+
+def read_keys(vllm_config: VllmConfig, *, is_headless: bool = False) -> None:
+    """Reads the admin key and the tenants file, and hands API servers and engine what they share.
 
     Raises:
-        ConfigError: The admin key or the tenants file cannot be used.
+        ConfigError: The admin key or the tenants file cannot be used, or the engine would not know
+            the secret of the seals.
     """
     settings = settings_of(vllm_config)
+    need_gateway()
     read_admin_keys(settings, os.environ)
     if settings.tenants is not None:
-        load_tenants(settings.tenants)
+        own = load_tenants(settings.tenants).cache_salt
         choose_grammars(vllm_config)
         parallel = vllm_config.parallel_config
+        is_rays = parallel.data_parallel_backend == "ray"
+        if is_rays or (is_headless and own is None):
+            raise ConfigError(_UNSHARED)
         if parallel._api_process_rank < 0 or parallel._api_process_count <= 1:
-            os.environ[SALT_VARIABLE] = secrets.token_hex(32)
+            os.environ[SECRET_VARIABLE] = own or secrets.token_hex(32)
             os.environ[COUNT_VARIABLE] = str(max(1, parallel._api_process_count))
 
 

@@ -1,0 +1,134 @@
+"""Seals the calls that the gateway lets through on a server with tenants.
+
+The engine of such a server answers sealed requests alone
+(`integration/engine/requests/tenant_wall.py`). A seal says whose the call is. It goes in the body's
+`cache_salt` or, on routes without that field, in `X-Request-Id`; there it is taken out of the
+answer again, so that no client can use one elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from typing import TYPE_CHECKING, Any
+
+from starlette.datastructures import Headers, MutableHeaders
+
+from vllm_multilora.gateway.table import TENANT_ROUTES
+
+if TYPE_CHECKING:
+    from starlette.types import Message, Receive, Scope, Send
+
+    from vllm_multilora.integration.server.requests.callers import Caller
+
+SALT_FIELD = "cache_salt"
+ID_HEADER = "x-request-id"
+
+_OPERATORS = frozenset(
+    ("/inference/v1/generate", "/generative_scoring", "/v1/systemone", "/v1/decisions")
+)
+"""Paths with the field that tenants may not call."""
+_WRONG_CHARACTERS = frozenset("@/\\\0")
+_MAX_OWN = 128  # characters; vLLM refuses longer salts
+
+
+def has_salt_field(path: str) -> bool:
+    """Whether the bodies of a path have `cache_salt`."""
+    path = path.rstrip("/")
+    route = TENANT_ROUTES.get(path)
+    return path in _OPERATORS or (route is not None and SALT_FIELD in route.plain)
+
+
+def with_seal(content: dict[str, Any], body: bytes, caller: Caller) -> bytes:
+    """A JSON body with the caller's seal.
+
+    Args:
+        content: What the body holds. A client's own salt divides its cache further; one that vLLM
+            refuses stays, so that vLLM says what is wrong with it.
+        body: The body.
+        caller: Who sends it.
+    """
+    own = content.get(SALT_FIELD)
+    if own is not None and not _is_salt(own):
+        return body
+    seal = caller.seal(own)
+    spliced = None if SALT_FIELD in content else _spliced(body, seal)
+    return spliced or json.dumps({**content, SALT_FIELD: seal}).encode()
+
+
+async def sealed_body(receive: Receive, caller: Caller) -> Receive:
+    """Reads the whole body of a call by somebody other than a tenant, and seals it.
+
+    What is no JSON object is passed on as it is: vLLM refuses it.
+    """
+    messages: list[Message] = [await receive()]
+    while messages[-1].get("more_body", False):
+        messages.append(await receive())
+    last = messages[-1]
+    if last["type"] == "http.request":
+        body = b"".join(message.get("body", b"") for message in messages)
+        try:
+            content = json.loads(body)
+        except (ValueError, RecursionError):
+            content = None
+        if isinstance(content, dict):
+            body = with_seal(content, body, caller)
+        last = {**last, "body": body}
+    parts = [last]
+
+    async def receive_sealed() -> Message:
+        return parts.pop() if parts else await receive()
+
+    return receive_sealed
+
+
+def sealed_by_id(scope: Scope, send: Send, caller: Caller) -> tuple[Scope, Send]:
+    """A call with the caller's seal in its id, and what sends its answer without the seal."""
+    own = Headers(scope=scope).get(ID_HEADER) or secrets.token_hex(16)
+    carried = f"~{caller.seal(None)}~"
+    headers = [pair for pair in scope["headers"] if pair[0] != ID_HEADER.encode()]
+    own = own.replace("~", "-")
+    headers.append((ID_HEADER.encode(), (own + carried).encode("latin-1")))
+    return {**scope, "headers": headers}, _Unsealed(send, carried).send
+
+
+class _Unsealed:
+    """An answer that loses a text wherever vLLM has put it: in an id, in its header and body."""
+
+    def __init__(self, send: Send, text: str) -> None:
+        self._send = send
+        self._text = text
+        self._start: Message | None = None  # held until the length of the body is known
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            if (shown := headers.get(ID_HEADER)) is not None:
+                headers[ID_HEADER] = shown.replace(self._text, "")
+            self._start = message
+            return
+        if message["type"] == "http.response.body":
+            body = message.get("body", b"")
+            message = {**message, "body": body.replace(self._text.encode(), b"")}
+            if self._start is not None:
+                start, self._start = self._start, None
+                headers = MutableHeaders(scope=start)
+                if (length := headers.get("content-length")) is not None:
+                    shorter = len(body) - len(message["body"])
+                    headers["content-length"] = str(int(length) - shorter)
+                await self._send(start)
+        await self._send(message)
+
+
+def _is_salt(own: Any) -> bool:
+    is_text = isinstance(own, str) and 0 < len(own) <= _MAX_OWN
+    return is_text and _WRONG_CHARACTERS.isdisjoint(own)
+
+
+def _spliced(body: bytes, seal: str) -> bytes | None:
+    """A body with a field more, without writing all of it again; None if it is not plain UTF-8."""
+    rest = body.lstrip()[1:]
+    if body.lstrip()[:1] != b"{" or json.detect_encoding(body) != "utf-8":
+        return None
+    comma = b"" if rest.lstrip().startswith(b"}") else b","
+    return b'{"%s":"%s"%s%s' % (SALT_FIELD.encode(), seal.encode(), comma, rest)

@@ -1,0 +1,92 @@
+"""The routes that load and unload adapters, vLLM's and SageMaker's, in the place of vLLM's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, Field
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
+
+from vllm_multilora.integration.server.names import registration
+
+_ALIAS = "x-amzn-sagemaker-adapter-alias"
+
+
+class _Registration(BaseModel):
+    """The body of SageMaker's `POST /adapters`."""
+
+    name: str = Field(min_length=1)
+    src: str = Field(min_length=1)
+    load_inplace: bool = False
+    is_3d_lora_weight: bool = False
+
+
+async def _load(request: LoadLoRAAdapterRequest, raw_request: Request) -> Response:
+    return _answer(await registration.load(_models(raw_request), request))
+
+
+async def _unload(request: UnloadLoRAAdapterRequest, raw_request: Request) -> Response:
+    return _answer(await registration.unload(_models(raw_request), request))
+
+
+async def _register(request: _Registration, raw_request: Request) -> Response:
+    body = LoadLoRAAdapterRequest(
+        lora_name=request.name,
+        lora_path=request.src,
+        load_inplace=request.load_inplace,
+        is_3d_lora_weight=request.is_3d_lora_weight,
+    )
+    return _sagemakers(await _load(body, raw_request), request.name, raw_request, "registered")
+
+
+async def _unregister(adapter_name: str, raw_request: Request) -> Response:
+    body = UnloadLoRAAdapterRequest(lora_name=adapter_name)
+    return _sagemakers(await _unload(body, raw_request), adapter_name, raw_request, "unregistered")
+
+
+_ENDPOINTS: dict[str, Callable[..., Any]] = {
+    "/v1/load_lora_adapter": _load,
+    "/v1/unload_lora_adapter": _unload,
+    "/adapters": _register,
+    "/adapters/{adapter_name}": _unregister,
+}
+
+
+def add_routes(server: FastAPI) -> None:
+    """Puts the routes in the place of vLLM's, of which a server may have none.
+
+    Args:
+        server: vLLM's application.
+    """
+    for route in [*server.router.routes]:
+        if isinstance(route, APIRoute) and route.path in _ENDPOINTS:
+            server.router.routes.remove(route)
+            server.add_api_route(
+                route.path,
+                _ENDPOINTS[route.path],
+                name=route.name,
+                methods=[*route.methods],
+                dependencies=route.dependencies,
+                responses={**route.responses, **registration.REFUSALS},
+            )
+
+
+def _models(raw_request: Request) -> Any:
+    return raw_request.app.state.openai_serving_models
+
+
+def _answer(result: ErrorResponse | str) -> Response:
+    if isinstance(result, ErrorResponse):
+        return JSONResponse(result.model_dump(), result.error.code)
+    return Response(result)
+
+
+def _sagemakers(answer: Response, name: str, raw_request: Request, done: str) -> Response:
+    if answer.status_code != 200:
+        return answer
+    return Response(f"Adapter {raw_request.headers.get(_ALIAS) or name} {done}")
