@@ -32,8 +32,7 @@ from benchmarks.steps.cpu_throughput import (
     random_prompts,
     requested_adapters,
 )
-from vllm_multilora.metering.usage import Usage
-from vllm_multilora.metering.usage_log import UsageLog
+from vllm_multilora.metering.usage_log import Usage, UsageLog
 from vllm_multilora.metrics.adapter_metrics import AdapterMetrics
 from vllm_multilora.metrics.collector import LoRACollector
 from vllm_multilora.metrics.recorder import Recorder

@@ -42,19 +42,18 @@ TENANTS: dict[str, Any] = {
         "adapters": ["acme-*", "shared"],
         "routes": ["acme-route"],
         "weight": 2,
-        "allow": ["grammars", "stored_responses"],
+        "allow": ["grammars"],
     },
-    "zen": {"adapters": ["zen-a", "shared"], "allow": ["stored_responses"]},
+    "zen": {"adapters": ["zen-a", "shared"]},
     "plain": {"base_model": True},
     "narrow": {"adapters": ["shared"], "limits": {"running": 1, "waiting": 1}},
     "thrifty": {"adapters": ["shared"], "limits": {"tokens_per_minute": 60}},
     "picky": {
         "adapters": ["acme-*", "zen-a"],
         "limits": {"adapters": 1},
-        "allow": ["stored_responses"],
     },
     "texts": {"adapters": ["shared"]},
-    "trusted": {"adapters": ["shared"], "allow": ["media", "grammars", "stored_responses"]},
+    "trusted": {"adapters": ["shared"], "allow": ["media", "grammars"]},
 }
 ROUTES = {"routes": {"acme-route": "acme-b", "zen-route": "zen-a", "base-route": BASE}}
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] | trim }} {% endfor %}"

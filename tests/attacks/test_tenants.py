@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.serving.engine import store_folder
 from tests.serving.faults.faulty_reader import FAULT, FAULTY_READER
 from tests.serving.models.cases import Scenario
-from vllm_multilora.gateway.limits.pauses import LONGEST_PAUSE_S, STRANGERS_PER_MINUTE
+from vllm_multilora.gateway.limits.tenant_turns import LONGEST_PAUSE_S, STRANGERS_PER_MINUTE
 from vllm_multilora.store.clients.client import StoreClient
 from vllm_multilora.store.protocol.store_folder import FOLDER_VARIABLE
 from vllm_multilora.store.store_launch import StoreProcess
@@ -363,38 +363,6 @@ def test_errors_name_no_folders(served: TenantServer) -> None:
         assert_status(answer, 400, served)
         assert not any(str(root) in answer.text for root in served.roots)
         assert answer.json()["error"]["problems"]
-
-
-def test_stored_response_of_another_tenant_does_not_exist(served: TenantServer) -> None:
-    path, body = ENDPOINTS["responses"]
-    made = served.request("acme", "POST", path, {"model": "shared", "store": True, **body}).json()
-    place = f"{path}/{made['id']}"
-    follow_up = {"model": "shared", "previous_response_id": made["id"], **body}
-    assert_status(served.request("acme", "GET", place), 200, served)
-    assert_status(served.request("acme", "POST", path, follow_up), 200, served)
-    guessed = "resp_" + "0" * (len(made["id"]) - len("resp_"))
-    for method, where, sent in (
-        ("GET", place, None),
-        ("POST", f"{place}/cancel", None),
-        ("POST", path, follow_up),
-    ):
-        answer = served.request("zen", method, where, sent)
-        assert_status(answer, 404, served)
-        unknown = served.request(
-            "zen",
-            method,
-            where.replace(made["id"], guessed),
-            sent and {**sent, "previous_response_id": guessed},
-        )
-        assert unknown.text == answer.text.replace(made["id"], guessed)
-
-
-def test_tenant_chooses_no_id_for_its_response(served: TenantServer) -> None:
-    path, body = ENDPOINTS["responses"]
-    chosen = {"model": "shared", "store": True, "request_id": "resp_mine", **body}
-    answer = served.request("acme", "POST", path, chosen)
-    assert_status(answer, 400, served)
-    assert "`request_id`" in answer.text
 
 
 def test_long_request_id_in_a_header_is_refused(served: TenantServer) -> None:

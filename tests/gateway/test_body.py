@@ -23,7 +23,6 @@ from vllm_multilora.gateway.body import (
 )
 from vllm_multilora.gateway.fields import MAX_TEXT
 from vllm_multilora.gateway.keys.access import Access
-from vllm_multilora.gateway.stored import UnknownResponseError, new_id, require_own
 from vllm_multilora.gateway.table import TENANT_ROUTES
 from vllm_multilora.integration.server.requests.callers import Caller
 from vllm_multilora.tenants.limits import Account
@@ -154,16 +153,16 @@ RESPONSES = "/v1/responses"
 
 
 @pytest.mark.parametrize(
-    ("body", "allow", "expected"),
+    ("body", "expected"),
     [
-        (b'{"input": "a"}', [], {"input": "a", "store": False}),
-        (b'{"input": "a", "store": null}', [], {"input": "a", "store": False}),
-        (b'{"input":  "a", "store": false}', [], {"input": "a", "store": False}),
+        (b'{"input": "a"}', {"input": "a", "store": False}),
+        (b'{"input": "a", "store": null}', {"input": "a", "store": False}),
+        (b'{"input":  "a", "store": false}', {"input": "a", "store": False}),
     ],
     ids=["left-out", "null", "false"],
 )
-def test_tenants_response_is_not_stored_unless_that_is_allowed(tenants, body, allow, expected):
-    write(tenants, {}, allow=allow)
+def test_tenants_response_is_not_stored(tenants, body, expected):
+    write(tenants, {})
     seen = []
 
     async def reading(scope, receive, send):
@@ -173,30 +172,6 @@ def test_tenants_response_is_not_stored_unless_that_is_allowed(tenants, body, al
     access = Access(tenants_path=str(tenants))
     start = asyncio.run(call(reading, access, RESPONSES, ACME, bodies=parts_of(body)))
     assert (start["status"], seen) == (200, [expected])
-
-
-def test_stored_response_has_an_id_of_its_tenants():
-    def sent(who, body):
-        async def receive():
-            return {"type": "http.request", "body": json.dumps(body).encode()}
-
-        async def read():
-            return await (await read_body(receive, TENANT_ROUTES[RESPONSES], who))()
-
-        return json.loads(asyncio.run(read())["body"])
-
-    acme, zen = (tenant(name, "stored_responses") for name in ("acme", "zen"))
-    first, second = (sent(acme, {"input": "a"})["request_id"] for _ in range(2))
-    assert first != second
-    assert (
-        sent(acme, {"input": "b", "previous_response_id": first})["previous_response_id"] == first
-    )
-    assert sent(acme, {"input": "b", "previous_response_id": None})["request_id"] != first
-    for other in (first, first[:-1], f"{first}0", "resp_", "", "resp_\ud800", new_id(acme)):
-        with pytest.raises(UnknownResponseError):
-            sent(zen, {"input": "b", "previous_response_id": other})
-        with pytest.raises(UnknownResponseError):
-            require_own(zen, other)
 
 
 REPEATS = b'{"echo": %s, "n": %s, "prompt": "%s"}'
@@ -209,14 +184,31 @@ REPEATS = b'{"echo": %s, "n": %s, "prompt": "%s"}'
         (b"true", b"18", 400),
         (b'"yes"', b"18.0", 400),
         (b"1", b'"18"', 400),
-        (b"false", b"18", 200),
-        (b"null", b"18", 200),
+        (b"false", b"18", 400),
+        (b"null", b"16", 200),
         (b"true", b"null", 200),
     ],
     ids=["few", "many", "words", "text", "no-echo", "null", "one-answer"],
 )
 def test_answer_repeats_little_of_its_body(tenants, echo, answers, status):
     body = REPEATS % (echo, answers, b"a" * (1 << 20))
+    assert_answered(tenants, CALLS, body, status)
+
+
+@pytest.mark.parametrize(
+    ("echo", "scores", "status"),
+    [
+        (b"true", b"1", 200),
+        (b"true", b"2", 400),
+        (b"true", b"-1", 400),
+        (b"true", b'"1"', 400),
+        (b"true", b"null", 200),
+        (b"false", b"20", 200),
+    ],
+    ids=["few", "many", "all", "text", "none", "no-echo"],
+)
+def test_answer_tells_few_log_probabilities_of_its_prompt(tenants, echo, scores, status):
+    body = b'{"echo": %s, "logprobs": %s, "prompt": "%s"}' % (echo, scores, b"a" * 30_000)
     assert_answered(tenants, CALLS, body, status)
 
 

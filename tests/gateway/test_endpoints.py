@@ -71,8 +71,7 @@ def test_with_tenants_nothing_else_is_open(path):
 @pytest.mark.parametrize(
     ("path", "endpoint"),
     [
-        ("/v1/responses/resp_1/cancel", Endpoint.STORED),
-        ("/v1/responses/resp_1/cancel/again", Endpoint.OTHER),
+        ("/v1/responses/resp_1/cancel", Endpoint.OTHER),
         ("/v1/responses/brand-new", Endpoint.OTHER),
         ("/score", Endpoint.CALL),
         ("/generative_scoring", Endpoint.OTHER),
@@ -88,15 +87,8 @@ def test_with_tenants_nothing_else_is_open(path):
 )
 def test_what_is_not_known_is_no_tenants(path, endpoint):
     assert endpoint_of("POST", path) is endpoint
-    is_known = endpoint in (Endpoint.CALL, Endpoint.STORED)
-    expected = 200 if is_known else HTTPStatus.FORBIDDEN
+    expected = 200 if endpoint is Endpoint.CALL else HTTPStatus.FORBIDDEN
     assert answer(TENANTS, Role.TENANT, "POST", path) == expected
-
-
-def test_reading_a_stored_response_is_no_call():
-    assert endpoint_of("GET", "/v1/responses/resp_1") is Endpoint.STORED
-    assert answer(TENANTS, Role.TENANT, "GET", "/v1/responses/resp_1") == 200
-    assert answer(TENANTS, Role.STRANGER, "GET", "/v1/responses/resp_1") == 401
 
 
 def test_folders_are_shown_to_operators_where_there_are_any():

@@ -382,9 +382,6 @@ GATED = {
     "counted-tools": (f"{MESSAGES}/count_tokens", {"tools": [{"name": "f"}]}, "grammars"),
     "tokenized-tools": ("/tokenize", {"messages": [], "tools": [TOOL]}, "grammars"),
     "sagemaker": ("/invocations", {"messages": [], "tools": [TOOL]}, "grammars"),
-    "store": (RESPONSES, {"store": True}, "stored_responses"),
-    "background": (RESPONSES, {"background": True}, "stored_responses"),
-    "previous": (RESPONSES, {"previous_response_id": "resp_1"}, "stored_responses"),
 }
 
 

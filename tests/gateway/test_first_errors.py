@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
 
-from vllm_multilora.gateway.first_errors import stop_at_first_errors
+from vllm_multilora.gateway.app import stop_at_first_errors
 
 
 class Body(BaseModel):

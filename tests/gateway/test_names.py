@@ -12,8 +12,7 @@ from starlette.requests import Request
 from vllm.lora.request import LoRARequest
 
 from vllm_multilora.gateway.answers import HttpCallMiddleware
-from vllm_multilora.gateway.names.names_middleware import NamesMiddleware
-from vllm_multilora.gateway.names.version_names import VersionNames
+from vllm_multilora.gateway.names.names_middleware import NamesMiddleware, VersionNames
 from vllm_multilora.integration.server.names.public_names import separate
 from vllm_multilora.integration.server.requests.metering import METER, ServerMeter
 

@@ -13,7 +13,7 @@ from tests.gateway.calls import ACME, ADMIN, CLIENT, call, parts_of, write
 from vllm_multilora.gateway.keys.access import Access
 from vllm_multilora.gateway.keys.middleware import AccessMiddleware
 from vllm_multilora.integration.seals import SALT_CHARACTERS, Seal, opened
-from vllm_multilora.tenants.salts import tenant_salt
+from vllm_multilora.integration.server.requests.callers import tenant_salt
 
 SECRET = "the secret of this start"
 COHERE = "/cohere/v2/chat"

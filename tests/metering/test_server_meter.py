@@ -42,7 +42,7 @@ from vllm_multilora.integration.server.requests.metering import (
     shutdown,
 )
 from vllm_multilora.integration.server.requests.metering import PROMPT as PROMPT_OF
-from vllm_multilora.metering.usage import Status, Usage
+from vllm_multilora.metering.usage_log import Status, Usage
 from vllm_multilora.metrics import server_counts
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role

@@ -12,8 +12,7 @@ import pytest
 
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.metering import usage_log
-from vllm_multilora.metering.usage import Status, Usage
-from vllm_multilora.metering.usage_log import UsageLog
+from vllm_multilora.metering.usage_log import Status, Usage, UsageLog
 
 BIG = 1 << 40
 

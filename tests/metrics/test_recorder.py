@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from vllm_multilora.metering.usage import Usage
+from vllm_multilora.metering.usage_log import Usage
 from vllm_multilora.metrics import definitions as defined
 from vllm_multilora.metrics.adapter_info import TIERS, AdapterInfo
 from vllm_multilora.metrics.label_values import IDLE_S, OTHER, BoundedNames

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from vllm.entrypoints.serve.instrumentator import register_instrumentator_api_routers
 
-from vllm_multilora.gateway import own_routes
+from vllm_multilora.gateway.app import add_routes
 from vllm_multilora.integration.server.requests import metrics_route
 from vllm_multilora.metrics import definitions as defined
 
@@ -77,6 +77,6 @@ def test_one_of_several_api_servers_shows_each_series_once(
     show_slots(str(tmp_path))
     app = FastAPI()
     register_instrumentator_api_routers(app)
-    own_routes.add_routes(app, access=None)
+    add_routes(app, access=None)
     answer = TestClient(app).get(path)
     assert list(series(answer.text).values()) == [1]

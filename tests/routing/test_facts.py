@@ -67,33 +67,3 @@ def test_whatever_is_asked_for_the_answer_is_a_bounded_list_of_tags(text):
 def test_a_value_longer_than_any_name_is_refused_with_a_sentence(source, facts):
     with pytest.raises(BadValueError, match="more than 512 characters"):
         FactSource.parse(source).wanted(RequestFacts(**facts))
-
-
-MESSAGES = [{"role": "user", "content": "hello"}]
-NAMED = {"model": "m", "messages": MESSAGES, "user": "u", "metadata": {"user_id": "u"}}
-"""vLLM makes chat completions of such requests, without what others are led by: so the docs say."""
-
-
-def test_anthropics_requests_can_be_led_by_headers_alone():
-    pytest.importorskip("vllm")
-    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
-    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
-
-    from vllm_multilora.integration.server.names.routes import _facts
-
-    message = AnthropicMessagesRequest.model_validate({**NAMED, "max_tokens": 1})
-    made = AnthropicServingMessages._build_base_request(message, MESSAGES)
-    assert _facts(made) == RequestFacts()
-
-
-def test_coheres_requests_can_be_led_by_headers_alone():
-    pytest.importorskip("vllm")
-    pytest.importorskip("cohere")
-    from vllm.entrypoints.cohere.protocol import CohereChatV2Request
-    from vllm.entrypoints.cohere.serving import CohereServingChatV2
-
-    from vllm_multilora.integration.server.names.routes import _facts
-
-    chat = CohereChatV2Request.model_validate(NAMED)
-    made = CohereServingChatV2._build_base_chat_completion(chat, MESSAGES)
-    assert _facts(made) == RequestFacts()

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from vllm_multilora.routing import RequestFacts, Turns, parse_routes
-from vllm_multilora.routing.shares import sticky_choice, turn_choice
+from vllm_multilora.routing.route_targets import sticky_choice, turn_choice
 
 REQUESTS = 10_000
 USERS = tuple(f"user-{number}" for number in range(REQUESTS))

@@ -29,22 +29,19 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.usage.usage_lib import UsageContext
 
 from tests.gateway.calls import ACME, ADMIN, CLIENT, App, call, write
-from tests.tenants.callers import as_caller
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.documents import DocumentError
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.gateway.endpoints import route_path
 from vllm_multilora.gateway.keys import access as access_module
 from vllm_multilora.gateway.keys import middleware
 from vllm_multilora.gateway.keys.access import Access, access_for
 from vllm_multilora.gateway.keys.middleware import AccessMiddleware, presented_key
 from vllm_multilora.gateway.limits import list_answers
 from vllm_multilora.gateway.limits.tenant_turns import turn_of
-from vllm_multilora.gateway.paths import route_path
 from vllm_multilora.gateway.refused_answers import error_answer
-from vllm_multilora.gateway.stored import new_id
 from vllm_multilora.integration.engine_config import check_access
 from vllm_multilora.integration.failed_requests import without_folders
-from vllm_multilora.integration.patching.patch import Patch
 from vllm_multilora.integration.seals import SECRET_VARIABLE
 from vllm_multilora.integration.server.requests import engine_door
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller, turn_to_read
@@ -52,10 +49,6 @@ from vllm_multilora.integration.server.requests.metering import METER, ServerMet
 from vllm_multilora.integration.server.settings import mounting
 from vllm_multilora.integration.server.settings.key_settings import read_admin_keys
 from vllm_multilora.integration.server.settings.mounting import mount_gateway
-from vllm_multilora.integration.server.start import (
-    require_guards,
-    share_threads,
-)
 from vllm_multilora.store.store_launch import environment
 from vllm_multilora.tenants.keys import ADMIN_KEY_VARIABLE, KeyRing, stored
 from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account, Pace, TokenBucket
@@ -66,7 +59,7 @@ from vllm_multilora.tenants.tenant import Tenant, TenantLimits, Tenants
 @pytest.fixture
 def tenants(tmp_path):
     path = tmp_path / "tenants.json"
-    write(path, {}, allow=["stored_responses"])
+    write(path, {})
     return path
 
 
@@ -316,7 +309,7 @@ def slept(monkeypatch):
     return seconds, clock
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/lora_adapters", "/v1/responses/{}"])
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/lora_adapters"])
 def test_a_tenants_lists_take_a_small_part_of_the_time(tenants, slept, path):
     """Some have thousands of adapters, and list them on many connections at once."""
     done, clock = slept
@@ -335,11 +328,10 @@ def test_a_tenants_lists_take_a_small_part_of_the_time(tenants, slept, path):
 
     access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
     access.caller(ACME).account.listing = defaultdict(lambda: Pace(lambda: 0.0))
-    place = path.format(new_id(access.caller(ACME)))
 
     async def ask(*keys):
         others = asyncio.create_task(work())
-        await asyncio.gather(*(call(app, access, place, key, "GET") for key in keys))
+        await asyncio.gather(*(call(app, access, path, key, "GET") for key in keys))
         others.cancel()
 
     async def check():
@@ -350,24 +342,6 @@ def test_a_tenants_lists_take_a_small_part_of_the_time(tenants, slept, path):
         assert done == [0.2, "listed", 0.2, "listed"]
 
     asyncio.run(check())
-
-
-def test_a_tenants_stored_events_take_a_small_part_of_the_time(tenants, slept):
-    """A response of thousands of tokens has as many, and each reader has a stream of its own."""
-    paused, clock = slept
-
-    async def app(scope, receive, send):
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        for _ in range(4):
-            clock.now += 0.01
-            await send({"type": "http.response.body", "body": b"event", "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    access = Access(tenants_path=str(tenants))
-    access.caller(ACME).account.listing = defaultdict(lambda: Pace(lambda: clock.now + sum(paused)))
-    place = f"/v1/responses/{new_id(access.caller(ACME))}"
-    asyncio.run(call(app, access, place, ACME, "GET"))
-    assert paused == [0.39, 0.19]  # twenty times what two events took, and one, less the next one
 
 
 def test_a_list_waits_for_no_reader_of_another_one(tenants):
@@ -967,23 +941,6 @@ def test_a_server_whose_front_end_loads_no_plugins_does_not_start_with_tenants(
         check_access(engine(tenants), UsageContext.OPENAI_API_SERVER)
 
 
-def models(lora=True, **settings):
-    lora_config = SimpleNamespace() if lora else None
-    config = SimpleNamespace(additional_config={"multilora": settings}, lora_config=lora_config)
-    return SimpleNamespace(engine_client=SimpleNamespace(vllm_config=config))
-
-
-@pytest.mark.parametrize("setting", ["tenants", "admin_key_file"])
-def test_a_server_whose_vllm_lacks_a_guard_does_not_start_with_keys(monkeypatch, setting):
-    importlib.import_module("vllm_multilora.gateway.app")  # as vLLM imports middlewares
-    monkeypatch.setattr(Patch, "apply", lambda self: self.name != "engine-door")
-    require_guards(models())
-    with pytest.raises(ConfigError, match="lacks what the patches engine-door need"):
-        require_guards(models(**{setting: "file"}))
-    monkeypatch.setattr(Patch, "apply", lambda self: True)
-    require_guards(models(**{setting: "file"}))
-
-
 def test_server_with_keys_and_without_the_gateway_answers_nobody(tenants, monkeypatch):
     """Whatever has made its application from other arguments than vLLM's."""
     sent = []
@@ -1002,17 +959,6 @@ def test_server_with_keys_and_without_the_gateway_answers_nobody(tenants, monkey
     importlib.import_module("vllm_multilora.gateway.app")  # as vLLM imports middlewares
     answer()
     assert len(sent) == 2
-
-
-def test_an_admin_key_of_the_environment_stops_no_server_without_adapters(monkeypatch):
-    importlib.import_module("vllm_multilora.gateway.app")  # as vLLM imports middlewares
-    monkeypatch.setattr(Patch, "apply", lambda self: self.name != "engine-door")
-    monkeypatch.setenv("MULTILORA_ADMIN_KEY", ADMIN)
-    with pytest.raises(ConfigError, match="lacks what the patches engine-door need"):
-        require_guards(models())
-    require_guards(models(lora=False))
-    monkeypatch.setenv("MULTILORA_ADMIN_KEY", " ")
-    require_guards(models())
 
 
 def test_a_file_that_cannot_be_used_stops_the_start(tenants):
@@ -1048,21 +994,6 @@ def test_server_with_tenants_whose_engines_ray_starts_is_refused(tenants):
     config.parallel_config.data_parallel_backend = "ray"
     with pytest.raises(ConfigError, match="--data-parallel-backend mp"):
         check_access(config, UsageContext.OPENAI_API_SERVER)
-
-
-def test_no_tenants_request_chooses_the_grammars_of_all(tenants, monkeypatch):
-    """VLLM's `auto` takes what the first request needs, and fails others for good."""
-    monkeypatch.setenv("MULTILORA_CACHE_SALT", "")
-    monkeypatch.setenv("MULTILORA_API_SERVERS", "")
-    for chosen, expected in (("auto", "xgrammar"), ("guidance", "guidance")):
-        config = engine(tenants)
-        config.structured_outputs_config.backend = chosen
-        check_access(config, UsageContext.OPENAI_API_SERVER)
-        assert config.structured_outputs_config.backend == expected
-        config.structured_outputs_config.backend = chosen
-        config.additional_config = {"multilora": {}}
-        check_access(config, UsageContext.OPENAI_API_SERVER)
-        assert config.structured_outputs_config.backend == chosen
 
 
 def test_a_store_is_started_without_the_keys_of_servers(monkeypatch):
@@ -1121,38 +1052,3 @@ def test_few_adapters_of_a_tenant_are_read_for_the_first_time_at_once():
         "operator": 20,
         "without keys": 20,
     }
-
-
-@pytest.mark.smoke
-def test_texts_do_not_wait_for_threads_that_vllm_has_given_up():
-    """Where a chat's template takes too long, others have threads of their own from then on."""
-    from vllm.renderers import base, hf
-
-    if not hasattr(base, "_SwappableExecutor"):
-        pytest.skip("vLLM 0.31 waits for its threads")
-    renderer = hf.HfRenderer.__new__(hf.HfRenderer)
-    renderer.model_config = SimpleNamespace(renderer_num_workers=1)
-    renderer._executor = base._SwappableExecutor(1)
-    share_threads(renderer)
-    stuck, held, order = threading.Event(), threading.Event(), []
-
-    def submit(who, work=order.append):
-        caller = Caller(Role.TENANT, account=Account(Tenant(who)))
-        return as_caller(caller, lambda: renderer._executor.submit(work, who))
-
-    try:
-        submit("a", lambda _: stuck.wait(60))
-        left = [submit(who) for who in "ab"]
-        renderer._replace_executor()
-        for each in left:
-            each.result(20)
-        submit("a", lambda _: held.wait(60))
-        asked = [submit(who) for who in "aab"]
-        held.set()
-        for each in asked:
-            each.result(20)
-        assert sorted(order[:2]) == ["a", "b"]
-        assert order[2:].index("b") <= 1
-    finally:
-        stuck.set()
-    renderer._executor.shutdown()

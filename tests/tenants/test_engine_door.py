@@ -1,8 +1,6 @@
 """What no check has granted does not reach the engine, and what does is marked as its tenant's."""
 
-import asyncio
 import re
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
@@ -10,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytest.importorskip("vllm")
@@ -27,14 +24,11 @@ from vllm_multilora.integration.api_server.failure_delivery import HIDDEN_FOLDER
 from vllm_multilora.integration.server.requests import metering
 from vllm_multilora.integration.server.requests.callers import (
     MOST_ANSWERS,
-    MOST_BYTES,
-    MOST_SCORES,
     Caller,
-    current_caller,
 )
 from vllm_multilora.integration.server.requests.engine_door import add_request
 from vllm_multilora.integration.server.requests.metering import METER, ServerMeter
-from vllm_multilora.metering.usage import Usage
+from vllm_multilora.metering.usage_log import Usage
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import Tenant, TenantLimits
@@ -226,99 +220,12 @@ def test_a_tenants_answers_count_until_each_has_ended():
         ask(first, 9)
 
 
-def test_a_tenants_call_wants_few_enough_scores_to_tell_them_in_a_moment():
-    """Scores count per prompt token and per answer; one per word of the vocabulary is too many."""
-
-    def ask(who: Caller | None, number: int, most: int, tokens: int) -> None:
-        params = SamplingParams(prompt_logprobs=most)
-        request = Request(None, request_id=str(number))
-        request.sampling_params, request.prompt_token_ids = params, [1] * tokens
-        send(who, processor, request)
-
-    for who in (None, Caller(Role.CLIENT), tenant("acme")):
-        processor = Processor()
-        ask(who, 0, 1, MOST_SCORES // 4)
-        ask(who, 1, 15, MOST_SCORES // 32)
-        if who is None or who.tenant is None:
-            ask(who, 2, -1, 1)
-            continue
-        for most in (0, -1):
-            with pytest.raises(GracefulHTTPError, match="65536 log probabilities"):
-                ask(who, 2, most, 1)
-        assert list(processor.request_states) == ["0", "1"]
-
-
-@pytest.mark.parametrize("is_list", [True, False], ids=["as of vLLM 0.31", "as of later ones"])
-def test_scores_of_given_tokens_are_one_of_each_for_each_of_the_prompts(is_list):
-    params = SamplingParams()
-    given = [1] * 256
-    params.prompt_logprob_token_ids = given if is_list else np.array([given] * 256)
-    request = Request(None, request_id="0", prompt_token_ids=[1] * 256, sampling_params=params)
-    who = tenant("acme")
-    send(who, Processor(), request)
-    request.request_id = "1"
-    with pytest.raises(GracefulHTTPError, match="65536 log probabilities"):
-        send(who, Processor(), request)
-
-
-def test_a_tenants_call_sends_the_engine_little_enough_to_take_it_in_in_a_moment():
-    """A prompt and what comes with it are sent once for each answer."""
-    prompt = [1] * (MOST_BYTES // 1_000)  # one byte each
-    parent = SimpleNamespace(sampling_params=SimpleNamespace(n=990))
-
-    def begin(who: Caller | None, number: int, parent: Any) -> None:
-        request = Request(request_id=str(number), prompt_token_ids=prompt)
-        add = Processor.add
-        as_caller(who, lambda: add_request(add, processor, request, None, parent, 0))
-
-    for who in (None, Caller(Role.CLIENT), tenant("acme")):
-        processor = Processor()
-        begin(who, 0, parent)
-        if who is None or who.tenant is None:
-            begin(who, 1, parent)
-            continue
-        with pytest.raises(GracefulHTTPError, match="16777216 bytes"):
-            begin(who, 1, parent)
-        assert list(processor.request_states) == ["0"]
-
-
 def test_there_is_room_in_vllms_second_model_runner_for_what_is_let_through():
     source = Path(vllm.__file__).with_name("v1") / "worker/gpu/sample/logit_bias.py"
     found = re.findall(r"^MAX_NUM_(\w+) = (\d+)$", source.read_text(), re.MULTILINE)
     room = {name: int(number) for name, number in found}
     assert room["LOGIT_BIAS_TOKENS"] >= MAX_ITEMS["logit_bias"]
     assert room["STOP_TOKEN_IDS"] > MAX_ITEMS["stop_token_ids"]  # the model's own are among these
-
-
-def test_a_tenants_call_wants_as_many_answers_as_its_beam_searches_are_wide():
-    """However many prompts it has: one by one they are begun as quickly as plain ones."""
-
-    async def search(*given: Any) -> AsyncIterator[Any]:
-        yield SimpleNamespace(prompt_token_ids=[1], outputs=[])
-
-    processor = SimpleNamespace()
-    METER.set(processor, ServerMeter(None))
-    serving = SimpleNamespace(engine_client=SimpleNamespace(output_processor=processor))
-    params, prompt = SimpleNamespace(beam_width=MOST_ANSWERS // 2), [1]
-
-    def ask() -> AsyncIterator[Any]:
-        return metering.beam_search(search, serving, prompt, "beams", params)
-
-    async def call() -> None:
-        current_caller.set(tenant("acme"))
-        first, second = ask(), ask()
-        await anext(first)
-        await anext(second)
-        with pytest.raises(GracefulHTTPError, match="2048 answers"):
-            await anext(ask())
-        assert [_ async for _ in first] == []
-        await anext(ask())
-        current_caller.set(tenant("acme"))
-        prompt.extend([1] * (MOST_BYTES // params.beam_width))
-        with pytest.raises(GracefulHTTPError, match="16777216 bytes"):
-            await anext(ask())
-
-    asyncio.run(call())
 
 
 def test_a_tenant_ends_no_requests_but_its_own():

@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 
+from vllm_multilora.integration.server.requests.callers import tenant_salt
 from vllm_multilora.tenants.limits import Account, LimitReachedError, Meter, Pace, TokenBucket
-from vllm_multilora.tenants.salts import tenant_salt
 from vllm_multilora.tenants.tenant import Tenant, TenantLimits
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from vllm_multilora.integration.seals import MAX_SEAL_CHARACTERS, Seal, opened, sealed
-from vllm_multilora.tenants.salts import tenant_salt
+from vllm_multilora.integration.server.requests.callers import tenant_salt
 
 SECRET = "0123456789abcdef"
 SEALS = {

@@ -165,7 +165,7 @@ def test_circles_are_found():
 
 
 GATEWAY_IN_CORE = {
-    ("metrics.server_counts", "metering.usage"),
+    ("metrics.server_counts", "metering.usage_log"),
 }
 """What the core still has of the gateway: this list may only get shorter."""
 

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 
-from vllm_multilora.gateway.paths import route_path
+from vllm_multilora.gateway.endpoints import route_path
 from vllm_multilora.integration.server.requests.http_calls import (
     SHOWN_DIGITS,
     HttpCall,

@@ -10,24 +10,33 @@ import logging
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+from pydantic_core import SchemaValidator
+
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.gateway.answers import HttpCallMiddleware
+from vllm_multilora.gateway.endpoints import route_path
 from vllm_multilora.gateway.failed_streams import FailedStreamsMiddleware
-from vllm_multilora.gateway.first_errors import stop_at_first_errors
-from vllm_multilora.gateway.keys.access import access_for
+from vllm_multilora.gateway.keys.access import Access, access_for
 from vllm_multilora.gateway.keys.middleware import AccessMiddleware
+from vllm_multilora.gateway.names import models_list
 from vllm_multilora.gateway.names.names_middleware import NamesMiddleware
-from vllm_multilora.gateway.own_routes import add_routes
-from vllm_multilora.gateway.paths import route_path
 from vllm_multilora.gateway.refused_answers import error_answer
+from vllm_multilora.gateway.status import page
+from vllm_multilora.gateway.status.status_route import AdaptersRoute
 from vllm_multilora.integration.logs import join_vllm_logging
+from vllm_multilora.integration.server.names import registration_routes
+from vllm_multilora.integration.server.requests import metrics_route
 from vllm_multilora.integration.server.start import start
 from vllm_multilora.wording import CONTROLS
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
+
+_OF_MANY = ("list", "tuple", "set", "frozenset", "dict")
+_NOT_OF_SCHEMA = ("default", "metadata")
 
 
 class Gateway:
@@ -83,3 +92,50 @@ class Gateway:
                     stop_at_first_errors(server)
             self._inner = inner
         return self._inner
+
+
+def add_routes(server: FastAPI, access: Access | None) -> None:
+    """Adds this plugin's routes to vLLM's application, behind vLLM's own checks.
+
+    Args:
+        server: vLLM's application, with its own routes.
+        access: Whose keys the server knows; None where it has none.
+    """
+    AdaptersRoute(access).add_to(server)
+    page.add_route(server)
+    models_list.add_route(server)
+    metrics_route.add_routes(server)
+    registration_routes.add_routes(server)
+
+
+def stop_at_first_errors(app: Any) -> None:
+    """Has a server look no further in a list or an object of any fields that holds something wrong.
+
+    vLLM says of each item of a list what is wrong with it, for each kind of item that there might
+    be: of five thousand in `/v1/responses`, which are fifteen kilobytes, it takes seconds for that,
+    in which nobody is answered, and six gigabytes of memory.
+
+    Args:
+        app: vLLM's, with all its routes.
+    """
+    for route in app.routes:
+        dependant = getattr(route, "dependant", None)
+        for field in [] if dependant is None else dependant.body_params:
+            if (adapter := getattr(field, "_type_adapter", None)) is None:
+                logger.warning("vLLM says of all in a list what is wrong: FastAPI is not as known.")
+                return
+            adapter.validator = SchemaValidator(
+                _failing_fast(adapter.core_schema), _use_prebuilt=False
+            )
+
+
+def _failing_fast(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_failing_fast(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {
+        key: value if key in _NOT_OF_SCHEMA else _failing_fast(value)
+        for key, value in schema.items()
+    }
+    return {**made, "fail_fast": True} if made.get("type") in _OF_MANY else made

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.gateway.fields import FieldError, check_body
 from vllm_multilora.gateway.sealed_bodies import SALT_FIELD, with_seal
-from vllm_multilora.gateway.stored import ID_FIELD, PREVIOUS_FIELD, new_id, require_own
 from vllm_multilora.gateway.table import Route
-from vllm_multilora.tenants.tenant import MEDIA, STORED_RESPONSES
+from vllm_multilora.tenants.tenant import MEDIA
 
 if TYPE_CHECKING:
     from starlette.types import Message, Receive
@@ -38,7 +37,11 @@ MAX_TOKENS_TOLD = 128 << 10
 """Values in all where text is made of tokens: 20 us each, on the thread that all texts share."""
 
 MAX_REPEATED_BYTES = 16 << 20
-"""Bytes of a body that its answer repeats, while nobody else is answered."""
+"""Bytes of a body that go to the engine again for each answer but the first, or come back with
+`echo`, while nobody else is answered."""
+
+MAX_ECHOED_SCORES = 65_536
+"""Log probabilities of a prompt's tokens, for which `echo` asks; a token has a byte at least."""
 
 _NUMBER_BYTES = b"0123456789+-.eE \t\r\n"
 
@@ -64,7 +67,6 @@ async def read_body(receive: Receive, route: Route, caller: Caller) -> Receive:
     Raises:
         LargeBodyError: There is too much in the body.
         FieldError: Something in it is not allowed.
-        UnknownResponseError: It goes on with a response that is not the tenant's.
     """
     max_bytes = MAX_MEDIA_BODY_BYTES if MEDIA in allowed(caller) else MAX_BODY_BYTES
     parts = await _read_parts(receive, max_bytes)
@@ -121,9 +123,6 @@ def _checked(body: bytes, route: Route, caller: Caller) -> bytes:
         raise FieldError("The body is not JSON.") from None
     changes = check_body(content, route, allow)
     _require_few_repeats(content, len(body))
-    if STORED_RESPONSES in allow and PREVIOUS_FIELD in route.gated:
-        require_own(caller, content.get(PREVIOUS_FIELD))
-        changes[ID_FIELD] = new_id(caller)
     if changes:
         content = {**content, **changes}
         body = json.dumps(content).encode()
@@ -131,18 +130,26 @@ def _checked(body: bytes, route: Route, caller: Caller) -> bytes:
 
 
 def _require_few_repeats(content: dict[str, Any], size: int) -> None:
-    """Looks at what an answer repeats: with `echo`, the prompt or the last message each time.
+    """Looks at what is sent or told once for each answer.
 
     Args:
         content: A body that the table allows.
         size: Its bytes, of which a template may take few.
     """
     repeated = size * ((content.get("n") or 1) - 1)
-    if content.get("echo") and repeated > MAX_REPEATED_BYTES:
+    if repeated > MAX_REPEATED_BYTES:
         raise FieldError(
-            f"Bytes of the body that its answer would repeat, for all answers but the first: found "
+            f"Bytes of the body that would be repeated for all answers but the first: found "
             f"{repeated}, expected {MAX_REPEATED_BYTES} at most.",
-            "echo",
+            "n",
+        )
+    scores = content.get("logprobs") if content.get("echo") else None
+    is_few = isinstance(scores, int) and 0 <= scores < MAX_ECHOED_SCORES // size
+    if not (scores is None or is_few):
+        raise FieldError(
+            f"`logprobs`: found {str(scores)[:20]} with `echo` in a body of {size} bytes, expected "
+            f"fewer than {MAX_ECHOED_SCORES // size}.",
+            "logprobs",
         )
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from vllm_multilora.gateway.table import TENANT_ROUTES, Route
 from vllm_multilora.tenants.rules import STATUS, STATUS_PAGE, Endpoint
-from vllm_multilora.tenants.tenant import STORED_RESPONSES
 
 _HEALTH = ("/health", "/ping")
 _MANAGE = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _SAGEMAKER_ADAPTERS = "/adapters"
 _MODELS = "/v1/models"
-_CANCEL = "/cancel"
-_STORED_RESPONSE = re.compile(rf"/v1/responses/[^/]+({_CANCEL})?")
 
 
 def endpoint_of(method: str, path: str) -> Endpoint:
@@ -37,10 +34,6 @@ def endpoint_of(method: str, path: str) -> Endpoint:
         return Endpoint.MODELS
     if method == "POST" and path in TENANT_ROUTES:
         return Endpoint.CALL
-    if _STORED_RESPONSE.fullmatch(path):
-        is_read = method == "GET" and not path.endswith(_CANCEL)
-        is_cancelled = method == "POST" and path.endswith(_CANCEL)
-        return Endpoint.STORED if is_read or is_cancelled else Endpoint.OTHER
     return Endpoint.OTHER
 
 
@@ -51,7 +44,13 @@ def called_route(path: str) -> Route:
 
 def refused_word(endpoint: Endpoint, path: str, allow: Collection[str]) -> str | None:
     """The word that a tenant lacks for a path that tenants may call; None where it lacks none."""
-    word = STORED_RESPONSES if endpoint is Endpoint.STORED else None
-    if endpoint is Endpoint.CALL:
-        word = called_route(path).word
+    word = called_route(path).word if endpoint is Endpoint.CALL else None
     return None if word is None or word in allow else word
+
+
+def route_path(scope: Mapping[str, Any]) -> str:
+    """The path by which Starlette finds a route: without the root path that a proxy has added."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    if root and (path == root or path.startswith(f"{root}/")):
+        return path[len(root) :]
+    return path

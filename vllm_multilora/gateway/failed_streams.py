@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
-from vllm_multilora.gateway.paths import route_path
+from vllm_multilora.gateway.endpoints import route_path
 from vllm_multilora.gateway.refused_answers import error_answer
 from vllm_multilora.integration.server.requests.http_calls import current_call
 

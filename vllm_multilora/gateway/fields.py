@@ -55,8 +55,10 @@ class FieldError(MultiLoRAError):
         self.param = param
 
 
-def needs(word: str) -> str:
-    """The end of a refusal of what an operator could allow."""
+def needs(word: str | None) -> str:
+    """The end of a refusal of what an operator could allow by a word, or of what nobody can."""
+    if word is None:
+        return "not allowed for tenants"
     return f"not allowed for this tenant: the server's operator has not allowed `{word}`"
 
 

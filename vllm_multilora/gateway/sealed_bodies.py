@@ -8,16 +8,19 @@ answer again, so that no client can use one elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 from typing import TYPE_CHECKING, Any
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 
+from vllm_multilora.gateway.names.bodies import JsonBody, again, read_body
+from vllm_multilora.gateway.replaced_text import ReplacedText
 from vllm_multilora.gateway.table import TENANT_ROUTES
 
 if TYPE_CHECKING:
-    from starlette.types import Message, Receive, Scope, Send
+    from starlette.types import Receive, Scope, Send
 
     from vllm_multilora.integration.server.requests.callers import Caller
 
@@ -56,30 +59,17 @@ def with_seal(content: dict[str, Any], body: bytes, caller: Caller) -> bytes:
     return spliced or json.dumps({**content, SALT_FIELD: seal}).encode()
 
 
-async def sealed_body(receive: Receive, caller: Caller) -> Receive:
+async def sealed_body(scope: Scope, receive: Receive, caller: Caller) -> Receive:
     """Reads the whole body of a call by somebody other than a tenant, and seals it.
 
     What is no JSON object is passed on as it is: vLLM refuses it.
     """
-    messages: list[Message] = [await receive()]
-    while messages[-1].get("more_body", False):
-        messages.append(await receive())
-    last = messages[-1]
-    if last["type"] == "http.request":
-        body = b"".join(message.get("body", b"") for message in messages)
-        try:
-            content = json.loads(body)
-        except (ValueError, RecursionError):
-            content = None
-        if isinstance(content, dict):
-            body = with_seal(content, body, caller)
-        last = {**last, "body": body}
-    parts = [last]
-
-    async def receive_sealed() -> Message:
-        return parts.pop() if parts else await receive()
-
-    return receive_sealed
+    fields, parts = await read_body(scope, receive)
+    if isinstance(fields, JsonBody):
+        body = b"".join(part.get("body", b"") for part in parts)
+        with contextlib.suppress(ValueError, RecursionError):
+            parts = [{**parts[-1], "body": with_seal(json.loads(body), body, caller)}]
+    return again(parts, receive)
 
 
 def sealed_by_id(scope: Scope, send: Send, caller: Caller) -> tuple[Scope, Send]:
@@ -89,35 +79,7 @@ def sealed_by_id(scope: Scope, send: Send, caller: Caller) -> tuple[Scope, Send]
     headers = [pair for pair in scope["headers"] if pair[0] != ID_HEADER.encode()]
     own = own.replace("~", "-")
     headers.append((ID_HEADER.encode(), (own + carried).encode("latin-1")))
-    return {**scope, "headers": headers}, _Unsealed(send, carried).send
-
-
-class _Unsealed:
-    """An answer that loses a text wherever vLLM has put it: in an id, in its header and body."""
-
-    def __init__(self, send: Send, text: str) -> None:
-        self._send = send
-        self._text = text
-        self._start: Message | None = None  # held until the length of the body is known
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            headers = MutableHeaders(scope=message)
-            if (shown := headers.get(ID_HEADER)) is not None:
-                headers[ID_HEADER] = shown.replace(self._text, "")
-            self._start = message
-            return
-        if message["type"] == "http.response.body":
-            body = message.get("body", b"")
-            message = {**message, "body": body.replace(self._text.encode(), b"")}
-            if self._start is not None:
-                start, self._start = self._start, None
-                headers = MutableHeaders(scope=start)
-                if (length := headers.get("content-length")) is not None:
-                    shorter = len(body) - len(message["body"])
-                    headers["content-length"] = str(int(length) - shorter)
-                await self._send(start)
-        await self._send(message)
+    return {**scope, "headers": headers}, ReplacedText(send, carried, "").send
 
 
 def _is_salt(own: Any) -> bool:

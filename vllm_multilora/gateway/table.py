@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_multilora.tenants.tenant import GRAMMARS, MEDIA, STORED_RESPONSES
+from vllm_multilora.tenants.tenant import GRAMMARS, MEDIA
 
 
 def _words(*texts: str) -> frozenset[str]:
@@ -29,13 +29,13 @@ class Gated:
     """A field that needs a word in the tenant's `allow`.
 
     Attributes:
-        word: The word.
+        word: The word; None where no tenant may use the field.
         is_harmless: Whether a value asks for nothing and so needs no word.
         written: What the gateway writes for tenants without the word that leave the field out; None
             for nothing.
     """
 
-    word: str
+    word: str | None
     is_harmless: Callable[[Any], bool] = lambda value: False
     written: Any = None
 
@@ -111,9 +111,9 @@ _TOOLS: dict[str, Gated] = {
     "tool_choice": Gated(GRAMMARS, lambda value: value in ("none", "auto", {"type": "auto"})),
 }
 _STORED: dict[str, Gated] = {
-    "store": Gated(STORED_RESPONSES, lambda value: value is False, written=False),
-    "background": Gated(STORED_RESPONSES, lambda value: value is False),
-    "previous_response_id": Gated(STORED_RESPONSES),
+    "store": Gated(None, lambda value: value is False, written=False),
+    "background": Gated(None, lambda value: value is False),
+    "previous_response_id": Gated(None),
 }
 
 _COMPLETIONS = Route(_SAMPLING, contents=_words("prompt suffix"), gated=_OUTPUT_FORMS)
@@ -134,7 +134,7 @@ TENANT_ROUTES: Mapping[str, Route] = {
     "/v1/chat/completions": _CHATS,
     "/v1/chat/completions/batch": _CHATS,
     "/v1/responses": Route(
-        _SAMPLING - _words("request_id")  # the gateway chooses the ids of responses
+        _SAMPLING - _words("request_id")
         | _words(
             "include max_output_tokens max_tool_calls parallel_tool_calls reasoning",
             "include_reasoning service_tier top_logprobs truncation prompt_cache_key",
@@ -209,6 +209,8 @@ REFUSED_ROUTES = _words(
     "/v1/systemone /v1/decisions /v1/chat/completions/render /v1/completions/render",
     "/v1/responses/render /v1/messages/render /cohere/v2/chat/render",
     "/v1/chat/completions/derender /v1/completions/derender",
+    # Reads and cancels stored responses, which anybody's are.
+    "/v1/responses/{response_id} /v1/responses/{response_id}/cancel",
     # Says what the server is and does.
     "/openapi.json /docs /docs/oauth2-redirect /redoc /static /load /version /metrics /server_info",
     "/kv_event_sources /tokenizer_info /get_world_size /ready /readyz /weight_info",

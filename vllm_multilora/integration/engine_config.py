@@ -36,9 +36,12 @@ def create_engine_config(
     gateway.announce(vllm_config)
     is_headless = args[1] if len(args) > 1 else kwargs.get("headless", False)
     if gateway.is_active(vllm_config):
+        from vllm_multilora.integration.server.requests import metrics_route
         from vllm_multilora.integration.server.settings import start_checks
 
         start_checks.check(vllm_config, engine_args, usage_context, is_headless=is_headless)
+        if usage_context is not None:  # else nobody starts an engine with it
+            metrics_route.show(vllm_config)
     check_access(vllm_config, usage_context, is_headless=is_headless)
     return vllm_config
 

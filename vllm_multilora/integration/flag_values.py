@@ -15,7 +15,7 @@ from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.patching.decision import acts
 from vllm_multilora.integration.patching.tables.gateway_seams import GATEWAY_SEAMS
-from vllm_multilora.integration.server.settings.mounting import mount_gateway
+from vllm_multilora.integration.server.settings.mounting import mount_gateway, require_no_blends
 from vllm_multilora.integration.settings import flags
 from vllm_multilora.tenants.keys import UNGUARDED, has_keys
 
@@ -29,4 +29,6 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
             raise ConfigError(UNGUARDED)
     if hasattr(args, "middleware"):
         mount_gateway(args)
+    if (batch := getattr(args, "input_file", None)) is not None:
+        require_no_blends(batch)
     return engine_args

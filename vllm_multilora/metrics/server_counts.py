@@ -20,7 +20,7 @@ from vllm_multilora.metrics.label_values import BLENDS, OTHER, fit
 from vllm_multilora.metrics.recorder import Recorder
 
 if TYPE_CHECKING:
-    from vllm_multilora.metering.usage import Usage
+    from vllm_multilora.metering.usage_log import Usage
 
 logger = logging.getLogger(__name__)
 

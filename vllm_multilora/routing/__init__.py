@@ -1,7 +1,11 @@
 """Public names that lead to adapters: by share, by a value in the request, with fallbacks."""
 
-from vllm_multilora.routing.request_facts import RequestFacts
-from vllm_multilora.routing.route_errors import BadValueError, NoCaseError, RequestError
+from vllm_multilora.routing.request_facts import (
+    BadValueError,
+    NoCaseError,
+    RequestError,
+    RequestFacts,
+)
 from vllm_multilora.routing.route_targets import Blended, Candidate, Turns
 from vllm_multilora.routing.routes_file import Routes, load_routes, parse_routes
 

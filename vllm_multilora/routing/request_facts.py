@@ -6,13 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_multilora.routing.route_errors import BadValueError
+from vllm_multilora.errors import MultiLoRAError
 
 LONGEST_VALUE = 512
 """Characters of a value that a request is led by: who or what it names has a short name."""
 
 # Of languages. Browsers send up to a dozen; RFC 5646, section 4.4.1, expects tags of at most 35.
 _LONGEST_RANGES, _MOST_RANGES, _LONGEST_TAG = 1024, 32, 64
+
+
+class RequestError(MultiLoRAError):
+    """A request for a route says nothing that the route can be led by."""
+
+
+class NoCaseError(RequestError):
+    """A request's value has no case in its route, and the route no default."""
+
+
+class BadValueError(RequestError):
+    """A request's value is longer than what it should name is called."""
 
 
 @dataclass(frozen=True)

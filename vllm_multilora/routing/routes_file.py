@@ -10,8 +10,15 @@ from typing import Any
 from vllm_multilora.adapters.blend import BlendError, weights_in
 from vllm_multilora.documents import Document, Keys, read_document, read_file
 from vllm_multilora.routing.request_facts import FactSource
-from vllm_multilora.routing.route_targets import Blended, Cases, Named, Split, Target, WithFallback
-from vllm_multilora.routing.shares import MOST_WEIGHT
+from vllm_multilora.routing.route_targets import (
+    MOST_WEIGHT,
+    Blended,
+    Cases,
+    Named,
+    Split,
+    Target,
+    WithFallback,
+)
 
 _TARGET_KEYS = ("adapter", "blend", "split", "sticky", "by", "cases", "default", "fallback")
 _EXPECTED_TARGET = (

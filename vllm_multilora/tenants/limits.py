@@ -144,7 +144,7 @@ class Account:
         first_readings: To be held while an adapter is looked for, and read for the first time.
             Neither the thread that looks nor the engine is told whose that is, so others' adapters
             wait for few of a tenant's.
-        listing: How its models are listed, and its adapters, and its stored responses told.
+        listing: How its models are listed, and its adapters.
         without_turn: Its requests that limits do not count, since they have no turn.
     """
 

@@ -34,8 +34,6 @@ class Endpoint(enum.Enum):
     """Lists what may be asked for."""
     CALL = "call"
     """Names a model and asks it something."""
-    STORED = "stored"
-    """Reads or cancels a response that a call has left."""
     OTHER = "other"
 
 
@@ -69,7 +67,7 @@ STATUS = "/v1/lora_adapters"
 STATUS_PAGE = "/multilora"
 """Where the page is that shows it."""
 
-OF_TENANTS = (Endpoint.STATUS, Endpoint.MODELS, Endpoint.CALL, Endpoint.STORED)
+OF_TENANTS = (Endpoint.STATUS, Endpoint.MODELS, Endpoint.CALL)
 """What tenants may ask, beside what anybody may."""
 
 INVOCATIONS = "/invocations"

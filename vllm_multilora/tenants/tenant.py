@@ -12,12 +12,10 @@ MOST_WEIGHT = 1_000_000_000
 
 MEDIA = "media"
 GRAMMARS = "grammars"
-STORED_RESPONSES = "stored_responses"
 
 ALLOWABLE: Mapping[str, str] = {
     MEDIA: "images, recordings and videos in requests, and `/v1/audio`",
     GRAMMARS: "structured outputs, response formats and tools",
-    STORED_RESPONSES: "responses that are stored, or made in the background",
 }
 """What a tenant may only send if the tenants file says `allow`, by the word for it."""
 

@@ -593,7 +593,6 @@ def test_a_folder_that_is_named_like_a_route_keeps_no_server_from_starting(
         monkeypatch.setattr(module, "is_active_behind", lambda client: True)
     monkeypatch.setattr(registration, "acts_for", lambda models: True)
     # What has to do with a real engine.
-    monkeypatch.setattr(start, "require_guards", lambda models: None)
     monkeypatch.setattr(start.engine_calls, "engine_reports", nothing)
     for module in (registration, start.shared_names, start.metering):
         monkeypatch.setattr(module, "start", lambda models: None)

@@ -23,8 +23,6 @@ NOT_VLLMS = {
     "_collector_to_names": "Prometheus' registry",
     "_foreach_zero_": "PyTorch",
     "_is_amx_tile_supported": "PyTorch",
-    "_labelnames": "Prometheus' gauge",
-    "_metrics": "Prometheus' gauge",
     "_parameters": "PyTorch's module",
     "_type_adapter": "FastAPI's field",
 }

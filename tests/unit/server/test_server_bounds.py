@@ -22,7 +22,6 @@ from vllm_multilora.integration.api_server.registered_versions import Version
 from vllm_multilora.integration.blends import blended
 from vllm_multilora.integration.failed_requests import from_stop_reason, to_stop_reason
 from vllm_multilora.integration.server.names import registration, routes, shared_names
-from vllm_multilora.integration.server.names.names_in_use import LocksInUse
 from vllm_multilora.integration.server.names.pending_looks import PendingLooks
 from vllm_multilora.integration.server.names.refusals import (
     FIRST_PAUSE_S,
@@ -32,7 +31,7 @@ from vllm_multilora.integration.server.names.refusals import (
 from vllm_multilora.integration.server.requests import bound_versions, engine_door, metering
 from vllm_multilora.integration.server.requests.http_calls import HttpCall, current_call
 from vllm_multilora.integration.server.requests.metering import METER, ServerMeter
-from vllm_multilora.metering.usage import Status
+from vllm_multilora.metering.usage_log import Status
 
 ANSWER: Any = SimpleNamespace()
 
@@ -46,7 +45,7 @@ class Clock:
 
 def test_a_name_has_one_lock_while_it_is_worked_with_and_none_afterwards() -> None:
     async def scenario() -> int:
-        locks, inside = LocksInUse(), []
+        locks, inside = registration.LocksInUse(), []
 
         async def work(number: int) -> None:
             async with locks["acme"]:

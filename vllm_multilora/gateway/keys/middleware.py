@@ -14,16 +14,17 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 
 from vllm_multilora.gateway.body import LargeBodyError, read_body
-from vllm_multilora.gateway.endpoints import called_route, endpoint_of, refused_word
+from vllm_multilora.gateway.endpoints import called_route, endpoint_of, refused_word, route_path
 from vllm_multilora.gateway.fields import MAX_SHORT_TEXT, FieldError, needs
-from vllm_multilora.gateway.keys.access_log import keep_refusals_few
 from vllm_multilora.gateway.limits.list_answers import list_in_turn
-from vllm_multilora.gateway.limits.pauses import STRANGERS_PER_MINUTE, pause
-from vllm_multilora.gateway.limits.tenant_turns import ClientGoneError, turn_of
-from vllm_multilora.gateway.paths import route_path
+from vllm_multilora.gateway.limits.tenant_turns import (
+    STRANGERS_PER_MINUTE,
+    ClientGoneError,
+    pause,
+    turn_of,
+)
 from vllm_multilora.gateway.refused_answers import error_answer
 from vllm_multilora.gateway.sealed_bodies import has_salt_field, sealed_body, sealed_by_id
-from vllm_multilora.gateway.stored import UnknownResponseError, require_own_path
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller
 from vllm_multilora.metrics.server_counts import COUNTS
 from vllm_multilora.tenants.limits import (
@@ -55,7 +56,6 @@ _STATUS = {
     ServerStoppedError: HTTPStatus.SERVICE_UNAVAILABLE,
     LargeBodyError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     FieldError: HTTPStatus.BAD_REQUEST,
-    UnknownResponseError: HTTPStatus.NOT_FOUND,
 }
 _CLIENT_GONE = 499  # as proxies call it; nobody reads it
 _DROPPED_HEADERS = (b"endpoint-load-metrics-format", b"x-data-parallel-rank")
@@ -64,7 +64,7 @@ nobody else is answered. The second chooses the engine, where one tenant's reque
 up others'."""
 
 _ECHOED_HEADERS = (b"x-request-id", b"traceparent", b"tracestate")
-_PACED = (Endpoint.MODELS, Endpoint.STATUS, Endpoint.STORED)
+_PACED = (Endpoint.MODELS, Endpoint.STATUS)
 
 
 class AccessMiddleware:
@@ -82,7 +82,6 @@ class AccessMiddleware:
         self._app = app
         self._access = access
         self._strangers = TokenBucket(strangers_per_minute)
-        keep_refusals_few()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._access.watch()  # from the server's start on: its lifespan comes by here, too
@@ -122,7 +121,7 @@ class AccessMiddleware:
                 await self._app(scope, receive, self._refusing(send))
             elif self._access.locks.tenants and scope.get("method") == "POST":
                 if has_salt_field(path):
-                    receive = await sealed_body(receive, caller)
+                    receive = await sealed_body(scope, receive, caller)
                 else:
                     scope, send = sealed_by_id(scope, send, caller)
                 await self._app(scope, receive, send)
@@ -187,8 +186,6 @@ class AccessMiddleware:
                 receive = await read_body(receive, called_route(path), caller)
                 if not has_salt_field(path):
                     scope, send_on = sealed_by_id(scope, send_on, caller)
-            if endpoint is Endpoint.STORED:
-                require_own_path(caller, path)
             if endpoint in _PACED:
                 await list_in_turn(self._app, account.listing[endpoint], scope, receive, send_on)
             else:
@@ -198,7 +195,6 @@ class AccessMiddleware:
             ServerStoppedError,
             LargeBodyError,
             FieldError,
-            UnknownResponseError,
         ) as error:
             if isinstance(error, LimitReachedError):
                 caller.retry_after_s = error.retry_after_s

@@ -7,25 +7,23 @@ import time
 from collections.abc import Awaitable, Callable, Generator
 from typing import TYPE_CHECKING, Any
 
-from vllm_multilora.gateway.limits.pauses import LONGEST_PAUSE_S
+from vllm_multilora.gateway.limits.tenant_turns import LONGEST_PAUSE_S
 from vllm_multilora.tenants.limits import LimitReachedError, Pace
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LISTING_SHARE = 0.05
-"""Share of the event loop's time for each kind of list of one tenant: models, adapters, stored
-responses."""
+"""Share of the event loop's time for each kind of list of one tenant: models, adapters."""
 
 
 async def list_in_turn(
     app: ASGIApp, pace: Pace, scope: Scope, receive: Receive, send: Send
 ) -> None:
-    """Lists a tenant's models or adapters, or sends a stored response, when it is its turn.
+    """Lists a tenant's models or adapters when it is its turn.
 
     However long a list is, and however often a tenant asks for it, nobody else waits for long. The
-    next list waits neither for this one's reader nor for work done for others meanwhile. Each piece
-    of an answer in many pieces counts as a list.
+    next list waits neither for this one's reader nor for work done for others meanwhile.
 
     Raises:
         LimitReachedError: Too many lists were asked for before this one.
@@ -35,29 +33,23 @@ async def list_in_turn(
             await pace.begin()
     except TimeoutError:
         raise LimitReachedError("it is asked for faster than it can be answered") from None
-    messages, counted_s = 0, 0.0
+    is_made = False
 
     def let_next_begin() -> None:
-        nonlocal counted_s
-        spent_s, counted_s = making.seconds - counted_s, making.seconds
-        pace.end(min(spent_s / LISTING_SHARE, LONGEST_PAUSE_S))
+        nonlocal is_made
+        if not is_made:
+            is_made = True
+            pace.end(min(making.seconds / LISTING_SHARE, LONGEST_PAUSE_S))
 
     async def send_made(message: Message) -> None:
-        nonlocal messages
-        messages += 1
-        is_more = messages > 2 and bool(message.get("body"))  # a list has a head and a body
-        if is_more:
-            await pace.begin()
-        if is_more or messages == 1:
-            let_next_begin()
+        let_next_begin()
         await send(message)
 
     making = _Timed(app(scope, receive, send_made))
     try:
         await making
     finally:
-        if not messages:
-            let_next_begin()
+        let_next_begin()
 
 
 class _Timed:

@@ -1,17 +1,23 @@
-"""Waiting for a tenant's turn while its client is watched."""
+"""Waiting for a tenant's turn while its client is watched, and holding answers to refusals back."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING
 
-from vllm_multilora.tenants.limits import Account
+from vllm_multilora.tenants.limits import Account, TokenBucket
 
 if TYPE_CHECKING:
     from starlette.types import Message, Receive
 
 MAX_HELD_BYTES = 1 << 20
 """Bytes of a waiting request's body that are read to notice that its client has gone."""
+
+STRANGERS_PER_MINUTE = 3_000
+"""Requests without a valid key that are answered per minute; a quiet minute saves up as many."""
+
+LONGEST_PAUSE_S = 5.0
+"""Maximum wait of a refused request for its answer, and of a tenant's next list for its turn."""
 
 
 class ClientGoneError(Exception):
@@ -63,3 +69,19 @@ async def _listen(receive: Receive, held: list[Message]) -> None:
 
 def _has_gone(held: list[Message]) -> bool:
     return bool(held) and held[-1]["type"] == "http.disconnect"
+
+
+async def pause(requests: TokenBucket) -> None:
+    """Delays the answer to a refused request where there are many of its kind.
+
+    A connection's next request is read when its last one has been answered. So floods wait in the
+    system's buffers and cost the event loop next to nothing.
+
+    Args:
+        requests: Counts the requests of this kind.
+    """
+    wait_s = requests.wait_s()
+    if wait_s < LONGEST_PAUSE_S:
+        requests.charge(1)
+    if wait_s > 0:
+        await asyncio.sleep(min(wait_s, LONGEST_PAUSE_S))

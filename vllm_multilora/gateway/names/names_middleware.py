@@ -7,19 +7,21 @@ until the request has been answered. A reload changes nothing for requests that 
 
 from __future__ import annotations
 
+import secrets
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
 
-from vllm_multilora.gateway.endpoints import endpoint_of
+from vllm_multilora.gateway.endpoints import endpoint_of, route_path
 from vllm_multilora.gateway.names.bodies import MODEL, FormBody, JsonBody, again, read_body
-from vllm_multilora.gateway.names.public_answer import PublicAnswer
 from vllm_multilora.gateway.names.realtime import only_base_model
-from vllm_multilora.gateway.names.version_names import VersionNames
-from vllm_multilora.gateway.paths import route_path
 from vllm_multilora.gateway.refused_answers import error_answer, refusal_answer
+from vllm_multilora.gateway.replaced_text import ReplacedText
 from vllm_multilora.integration.server.names.model_names import TAKE_DEFAULTS, Chosen, choose
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller
 from vllm_multilora.integration.server.requests.http_calls import (
@@ -31,6 +33,7 @@ from vllm_multilora.tenants.rules import INVOCATIONS, Endpoint
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
+    from vllm.lora.request import LoRARequest
 
 SAGEMAKER_HEADER = b"x-amzn-sagemaker-adapter-identifier"
 """Replaces the `model` of bodies at `/invocations`; without the header SageMaker drops `model`."""
@@ -38,6 +41,41 @@ SAGEMAKER_HEADER = b"x-amzn-sagemaker-adapter-identifier"
 _SHOWN_RESULTS = ("/embeddings", "/pooling", INVOCATIONS)
 """Ends of the paths whose bodies have an `encoding_format`, `float` by default."""
 _COHERE_EMBEDDINGS = "/v2/embed"
+
+
+_SECRET_BYTES = 8
+
+
+class VersionNames:
+    """Registers versions of adapters in vLLM's table; used on the server's event loop only.
+
+    Nobody can guess the names. They do not get out of this process: answers have the public names.
+
+    Args:
+        table: vLLM's adapters, by the names that its endpoints look up.
+    """
+
+    def __init__(self, table: dict[str, LoRARequest]) -> None:
+        self._table = table
+        self._secret = secrets.token_hex(_SECRET_BYTES)
+        self._users: Counter[str] = Counter()
+
+    def name_of(self, lora: LoRARequest) -> str:
+        """The name of an adapter's version, which vLLM finds while somebody holds it."""
+        return f"multilora-{lora.lora_int_id}-{self._secret}"
+
+    @contextmanager
+    def hold(self, lora: LoRARequest) -> Iterator[str]:
+        """Lets vLLM find an adapter's version by its name until the end of the block."""
+        name = self.name_of(lora)
+        self._table[name] = lora
+        self._users[name] += 1
+        try:
+            yield name
+        finally:
+            self._users[name] -= 1
+            if not self._users[name]:
+                del self._users[name], self._table[name]
 
 
 @dataclass(frozen=True)
@@ -88,7 +126,7 @@ class NamesMiddleware:
             lora = led.chosen.lora
             shown = led.chosen.rendered if call.renders else lora.lora_name
             with self._names.hold(lora) as name:
-                await self._app(led.scope, led.receive, PublicAnswer(send, name, shown).send)
+                await self._app(led.scope, led.receive, ReplacedText(send, name, shown).send)
 
     async def _lead(self, call: HttpCall, scope: Scope, receive: Receive) -> _Led | Response:
         """Reads a request, and writes into it by which name vLLM finds what is to answer it."""

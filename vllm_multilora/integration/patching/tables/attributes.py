@@ -24,7 +24,6 @@ CORE_ATTRIBUTES: tuple[str, ...] = (
 """What LoRA serving reads."""
 
 GATEWAY_ATTRIBUTES: tuple[str, ...] = (
-    "vllm.renderers.base:BaseRenderer._executor",
     "vllm.v1.engine.core_client:AsyncMPClient._call_utility_async",
 )
 """What the gateway reads."""

@@ -39,18 +39,11 @@ REPLACED = (
         "vLLM removes its series of what has passed.",
     ),
     Replaced(
-        "gateway.first_errors",
+        "gateway.app",
         "adapter.validator",
         "pydantic:TypeAdapter.validator",
         "An answer to a wrong body lists every error in it, whatever that takes.",
         "vLLM names the first wrong item alone.",
-    ),
-    Replaced(
-        "integration.server.start",
-        "executor.replace_inner",
-        "vllm.renderers.base:_SwappableExecutor.replace_inner",
-        "vLLM may give up threads on which tenants take turns; has them begin again.",
-        "Tenants take no turns on vLLM's threads.",
     ),
     Replaced(
         "integration.step.mapping",
@@ -103,13 +96,6 @@ REPLACED = (
         "vllm.v1.sample.sampler:Sampler.gather_logprobs",
         "With drafts, a request with `logprob_token_ids` ends the engine.",
         "vLLM's rejection sampler knows `logprob_token_ids`.",
-    ),
-    Replaced(
-        "tenants.work_turns",
-        "executor.submit",
-        "concurrent.futures:Executor.submit",
-        "vLLM's pools do work in the order in which it comes; lets tenants take turns.",
-        "Tenants take no turns on vLLM's threads.",
     ),
 )
 """All of them, by module."""

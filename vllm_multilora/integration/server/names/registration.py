@@ -12,6 +12,7 @@ import logging
 from collections.abc import Container, Coroutine, Mapping, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakValueDictionary
 
 from pydantic import Field
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
@@ -26,7 +27,6 @@ from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.integration.failed_requests import STATUS, AdapterRefusedError, without_folder
 from vllm_multilora.integration.server.names import shared_names
-from vllm_multilora.integration.server.names.names_in_use import LocksInUse
 from vllm_multilora.integration.server.names.public_names import is_reserved, public_names
 from vllm_multilora.integration.server.requests import metering
 from vllm_multilora.integration.server.requests.bound_versions import GRACE_S
@@ -53,6 +53,23 @@ MOST_ADAPTERS = 65_536
 LATE_GRACE_S = 3 * GRACE_S
 """How long an adapter stays that a request has brought back after that. By then other API servers,
 which look at adapter directories for themselves, know too that its version is an old one."""
+
+
+class LocksInUse:
+    """Locks by name, for names that anybody may invent, as many and as long as they like."""
+
+    def __init__(self) -> None:
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def __len__(self) -> int:
+        return len(self._locks)
+
+    def __getitem__(self, name: str) -> asyncio.Lock:
+        """The lock of a name, which lives for as long as somebody holds or awaits it."""
+        lock = self._locks.get(name)
+        if lock is None:
+            lock = self._locks[name] = asyncio.Lock()
+        return lock
 
 
 class AdapterErrorInfo(ErrorInfo):

@@ -7,6 +7,8 @@ without this module.
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from contextvars import ContextVar
@@ -14,7 +16,6 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.exceptions import GracefulHTTPError
 
@@ -22,7 +23,6 @@ from vllm_multilora.integration.failed_requests import without_folders
 from vllm_multilora.integration.seals import SALT_CHARACTERS, Seal, sealed
 from vllm_multilora.tenants.limits import LimitReachedError
 from vllm_multilora.tenants.rules import Role
-from vllm_multilora.tenants.salts import tenant_salt
 
 if TYPE_CHECKING:
     from vllm_multilora.tenants.limits import Account
@@ -46,16 +46,19 @@ MOST_RESULTS_AS = {
 """Fewer, where a call has them told: as JSON each takes nearly a microsecond, in which no thread of
 the API server does anything else, and a hundred bytes of memory; as bytes a tenth of that."""
 
-MOST_BYTES = 16 << 20
-"""Bytes that a tenant's call may send to the engine. Receiving one takes a few nanoseconds and
-several bytes of memory; a prompt's token is three bytes."""
 
-_ENCODER = msgspec.msgpack.Encoder(enc_hook=lambda _: None)
+def tenant_salt(secret: str, tenant: str, own: str | None) -> str:
+    """The salt of a request: nobody who does not know the secret can have the same.
 
-
-def encoded_size(value: Any) -> int:
-    """Bytes of a value as the engine gets it, without tensors."""
-    return len(_ENCODER.encode(value))
+    Args:
+        secret: The server's, or that of all replicas that may share cached prefixes.
+        tenant: The tenant's name, which has no line break; empty for no tenant.
+        own: What the client asked for; it divides the tenant's cache further.
+    """
+    said = f"{tenant}\n{'' if own is None else f'+{own}'}"
+    return hmac.new(
+        secret.encode(), said.encode("utf-8", "surrogatepass"), hashlib.sha256
+    ).hexdigest()
 
 
 @dataclass
@@ -89,7 +92,6 @@ class Caller:
     _answers: int = 0
     _scores: int = 0
     _results: int = 0
-    _bytes: int = 0
     _used: set[str] = field(default_factory=set)
 
     @property
@@ -165,10 +167,7 @@ class Caller:
 
     def require_few_scores(self, count: int) -> None:
         """Raises as `count_scores` does, if there are too many in one piece."""
-        what = (
-            "log probabilities at a time at most: of its prompts' tokens and of answers that are "
-            "not streamed, or not read."
-        )
+        what = "log probabilities at a time at most, of answers that are not streamed, or not read."
         self._bound(count, MOST_SCORES, what)
 
     def expect_results(self, form: str | None) -> None:
@@ -190,30 +189,9 @@ class Caller:
         hint = "send fewer prompts at a time, or ask for `encoding_format` base64."
         self._bound(self._results, self.most_results, f"numbers in its answer at most: {hint}")
 
-    def count_bytes(self, request: Any, answers: int) -> None:
-        """The call has the engine receive so much more, once for each of the answers.
-
-        Args:
-            request: What makes one request long; encoded as it is for the engine.
-            answers: How many requests like it there are.
-
-        Raises:
-            GracefulHTTPError: A tenant's is too much: nobody is answered while it is sent.
-        """
-        if self.account is not None:
-            self._bytes += encoded_size(request) * answers
-            self._bound(
-                self._bytes, MOST_BYTES, "bytes sent at most, a prompt's for each answer to it."
-            )
-
     def _bound(self, wanted: int, most: int, what: str) -> None:
         if self.account is not None and wanted > most:
             raise GracefulHTTPError(f"One call may want {most} {what}", HTTPStatus.BAD_REQUEST)
-
-    def own_id(self, chosen: str) -> str:
-        """An id that a client has chosen for what the server keeps: another one for each tenant."""
-        tenant = self.tenant
-        return chosen if tenant is None else tenant_salt(self.secret, tenant.name, chosen)
 
     def seal(self, own: str | None) -> str:
         """What tells the engine whose the call is; see `vllm_multilora.integration.seals`.

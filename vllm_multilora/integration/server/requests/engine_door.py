@@ -16,7 +16,7 @@ from vllm_multilora.adapters.blend import folders_of
 from vllm_multilora.integration.api_server.failure_delivery import HIDDEN_FOLDERS
 from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.server.requests import metering
-from vllm_multilora.integration.server.requests.callers import MOST_SCORES, Caller, current_caller
+from vllm_multilora.integration.server.requests.callers import Caller, current_caller
 from vllm_multilora.integration.server.settings.mounting import GATEWAY, is_gateway_missing
 from vllm_multilora.tenants.limits import Meter
 
@@ -48,11 +48,8 @@ def add_request(
     is_new = request.request_id not in processor.request_states
     if caller is not None:
         require_granted(request, caller)
-        caller.count_scores(_scores_of(request))
         if is_new and index == 0 and not metering.is_of_beam_search():
-            answers = 1 if parent is None else parent.sampling_params.n
-            caller.count_answers(answers)
-            caller.count_bytes((request.prompt_token_ids, request.sampling_params), answers)
+            caller.count_answers(1 if parent is None else parent.sampling_params.n)
     if is_new and request.lora_request is not None and (see_off := SEE_OFF.get(processor)):
         see_off(request.lora_request)
     original(processor, request, prompt, parent, index, *args, **kwargs)
@@ -69,22 +66,6 @@ def add_request(
         # The children of a request with several answers share their prompt.
         caller.account.charge(state.prompt_len if index == 0 else 0)
         caller.account.watch(meter(processor, state))
-
-
-def _scores_of(request: Any) -> int:
-    """How many log probabilities of its prompt's tokens a request wants."""
-    params = request.sampling_params
-    if params is None:  # of a pooling request
-        return 0
-    if (most := params.prompt_logprobs) is not None:
-        # -1 is one for each token that there is.
-        return len(request.prompt_token_ids or ()) * (most + 1) if most >= 0 else MOST_SCORES + 1
-    ids = params.prompt_logprob_token_ids
-    if ids is None:
-        return 0
-    if isinstance(ids, list):  # of vLLM 0.31: the same for each token
-        return len(ids) * len(request.prompt_token_ids or ())
-    return int(ids.size)
 
 
 def require_granted(request: Any, caller: Caller) -> None:

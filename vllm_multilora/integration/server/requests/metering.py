@@ -39,8 +39,7 @@ from vllm_multilora.integration.server.requests.http_calls import (
     current_call,
 )
 from vllm_multilora.integration.server.settings.key_settings import stop_waiting
-from vllm_multilora.metering.usage import Status, Usage
-from vllm_multilora.metering.usage_log import UsageLog
+from vllm_multilora.metering.usage_log import Status, Usage, UsageLog
 from vllm_multilora.metrics.label_values import BLENDS
 from vllm_multilora.metrics.server_counts import COUNTS
 from vllm_multilora.slots.budget import MIB
@@ -428,10 +427,6 @@ async def beam_search(
         async for output in beams:
             yield output
         return
-    if (caller := current_caller.get()) is not None:
-        # Its parts are not counted, which come one after another.
-        caller.count_answers(params.beam_width)
-        caller.count_bytes(prompt, params.beam_width)
     usage = meter.new_usage(request_id, lora_request)
     beam = BeamSearch(usage)
     is_over = False
@@ -456,7 +451,5 @@ async def beam_search(
         await beams.aclose()
         if not is_over and usage.status is Status.OK and not usage.prompt_tokens:
             usage.status = Status.ABORTED
-        if caller is not None:
-            caller.answered(params.beam_width)
         if beam.parts:
             meter.count(usage)

@@ -6,8 +6,10 @@ Nothing here imports vLLM, so that `flag_values` can ask on a vLLM that the gate
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.errors import ConfigError
@@ -37,6 +39,27 @@ def mount_gateway(args: argparse.Namespace) -> None:
         return
     if GATEWAY not in args.middleware:
         args.middleware = [GATEWAY, *args.middleware]
+
+
+def require_no_blends(batch: str) -> None:
+    """Stops a `vllm run-batch` with requests for blends: the base model alone would answer them.
+
+    Args:
+        batch: The file of requests; an address is not looked at.
+
+    Raises:
+        ConfigError: A request has the field.
+    """
+    if not Path(batch).is_file():
+        return
+    with Path(batch).open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            may_blend = b"lora_blend" in line or rb"\u" in line
+            if may_blend and "lora_blend" in json.loads(line).get("body", ()):
+                raise ConfigError(
+                    f"{batch}, line {number}: found `lora_blend`, which vllm run-batch does not "
+                    f"know: expected an adapter of --lora-modules as the line's `model`"
+                )
 
 
 def need_gateway() -> None:

@@ -14,7 +14,6 @@ from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.seals import SECRET_VARIABLE
-from vllm_multilora.integration.server.requests import metrics_route
 from vllm_multilora.integration.server.settings.gateway_activation import manages_adapters
 from vllm_multilora.integration.server.settings.key_settings import COUNT_VARIABLE, read_admin_keys
 from vllm_multilora.integration.server.settings.mounting import need_gateway
@@ -41,7 +40,7 @@ def check(
     *,
     is_headless: bool,
 ) -> None:
-    """Checks the gateway's settings, and shows the engine's metrics in this process.
+    """Checks the gateway's settings.
 
     Args:
         vllm_config: Of the engine; the gateway is active for it.
@@ -59,8 +58,6 @@ def check(
     if is_server and settings.usage_log is not None and manages_adapters(vllm_config):
         require_writable(Path(settings.usage_log))
     check_routes(settings, engine_args, usage_context)
-    if usage_context is not None:  # else nobody starts an engine with it
-        metrics_route.show(vllm_config)
 
 
 def _without_http(settings: MultiLoRAConfig) -> str:
@@ -85,7 +82,6 @@ def read_keys(vllm_config: VllmConfig, *, is_headless: bool = False) -> None:
     read_admin_keys(settings, os.environ)
     if settings.tenants is not None:
         own = load_tenants(settings.tenants).cache_salt
-        choose_grammars(vllm_config)
         parallel = vllm_config.parallel_config
         is_rays = parallel.data_parallel_backend == "ray"
         if is_rays or (is_headless and own is None):
@@ -93,21 +89,6 @@ def read_keys(vllm_config: VllmConfig, *, is_headless: bool = False) -> None:
         if parallel._api_process_rank < 0 or parallel._api_process_count <= 1:
             os.environ[SECRET_VARIABLE] = own or secrets.token_hex(32)
             os.environ[COUNT_VARIABLE] = str(max(1, parallel._api_process_count))
-
-
-def choose_grammars(vllm_config: VllmConfig) -> None:
-    """Has no tenant choose for all others what computes their structured outputs.
-
-    An engine has one thing for that. With vLLM's `auto` it is what the first request of all needs,
-    and fails many of those that follow, for as long as the engine lives.
-    """
-    outputs = vllm_config.structured_outputs_config
-    if outputs.backend == "auto":
-        outputs.backend = "xgrammar"
-        logger.info(
-            "With tenants, structured outputs are those of xgrammar: `auto` would let the first "
-            "request choose for all (--structured-outputs-config.backend)."
-        )
 
 
 def check_routes(
