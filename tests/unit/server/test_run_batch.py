@@ -1,4 +1,4 @@
-"""`vllm run-batch` has no gateway, which alone makes blends: it does not start with a request for one."""
+"""`vllm run-batch` does not start with a request for a blend, which only the gateway makes."""
 
 import json
 from pathlib import Path
