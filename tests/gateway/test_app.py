@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 from fastapi.testclient import TestClient
 
 from vllm_multilora.gateway.app import Gateway
-from vllm_multilora.integration.server.settings.mounting import GATEWAY, mount_gateway
+from vllm_multilora.integration.server.settings.gateway_activation import GATEWAY, mount_gateway
 from vllm_multilora.integration.settings.flags import merge_flags
 from vllm_multilora.tenants.keys import stored
 

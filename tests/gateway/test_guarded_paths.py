@@ -141,7 +141,7 @@ def served(request, tmp_path_factory):
     from vllm.entrypoints.serve.lora import api_router
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from vllm_multilora.integration.server.settings.mounting import mount_gateway
+    from vllm_multilora.integration.server.settings.gateway_activation import mount_gateway
     from vllm_multilora.integration.settings.flags import merge_flags
 
     locks, keys = LOCKS[request.param]

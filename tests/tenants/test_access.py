@@ -37,7 +37,7 @@ from vllm_multilora.gateway.keys import access as access_module
 from vllm_multilora.gateway.keys import middleware
 from vllm_multilora.gateway.keys.access import Access, access_for
 from vllm_multilora.gateway.keys.middleware import AccessMiddleware, presented_key
-from vllm_multilora.gateway.limits import list_answers
+from vllm_multilora.gateway.limits import tenant_turns
 from vllm_multilora.gateway.limits.tenant_turns import turn_of
 from vllm_multilora.gateway.refused_answers import error_answer
 from vllm_multilora.integration.engine_config import check_access
@@ -46,9 +46,9 @@ from vllm_multilora.integration.seals import SECRET_VARIABLE
 from vllm_multilora.integration.server.requests import engine_door
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller, turn_to_read
 from vllm_multilora.integration.server.requests.metering import METER, ServerMeter, shutdown
-from vllm_multilora.integration.server.settings import mounting
+from vllm_multilora.integration.server.settings import gateway_activation
+from vllm_multilora.integration.server.settings.gateway_activation import mount_gateway
 from vllm_multilora.integration.server.settings.key_settings import read_admin_keys
-from vllm_multilora.integration.server.settings.mounting import mount_gateway
 from vllm_multilora.store.store_launch import environment
 from vllm_multilora.tenants.keys import ADMIN_KEY_VARIABLE, KeyRing, stored
 from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account, Pace, TokenBucket
@@ -305,7 +305,7 @@ def slept(monkeypatch):
     monkeypatch.setattr(asyncio, "sleep", sleep)
     monkeypatch.setattr(Access, "watch", lambda access: None)  # which sleeps, too
     thread = SimpleNamespace(thread_time=lambda: clock.now)
-    monkeypatch.setattr(list_answers, "time", thread)
+    monkeypatch.setattr(tenant_turns, "time", thread)
     return seconds, clock
 
 
@@ -369,7 +369,7 @@ def test_a_list_waits_for_no_reader_of_another_one(tenants):
 
 def test_a_list_that_would_wait_for_long_is_refused(tenants, monkeypatch):
     """Else those whose clients have long gone would be made before it, and a server not end."""
-    monkeypatch.setattr(list_answers, "LONGEST_PAUSE_S", 0.001)
+    monkeypatch.setattr(tenant_turns, "LONGEST_PAUSE_S", 0.001)
     access = Access(tenants_path=str(tenants))
     app = App()
 
@@ -950,7 +950,7 @@ def test_server_with_keys_and_without_the_gateway_answers_nobody(tenants, monkey
     def answer():
         engine_door.add_request(lambda *_: sent.append(request), processor, request, None)
 
-    monkeypatch.setattr(mounting, "_needed", set())
+    monkeypatch.setattr(gateway_activation, "_needed", set())
     monkeypatch.delitem(sys.modules, "vllm_multilora.gateway.app", raising=False)
     answer()
     check_access(engine(tenants), UsageContext.OPENAI_API_SERVER)

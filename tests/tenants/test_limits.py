@@ -6,7 +6,14 @@ import weakref
 import pytest
 
 from vllm_multilora.integration.server.requests.callers import tenant_salt
-from vllm_multilora.tenants.limits import Account, LimitReachedError, Meter, Pace, TokenBucket
+from vllm_multilora.tenants.limits import (
+    MAX_TEXT_BYTES,
+    Account,
+    LimitReachedError,
+    Meter,
+    Pace,
+    TokenBucket,
+)
 from vllm_multilora.tenants.tenant import Tenant, TenantLimits
 
 
@@ -376,3 +383,42 @@ def test_salts_differ_by_secret_tenant_and_the_clients_own():
     }
     assert len(made) == 20
     assert tenant_salt("one", "a", "b") == tenant_salt("one", "a", "b")
+
+
+def test_texts_of_a_tenant_when_many_wait_for_the_tokenizer_wait_for_each_other():
+    async def scenario():
+        account, order = Account(Tenant("acme")), []
+
+        async def read(name, size):
+            await account.begin_text(size)
+            order.append(name)
+
+        half = MAX_TEXT_BYTES // 2
+        await asyncio.gather(read("a", half), read("b", half))
+        names = {"long": 2 * MAX_TEXT_BYTES, "gone": 1, "last": 1}
+        waiting = {name: asyncio.create_task(read(name, size)) for name, size in names.items()}
+        await asyncio.sleep(0)
+        waiting["gone"].cancel()
+        account.end_text(half)
+        await asyncio.sleep(0)
+        assert order == ["a", "b"]
+        account.end_text(half)
+        await asyncio.wait_for(waiting["long"], 5)
+        assert not waiting["last"].done()
+        account.end_text(names["long"])
+        await asyncio.wait_for(waiting["last"], 5)
+
+    asyncio.run(scenario())
+
+
+def test_text_that_is_given_up_when_it_has_its_turn_makes_room():
+    async def scenario():
+        account = Account(Tenant("acme"))
+        await account.begin_text(MAX_TEXT_BYTES)
+        given_up = asyncio.create_task(account.begin_text(MAX_TEXT_BYTES))
+        await asyncio.sleep(0)
+        account.end_text(MAX_TEXT_BYTES)
+        given_up.cancel()
+        await asyncio.wait_for(account.begin_text(MAX_TEXT_BYTES), 5)
+
+    asyncio.run(scenario())

@@ -74,6 +74,7 @@ async def read_body(receive: Receive, route: Route, caller: Caller) -> Receive:
         parts = deque([last])  # the client has gone
     elif not route.is_form:
         body = b"".join(part.get("body", b"") for part in parts)
+        caller.body_bytes = len(body)
         max_numbers = MAX_TOKENS_TOLD if route.is_decoding else MAX_NUMBERS
         _require_few_values(body, max_numbers, counts_numbers=route.is_of_any_kind)
         parts = deque([{**last, "body": _checked(body, route, caller)}])

@@ -15,7 +15,10 @@ from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.patching.decision import acts
 from vllm_multilora.integration.patching.tables.gateway_seams import GATEWAY_SEAMS
-from vllm_multilora.integration.server.settings.mounting import mount_gateway, require_no_blends
+from vllm_multilora.integration.server.settings.gateway_activation import (
+    mount_gateway,
+    require_no_blends,
+)
 from vllm_multilora.integration.settings import flags
 from vllm_multilora.tenants.keys import UNGUARDED, has_keys
 

@@ -127,6 +127,10 @@ WITHOUT_TURN_PER_MINUTE = 3_000
 """A tenant's requests that are refused without having a turn; after a minute without any, so many
 at once."""
 
+MAX_TEXT_BYTES = 256 << 10
+"""Bytes of a tenant's calls whose texts wait for vLLM's tokenizer at a time, unless it is one call.
+One thread of an API server makes tokens of all texts in their order, a megabyte in two seconds."""
+
 SETTLING_SHARE = 0.02
 """Share of the time for reading what a tenant's requests have generated."""
 
@@ -158,6 +162,8 @@ class Account:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._adapters: Counter[str] = Counter()
         self._answers = 0
+        self._texts: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._text_bytes = 0
         self._meters: list[Meter] = []
         self._settles_at = -math.inf
         self._bucket: TokenBucket | None = None
@@ -294,6 +300,37 @@ class Account:
     def unwant(self, answers: int) -> None:
         """Undoes `want`."""
         self._answers -= answers
+
+    async def begin_text(self, size: int) -> None:
+        """Waits until vLLM may make tokens of a call's texts; whoever has waited ends it.
+
+        Args:
+            size: Bytes of the call's body.
+        """
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._texts.append((size, turn))
+        self._admit_texts()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # it had its turn by then
+                self.end_text(size)
+            raise
+
+    def end_text(self, size: int) -> None:
+        """Ends what `begin_text` has begun."""
+        self._text_bytes -= size
+        self._admit_texts()
+
+    def _admit_texts(self) -> None:
+        while self._texts:
+            size, turn = self._texts[0]
+            if self._text_bytes and self._text_bytes + size > MAX_TEXT_BYTES:
+                return
+            self._texts.popleft()
+            if not turn.cancelled():
+                self._text_bytes += size
+                turn.set_result(None)
 
     def charge(self, tokens: int) -> None:
         """Counts tokens that the tenant has used."""

@@ -19,7 +19,7 @@ def document(monkeypatch: pytest.MonkeyPatch, *flags: str) -> dict[str, Any]:
     from vllm.entrypoints.serve.lora import api_router
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from vllm_multilora.integration.server.settings.mounting import mount_gateway
+    from vllm_multilora.integration.server.settings.gateway_activation import mount_gateway
     from vllm_multilora.integration.settings.flags import merge_flags
 
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")

@@ -587,7 +587,7 @@ def test_a_folder_that_is_named_like_a_route_keeps_no_server_from_starting(
     directory.mkdir()
     file.write_text('{"routes": {"help": "acme", "old": "gone"}}')
     settings = MultiLoRAConfig(adapter_dir=(str(directory),), routes=str(file))
-    for module in (adapter_directory, routes, start):
+    for module in (adapter_directory, routes):
         monkeypatch.setattr(module, "settings_of", lambda config: settings)
     for module in (routes, start):
         monkeypatch.setattr(module, "is_active_behind", lambda client: True)

@@ -58,7 +58,7 @@ FIELDS = {
     ("integration.server.requests.metering", "state.remote_prefill_cached_tokens"),
     ("integration.server.names.model_names", "shown.error.message"),
     ("integration.server.names.model_names", "shown.error.problems"),
-    ("integration.server.settings.mounting", "args.middleware"),
+    ("integration.server.settings.gateway_activation", "args.middleware"),
     ("integration.server.names.resolvers", "lora.lora_int_id"),
     ("integration.server.names.resolvers", "refusal.error.param"),
     ("integration.step.punica_moe", "lora_config.specialize_active_lora"),

@@ -22,13 +22,13 @@ from vllm_multilora.integration.api_server.registered_versions import Version
 from vllm_multilora.integration.blends import blended
 from vllm_multilora.integration.failed_requests import from_stop_reason, to_stop_reason
 from vllm_multilora.integration.server.names import registration, routes, shared_names
-from vllm_multilora.integration.server.names.pending_looks import PendingLooks
+from vllm_multilora.integration.server.names.adapter_directory import PendingLooks
 from vllm_multilora.integration.server.names.refusals import (
     FIRST_PAUSE_S,
     LONGEST_PAUSE_S,
     Refusals,
 )
-from vllm_multilora.integration.server.requests import bound_versions, engine_door, metering
+from vllm_multilora.integration.server.requests import engine_door, http_calls, metering
 from vllm_multilora.integration.server.requests.http_calls import HttpCall, current_call
 from vllm_multilora.integration.server.requests.metering import METER, ServerMeter
 from vllm_multilora.metering.usage_log import Status
@@ -74,15 +74,15 @@ def test_a_name_that_no_adapter_has_is_not_searched_for_a_version(monkeypatch: A
             searched.append(name)
             return asks.fullmatch(name)
 
-    asks = bound_versions._ASKS
-    monkeypatch.setattr(bound_versions, "_ASKS", Asks())
+    asks = http_calls._ASKS
+    monkeypatch.setattr(http_calls, "_ASKS", Asks())
     longest = "x" * 255
     for name, taken in (
         (f"{longest}@{'0' * 64}", "0" * 64),
         (f"{longest}x@{'0' * 64}", ""),
         ("@" * 1_000_000, ""),
     ):
-        found = bound_versions.split(name, (), is_name=lambda name: False)
+        found = http_calls.split(name, (), is_name=lambda name: False)
         assert found == (longest if taken else name, taken)
     assert len(searched) == 1
 

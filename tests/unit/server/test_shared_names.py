@@ -16,7 +16,7 @@ from vllm_multilora.integration.api_server import registered_versions
 from vllm_multilora.integration.api_server.registered_versions import Version
 from vllm_multilora.integration.server.names import registration, shared_names
 from vllm_multilora.integration.server.names.shared_names import NAMES, SharedNames
-from vllm_multilora.integration.server.requests import bound_versions
+from vllm_multilora.integration.server.requests import http_calls
 from vllm_multilora.integration.updating import SERVER_VARIABLE, UPDATING_VARIABLE
 from vllm_multilora.store.clients.names_client import NamesClient
 from vllm_multilora.store.protocol.store_folder import StoreUnavailableError
@@ -74,7 +74,7 @@ def test_a_name_given_to_two_adapters_at_once_leads_to_one_and_the_other_is_free
         freed.append(lora.lora_int_id)
 
     monkeypatch.setattr(registration, "remove_later", remove_later)
-    monkeypatch.setattr(bound_versions, "GRACE_S", 0.0)
+    monkeypatch.setattr(http_calls, "GRACE_S", 0.0)
 
     async def scenario(stores: Stores) -> None:
         one, two = api_server(stores), api_server(stores)
@@ -113,7 +113,7 @@ def test_requests_on_their_way_find_what_was_reloaded_elsewhere_and_not_what_was
         await load(1)
         await load(2)
         assert is_known(1)
-        monkeypatch.setattr(bound_versions, "GRACE_S", 0.0)
+        monkeypatch.setattr(http_calls, "GRACE_S", 0.0)
         await load(3)
         await until(lambda: not is_known(2))
         assert is_known(3)

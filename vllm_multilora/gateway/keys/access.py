@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_multilora.documents import DocumentError, WatchedFile
 from vllm_multilora.integration.seals import SECRET_VARIABLE
 from vllm_multilora.integration.server.requests.callers import Caller
+from vllm_multilora.integration.server.settings.gateway_activation import settings_in
 from vllm_multilora.integration.server.settings.key_settings import (
     COUNT_VARIABLE,
     STOPPED_WITH_SERVER,
@@ -22,7 +23,6 @@ from vllm_multilora.integration.server.settings.key_settings import (
     read_admin_keys,
     warn_of_open_updates,
 )
-from vllm_multilora.integration.server.settings.mounting import settings_in
 from vllm_multilora.tenants.keys import KeyRing, digest_of
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Locks, Role

@@ -16,10 +16,10 @@ from starlette.responses import Response
 from vllm_multilora.gateway.body import LargeBodyError, read_body
 from vllm_multilora.gateway.endpoints import called_route, endpoint_of, refused_word, route_path
 from vllm_multilora.gateway.fields import MAX_SHORT_TEXT, FieldError, needs
-from vllm_multilora.gateway.limits.list_answers import list_in_turn
 from vllm_multilora.gateway.limits.tenant_turns import (
     STRANGERS_PER_MINUTE,
     ClientGoneError,
+    list_in_turn,
     pause,
     turn_of,
 )

@@ -120,7 +120,10 @@ class NamesMiddleware:
         led = await self._lead(call, scope, receive)  # which keeps no body while it is answered
         if isinstance(led, Response):
             await led(scope, receive, send)
-        elif led.chosen.lora is None:
+            return
+        if (caller := current_caller.get()) is not None:
+            await caller.begin_text()  # only now: until here it may wait for its adapter
+        if led.chosen.lora is None:
             await self._app(led.scope, led.receive, send)
         else:
             lora = led.chosen.lora

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -29,10 +29,9 @@ from vllm_multilora.adapters.problems import SIGNATURE_CODES
 from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server.names import registration
-from vllm_multilora.integration.server.names.pending_looks import PendingLooks
 from vllm_multilora.integration.server.names.public_names import is_reserved, public_names
 from vllm_multilora.integration.server.names.refusals import Refusals
-from vllm_multilora.integration.server.requests import bound_versions, callers
+from vllm_multilora.integration.server.requests import callers, http_calls
 from vllm_multilora.wording import listed
 
 logger = logging.getLogger(__name__)
@@ -43,13 +42,17 @@ SCAN_S = 2.0
 _MOST_BUSY = 0.2  # share of the time that looking may take, however slow the storage is
 _FIND_LIMIT_S = 5.0  # for one folder
 # Other API servers may know an old version by name for as long as it takes them to see the new.
-_GRACE_S = bound_versions.GRACE_S + 4 * SCAN_S
+_GRACE_S = http_calls.GRACE_S + 4 * SCAN_S
 _MOST_NAMED = 5
 
 _T = TypeVar("_T")
 
 DIRECTORY: Attached[DirectoryServer] = Attached("directory")
 """What serves the adapter directories for vLLM's `OpenAIServingModels`."""
+
+_MOST = 1_024
+
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -326,3 +329,39 @@ def _beginning(message: str) -> str:
     problems = message.splitlines()
     told = "\n".join(problems[:_MOST_NAMED])
     return told if len(problems) <= _MOST_NAMED else f"{told}\n(requests for it are told all)"
+
+
+class PendingLooks:
+    """Looks that have not ended; used on one event loop.
+
+    Nobody waits for one longer than the limit. It goes on all the same, and a thread that stands
+    still has it in its queue until then: so there are not more of them than a thousand.
+
+    Args:
+        limit_s: Seconds.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._looks: set[asyncio.Future[Any]] = set()
+
+    async def wait(self, begin: Callable[[], Awaitable[_T]]) -> _T:
+        """Begins a look and waits for what it finds.
+
+        Raises:
+            TimeoutError: It has not ended in time, or too many others have not.
+        """
+        if len(self._looks) >= _MOST:
+            raise TimeoutError("too many looks at storage have not ended")
+        look = asyncio.ensure_future(begin())
+        self._looks.add(look)
+        look.add_done_callback(self._ended)
+        await asyncio.wait({look}, timeout=self._limit_s)
+        if not look.done():
+            raise TimeoutError(f"storage has not answered within {self._limit_s:g} s")
+        return look.result()
+
+    def _ended(self, look: asyncio.Future[Any]) -> None:
+        self._looks.discard(look)
+        if not look.cancelled():
+            look.exception()  # nobody may be left to hear of it, and asyncio would log each

@@ -20,7 +20,7 @@ from vllm_multilora.integration.server.names import (
     resolvers,
 )
 from vllm_multilora.integration.server.names.routes import ROUTES
-from vllm_multilora.integration.server.requests import bound_versions
+from vllm_multilora.integration.server.requests import http_calls
 from vllm_multilora.integration.server.requests.callers import (
     Caller,
     current_caller,
@@ -106,7 +106,7 @@ async def _choose(
 
     name, asked = model or "", ""
     if acts and model:
-        name, asked = bound_versions.split(model, served, is_name=is_name)
+        name, asked = http_calls.split(model, served, is_name=is_name)
     if not await may_use(models, name):
         return unknown(models, model)  # whole: whether there is such a name decides what is asked
     led = None if routes is None else await routes.lead(name, fields)
@@ -139,7 +139,7 @@ async def _choose(
     if lora is not None:
         rendered = f"{name}@{asked}" if asked else lora.lora_name
         return _answered_by(call, models, lora, asked, fields, rendered=rendered)
-    if (refusal := bound_versions.bind(call, models, name, None, asked)) is not None:
+    if (refusal := http_calls.bind(call, models, name, None, asked)) is not None:
         return refusal
     return Chosen(led)
 
@@ -156,7 +156,7 @@ def _answered_by(
     caller = current_caller.get()
     if caller is not None and (refusal := caller.grant(lora.lora_name)) is not None:
         return refusal
-    refusal = bound_versions.bind(call, models, lora.lora_name, lora, asked)
+    refusal = http_calls.bind(call, models, lora.lora_name, lora, asked)
     return Chosen(None, lora, rendered) if refusal is None else refusal
 
 

@@ -29,10 +29,10 @@ from vllm_multilora.integration.failed_requests import STATUS, AdapterRefusedErr
 from vllm_multilora.integration.server.names import shared_names
 from vllm_multilora.integration.server.names.public_names import is_reserved, public_names
 from vllm_multilora.integration.server.requests import metering
-from vllm_multilora.integration.server.requests.bound_versions import GRACE_S
 from vllm_multilora.integration.server.requests.callers import TYPES
 from vllm_multilora.integration.server.requests.engine_calls import answer_of
 from vllm_multilora.integration.server.requests.engine_door import SEE_OFF
+from vllm_multilora.integration.server.requests.http_calls import GRACE_S
 from vllm_multilora.integration.server.settings.gateway_activation import manages_adapters_behind
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.failures import describe_failure
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server.names import adapter_directory, registration
-from vllm_multilora.integration.server.names.pending_looks import PendingLooks
+from vllm_multilora.integration.server.names.adapter_directory import PendingLooks
 from vllm_multilora.integration.server.names.public_names import is_reserved, public_names
 from vllm_multilora.integration.server.names.refusals import REFUSALS, Refusals
 from vllm_multilora.integration.server.requests import callers

@@ -19,7 +19,7 @@ from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.integration.api_server import registered_versions
 from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.server.names.public_names import public_names
-from vllm_multilora.integration.server.requests.bound_versions import GRACE_S
+from vllm_multilora.integration.server.requests.http_calls import GRACE_S
 from vllm_multilora.integration.updating import SERVER_VARIABLE, UPDATING_VARIABLE
 from vllm_multilora.store.clients.names_client import NamesClient
 from vllm_multilora.store.protocol.messages import Published, Retracted, Settled

@@ -75,6 +75,7 @@ class Caller:
             base model.
         retry_after_s: When a request over the tenant's limits may come again.
         has_turn: Whether it is one of the tenant's running calls.
+        body_bytes: Bytes of its body, where that has texts.
         most_results: Numbers that the answer to a tenant's pooling call may hold.
         seal_secret: What seals are made with, which the engine reads.
     """
@@ -87,8 +88,10 @@ class Caller:
     granted: set[str | None] = field(default_factory=set)
     retry_after_s: int | None = None
     has_turn: bool = False
+    body_bytes: int = 0
     most_results: int = MOST_RESULTS
     seal_secret: str = ""
+    _text: int = 0
     _answers: int = 0
     _scores: int = 0
     _results: int = 0
@@ -130,6 +133,18 @@ class Caller:
         self.granted.add(name)
         return None
 
+    async def begin_text(self) -> None:
+        """Waits until vLLM may make tokens of the call's texts, until `end_text`."""
+        if self.account is not None:
+            await self.account.begin_text(self.body_bytes)
+            self._text = self.body_bytes
+
+    def end_text(self) -> None:
+        """The call's texts are tokens, or never will be; saying it again is no matter."""
+        if self.account is not None:
+            text, self._text = self._text, 0
+            self.account.end_text(text)
+
     def count_answers(self, count: int) -> None:
         """The call wants so many answers more, until `answered`.
 
@@ -163,12 +178,8 @@ class Caller:
             GracefulHTTPError: A tenant's wants too many: nobody is answered while they are told.
         """
         self._scores += count
-        self.require_few_scores(self._scores)
-
-    def require_few_scores(self, count: int) -> None:
-        """Raises as `count_scores` does, if there are too many in one piece."""
-        what = "log probabilities at a time at most, of answers that are not streamed, or not read."
-        self._bound(count, MOST_SCORES, what)
+        what = "log probabilities at a time at most, of answers that are not streamed."
+        self._bound(self._scores, MOST_SCORES, what)
 
     def expect_results(self, form: str | None) -> None:
         """Says how a pooling call has its results told.
@@ -213,6 +224,7 @@ class Caller:
         for name in self._used:
             self.account.release(name)
         self._used.clear()
+        self.end_text()
         self.answered(self._answers)
         if self.has_turn:
             self.account.end()

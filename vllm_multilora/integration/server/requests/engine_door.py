@@ -17,7 +17,10 @@ from vllm_multilora.integration.api_server.failure_delivery import HIDDEN_FOLDER
 from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.server.requests import metering
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller
-from vllm_multilora.integration.server.settings.mounting import GATEWAY, is_gateway_missing
+from vllm_multilora.integration.server.settings.gateway_activation import (
+    GATEWAY,
+    is_gateway_missing,
+)
 from vllm_multilora.tenants.limits import Meter
 
 if TYPE_CHECKING:
@@ -47,6 +50,7 @@ def add_request(
         )
     is_new = request.request_id not in processor.request_states
     if caller is not None:
+        caller.end_text()
         require_granted(request, caller)
         if is_new and index == 0 and not metering.is_of_beam_search():
             caller.count_answers(1 if parent is None else parent.sampling_params.n)

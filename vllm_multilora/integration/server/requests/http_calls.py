@@ -1,19 +1,32 @@
-"""Per-request context shared by the HTTP layer and adapter resolution.
+"""HTTP requests, as code far below HTTP finds them, and the versions that they are bound to.
 
-vLLM runs a request far below HTTP. A context variable reaches every task that works for it, and
-carries what the gateway knows of the request in one direction, what has computed it in the other.
+A client may ask for a specific version with the model name `name@digits`, the first digits of the
+digest of its weights.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+from vllm_multilora.adapters.served_names import MOST_NAME_BYTES
+from vllm_multilora.integration.api_server.registered_versions import Version, find
+from vllm_multilora.integration.server.requests.callers import error_response
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
+
+GRACE_S = 5.0
+"""How long a request may be on its way from its adapter's name to the engine."""
+
+_ASKS = re.compile(r"(?s)(.+)@([0-9a-f]{8,64})")
+_MOST_CHARACTERS = MOST_NAME_BYTES + 1 + 64
 
 SHOWN_DIGITS = 16
 """Digits of a digest in answers."""
@@ -21,12 +34,69 @@ SHOWN_DIGITS = 16
 BLEND_FIELD = "lora_blend"
 """Field of request bodies: a weight for each adapter of a blend."""
 
-RENDERING = "/render"
-"""End of the paths of endpoints whose answers are requests for `/inference/v1/generate`."""
-
 MOST_ERROR = 16_384
 """Characters of an error's text, which may repeat what its request holds."""
 _LONG_RUN = re.compile(r"(\S{256})\S++|(\s{64})\s++")
+
+
+def split(
+    model: str, served: Collection[str], *, is_name: Callable[[str], bool]
+) -> tuple[str, str]:
+    """Splits a request's model name into a name and the version that it asks for.
+
+    Args:
+        model: As the client has sent it.
+        served: Names of adapters.
+        is_name: Whether something else is served by a name.
+
+    Returns:
+        The name, and the digits that were asked for; none where any version will do.
+    """
+    is_short = len(model) <= _MOST_CHARACTERS  # nobody is answered while it is looked at
+    found = _ASKS.fullmatch(model) if is_short and "@" in model else None
+    if found is None or model in served or is_name(model):
+        return model, ""
+    return found[1], found[2]
+
+
+def bind(
+    call: HttpCall,
+    models: Any,
+    name: str,
+    lora: LoRARequest | None,
+    asked: str,
+) -> ErrorResponse | None:
+    """Binds an HTTP request to the version of an adapter that is to answer it.
+
+    Args:
+        call: The HTTP request.
+        models: vLLM's `OpenAIServingModels`.
+        name: The adapter's, or the base model's.
+        lora: The adapter; None for the base model.
+        asked: The digits that the request asks for.
+
+    Returns:
+        The answer to a request for a version that is not the one that is served.
+    """
+    version = None if lora is None else find(models.engine_client, lora)
+    if asked and (version is None or not version.digest.startswith(asked)):
+        return _not_served(name, asked, version, is_adapter=lora is not None)
+    if lora is not None:
+        call.adapter, call.lora, call.asked = lora.lora_name, lora, asked
+        call.digest = None if version is None else version.digest
+    return None
+
+
+def _not_served(
+    name: str, asked: str, version: Version | None, *, is_adapter: bool
+) -> ErrorResponse:
+    status = HTTPStatus.CONFLICT if is_adapter else HTTPStatus.NOT_FOUND
+    if version is not None:
+        what = f"is served in version {version.digest[:SHOWN_DIGITS]}"
+    else:
+        what = "has not been read yet" if is_adapter else "is no adapter, and has no versions"
+    message = f"The model `{name}` {what}; version {asked} was asked for."
+    return error_response(status, message, "model")
 
 
 @dataclass
@@ -58,7 +128,7 @@ class HttpCall:
     @property
     def renders(self) -> bool:
         """Whether the answer is a request for `/inference/v1/generate`."""
-        return self.path.endswith(RENDERING)
+        return self.path.endswith("/render")
 
 
 current_call: ContextVar[HttpCall | None] = ContextVar("multilora_http_call", default=None)

@@ -52,9 +52,6 @@ logger = logging.getLogger(__name__)
 METER: Attached[ServerMeter] = Attached("meter")
 """What follows the requests of an API server's `OutputProcessor` to their ends."""
 
-UNREAD_SCORES: Attached[int] = Attached("unread-scores")
-"""Log probabilities that a stream's client has not read yet, by what collects its outputs."""
-
 PROMPT: Attached[Prompt | None] = Attached("prompt")
 """What the prompt of a `RequestState`, or of the `ParentRequest` of several, has used so far; None
 once it has ended."""
@@ -245,24 +242,15 @@ class ServerMeter:
 
 
 def _count_scores(prompt: Prompt, caller: Caller, output: Any, state: Any) -> None:
-    """Ends a request with too many log probabilities to be told in one piece.
-
-    vLLM keeps those of an answer that is not streamed until its end, and those of a stream until
-    its client reads on.
-    """
-    queue = state.queue
-    if queue is None or prompt.is_beam:
+    """Ends a request that is not streamed with too many log probabilities to be told at its end."""
+    is_whole = state.output_kind is RequestOutputKind.FINAL_ONLY
+    if state.queue is None or prompt.is_beam or not is_whole:
         return
     most = state.logprobs_processor.num_logprobs
     width = output.new_logprobs.logprobs.shape[1] if most < 0 else most + 1  # -1: all that are
     count = len(output.new_token_ids) * width
     try:
-        if state.output_kind is RequestOutputKind.FINAL_ONLY:
-            caller.count_scores(count)
-        else:
-            unread = 0 if queue.output is None else UNREAD_SCORES.get(queue) or 0
-            UNREAD_SCORES.set(queue, unread + count)
-            caller.require_few_scores(unread + count)
+        caller.count_scores(count)
     except GracefulHTTPError as error:
         _refuse(prompt, state, error)
 

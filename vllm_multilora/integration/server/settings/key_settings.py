@@ -16,7 +16,7 @@ from vllm import envs
 
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.documents import DocumentError, read_file
-from vllm_multilora.integration.server.settings.mounting import settings_in
+from vllm_multilora.integration.server.settings.gateway_activation import settings_in
 from vllm_multilora.tenants.keys import (
     ADMIN_KEY_VARIABLE,
     MAX_KEY_LENGTH,

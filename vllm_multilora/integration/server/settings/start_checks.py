@@ -14,9 +14,11 @@ from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.seals import SECRET_VARIABLE
-from vllm_multilora.integration.server.settings.gateway_activation import manages_adapters
+from vllm_multilora.integration.server.settings.gateway_activation import (
+    manages_adapters,
+    need_gateway,
+)
 from vllm_multilora.integration.server.settings.key_settings import COUNT_VARIABLE, read_admin_keys
-from vllm_multilora.integration.server.settings.mounting import need_gateway
 from vllm_multilora.metering.usage_log import require_writable
 from vllm_multilora.routing import load_routes
 from vllm_multilora.tenants.tenants_file import load_tenants
