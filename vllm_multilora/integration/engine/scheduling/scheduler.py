@@ -36,6 +36,7 @@ from vllm_multilora.integration.blends import label_of
 from vllm_multilora.integration.engine.adapters.users import AdapterUsers
 from vllm_multilora.integration.engine.requests import invocation, prefix_keys
 from vllm_multilora.integration.engine.requests.late_reloads import HAS_RUN, LateReloads
+from vllm_multilora.integration.engine.requests.tenant_wall import tenant_of
 from vllm_multilora.integration.engine.requests.weight_versions import Announcements
 from vllm_multilora.integration.engine.scheduling.asides import Asides
 from vllm_multilora.integration.engine.scheduling.blocked import BlockedAdapters, FreedBlocks
@@ -53,7 +54,6 @@ from vllm_multilora.integration.failed_requests import (
 )
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.recording import engine_recorder, request_lists
-from vllm_multilora.integration.tenant_of_request import tenant_of
 from vllm_multilora.metrics.request_metrics import RequestMetrics
 from vllm_multilora.slots.fairness.fair_shares import FairShares
 from vllm_multilora.slots.fairness.slot_turns import SlotTurns
