@@ -24,8 +24,7 @@ from vllm_multilora.errors import ConfigError
 from vllm_multilora.slots.budget import MIB
 from vllm_multilora.slots.events import SlotEvents, Tier
 from vllm_multilora.slots.pins import Pins
-from vllm_multilora.slots.policies.policy import CachePolicy
-from vllm_multilora.slots.policies.policy_tier import PolicyTier
+from vllm_multilora.slots.policies.policy import CachePolicy, PolicyTier
 
 MOST_SLOTS = 2**15 - 2
 """What the kernels' plans can number."""

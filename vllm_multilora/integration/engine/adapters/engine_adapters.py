@@ -25,12 +25,10 @@ from vllm_multilora.adapters.signing.required import RequiredDigests
 from vllm_multilora.failures import LoadFailure
 from vllm_multilora.integration.engine.adapters.adapter_entries import AdapterEntry, Entries
 from vllm_multilora.integration.engine.adapters.arrivals import Arrivals
-from vllm_multilora.integration.engine.adapters.known_blends import KnownBlends
-from vllm_multilora.integration.engine.adapters.orders_under_way import OrdersUnderWay
-from vllm_multilora.integration.engine.adapters.parties import Store, Workers
+from vllm_multilora.integration.engine.adapters.orders_under_way import OrdersUnderWay, Workers
 from vllm_multilora.integration.engine.adapters.quarantine import Quarantine
-from vllm_multilora.integration.engine.adapters.registrations import Registrations
-from vllm_multilora.integration.engine.adapters.wants import Wants
+from vllm_multilora.integration.engine.adapters.registrations import KnownBlends, Registrations
+from vllm_multilora.integration.engine.adapters.wants import Store, Wants
 from vllm_multilora.integration.failed_requests import AdapterRefusedError
 from vllm_multilora.slots.assignment import SlotAssignment
 from vllm_multilora.states import AdapterState
