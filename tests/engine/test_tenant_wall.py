@@ -173,9 +173,9 @@ def test_engine_without_tenants_takes_requests_as_they_are(config):
 
 
 def test_scheduler_that_knows_no_adapters_has_the_wall_too(config, monkeypatch):
-    from vllm_multilora.integration.engine.scheduling import scheduler_class
+    from vllm_multilora.integration.engine import executor
 
-    monkeypatch.setattr(scheduler_class, "loads_adapters", lambda vllm_config: False)
+    monkeypatch.setattr(executor, "loads_adapters", lambda vllm_config: False)
     engine = Engine(config)
     engine.add(request_with())
     assert engine.steps.schedule() == {}

@@ -28,8 +28,8 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_multilora.integration.engine.executor import scheduler_over
 from vllm_multilora.integration.engine.requests.tenant_wall import SEAL
-from vllm_multilora.integration.engine.scheduling.scheduler_class import scheduler_over
 from vllm_multilora.integration.seals import Seal
 
 BLOCK_SIZE = 16
