@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
-from vllm_multilora.adapters.files.fingerprint import Fingerprint
+from vllm_multilora.adapters.files.regular_file import Fingerprint
 from vllm_multilora.integration.engine.adapters.adapter_entries import AdapterEntry
 from vllm_multilora.store.protocol.messages import ToUser, Want
 
