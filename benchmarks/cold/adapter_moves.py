@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from benchmarks.harness.registry import Figure, benchmark
 from multilora_kernels import SlotIndex, SlotTable, host_memory
 from multilora_kernels.dtypes import BFLOAT16
-from vllm_multilora.adapters import ModelLayout, SliceLayout
 from vllm_multilora.adapters.intake import Rules, open_adapter
+from vllm_multilora.adapters.model.layout import ModelLayout, SliceLayout
 from vllm_multilora.adapters.packing.pack_index import PackIndex
 from vllm_multilora.store.memory.arena import PLACE_BITS, Allocation, Arena
 from vllm_multilora.store.memory.segments import SharedSegments

@@ -20,8 +20,8 @@ from blake3 import blake3
 
 from benchmarks.harness.registry import Figure, benchmark
 from multilora_kernels.dtypes import BFLOAT16
-from vllm_multilora.adapters import ModelLayout, SliceLayout
 from vllm_multilora.adapters.intake import Rules, open_adapter
+from vllm_multilora.adapters.model.layout import ModelLayout, SliceLayout
 from vllm_multilora.adapters.signing.adapter_digest import AdapterDigest
 
 HIDDEN, KV, MLP = 4096, 1024, 14336

@@ -7,13 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from multilora_kernels.dtypes import of_torch
-from vllm_multilora.adapters import (
-    AdapterConfig,
-    AdapterFormatError,
-    ModelLayout,
-    SliceLayout,
-    parse_tensor_name,
-)
+from vllm_multilora.adapters.adapter_errors import AdapterFormatError
+from vllm_multilora.adapters.config.adapter_config import AdapterConfig
+from vllm_multilora.adapters.model.layout import ModelLayout, SliceLayout
+from vllm_multilora.adapters.model.tensor_names import parse_tensor_name
 
 PREFIX = "base_model.model."
 # Name, inputs, outputs: small, odd, and none a multiple of 64 bytes.

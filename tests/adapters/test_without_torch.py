@@ -19,7 +19,6 @@ _MODULES = (
     "checks.missing_modules",
     "checks.placement",
     "checks.problem_list",
-    "checks.tensor_checks",
 )
 
 

@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from vllm_multilora.integration import kv_blocks
-from vllm_multilora.integration.worker.base_layers import amx
+from vllm_multilora.integration.worker.base_layers import base_products
 
 ROWS, COLUMNS = 300, 176
 """Not for the kernels of vLLM's own that only run with AMX, and five tiles and a half."""
@@ -26,7 +26,7 @@ def layer_of(dtype: torch.dtype) -> torch.nn.Module:
 def test_a_row_that_is_not_finite_stays_alone(tokens: int, remove_weight: bool) -> None:
     layer = layer_of(torch.bfloat16)
     weight = layer.weight.clone()
-    amx.fill_tiles(dispatch_cpu_unquantized_gemm, layer, remove_weight)
+    base_products.fill_tiles(dispatch_cpu_unquantized_gemm, layer, remove_weight)
     assert remove_weight or torch.equal(layer.weight, weight)
     x = torch.randn(tokens, COLUMNS, dtype=torch.bfloat16)
     bias = torch.randn(ROWS, dtype=torch.bfloat16)
@@ -43,7 +43,7 @@ def test_a_row_that_is_not_finite_stays_alone(tokens: int, remove_weight: bool) 
 def test_rows_of_whole_tiles_are_left_to_vllm() -> None:
     layer = torch.nn.Linear(64, ROWS, bias=False, dtype=torch.bfloat16)
     seen = []
-    amx.fill_tiles(lambda *arguments: seen.append(arguments), layer, True)
+    base_products.fill_tiles(lambda *arguments: seen.append(arguments), layer, True)
     assert seen == [(layer, True)]
     assert not hasattr(layer, "cpu_linear")
 
@@ -57,4 +57,4 @@ def test_attention_is_computed_without_amx_where_the_plugin_acts(
 ) -> None:
     original: Callable[..., str] = lambda *_: chosen  # noqa: E731
     monkeypatch.setattr(kv_blocks, "empties_blocks", acts)
-    assert amx.attention_isa(original, *ATTENTION) == expected
+    assert base_products.attention_isa(original, *ATTENTION) == expected

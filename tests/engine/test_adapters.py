@@ -11,7 +11,7 @@ from vllm_multilora.integration.engine.adapters import registrations
 from vllm_multilora.integration.engine.adapters.adapter_entries import Entries
 from vllm_multilora.integration.engine.adapters.arrivals import MOST_TIMES_GONE
 from vllm_multilora.integration.failed_requests import AdapterRefusedError
-from vllm_multilora.integration.tenant_of_request import RequestTenant
+from vllm_multilora.integration.seals import Seal
 from vllm_multilora.integration.worker_link.fill_link import Filled, FillFailed, Missing
 from vllm_multilora.integration.worker_link.orders import Check, Fill
 from vllm_multilora.slots.pins import PinLimitError
@@ -1725,7 +1725,7 @@ def test_an_adapter_that_was_in_memory_already_is_shown_with_its_rank(tmp_path):
     engine.adapters.drop(1)
 
 
-ACME, OTHER = RequestTenant("acme", 1.0, 3), RequestTenant("other")
+ACME, OTHER = Seal("acme", 1.0, 3), Seal("other")
 
 
 def test_the_store_is_told_whose_requests_wait(engine):

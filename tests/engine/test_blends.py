@@ -17,11 +17,11 @@ from vllm_multilora.integration.engine.adapters.quarantine import Quarantine
 from vllm_multilora.integration.engine.scheduling.fair_scheduler import BLENDS as PARTY
 from vllm_multilora.integration.engine.scheduling.fair_scheduler import party_of
 from vllm_multilora.integration.failed_requests import AdapterRefusedError, without_folder
-from vllm_multilora.integration.tenant_of_request import RequestTenant
+from vllm_multilora.integration.seals import Seal
 from vllm_multilora.metrics.label_values import BLENDS
 from vllm_multilora.states import AdapterState
 
-ACME, ZEN = RequestTenant("acme"), RequestTenant("zen")
+ACME, ZEN = Seal("acme"), Seal("zen")
 
 
 def blend(weight: float, first: int = 1, second: int = 2):

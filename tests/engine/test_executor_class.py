@@ -56,6 +56,13 @@ def test_executor_class_without_lora_is_the_configured_one():
     assert module.get_class(stock, config("mp", lora=False)) is MultiprocExecutor
 
 
+def test_executor_class_with_tenants_and_without_lora_chooses_the_scheduler(monkeypatch):
+    monkeypatch.setattr(module, "has_wall", lambda vllm_config: True)
+    found = module.get_class(stock, config(OwnExecutor, lora=False))
+    assert issubclass(found, AdapterExecutorMixin)
+    assert issubclass(found, OwnExecutor)
+
+
 @pytest.mark.parametrize("base", [MultiprocExecutor, OwnExecutor])
 def test_executor_class_sent_to_a_new_process_is_found_there(base):
     made = adapter_loading(base)

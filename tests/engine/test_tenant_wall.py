@@ -17,9 +17,9 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from vllm_multilora.integration.engine.requests import prefix_keys
+from vllm_multilora.integration.engine.requests.tenant_wall import tenant_of
 from vllm_multilora.integration.failed_requests import from_stop_reason
 from vllm_multilora.integration.seals import Seal, sealed
-from vllm_multilora.integration.tenant_of_request import RequestTenant, tenant_of
 
 from .scheduling.real_scheduler import Steps, make_config
 
@@ -132,7 +132,7 @@ def test_others_requests_run_in_the_step_that_ends_an_unsealed_one(config):
 def test_sealed_request_when_it_arrives_is_its_tenants(config, adapter):
     engine = Engine(config)
     made = engine.add(request_with(sealed(SECRET, ACME), adapter=adapter, priority=-5))
-    assert tenant_of(made) == RequestTenant("acme", 2.5, 7)
+    assert tenant_of(made) == ACME
     assert (made.cache_salt, made.priority) == ("salt of acme", 0)
     assert engine.steps.step() == {"1": 40}
 
@@ -152,7 +152,7 @@ def test_cached_blocks_are_keyed_by_the_salt_and_not_by_the_seal(config):
 def test_seal_in_a_requests_id_is_read_as_one_in_its_salt(config):
     engine = Engine(config)
     made = engine.add(request_with(name=f"embd-7~{sealed(SECRET, ACME)}~-0-1a2b3c4d"))
-    assert tenant_of(made) == RequestTenant("acme", 2.5, 7)
+    assert tenant_of(made) == ACME
     assert made.cache_salt == "salt of acme"
 
 
@@ -173,9 +173,9 @@ def test_engine_without_tenants_takes_requests_as_they_are(config):
 
 
 def test_scheduler_that_knows_no_adapters_has_the_wall_too(config, monkeypatch):
-    from vllm_multilora.integration.engine.scheduling import scheduler_class
+    from vllm_multilora.integration.engine import executor
 
-    monkeypatch.setattr(scheduler_class, "loads_adapters", lambda vllm_config: False)
+    monkeypatch.setattr(executor, "loads_adapters", lambda vllm_config: False)
     engine = Engine(config)
     engine.add(request_with())
     assert engine.steps.schedule() == {}

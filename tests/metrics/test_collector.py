@@ -13,8 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.promtool import run_promtool
 from vllm_multilora.metrics import definitions as defined
-from vllm_multilora.metrics.adapter_info import AdapterInfo
 from vllm_multilora.metrics.collector import LoRACollector
+from vllm_multilora.metrics.definitions import AdapterInfo
 from vllm_multilora.metrics.value_folder import locked
 
 from .readings import MODEL, in_another_process, recorder, shown

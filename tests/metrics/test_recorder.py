@@ -10,7 +10,7 @@ import pytest
 
 from vllm_multilora.metering.usage_log import Usage
 from vllm_multilora.metrics import definitions as defined
-from vllm_multilora.metrics.adapter_info import TIERS, AdapterInfo
+from vllm_multilora.metrics.definitions import TIERS, AdapterInfo
 from vllm_multilora.metrics.label_values import IDLE_S, OTHER, BoundedNames
 from vllm_multilora.metrics.process_stamps import ProcessStamp
 from vllm_multilora.metrics.recorder import Recorder

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from vllm_multilora.metrics import definitions as defined
-from vllm_multilora.metrics.adapter_info import AdapterInfo
+from vllm_multilora.metrics.definitions import AdapterInfo
 
 from .readings import recorder, shown_to_routers
 

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 
 from vllm_multilora.slots.budget import CpuBudget
-from vllm_multilora.slots.simulation.optimum import most_adapters, optimal_hits
+from vllm_multilora.slots.simulation.replay import most_adapters, optimal_hits
 
 
 def best_of_all_choices(requests: str, capacity: int) -> int:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_multilora.slots.machine_memory import machine_memory
+from vllm_multilora.slots.budget import machine_memory
 
 MIB = 1 << 20
 WHOLE = machine_memory(Path("/nowhere"), Path("/nowhere"))

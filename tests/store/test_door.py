@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_multilora.store.door import Door
+from vllm_multilora.store.connections import Door
 from vllm_multilora.store.protocol import store_folder
 from vllm_multilora.store.protocol.channel import Channel, ChannelClosedError
 from vllm_multilora.store.protocol.messages import FromStore, Refused

@@ -5,7 +5,7 @@ import logging
 import pytest
 from vllm.lora.layers import FusedMoEWithLoRA, ReplicatedLinearWithLoRA
 
-from vllm_multilora.integration.step.heads import ClassificationHead
+from vllm_multilora.integration.step.stock_rows import ClassificationHead
 from vllm_multilora.integration.worker.kernel_choice.reporting import report_unchosen
 
 

@@ -18,7 +18,7 @@ from itertools import islice
 
 from vllm_multilora.adapters.files.adapter_folder import CONFIG_NAME, PICKLED_NAMES, TENSORS_NAME
 from vllm_multilora.adapters.files.allowed_roots import AllowedRoots
-from vllm_multilora.adapters.files.fingerprint import Fingerprint
+from vllm_multilora.adapters.files.regular_file import Fingerprint
 from vllm_multilora.adapters.served_names import name_fault
 from vllm_multilora.errors import ConfigError
 

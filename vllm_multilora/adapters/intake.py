@@ -25,8 +25,8 @@ from vllm_multilora.adapters.adapter_errors import (
     AdapterNotFoundError,
     AdapterReadError,
 )
+from vllm_multilora.adapters.checks.matching import TensorReport, check_tensors
 from vllm_multilora.adapters.checks.problem_list import ProblemList
-from vllm_multilora.adapters.checks.tensor_checks import TensorReport, check_tensors
 from vllm_multilora.adapters.checks.values import explain
 from vllm_multilora.adapters.config.adapter_config import AdapterConfig
 from vllm_multilora.adapters.config.config_checks import config_problems

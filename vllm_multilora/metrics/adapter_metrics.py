@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.metrics import definitions as defined
-from vllm_multilora.metrics.adapter_info import AdapterInfo
+from vllm_multilora.metrics.definitions import AdapterInfo
 from vllm_multilora.metrics.label_values import BLENDS, OTHER
 from vllm_multilora.metrics.recorder import Recorder
 from vllm_multilora.slots.adapter_usage import AdapterUse

@@ -13,8 +13,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from vllm_multilora.metrics import router_names
-from vllm_multilora.metrics.adapter_info import AdapterInfo
-from vllm_multilora.metrics.definitions import ALL, BY_NAME, INFO, Definition, Kind
+from vllm_multilora.metrics.definitions import ALL, BY_NAME, INFO, AdapterInfo, Definition, Kind
 from vllm_multilora.metrics.recorder import MODEL_NAME
 from vllm_multilora.metrics.request_lists import newest_lists
 from vllm_multilora.metrics.series_file import (

@@ -29,11 +29,6 @@ class RequestMetrics:
         self._wait = recorder.histogram(defined.REQUEST_WAIT)
         self._wanted = recorder.series(defined.WANTED)
 
-    @property
-    def waiting(self) -> tuple[str, ...]:
-        """For each adapter that is waited for, one request that waits."""
-        return tuple(next(iter(requests)) for requests in self._waiting.values())
-
     def accept(self, request_id: str, adapter_id: int, name: str, *, is_ready: bool) -> None:
         """A request was taken in.
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from vllm_multilora.metrics.adapter_info import AdapterInfo
 from vllm_multilora.metrics.definitions import (
     ACTIVE,
     CACHE_ADAPTERS,
     INFO,
     LOAD_DURATION,
     SLOTS,
+    AdapterInfo,
     Definition,
     Kind,
 )

@@ -17,15 +17,14 @@ slots.running(adapters of all running requests)
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.slots.budget import MIB
 from vllm_multilora.slots.events import SlotEvents, Tier
 from vllm_multilora.slots.pins import Pins
-from vllm_multilora.slots.policies.policy import CachePolicy
-from vllm_multilora.slots.policies.policy_tier import PolicyTier
+from vllm_multilora.slots.policies.policy import CachePolicy, PolicyTier
 
 MOST_SLOTS = 2**15 - 2
 """What the kernels' plans can number."""
@@ -108,7 +107,8 @@ class SlotAssignment(PolicyTier):
         self.pins = Pins(slots, pinned_names)
         self._ranks = ranks
         self._events = events if events is not None else SlotEvents()
-        self._look_ups = LookUps(self._events)
+        self._read: set[int] = set()  # because a request waited, since they last joined the batch
+        self._brought: set[int] = set()  # into a slot, since they last joined the batch
         self._contents: list[int | None] = [None] * slots
         self._places: dict[int, _Place] = {}  # by adapter
         self._orders: dict[int, int] = {}  # adapters by unanswered orders
@@ -189,7 +189,16 @@ class SlotAssignment(PolicyTier):
         joined = adapters - self._running
         self._active = adapters
         self.used(adapters)
-        self._look_ups.joined(joined)
+        for adapter_id in sorted(joined):
+            # It was copied into its slot before it joined: what counts is what was there before.
+            if adapter_id not in self._brought:
+                self._events.hit(Tier.GPU, adapter_id)
+            else:
+                self._events.miss(Tier.GPU, adapter_id)
+                count = self._events.miss if adapter_id in self._read else self._events.hit
+                count(Tier.CPU, adapter_id)
+        self._read -= joined
+        self._brought -= joined
 
     def admit(self, adapter_id: int, pack: int) -> bool:
         """Whether a request may run with this version of the adapter; protects it if so."""
@@ -237,7 +246,7 @@ class SlotAssignment(PolicyTier):
 
     def read_on_demand(self, adapter_id: int) -> None:
         """Notes that the adapter's files were read because a request waited: a CPU miss."""
-        self._look_ups.read_on_demand(adapter_id)
+        self._read.add(adapter_id)
 
     # Answers
 
@@ -286,10 +295,9 @@ class SlotAssignment(PolicyTier):
         """The adapter was unloaded: it gives up its slot, its pin and whatever is noted of it."""
         if adapter_id in self._places:
             self._leave(adapter_id)
-        self._admitted.discard(adapter_id)
-        self._wanted.discard(adapter_id)
-        self._wanted_before.discard(adapter_id)
-        self._look_ups.forget(adapter_id)
+        noted = self._admitted, self._wanted, self._wanted_before, self._read, self._brought
+        for adapters in noted:
+            adapters.discard(adapter_id)
         self.pins.forget(adapter_id)
 
     def clear_all(self) -> None:
@@ -305,7 +313,7 @@ class SlotAssignment(PolicyTier):
         self._wanted.add(adapter_id)
         self._add(adapter_id, size=1, cost=1.0)
         if adapter_id not in self._running:  # one that runs is not looked up
-            self._look_ups.brought(adapter_id)
+            self._brought.add(adapter_id)
         self._events.assigned(adapter_id, slot)
         return assignment
 
@@ -316,46 +324,3 @@ class SlotAssignment(PolicyTier):
         self._remove(adapter_id)
         self._events.left(adapter_id, order.slot)
         return order.slot
-
-
-class LookUps:
-    """Turns what joins the running batch into the hit and miss events of both tiers.
-
-    An adapter is copied into its slot before it joins. What counts is what was there when it was
-    asked for: a slot that it got for this use is a miss, and a host copy that was read for this
-    use is another.
-
-    Args:
-        events: Told of every look-up.
-    """
-
-    def __init__(self, events: SlotEvents) -> None:
-        self._events = events
-        self._read: set[int] = set()
-        self._brought: set[int] = set()
-
-    def read_on_demand(self, adapter_id: int) -> None:
-        """The adapter's files were read because a request waited for it."""
-        self._read.add(adapter_id)
-
-    def brought(self, adapter_id: int) -> None:
-        """The adapter, which does not run yet, got a slot."""
-        self._brought.add(adapter_id)
-
-    def forget(self, adapter_id: int) -> None:
-        """Nothing that was fetched for the adapter counts any more."""
-        self._read.discard(adapter_id)
-        self._brought.discard(adapter_id)
-
-    def joined(self, adapters: Iterable[int]) -> None:
-        """Counts the look-ups of the adapters that have joined the running batch."""
-        for adapter_id in sorted(adapters):
-            if adapter_id not in self._brought:
-                self._events.hit(Tier.GPU, adapter_id)
-            else:
-                self._events.miss(Tier.GPU, adapter_id)
-                if adapter_id in self._read:
-                    self._events.miss(Tier.CPU, adapter_id)
-                else:
-                    self._events.hit(Tier.CPU, adapter_id)
-            self.forget(adapter_id)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import logging
 import os
+import socket
+import struct
 import time
 from dataclasses import dataclass, field
 
@@ -19,7 +23,7 @@ from vllm_multilora.store.jobs.adapter_reader import AdapterReader
 from vllm_multilora.store.loads.registry import Registry
 from vllm_multilora.store.memory.entries import Client
 from vllm_multilora.store.memory.segments import SharedSegments
-from vllm_multilora.store.protocol.channel import Channel
+from vllm_multilora.store.protocol.channel import Channel, ChannelClosedError
 from vllm_multilora.store.protocol.messages import (
     PROTOCOL,
     Cancel,
@@ -31,6 +35,7 @@ from vllm_multilora.store.protocol.messages import (
     Hello,
     Map,
     Publish,
+    Refused,
     Release,
     Retract,
     Saw,
@@ -41,6 +46,7 @@ from vllm_multilora.store.protocol.messages import (
     Want,
     Watch,
 )
+from vllm_multilora.store.protocol.store_folder import StoreAddress
 from vllm_multilora.store.shared_registrations import PublishedNames
 
 logger = logging.getLogger(__name__)
@@ -183,3 +189,62 @@ class Conversation:
         finally:
             os.close(descriptor)
         connection.segments.add(number)
+
+
+class Door:
+    """Takes in clients: only processes of this user, and only while there are descriptors.
+
+    Args:
+        listener: A listening socket; owned by the door.
+    """
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self._address = StoreAddress.of(listener)
+        listener.setblocking(False)
+        # Where this process is at its limit of descriptors, this one is given up to say so.
+        self._reserve = socket.socket(socket.AF_UNIX)
+
+    def fileno(self) -> int:
+        """For selectors."""
+        return self._listener.fileno()
+
+    def accept(self) -> Channel[FromClient] | None:
+        """A client that has come; None if that was nobody to be served."""
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._refuse_for_descriptors()
+            return None
+        if not _is_same_user(sock):
+            sock.close()
+            return None
+        sock.setblocking(False)
+        return Channel(sock, FromClient)
+
+    def close(self) -> None:
+        """Nobody comes in any more; the next store can have the place."""
+        self._address.close()
+        self._listener.close()
+        self._reserve.close()
+
+    def _refuse_for_descriptors(self) -> None:
+        """Takes one connection by the descriptor kept for this, to say why it is not served."""
+        self._reserve.close()
+        reason = "the store has no descriptor left; raise its limit of open files (ulimit -n)"
+        logger.error(reason)
+        with contextlib.suppress(OSError, ChannelClosedError):
+            sock, _ = self._listener.accept()
+            channel: Channel[FromClient] = Channel(sock, FromClient)
+            with contextlib.closing(channel):
+                channel.send(Refused(reason))
+        with contextlib.suppress(OSError):
+            self._reserve = socket.socket(socket.AF_UNIX)
+
+
+def _is_same_user(sock: socket.socket) -> bool:
+    """Whether the process at the other end of a local socket belongs to this process's user."""
+    data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, user, _ = struct.unpack("3i", data)
+    return user in (os.geteuid(), 0)

@@ -14,8 +14,7 @@ from typing import Any
 
 from vllm_multilora.failures import classify_failure
 from vllm_multilora.slots.policies.policy_registry import make_policy
-from vllm_multilora.store.connections import Connection, Conversation, RefusedError
-from vllm_multilora.store.door import Door
+from vllm_multilora.store.connections import Connection, Conversation, Door, RefusedError
 from vllm_multilora.store.jobs.adapter_reader import AdapterReader
 from vllm_multilora.store.jobs.desk import Desk
 from vllm_multilora.store.jobs.runner import Runner

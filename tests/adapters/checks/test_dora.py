@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from multilora_kernels.dtypes import BFLOAT16
-from vllm_multilora.adapters import Code
 from vllm_multilora.adapters.intake import Rules, open_adapter
+from vllm_multilora.adapters.problems import Code
 from vllm_multilora.adapters.validation import validate
 
 from ..corpus import BAD_DORA, DORA_LAYOUT, LAYOUT

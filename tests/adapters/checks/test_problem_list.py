@@ -5,11 +5,14 @@ import time
 
 import pytest
 
-from vllm_multilora.adapters import AdapterConfig, AdapterFormatError, Code, Problem
+from vllm_multilora.adapters.adapter_errors import AdapterFormatError
 from vllm_multilora.adapters.checks.problem_list import ProblemList
+from vllm_multilora.adapters.config.adapter_config import AdapterConfig
 from vllm_multilora.adapters.problems import (
     MOST_CHARACTERS,
     MOST_PROBLEMS,
+    Code,
+    Problem,
     bounded,
     shown,
     shown_name,

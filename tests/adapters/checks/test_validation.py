@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from multilora_kernels.dtypes import FLOAT16
-from vllm_multilora.adapters import AdapterError, AdapterFormatError, Code, SizeLimits
+from vllm_multilora.adapters.adapter_errors import AdapterError, AdapterFormatError
 from vllm_multilora.adapters.intake import Rules
 from vllm_multilora.adapters.model.layout import LinearShape
 from vllm_multilora.adapters.model.naming import ModuleNaming
+from vllm_multilora.adapters.model.size_limits import SizeLimits
+from vllm_multilora.adapters.problems import Code
 from vllm_multilora.adapters.validation import validate
 
 from ..checkpoints import config_of

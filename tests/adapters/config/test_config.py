@@ -11,7 +11,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.utils.other import get_pattern_key
 from vllm.lora.peft_helper import PEFTHelper
 
-from vllm_multilora.adapters import AdapterConfig, AdapterFormatError
+from vllm_multilora.adapters.adapter_errors import AdapterFormatError
+from vllm_multilora.adapters.config.adapter_config import AdapterConfig
 from vllm_multilora.adapters.config.config_checks import feature_problems
 from vllm_multilora.adapters.signing.adapter_digest import AdapterDigest
 

@@ -5,8 +5,12 @@ from dataclasses import replace
 import pytest
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
-from vllm_multilora.adapters import TensorRole, parse_tensor_name
-from vllm_multilora.adapters.model.tensor_names import full_head, is_unused
+from vllm_multilora.adapters.model.tensor_names import (
+    TensorRole,
+    full_head,
+    is_unused,
+    parse_tensor_name,
+)
 
 AS_VLLM = [
     "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",

@@ -5,9 +5,9 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from vllm_multilora.adapters import parse_tensor_name
 from vllm_multilora.adapters.model.layout import ModelLayout
 from vllm_multilora.adapters.model.naming import ModuleNaming, Renames, Replacement, SourceRename
+from vllm_multilora.adapters.model.tensor_names import parse_tensor_name
 
 from ..corpus import LAYOUT
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from vllm_multilora.adapters import Code
+from vllm_multilora.adapters.problems import Code
 
 from .cases import bad_config, bad_weights
 from .draft import PREFIX, Q0, Draft, add_embedding

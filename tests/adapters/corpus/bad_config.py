@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_multilora.adapters import Code
+from vllm_multilora.adapters.problems import Code
 
 from .cases import bad_config
 from .draft import CONFIG, PREFIX, Q0, Draft, good, set_rank

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from vllm_multilora.adapters import Code
+from vllm_multilora.adapters.problems import Code
 
 from .cases import BAD_DORA, Change, bad
 from .draft import (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_multilora.adapters import Code
+from vllm_multilora.adapters.problems import Code
 
 from .cases import bad, bad_config, bad_weights
 from .draft import CONFIG, WEIGHTS, Draft

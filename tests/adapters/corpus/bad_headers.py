@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from vllm_multilora.adapters import Code
+from vllm_multilora.adapters.problems import Code
 
 from .cases import bad_weights
 from .draft import Q0, WEIGHTS, Draft, name_of

@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_multilora.adapters import Code
+from vllm_multilora.adapters.problems import Code
 
 from .cases import bad, bad_weights
 from .draft import (

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from multilora_kernels.dtypes import FLOAT32
-from vllm_multilora.adapters import ModelLayout, SliceLayout, SpecialShape
+from vllm_multilora.adapters.model.layout import ModelLayout, SliceLayout, SpecialShape
 
 LAYERS, HIDDEN, VOCABULARY, MAX_RANK = 3, 96, 300, 64
 # Kind, inputs, outputs: 8 heads and 2 key-value heads of 32, an MLP of 176.

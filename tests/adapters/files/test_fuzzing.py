@@ -13,8 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_multilora.adapters import AdapterError, Code, Problem
+from vllm_multilora.adapters.adapter_errors import AdapterError
 from vllm_multilora.adapters.intake import Rules
+from vllm_multilora.adapters.problems import Code, Problem
 from vllm_multilora.adapters.validation import validate
 
 from ..corpus import LAYOUT

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from vllm_multilora.adapters import AdapterFormatError, Code, SizeLimits
+from vllm_multilora.adapters.adapter_errors import AdapterFormatError
 from vllm_multilora.adapters.files.header import read_header
 from vllm_multilora.adapters.model.naming import ModuleNaming
-from vllm_multilora.adapters.model.size_limits import DEFAULT_LIMITS
+from vllm_multilora.adapters.model.size_limits import DEFAULT_LIMITS, SizeLimits
+from vllm_multilora.adapters.problems import Code
 
 from ..corpus import LAYOUT
 

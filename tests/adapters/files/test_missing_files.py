@@ -2,8 +2,8 @@
 
 import pytest
 
-from vllm_multilora.adapters import Code
 from vllm_multilora.adapters.files.missing_files import no_file, no_folder
+from vllm_multilora.adapters.problems import Code
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_multilora.adapters import (
+from vllm_multilora.adapters.adapter_errors import (
     AdapterError,
     AdapterFormatError,
     AdapterNotFoundError,
     AdapterReadError,
-    Code,
 )
 from vllm_multilora.adapters.intake import Rules, open_adapter
+from vllm_multilora.adapters.problems import Code
 
 from ..corpus import LAYOUT
 from ..corpus.draft import WEIGHTS, good

@@ -12,9 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_multilora.adapters import AdapterFormatError, AdapterNotFoundError, AdapterReadError, Code
+from vllm_multilora.adapters.adapter_errors import (
+    AdapterFormatError,
+    AdapterNotFoundError,
+    AdapterReadError,
+)
 from vllm_multilora.adapters.files import one_pass
 from vllm_multilora.adapters.intake import Rules, open_adapter
+from vllm_multilora.adapters.problems import Code
 
 from ..checkpoints import MODULES, layout, weights, write
 from ..packs import take

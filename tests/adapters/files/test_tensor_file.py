@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from vllm_multilora.adapters import AdapterError, AdapterFormatError, TensorInfo
+from vllm_multilora.adapters.adapter_errors import AdapterError, AdapterFormatError
 from vllm_multilora.adapters.files.adapter_folder import CONFIG_NAME, TENSORS_NAME, AdapterFolder
+from vllm_multilora.adapters.files.header import TensorInfo
 from vllm_multilora.adapters.files.tensor_file import TensorFile
 
 from ..checkpoints import MODULES, weights, write

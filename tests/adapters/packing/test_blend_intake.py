@@ -10,10 +10,11 @@ import torch
 
 from multilora_kernels.native import load_packing_library
 from multilora_kernels.packs import packing
-from vllm_multilora.adapters import AdapterFormatError, AdapterNotFoundError, SliceLayout
+from vllm_multilora.adapters.adapter_errors import AdapterFormatError, AdapterNotFoundError
 from vllm_multilora.adapters.blend import Blend, BlendPart
 from vllm_multilora.adapters.blend_intake import open_blend
 from vllm_multilora.adapters.intake import Rules, open_adapter
+from vllm_multilora.adapters.model.layout import SliceLayout
 
 from ..checkpoints import MODULES, PREFIX, layout, weights, write
 from ..packs import Pack, taken

@@ -12,17 +12,17 @@ from peft import LoraConfig, get_peft_model
 
 from multilora_kernels.native import load_packing_library
 from multilora_kernels.packs import packing
-from vllm_multilora.adapters import (
-    AdapterFormatError,
-    AdapterReadError,
+from vllm_multilora.adapters.adapter_errors import AdapterFormatError, AdapterReadError
+from vllm_multilora.adapters.files import one_pass
+from vllm_multilora.adapters.model.layout import (
+    BLOCK_BYTES,
+    LinearShape,
     ModelLayout,
     SliceLayout,
     SpecialShape,
-    parse_tensor_name,
 )
-from vllm_multilora.adapters.files import one_pass
-from vllm_multilora.adapters.model.layout import BLOCK_BYTES, LinearShape
 from vllm_multilora.adapters.model.naming import ModuleNaming, Renames, Replacement
+from vllm_multilora.adapters.model.tensor_names import parse_tensor_name
 from vllm_multilora.failures import FailureKind, classify_failure
 
 from ..checkpoints import MODULES, PREFIX, layout, weights, write

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from multilora_kernels.dtypes import BFLOAT16
-from vllm_multilora.adapters import ModelLayout, SliceLayout
+from vllm_multilora.adapters.model.layout import ModelLayout, SliceLayout
 
 from ..checkpoints import PREFIX
 from ..packs import take

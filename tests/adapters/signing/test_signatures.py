@@ -17,14 +17,14 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from model_signing import hashing, signing, verifying
 from safetensors.torch import load_file, save_file
 
-from vllm_multilora.adapters import (
+from vllm_multilora.adapters import intake
+from vllm_multilora.adapters.adapter_errors import (
     AdapterError,
     AdapterFormatError,
     AdapterReadError,
-    Code,
-    intake,
 )
 from vllm_multilora.adapters.intake import Rules, open_adapter
+from vllm_multilora.adapters.problems import Code
 from vllm_multilora.adapters.signing.signers import Signers
 from vllm_multilora.cli import main
 from vllm_multilora.errors import ConfigError

@@ -28,8 +28,9 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_multilora.integration.engine.scheduling.scheduler_class import scheduler_over
-from vllm_multilora.integration.tenant_of_request import TENANT, RequestTenant
+from vllm_multilora.integration.engine.executor import scheduler_over
+from vllm_multilora.integration.engine.requests.tenant_wall import SEAL
+from vllm_multilora.integration.seals import Seal
 
 BLOCK_SIZE = 16
 TOKEN_BYTES = 8
@@ -165,7 +166,7 @@ class Steps:
             **options,
         )
         if tenant is not None:
-            TENANT.set(request, RequestTenant(tenant, weight))
+            SEAL.set(request, Seal(tenant, weight))
         if grammar is not None:
             request.structured_output_request.grammar = grammar
         self.scheduler.add_request(request)

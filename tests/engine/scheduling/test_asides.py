@@ -15,7 +15,7 @@ from tests.engine.scheduling.test_scheduler import Server, config
 from vllm_multilora.integration.engine import core
 from vllm_multilora.integration.engine.core import SERVER
 from vllm_multilora.integration.engine.scheduling import scheduler
-from vllm_multilora.integration.engine.scheduling.asides import Asides
+from vllm_multilora.integration.engine.scheduling.scheduler import Asides
 from vllm_multilora.integration.worker_link.fill_link import LINK
 
 

@@ -21,9 +21,10 @@ from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.blends import blended
 from vllm_multilora.integration.engine.adapters import users
 from vllm_multilora.integration.engine.requests.prefix_keys import VERSION
+from vllm_multilora.integration.engine.requests.tenant_wall import SEAL
 from vllm_multilora.integration.engine.scheduling import scheduler as scheduler_module
 from vllm_multilora.integration.engine.scheduling.blocked import FreedBlocks
-from vllm_multilora.integration.tenant_of_request import TENANT, RequestTenant
+from vllm_multilora.integration.seals import Seal
 from vllm_multilora.integration.worker_link.fill_link import Missing
 from vllm_multilora.slots.fairness.slot_turns import PATIENCE_STEPS
 
@@ -129,7 +130,7 @@ def test_where_vllm_loads_adapters_nothing_is_kept_of_those_that_came_and_went(m
 
 def test_the_store_is_told_whose_request_waits(server):
     request = FakeRequest("one", lora(1))
-    TENANT.set(request, RequestTenant("acme", 2.0, 5))
+    SEAL.set(request, Seal("acme", 2.0, 5))
     server.scheduler.add_request(request)
     want = server.engine.store.only()
     assert (want.owners, want.most) == (("acme",), 5)

@@ -12,15 +12,19 @@ from tests.store.fake_reader import FakeReader
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.engine.workers import reaching
 from vllm_multilora.integration.engine.workers.reaching import RemoteStore
-from vllm_multilora.integration.worker import store_relay
-from vllm_multilora.integration.worker.store_relay import StoreRelay
+from vllm_multilora.integration.worker_link import remote_link
 from vllm_multilora.integration.worker_link.fill_link import (
     Filled,
     FillFailed,
     FillLink,
     WorkerLink,
 )
-from vllm_multilora.integration.worker_link.remote_link import LinkAddress, RemoteDoor, dial
+from vllm_multilora.integration.worker_link.remote_link import (
+    LinkAddress,
+    RemoteDoor,
+    StoreRelay,
+    dial,
+)
 from vllm_multilora.store.clients.client import StoreClient
 from vllm_multilora.store.protocol.messages import Loaded, Restarted, StoreSettings, Want
 from vllm_multilora.store.protocol.store_folder import FOLDER_VARIABLE, StoreUnavailableError
@@ -135,7 +139,7 @@ class Ending(StoreThread):
 @pytest.fixture
 def relayed(door, tmp_path, monkeypatch):
     """An engine core's client of a store that a relay brings to it, and that store."""
-    monkeypatch.setattr(store_relay, "LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(remote_link, "LONGEST_PAUSE_S", 0.1)
     folder = tmp_path / "store"
     folder.mkdir(mode=0o700)
     monkeypatch.setenv(FOLDER_VARIABLE, str(folder))

@@ -266,7 +266,7 @@ def test_a_step_in_several_parts_is_refused(option: dict[str, Any], named: str |
     from vllm.config import CacheConfig, ParallelConfig
 
     from vllm_multilora.errors import ConfigError
-    from vllm_multilora.integration.api_server.row_order import require_rows_in_order
+    from vllm_multilora.integration.api_server.engine_settings import require_rows_in_order
 
     config: Any = SimpleNamespace(
         cache_config=CacheConfig(),

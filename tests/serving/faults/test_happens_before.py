@@ -53,9 +53,9 @@ class Rig:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # vLLM looks at PyTorch's streams when it is imported.
+        from vllm_multilora.integration.step.staged_rows import SlotColumns
         from vllm_multilora.integration.worker import manager as worker_manager
         from vllm_multilora.integration.worker import worker_calls
-        from vllm_multilora.integration.worker.model.slot_columns import SlotColumns
         from vllm_multilora.integration.worker.slots.filler import SlotFiller
 
         self._manager, self._calls = worker_manager, worker_calls

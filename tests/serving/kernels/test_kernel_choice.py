@@ -185,11 +185,11 @@ def test_what_others_cannot_do_is_refused_where_ours_are_wrong(trials):
 
 
 def test_the_rest_of_a_slot_is_cleared_and_nothing_else():
-    from vllm_multilora.integration.worker.kernel_choice.slot_rests import SlotRests, SlotWeights
+    from vllm_multilora.integration.worker.slots.slot_buffers import SlotRests
 
     a, b = torch.ones(3, 1, 4, 5), torch.ones(3, 1, 4, 6).mT
     kept = torch.ones(3, 1, 4, 5), torch.ones(3, 1, 6, 4)
-    rests = SlotRests({1: SlotWeights(a, b)})
+    rests = SlotRests({1: (a, b)})
     rests.clear(2, np.array([4, 1, 0], np.int32), np.array([4, 3, 0], np.int32))
     assert a[2, 0].sum(1).tolist() == [5, 0, 0, 0]
     assert b[2, 0].sum(0).tolist() == [6, 6, 6, 0]

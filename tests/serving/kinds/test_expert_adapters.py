@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.adapters.checkpoints import write
-from vllm_multilora.adapters import Code
+from vllm_multilora.adapters.problems import Code
 from vllm_multilora.adapters.validation import validate
 from vllm_multilora.integration.worker_link.fill_link import Answer, Filled
 from vllm_multilora.integration.worker_link.orders import Fill

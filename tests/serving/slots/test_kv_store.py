@@ -132,12 +132,12 @@ def test_of_a_store_that_nobody_knows_the_log_warns(
 ) -> None:
     from vllm.config import KVTransferConfig
 
-    from vllm_multilora.integration.api_server import kv_connectors
+    from vllm_multilora.integration.api_server import engine_settings
 
-    logger = kv_connectors.logger
+    logger = engine_settings.logger
     logger.addHandler(caplog.handler)
     try:
-        kv_connectors.require_adapters_apart(
+        engine_settings.require_adapters_apart(
             KVTransferConfig(kv_connector=name, kv_connector_module_path=module, kv_role="kv_both")
         )
     finally:

@@ -10,7 +10,8 @@ from transformers import Qwen2Config
 from tests.adapters.corpus import LAYOUT
 from tests.adapters.corpus.draft import good
 from tests.adapters.corpus.llama_layout import MODULES
-from vllm_multilora.adapters import Code, ModelLayout
+from vllm_multilora.adapters.model.layout import ModelLayout
+from vllm_multilora.adapters.problems import Code
 from vllm_multilora.adapters.validation import validate
 
 from ..models import tiny_models, tiny_speech

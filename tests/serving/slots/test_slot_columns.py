@@ -37,7 +37,7 @@ class Copies(TorchDispatchMode):
 
 
 def test_columns_arrive_in_their_tables_and_nowhere_else():
-    from vllm_multilora.integration.worker.model.slot_columns import SlotColumns
+    from vllm_multilora.integration.step.staged_rows import SlotColumns
 
     tables = [torch.zeros(rows, 3, dtype=torch.int32) for rows in (2, 4)]
     SlotColumns(tables).write(1, np.array([5, 6], np.int32), np.array([1, 2, 3, 4], np.int32))
@@ -48,7 +48,7 @@ def test_columns_arrive_in_their_tables_and_nowhere_else():
 
 def test_a_column_crosses_to_the_device_in_one_piece_and_needs_no_memory_there(monkeypatch):
     """PyTorch copies across devices into what is not contiguous by way of a new tensor."""
-    from vllm_multilora.integration.worker.model.slot_columns import SlotColumns
+    from vllm_multilora.integration.step.staged_rows import SlotColumns
 
     tables = [torch.zeros(3, 2, dtype=torch.int32, device="meta") for _ in range(2)]
     monkeypatch.setattr("multilora_kernels.batch.staging.copy_event", lambda _: Slow())

@@ -9,8 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_multilora.store.memory import arena as arenas
-from vllm_multilora.store.memory.arena import PAGE, PLACE_BITS, Allocation, Arena, pages_of
-from vllm_multilora.store.memory.free_runs import FreeRuns, Run
+from vllm_multilora.store.memory.arena import (
+    PAGE,
+    PLACE_BITS,
+    Allocation,
+    Arena,
+    FreeRuns,
+    Run,
+    pages_of,
+)
 from vllm_multilora.store.protocol.channel import MOST_DESCRIPTORS
 
 MIB = 1 << 20

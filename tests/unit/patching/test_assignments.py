@@ -62,7 +62,6 @@ FIELDS = {
     ("integration.server.names.resolvers", "lora.lora_int_id"),
     ("integration.server.names.resolvers", "refusal.error.param"),
     ("integration.step.punica_moe", "lora_config.specialize_active_lora"),
-    ("integration.worker.base_layers.amx", "layer.weight"),
     ("integration.worker.base_layers.base_products", "layer.weight"),
     ("integration.worker.slots.model_manager", "fused.lora_b"),
     ("integration.worker.slots.model_manager", "module.lora_a_stacked"),

@@ -6,9 +6,13 @@ from collections.abc import Mapping
 
 from vllm_multilora.adapters.checks.problem_list import ProblemList
 from vllm_multilora.adapters.config.adapter_config import AdapterConfig
-from vllm_multilora.adapters.model.found_module import FoundModule
 from vllm_multilora.adapters.model.layout import ModelLayout
-from vllm_multilora.adapters.model.tensor_names import FUSED_EXPERTS, WRAPPED, WRAPPED_EXPERTS
+from vllm_multilora.adapters.model.tensor_names import (
+    FUSED_EXPERTS,
+    WRAPPED,
+    WRAPPED_EXPERTS,
+    FoundModule,
+)
 from vllm_multilora.adapters.problems import Code, shown_name
 
 _OF_EXPERTS = f"{FUSED_EXPERTS}."

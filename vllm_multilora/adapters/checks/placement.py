@@ -9,11 +9,11 @@ from vllm_multilora.adapters.checks.missing_modules import MissingModules
 from vllm_multilora.adapters.checks.problem_list import ProblemList
 from vllm_multilora.adapters.config.adapter_config import AdapterConfig
 from vllm_multilora.adapters.config.target_modules import Targets
-from vllm_multilora.adapters.model.found_module import FoundModule
 from vllm_multilora.adapters.model.layout import ModelLayout, SpecialKind
 from vllm_multilora.adapters.model.tensor_names import (
     HEADS,
     WRAPPED,
+    FoundModule,
     TensorRole,
     foreign,
     full_head,

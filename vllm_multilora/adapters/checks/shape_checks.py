@@ -11,10 +11,9 @@ from vllm_multilora.adapters.checks.placement import Placement
 from vllm_multilora.adapters.checks.problem_list import ProblemList
 from vllm_multilora.adapters.config.adapter_config import AdapterConfig
 from vllm_multilora.adapters.files.header import TensorInfo
-from vllm_multilora.adapters.model.found_module import FoundModule
 from vllm_multilora.adapters.model.layout import LinearShape, ModelLayout, SpecialShape
 from vllm_multilora.adapters.model.ranks import room_for
-from vllm_multilora.adapters.model.tensor_names import HEADS, full_head, tensor_of
+from vllm_multilora.adapters.model.tensor_names import HEADS, FoundModule, full_head, tensor_of
 from vllm_multilora.adapters.problems import Code, shown_name
 
 WEIGHT_DTYPES = KERNEL_DTYPES

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from multilora_kernels.dtypes import FLOAT32
-from vllm_multilora.adapters.checks.matching import MatchedModule, matched_modules
+from vllm_multilora.adapters.checks.matching import MatchedModule, TensorReport, matched_modules
 from vllm_multilora.adapters.checks.shape_checks import WEIGHT_DTYPES
-from vllm_multilora.adapters.checks.tensor_checks import TensorReport
 from vllm_multilora.adapters.config.adapter_config import AdapterConfig
 from vllm_multilora.adapters.files.one_pass import TensorPart
 from vllm_multilora.adapters.files.tensor_file import TensorFile

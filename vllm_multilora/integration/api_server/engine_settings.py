@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,6 @@ from vllm_multilora.adapters.signing.required import RequiredDigests
 from vllm_multilora.adapters.signing.signers import Signers
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.integration.api_server.kv_connectors import require_adapters_apart
-from vllm_multilora.integration.api_server.row_order import require_rows_in_order
 from vllm_multilora.integration.patching.activation import kernel_backend, settings_of
 from vllm_multilora.integration.patching.parts import CORE
 from vllm_multilora.integration.patching.tables.core_seams import CORE_SEAMS
@@ -32,7 +30,7 @@ from vllm_multilora.integration.updating import allow_updating
 from vllm_multilora.store.protocol.store_folder import store_folder
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import KVTransferConfig, VllmConfig
 
 logger = logging.getLogger(__name__)
 
@@ -146,3 +144,101 @@ def warn_of_rust(usage_context: UsageContext | None) -> None:
             "directories, routes, GET /v1/lora_adapters, exact answers to registrations and LoRA "
             "metrics are missing. Unset it to have them."
         )
+
+
+def require_rows_in_order(vllm_config: VllmConfig) -> None:
+    """Refuses options with which adapters would meet others' rows.
+
+    An adapter's rows follow from their places among a step's tokens. Some options move rows without
+    saying so: one customer's request is then computed with another's adapter, in stock vLLM too.
+
+    Raises:
+        ConfigError: There is such an option.
+    """
+    for option, flag, reason in _disorder(vllm_config):
+        raise ConfigError(
+            f"{option} does not go together with {flag}: {reason}, so that one request would be "
+            f"computed with another's adapter. Leave one of the two out"
+        )
+
+
+def _disorder(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
+    """An option, what it does not go together with, and why."""
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        reason = "the last layers compute the last token of each prompt only"
+        yield "--kv-sharing-fast-prefill", "--enable-lora", reason
+    parallel = vllm_config.parallel_config
+    if parallel.use_ubatching:
+        option = "--enable-dbo" if parallel.enable_dbo else "--ubatch-size"
+        yield option, "--enable-lora", "the model computes a step's rows in several parts"
+
+
+_BY_TOKENS = frozenset(
+    {
+        "ExampleConnector",
+        "HF3FSKVConnector",
+        "LMCacheConnectorV1",
+        "LMCacheMPConnector",
+    }
+)
+_BY_HASHES = frozenset(
+    {"MooncakeStoreConnector", "OffloadingConnector", "SimpleCPUOffloadConnector"}
+)
+_BY_REQUEST = frozenset(
+    {
+        "DecodeBenchConnector",
+        "ExampleHiddenStatesConnector",
+        "HiSparseConnector",
+        "MooncakeConnector",
+        "MoRIIOConnector",
+        "NixlConnector",
+        "NixlPullConnector",
+        "NixlPushConnector",
+    }
+)
+
+
+def require_adapters_apart(transfer: KVTransferConfig | None) -> None:
+    """Refuses connectors that would mix adapters, and warns of those that nobody knows.
+
+    Those that look up blocks by vLLM's hashes do not mix them, since the hashes contain the digest
+    of the weights, nor do those that pass a request's blocks from one engine to another. Others
+    find by tokens alone what another adapter has computed, in stock vLLM too.
+
+    Args:
+        transfer: vLLM's settings of KV connectors; None: there is none.
+
+    Raises:
+        ConfigError: A connector finds blocks by tokens alone.
+    """
+    if transfer is None or transfer.kv_connector is None:
+        return
+    of_all = {
+        "kv_connector": transfer.kv_connector,
+        "kv_connector_module_path": transfer.kv_connector_module_path,
+        "kv_connector_extra_config": transfer.kv_connector_extra_config,
+    }
+    for name, is_vllms in _connectors(of_all):
+        if is_vllms and name in _BY_TOKENS:
+            raise ConfigError(
+                f"the KV connector {name} looks up blocks by their tokens alone, so one adapter "
+                "would be answered with what another has computed: serve without --enable-lora, or "
+                "use a connector that looks up vLLM's block hashes, such as OffloadingConnector"
+            )
+        if not is_vllms or name not in _BY_HASHES | _BY_REQUEST:
+            logger.warning(
+                "vllm-multilora does not know the KV connector %s: unless it looks up blocks by "
+                "vLLM's block hashes (Request.block_hashes), one adapter is answered with what "
+                "another has computed.",
+                name,
+            )
+
+
+def _connectors(settings: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    """Names of connectors, those in others included, and whether they are vLLM's own."""
+    name, is_vllms = settings.get("kv_connector", ""), not settings.get("kv_connector_module_path")
+    if not (is_vllms and name == "MultiConnector"):
+        yield name, is_vllms
+        return
+    for one in (settings.get("kv_connector_extra_config") or {}).get("connectors", []):
+        yield from _connectors(one)

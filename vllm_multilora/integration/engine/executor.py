@@ -8,26 +8,23 @@ engine core, chooses the scheduler class, and answers what vLLM's executors woul
 from __future__ import annotations
 
 import importlib
+import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import lru_cache, partial
 from threading import Timer
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import ref
+from weakref import proxy, ref
 
 from vllm.v1.engine import EngineCoreRequestType
 
 from vllm_multilora.integration.engine.adapter_status import METHOD, engine_report
 from vllm_multilora.integration.engine.adapters.quarantine import RELOADS
 from vllm_multilora.integration.engine.core import make_adapters, starting_workers
-from vllm_multilora.integration.engine.requests.tenant_wall import has_wall
-from vllm_multilora.integration.engine.scheduling.scheduler import (
-    EXECUTORS,
-    AdapterAwareMixin,
-    as_sent,
-)
-from vllm_multilora.integration.engine.scheduling.scheduler_class import scheduler_over
+from vllm_multilora.integration.engine.requests.tenant_wall import TenantWallMixin, has_wall
+from vllm_multilora.integration.engine.scheduling.fair_scheduler import FairSharesMixin
+from vllm_multilora.integration.engine.scheduling.scheduler import AdapterAwareMixin, as_sent
 from vllm_multilora.integration.failed_requests import (
     AdapterRefusedError,
     SentRefusalError,
@@ -45,8 +42,10 @@ if TYPE_CHECKING:
     from vllm_multilora.integration.engine.adapters.engine_adapters import EngineAdapters
     from vllm_multilora.store.protocol.messages import PackInfo
 
+logger = logging.getLogger(__name__)
+
 _IDLE_S = 0.001
-_MARK = "Executor:"
+_MARK = "AdapterExecutor:"
 _OF_SINGLE_ADAPTERS = frozenset({"add_lora", "remove_lora", "pin_lora"})
 _WATCHED = frozenset({METHOD, "list_loras", "sleep", "wake_up", *RELOADS, *_OF_SINGLE_ADAPTERS})
 """Calls of workers that are answered here, or have a consequence here."""
@@ -57,6 +56,8 @@ _T = TypeVar("_T")
 
 class AdapterExecutorMixin:
     """An executor that loads adapters by a store, with the scheduler's decisions about slots.
+
+    Where vLLM loads the adapters, it does no more than choose the scheduler.
 
     Attributes:
         inputs: The queue that wakes the engine core; None where its caller takes the steps.
@@ -71,12 +72,13 @@ class AdapterExecutorMixin:
         self._scheduler: Callable[[], AdapterAwareMixin | None] = lambda: None
         with starting_workers(self, vllm_config):
             super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
-        _choose_scheduler(vllm_config)
-        EXECUTORS.add(self)
+        scheduler_config = vllm_config.scheduler_config
+        chosen = scheduler_config.get_scheduler_cls()
+        scheduler_config.scheduler_cls = scheduler_over(chosen, vllm_config, self)
 
     def serve(self, scheduler: AdapterAwareMixin) -> None:
         """Takes the scheduler of its engine core, which has just been made."""
-        self._scheduler = ref(scheduler)  # which has this executor: no circle
+        self._scheduler = ref(scheduler)  # no circle: the scheduler goes when its engine core does
 
     def serve_from(self, inputs: Any) -> None:
         """Takes the queue of its engine core, which has a process of its own."""
@@ -294,57 +296,77 @@ def _has_weights(tags: list[str] | None = None) -> bool:
     return tags is None or "weights" in tags
 
 
-class WalledExecutorMixin:
-    """The executor of an engine that serves tenants, and whose adapters vLLM loads."""
+def scheduler_over(
+    scheduler: type, vllm_config: Any, executor: AdapterExecutorMixin | None = None
+) -> type:
+    """The scheduler class of an engine, over the one that vLLM chose.
 
-    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
-        _choose_scheduler(vllm_config)
+    Where the plugin loads the adapters it is an `AdapterAwareMixin`, and a `FairSharesMixin` where
+    shares are fair. Where there are tenants, a `TenantWallMixin` stands in front.
+
+    Args:
+        scheduler: vLLM's choice.
+        vllm_config: The engine's.
+        executor: Stands beside the class's only scheduler, which does not keep it alive.
+    """
+    mixins: list[type] = [TenantWallMixin] if has_wall(vllm_config) else []
+    if loads_adapters(vllm_config):
+        is_fair = _shares_fairly(scheduler, vllm_config)
+        mixins.append(FairSharesMixin if is_fair else AdapterAwareMixin)
+    beside = {} if executor is None else {"executor": proxy(executor)}
+    return type(scheduler)(f"MultiLoRA{scheduler.__name__}", (*mixins, scheduler), beside)
 
 
-def _choose_scheduler(vllm_config: VllmConfig) -> None:
-    scheduler_config = vllm_config.scheduler_config
-    chosen = scheduler_config.get_scheduler_cls()
-    scheduler_config.scheduler_cls = scheduler_over(chosen, vllm_config)
+def _shares_fairly(scheduler: type, vllm_config: Any) -> bool:
+    if not settings_of(vllm_config).fair_shares:
+        return False
+    policy = vllm_config.scheduler_config.policy
+    if policy != "fcfs":
+        logger.info(
+            "Fair shares are off: requests are served by vLLM's --scheduling-policy %s.", policy
+        )
+        return False
+    if not hasattr(scheduler, "_reserve_prefill_lookahead"):
+        logger.warning(
+            "Fair shares are off: %s does not ask how much of a prompt to compute in a step, as "
+            "those of the supported vLLM versions do.",
+            scheduler.__name__,
+        )
+        return False
+    return True
 
 
 # The class
 
 
-def adapter_loading(executor: type[Executor]) -> type[Executor]:
-    """An executor class of vLLM's, or of a user's, that loads adapters by the plugin."""
-    return _derived("Adapter", executor)
-
-
-_MIXINS: dict[str, type] = {"Adapter": AdapterExecutorMixin, "Walled": WalledExecutorMixin}
-
-
 @lru_cache
-def _derived(kind: str, executor: type[Executor]) -> type[Executor]:
-    """An executor class with a mixin; other processes find it by its name, see `__getattr__`."""
+def adapter_loading(executor: type[Executor]) -> type[Executor]:
+    """An executor class of vLLM's, or of a user's, that loads adapters by the plugin.
+
+    Other processes find it by its name, see `__getattr__`.
+    """
     name = f"{executor.__module__}.{executor.__qualname__}".replace(".", "/")
     metaclass: Any = type(executor)
-    made: type[Executor] = metaclass(f"{kind}{executor.__name__}", (_MIXINS[kind], executor), {})
-    made.__module__, made.__qualname__ = __name__, f"{kind}{_MARK}{name}"
+    bases = (AdapterExecutorMixin, executor)
+    made: type[Executor] = metaclass(f"Adapter{executor.__name__}", bases, {})
+    made.__module__, made.__qualname__ = __name__, f"{_MARK}{name}"
     return made
 
 
 def __getattr__(name: str) -> Any:
-    """Finds the class that another process has made by `_derived`, for pickle."""
-    kind, mark, path = name.partition(_MARK)
-    if not mark or kind not in _MIXINS:
+    """Finds the class that another process has made by `adapter_loading`, for pickle."""
+    if not name.startswith(_MARK):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, found = path.replace("/", ".").rpartition(".")
-    return _derived(kind, getattr(importlib.import_module(module), found))
+    module, _, found = name.removeprefix(_MARK).replace("/", ".").rpartition(".")
+    return adapter_loading(getattr(importlib.import_module(module), found))
 
 
 def get_class(original: Callable[..., type[Executor]], vllm_config: VllmConfig) -> type[Executor]:
     executor = original(vllm_config)
-    if issubclass(executor, tuple(_MIXINS.values())):
-        return executor
-    if loads_adapters(vllm_config):
-        return _derived("Adapter", executor)
-    return _derived("Walled", executor) if has_wall(vllm_config) else executor
+    # A wall for tenants takes a scheduler of ours, also where vLLM loads the adapters.
+    acts = loads_adapters(vllm_config) or has_wall(vllm_config)
+    is_ours = issubclass(executor, AdapterExecutorMixin)
+    return adapter_loading(executor) if acts and not is_ours else executor
 
 
 def process_input_sockets(

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.slots.budget import GIB, CpuBudget, enough_gib
-from vllm_multilora.slots.machine_memory import machine_memory
+from vllm_multilora.slots.budget import GIB, CpuBudget, enough_gib, machine_memory
 from vllm_multilora.slots.pins import Pins
 from vllm_multilora.slots.policies.policy_registry import make_policy
 from vllm_multilora.store.protocol.messages import StoreSettings

@@ -7,7 +7,7 @@ much memory again, and nothing is converted when an adapter comes.
 
 What it costs instead: vLLM's kernels multiply by all ranks that a slot has room for, so the part
 past an adapter's rank must be zeros. Slots that they read are cleared there whenever an adapter is
-copied in (`worker/slot_rests.py`), at most the bytes of a slot, beside the steps.
+copied in (`SlotRests`), at most the bytes of a slot, beside the steps.
 """
 
 from __future__ import annotations

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from vllm.lora import layers
 from vllm.lora.layers import BaseLayerWithLoRA, VocabParallelEmbeddingWithLoRA
 
-from vllm_multilora.integration.step.heads import ClassificationHead, TokenHead
 from vllm_multilora.integration.step.staged_rows import StagedRows
+
+# Until 0.32 there is one kind, whose rows are requests; 0.33 adds one whose rows are tokens.
+ClassificationHead: Any = getattr(
+    layers, "BaseClassificationHeadWithLoRA", layers.ClassificationHeadWithLoRA
+)
+TokenHead: Any = getattr(layers, "TokenClassificationHeadWithLoRA", ())  # (): nothing is one
 
 
 class StockRows:

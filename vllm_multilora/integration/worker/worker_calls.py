@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from vllm_multilora.integration.worker.kernel_choice.reporting import kernel_rows
-from vllm_multilora.integration.worker.store_relay import StoreRelay
 from vllm_multilora.integration.worker_link.fill_link import Answer
 from vllm_multilora.integration.worker_link.orders import Order
-from vllm_multilora.integration.worker_link.remote_link import LinkAddress, dial, this_machine
+from vllm_multilora.integration.worker_link.remote_link import (
+    LinkAddress,
+    StoreRelay,
+    dial,
+    this_machine,
+)
 from vllm_multilora.store.protocol.messages import Failed, Loaded, Want
 from vllm_multilora.store.protocol.store_folder import StoreUnavailableError
 from vllm_multilora.store.store_launch import store_host

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Set
 
 from vllm_multilora.slots.budget import CpuBudget
-from vllm_multilora.slots.policies.policy import CachePolicy, reload_cost
-from vllm_multilora.slots.policies.policy_tier import PolicyTier
+from vllm_multilora.slots.policies.policy import CachePolicy, PolicyTier, reload_cost
 
 
 class HostTier(PolicyTier):

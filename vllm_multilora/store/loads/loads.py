@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from vllm_multilora.adapters.blend import title
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.loads.load_answers import Answers, Effects
-from vllm_multilora.store.loads.queue import Lane, LoadQueue
+from vllm_multilora.store.loads.queue import Lane, LoadQueue, Room
 from vllm_multilora.store.memory.arena import Allocation
 from vllm_multilora.store.memory.entries import Binding, Client, Load, Owner, Pack, Ticket
 from vllm_multilora.store.memory.held_packs import HostMemory
-from vllm_multilora.store.memory.waits import Room
 from vllm_multilora.store.protocol.job_messages import CheckOnly, Failure, Place
 from vllm_multilora.store.protocol.messages import Contents, PackInfo
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from vllm_multilora.adapters.blend import Blend
 from vllm_multilora.adapters.directory import FIRST_NUMBER
-from vllm_multilora.adapters.files.fingerprint import Fingerprint
+from vllm_multilora.adapters.files.regular_file import Fingerprint
 from vllm_multilora.failures import LoadFailure
 from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.slots.assignment import SlotAssignment

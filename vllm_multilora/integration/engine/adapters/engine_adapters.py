@@ -25,12 +25,10 @@ from vllm_multilora.adapters.signing.required import RequiredDigests
 from vllm_multilora.failures import LoadFailure
 from vllm_multilora.integration.engine.adapters.adapter_entries import AdapterEntry, Entries
 from vllm_multilora.integration.engine.adapters.arrivals import Arrivals
-from vllm_multilora.integration.engine.adapters.known_blends import KnownBlends
-from vllm_multilora.integration.engine.adapters.orders_under_way import OrdersUnderWay
-from vllm_multilora.integration.engine.adapters.parties import Store, Workers
+from vllm_multilora.integration.engine.adapters.orders_under_way import OrdersUnderWay, Workers
 from vllm_multilora.integration.engine.adapters.quarantine import Quarantine
-from vllm_multilora.integration.engine.adapters.registrations import Registrations
-from vllm_multilora.integration.engine.adapters.wants import Wants
+from vllm_multilora.integration.engine.adapters.registrations import KnownBlends, Registrations
+from vllm_multilora.integration.engine.adapters.wants import Store, Wants
 from vllm_multilora.integration.failed_requests import AdapterRefusedError
 from vllm_multilora.slots.assignment import SlotAssignment
 from vllm_multilora.states import AdapterState
@@ -41,7 +39,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from vllm_multilora.integration.engine.adapters.observer import AdapterObserver
-    from vllm_multilora.integration.tenant_of_request import RequestTenant
+    from vllm_multilora.integration.seals import Seal
 
 
 class EngineAdapters:
@@ -99,7 +97,7 @@ class EngineAdapters:
 
     # What the scheduler asks
 
-    def want(self, request: LoRARequest, tenant: RequestTenant | None = None) -> LoadFailure | None:
+    def want(self, request: LoRARequest, tenant: Seal | None = None) -> LoadFailure | None:
         """A request for an adapter has arrived.
 
         Args:
@@ -109,7 +107,7 @@ class EngineAdapters:
         Returns:
             Why it cannot be served, whatever becomes of the adapter that has this number.
         """
-        owner = "" if tenant is None else tenant.name
+        owner = "" if tenant is None else tenant.tenant
         failure = self._registrations.clash(request) or self._blends.admit(request, owner)
         if failure is not None:
             return failure
@@ -118,9 +116,9 @@ class EngineAdapters:
         if is_new:
             entry.blend_owner = owner
         entry.is_wanted = True
-        if tenant is not None and tenant.name not in entry.owners:
-            entry.owners[tenant.name] = tenant.resident
-            self._wants.share(entry, tenant.name)
+        if tenant is not None and tenant.tenant not in entry.owners:
+            entry.owners[tenant.tenant] = tenant.resident
+            self._wants.share(entry, tenant.tenant)
         entry.failure = None  # a new request is a new try
         if request.load_inplace:
             if not entry.is_reload_asked:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Protocol
 
 from vllm_multilora.integration.engine.adapters.adapter_entries import AdapterEntry
-from vllm_multilora.integration.engine.adapters.parties import Workers
 from vllm_multilora.integration.worker_link.fill_link import Answer, Filled, FillFailed
 from vllm_multilora.integration.worker_link.orders import Check, Fill, Order
 from vllm_multilora.slots.assignment import SlotAssignment
 from vllm_multilora.store.protocol.messages import PackInfo
+
+
+class Workers(Protocol):
+    """The engine's workers."""
+
+    def send(self, orders: list[Order]) -> None:
+        """Has all workers begin with orders, after the steps that they have."""
+
+    def poll(self, seconds: float = 0.0) -> list[tuple[int, Answer]]:
+        """What workers have answered since, each with its rank; waits at most so long, likewise."""
 
 
 @dataclass(eq=False)

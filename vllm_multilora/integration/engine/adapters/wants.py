@@ -5,16 +5,41 @@ from __future__ import annotations
 import itertools
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import Protocol
 
-from vllm_multilora.adapters.files.fingerprint import Fingerprint
+from vllm_multilora.adapters.files.regular_file import Fingerprint
 from vllm_multilora.integration.engine.adapters.adapter_entries import AdapterEntry
-from vllm_multilora.integration.engine.adapters.parties import Store
 from vllm_multilora.store.protocol.messages import ToUser, Want
 
 BLENDS = "\0blends"
 """The owner of loads of blends that no tenant asks for: in the store's queue they share a turn."""
+
+
+class Store(Protocol):
+    """What is asked of the store; `StoreClient` is one. Nothing but `poll` ever waits."""
+
+    def want(self, want: Want) -> int:
+        """Asks for an adapter; returns the ticket that the answer names."""
+
+    def share(self, ticket: int, owner: str) -> None:
+        """Another owner waits for what a want has asked for."""
+
+    def cancel(self, ticket: int) -> None:
+        """Takes a want back."""
+
+    def release(self, pack: int) -> None:
+        """Gives the lease on a pack back."""
+
+    def used(self, packs: Sequence[int]) -> None:
+        """Steps use these packs: they are worth keeping."""
+
+    def forget(self, adapter: int) -> None:
+        """The adapter was withdrawn."""
+
+    def poll(self, seconds: float = 0.0) -> list[ToUser]:
+        """What the store has said since; waits at most so long for something, if it can."""
 
 
 class Wants:

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Protocol
 
 from vllm.v1.request import RequestStatus
 
+from vllm_multilora.integration.engine.requests.tenant_wall import tenant_of
 from vllm_multilora.integration.failed_requests import to_stop_reason
-from vllm_multilora.integration.tenant_of_request import tenant_of
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
     from vllm.v1.request import Request
 
     from vllm_multilora.failures import LoadFailure
-    from vllm_multilora.integration.tenant_of_request import RequestTenant
+    from vllm_multilora.integration.seals import Seal
 
 HAS_RUN = (RequestStatus.RUNNING, RequestStatus.PREEMPTED)
 
@@ -29,7 +29,7 @@ class ReloadedAdapters(Protocol):
     def failure(self, adapter_id: int, *, reload: bool = False) -> LoadFailure | None:
         """Why an adapter cannot be had, or its reload."""
 
-    def want(self, request: LoRARequest, tenant: RequestTenant | None = None) -> LoadFailure | None:
+    def want(self, request: LoRARequest, tenant: Seal | None = None) -> LoadFailure | None:
         """A request for an adapter has arrived; returns why it cannot be served."""
 
 

@@ -21,7 +21,6 @@ from vllm_multilora.integration.engine.requests import prefix_keys
 from vllm_multilora.integration.failed_requests import unsealed_stop_reason
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.seals import SECRET_VARIABLE, Seal, opened
-from vllm_multilora.integration.tenant_of_request import TENANT, RequestTenant
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -39,6 +38,12 @@ _WARN_S = 60.0
 def has_wall(vllm_config: VllmConfig) -> bool:
     """Whether an engine serves tenants: it has their settings, and the secret of their server."""
     return settings_of(vllm_config).tenants is not None and SECRET_VARIABLE in os.environ
+
+
+def tenant_of(request: Request) -> Seal | None:
+    """The seal of a request in an engine core; None where it is no tenant's."""
+    seal = SEAL.get(request)
+    return seal if seal is not None and seal.tenant else None
 
 
 class TenantWallMixin:
@@ -70,7 +75,6 @@ class TenantWallMixin:
                 request.cache_salt = seal.salt or None
                 if seal.tenant:
                     request.priority = max(request.priority, 0)  # the lowest comes first
-                    TENANT.set(request, RequestTenant(seal.tenant, seal.weight, seal.resident))
                 return
 
     def add_request(self, request: Request) -> None:

@@ -30,10 +30,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.adapters.blend import is_blend
+from vllm_multilora.integration.engine.requests.tenant_wall import tenant_of
 from vllm_multilora.integration.engine.scheduling.fair_queue import adapter_of, queue_of
 from vllm_multilora.integration.engine.scheduling.scheduler import COULD_RUN, AdapterAwareMixin
 from vllm_multilora.integration.patching.activation import settings_of
-from vllm_multilora.integration.tenant_of_request import tenant_of
 from vllm_multilora.slots.fairness.fair_shares import (
     GENERATED_COST,
     PROMPT_COST,
@@ -66,7 +66,7 @@ def party_of(request: Request) -> Party:
     """Who a request is charged to: its tenant, else its adapter, else the base model's users."""
     tenant = tenant_of(request)
     if tenant is not None:
-        return ("tenant", tenant.name)
+        return ("tenant", tenant.tenant)
     lora = request.lora_request
     if lora is None:
         return BASE_MODEL

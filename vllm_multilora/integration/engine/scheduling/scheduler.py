@@ -20,11 +20,11 @@ from __future__ import annotations
 import operator
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
-from weakref import WeakSet
 
 import msgspec
 from vllm.v1.core.sched.interface import PauseState
@@ -36,8 +36,8 @@ from vllm_multilora.integration.blends import label_of
 from vllm_multilora.integration.engine.adapters.users import AdapterUsers
 from vllm_multilora.integration.engine.requests import invocation, prefix_keys
 from vllm_multilora.integration.engine.requests.late_reloads import HAS_RUN, LateReloads
+from vllm_multilora.integration.engine.requests.tenant_wall import tenant_of
 from vllm_multilora.integration.engine.requests.weight_versions import Announcements
-from vllm_multilora.integration.engine.scheduling.asides import Asides
 from vllm_multilora.integration.engine.scheduling.blocked import BlockedAdapters, FreedBlocks
 from vllm_multilora.integration.engine.scheduling.fair_queue import (
     FairQueue,
@@ -53,7 +53,6 @@ from vllm_multilora.integration.failed_requests import (
 )
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.recording import engine_recorder, request_lists
-from vllm_multilora.integration.tenant_of_request import tenant_of
 from vllm_multilora.metrics.request_metrics import RequestMetrics
 from vllm_multilora.slots.fairness.fair_shares import FairShares
 from vllm_multilora.slots.fairness.slot_turns import SlotTurns
@@ -63,7 +62,6 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
     from vllm_multilora.integration.engine.adapters.engine_adapters import EngineAdapters
-    from vllm_multilora.store.protocol.messages import PackInfo
 
 _IDLE_S = 0.001
 _LEASE_S = 0.001
@@ -74,8 +72,6 @@ COULD_RUN = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 class Executor(Protocol):
     """What a scheduler needs of the executor beside it."""
 
-    vllm_config: Any
-
     def serve(self, scheduler: AdapterAwareMixin) -> None:
         """Takes the scheduler that has just been made."""
 
@@ -83,8 +79,33 @@ class Executor(Protocol):
         """Attaches the engine's adapters to the scheduler, if that has not happened yet."""
 
 
-EXECUTORS: WeakSet[Executor] = WeakSet()
-"""The executors of this process, each with a configuration that its scheduler has, too."""
+class Asides:
+    """What an engine core has to say to the store, and to those who wait for its answers.
+
+    Whoever hears something goes to work. Where processors are few, that would take them from the
+    engine core, and the workers would wait for their next step; said once they have it, it costs
+    no request anything. For one thread.
+
+    Attributes:
+        wait: Whether what is said waits for `flush`: where the workers are other processes that
+            compute a step as soon as it was sent.
+    """
+
+    def __init__(self) -> None:
+        self.wait = False
+        self._calls: deque[Callable[[], None]] = deque()
+
+    def say(self, call: Callable[[], None]) -> None:
+        """Calls something, now or in the next `flush`; in the order in which it was said."""
+        if self.wait:
+            self._calls.append(call)
+        else:
+            call()
+
+    def flush(self) -> None:
+        """Says everything: the workers compute, or an answer is waited for, or nobody waits."""
+        while self._calls:
+            self._calls.popleft()()
 
 
 class AdapterAwareMixin:
@@ -97,7 +118,10 @@ class AdapterAwareMixin:
         request_metrics: Those of requests; None likewise.
         adapters: The engine's adapters; None before they are connected, and where vLLM loads them.
         is_connected: Whether it is known who loads adapters.
+        executor: The one beside it, which has made its class; None where there is none.
     """
+
+    executor: Executor | None = None
 
     if TYPE_CHECKING:
         waiting: Any
@@ -125,7 +149,8 @@ class AdapterAwareMixin:
         self._freed, self._versions = FreedBlocks(), Announcements()
         self._late_reloads = LateReloads()
         self.is_connected = False
-        self._executor = _executor_beside(self, vllm_config)
+        if self.executor is not None:
+            self.executor.serve(self)
         prefix_keys.hash_for(self)
 
     def attach_adapters(self, adapters: EngineAdapters | None) -> None:
@@ -133,15 +158,10 @@ class AdapterAwareMixin:
         self.adapters, self.is_connected = adapters, True
 
     def retire_adapter(self, lora_id: int, limit_s: float, then: Callable[[bool], None]) -> bool:
-        """Calls `then` once no request uses an adapter.
-
-        Args:
-            lora_id: The adapter; nobody sends requests for it any more.
-            limit_s: Seconds after which requests that still use it are ended, in the next step.
-            then: As of `AdapterUsers.retire`; called between two steps, perhaps at once.
+        """Calls `then` once no request uses an adapter, perhaps at once; see `AdapterUsers.retire`.
 
         Returns:
-            Whether there are such requests.
+            Whether requests use it. Those that still do after `limit_s` are ended in the next step.
         """
         self.users.retire(lora_id, limit_s, then)
         self._let_go()
@@ -171,8 +191,8 @@ class AdapterAwareMixin:
 
         Its adapter is loaded if it is not there.
         """
-        if self._executor is not None:
-            self._executor.connect()  # to workers that serve: after the engine has started
+        if self.executor is not None:
+            self.executor.connect()  # to workers that serve: after the engine has started
         if request.lora_request is not None:
             request.lora_request = as_sent(request.lora_request)
         lora = request.lora_request
@@ -293,9 +313,8 @@ class AdapterAwareMixin:
         lora, adapters = request.lora_request, self.adapters
         if lora is None or adapters is None:
             return True
-        if lora.lora_int_id in self._blocked.numbers:
-            return False
-        if request.request_id in self._failing:
+        lora_id = lora.lora_int_id
+        if lora_id in self._blocked.numbers or request.request_id in self._failing:
             return False
         if self._late_reloads.holds(request):
             self._is_holding = True
@@ -305,22 +324,19 @@ class AdapterAwareMixin:
             has_come = self._has_turn(lora, adapters) and self._is_ready(lora, request, adapters)
         else:
             has_come = self._is_ready(lora, request, adapters) and self._has_turn(lora, adapters)
-        lora_id = lora.lora_int_id
         if has_come:
             if adapters.bring(lora_id):
-                return self._may_run_on(request, lora, adapters.version(lora_id))
+                version = adapters.version(lora_id)
+                assert version is not None
+                if prefix_keys.set_version(request, version.digest):
+                    self._versions.announce(request, version.digest)
+                    return True
+                self._failing[request.request_id] = replaced_stop_reason(lora)
+                return False
             self._is_holding = True
             self._turns.place(lora_id)
         if request.request_id not in self._failing:  # else others of its adapter may run
             self._blocked.add(lora_id)
-        return False
-
-    def _may_run_on(self, request: Request, lora: LoRARequest, version: PackInfo | None) -> bool:
-        assert version is not None
-        if prefix_keys.set_version(request, version.digest):
-            self._versions.announce(request, version.digest)
-            return True
-        self._failing[request.request_id] = replaced_stop_reason(lora)
         return False
 
     def _has_turn(self, lora: LoRARequest, adapters: EngineAdapters) -> bool:
@@ -335,13 +351,12 @@ class AdapterAwareMixin:
             if invocation.is_invoked(request, version):
                 return True
             reason = uninvoked_stop_reason(lora, version.invocation_tokens)
-            self._failing[request.request_id] = reason
-            return False
-        failure = adapters.failure(lora.lora_int_id, reload=reload)
-        if failure is not None:
-            self._failing[request.request_id] = to_stop_reason(failure, lora)
+        elif (failure := adapters.failure(lora.lora_int_id, reload=reload)) is not None:
+            reason = to_stop_reason(failure, lora)
         else:
             self._blocked.add_unready(adapters.known()[lora.lora_int_id])
+            return False
+        self._failing[request.request_id] = reason
         return False
 
     def update_from_output(
@@ -393,14 +408,6 @@ class AdapterAwareMixin:
             set(failing), RequestStatus.FINISHED_ERROR
         )
         return [(r.client_index, _last_output(r, failing[r.request_id])) for r in ended]
-
-
-def _executor_beside(scheduler: AdapterAwareMixin, vllm_config: Any) -> Executor | None:
-    """The executor of the engine core that is making a scheduler, which is introduced to it."""
-    found = next((each for each in EXECUTORS if each.vllm_config is vllm_config), None)
-    if found is not None:
-        found.serve(scheduler)
-    return found
 
 
 def _unfilled(running: Iterable[Request], adapters: EngineAdapters) -> list[Request]:

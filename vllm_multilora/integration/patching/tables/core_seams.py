@@ -267,7 +267,7 @@ _PATCHES: tuple[Patch, ...] = (
         name="attention-without-amx",
         target="vllm.v1.attention.backends.cpu_attn:_get_attn_isa",
         takes=("dtype, block_size, head_size=None, kv_cache_dtype=None",),
-        handler="worker.base_layers.amx:attention_isa",
+        handler="worker.base_layers.base_products:attention_isa",
         why="With AMX, vLLM's attention on CPUs lets NaN of one request into the answers of others "
         "in its step. Takes the kernels that do not.",
         until="vLLM's attention with AMX reads nothing beyond a request's own tokens.",

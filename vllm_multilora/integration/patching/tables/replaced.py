@@ -59,15 +59,12 @@ REPLACED = (
         "On CPUs the way from vLLM's LoRA layer to the kernels costs Python time in every step.",
         "vLLM's LoRA layers call their kernels directly.",
     ),
-    *(
-        Replaced(
-            f"integration.worker.base_layers.{module}",
-            "layer.cpu_linear",
-            "vllm.model_executor.layers.utils:layer.cpu_linear",
-            "See the patch base-products.",
-            "See the patch base-products.",
-        )
-        for module in ("amx", "base_products")
+    Replaced(
+        "integration.worker.base_layers.base_products",
+        "layer.cpu_linear",
+        "vllm.model_executor.layers.utils:layer.cpu_linear",
+        "See the patch base-products.",
+        "See the patch base-products.",
     ),
     Replaced(
         "integration.worker.model.experts",

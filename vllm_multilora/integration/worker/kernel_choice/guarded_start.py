@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from multilora_kernels import triton_availability
 from multilora_kernels.trial import records
 from multilora_kernels.trial.cases import MAX_TIMING_SECONDS
 from multilora_kernels.trial.choices import Choice, NoRightKernelError, choose
@@ -18,9 +21,9 @@ from multilora_kernels.trial.records import Record, RecordEntry
 from multilora_kernels.trial.requests import NamedBackend, TrialRequest
 from multilora_kernels.trial.supervisor import TrialError, run_trial
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.integration.patching.version import installed_version
 from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
 from vllm_multilora.integration.step.punica_prepared import OURS, TORCH, VLLM, CallKey
-from vllm_multilora.integration.worker.kernel_choice.card_facts import card_name, trial_facts
 from vllm_multilora.integration.worker.kernel_choice.layer_calls import layer_calls
 from vllm_multilora.integration.worker.kernel_choice.reporting import (
     NOT_TRIED,
@@ -270,3 +273,58 @@ def _both(one: Choice, other: Choice) -> Choice:
         return Choice.always(OURS)
     [stock] = (one.backends | other.backends) - {OURS}
     return Choice.always(stock)
+
+
+_DRIVERS = ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version")
+_VARIABLES = (
+    "TRITON_INTERPRET",
+    "VLLM_BATCH_INVARIANT",
+    "VLLM_LORA_DISABLE_PDL",
+    "VLLM_LORA_ENABLE_DUAL_STREAM",
+    "VLLM_TUNED_CONFIG_FOLDER",
+)
+"""Environment variables that change which kernels run, or how."""
+
+
+def trial_facts(device: torch.device, *, max_tokens: int, backend: str) -> dict[str, str]:
+    """The facts by name; a choice is used again only where all of them are the same.
+
+    Args:
+        device: Where the model runs.
+        max_tokens: The largest number of rows of a step.
+        backend: The kernels that serve unless others are chosen.
+    """
+    facts = {
+        "card": card_name(device),
+        "driver": _driver(),
+        "torch": torch.__version__,
+        "triton": _triton(),
+        "vLLM": str(installed_version()),
+        "kernels": backend,
+        "rows": str(max_tokens),
+    }
+    if device.type == "cuda":
+        facts["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    return facts | {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+
+
+def card_name(device: torch.device) -> str:
+    """The card's name; for tests without one, Triton's interpreter."""
+    if device.type != "cuda":
+        return "Triton's interpreter"
+    return torch.cuda.get_device_name(device)
+
+
+def _driver() -> str:
+    for path in map(Path, _DRIVERS):
+        if path.is_file():
+            return path.read_text().partition("\n")[0]
+    return "unknown"
+
+
+def _triton() -> str:
+    if not triton_availability.is_installed():
+        return "none"
+    import triton
+
+    return str(triton.__version__)

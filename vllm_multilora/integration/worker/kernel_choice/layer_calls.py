@@ -14,10 +14,10 @@ from vllm.lora.layers import (
 )
 
 from multilora_kernels.trial.kinds import LayerKind
-from vllm_multilora.integration.step.heads import ClassificationHead
 from vllm_multilora.integration.step.punica_prepared import CallKey
+from vllm_multilora.integration.step.stock_rows import ClassificationHead
 from vllm_multilora.integration.worker.model.model_layout import is_ranked
-from vllm_multilora.integration.worker.model.sharding import first_column, is_sharded
+from vllm_multilora.integration.worker.model.output_factors import first_column, is_sharded
 
 EXPERTS, HEADS = "experts", "classification heads"
 """Kinds of layers whose kernels are never chosen."""

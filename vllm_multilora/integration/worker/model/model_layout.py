@@ -30,7 +30,7 @@ from vllm.model_executor.models import supports_multimodal
 
 from multilora_kernels.dtypes import of_torch
 from vllm_multilora.adapters.model.layout import LinearShape, ModelLayout, SliceLayout, SpecialShape
-from vllm_multilora.integration.step.heads import ClassificationHead
+from vllm_multilora.integration.step.stock_rows import ClassificationHead
 from vllm_multilora.integration.worker.model.experts import experts_left_alone
 from vllm_multilora.integration.worker.model.module_naming import module_naming, refused_layers
 from vllm_multilora.integration.worker.model.output_factors import no_factors

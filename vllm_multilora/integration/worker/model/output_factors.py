@@ -18,13 +18,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from vllm.distributed import get_tp_group
+from vllm.lora.layers import (
+    ColumnParallelLinearWithShardedLoRA,
+    MergedColumnParallelLinearWithShardedLoRA,
+    MergedQKVParallelLinearWithShardedLoRA,
+    QKVParallelLinearWithShardedLoRA,
+    RowParallelLinearWithShardedLoRA,
+)
 from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 
 from multilora_kernels import OutputFactors
 from multilora_kernels.packs.pieces import host_bytes
+from vllm_multilora.integration.step.staged_rows import SlotColumns
 from vllm_multilora.integration.worker.model.row_squares import ROW_SQUARES, RowSquares
-from vllm_multilora.integration.worker.model.sharding import is_sharded
-from vllm_multilora.integration.worker.model.slot_columns import SlotColumns
 
 _KEPT_BYTES = 256 << 20  # of host memory, for the factors of adapters that come back
 
@@ -279,3 +285,27 @@ def _added_bias(module: Any) -> torch.Tensor | None:
         return None
     bias: torch.Tensor | None = getattr(base, "bias", None)
     return bias
+
+
+_SHARDED = (
+    ColumnParallelLinearWithShardedLoRA,
+    MergedColumnParallelLinearWithShardedLoRA,
+    MergedQKVParallelLinearWithShardedLoRA,
+    QKVParallelLinearWithShardedLoRA,
+    RowParallelLinearWithShardedLoRA,
+)
+
+
+def is_sharded(layer: object) -> bool:
+    """Whether a layer is one of those of `--fully-sharded-loras`, on any number of ranks.
+
+    They compute the two halves of a product separately, with communication in between.
+    """
+    return isinstance(layer, _SHARDED)
+
+
+def first_column(layer: Any) -> int:
+    """Where a sharded layer's own part of the outputs begins."""
+    if isinstance(layer, RowParallelLinearWithShardedLoRA):
+        return int(layer.tp_rank * layer.lora_b_stacked[0].shape[-2])
+    return 0

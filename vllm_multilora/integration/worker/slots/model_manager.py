@@ -27,28 +27,31 @@ from multilora_kernels.trial.records import Record
 from vllm_multilora.adapters.model.layout import ModelLayout
 from vllm_multilora.adapters.packing.pack_index import RankIndex
 from vllm_multilora.integration.patching.activation import settings_of
-from vllm_multilora.integration.step.heads import ClassificationHead
 from vllm_multilora.integration.step.mapping import BatchMapping
 from vllm_multilora.integration.step.output_rows import first_row
 from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
 from vllm_multilora.integration.step.punica_prepared import slices_of
 from vllm_multilora.integration.step.short_forward import shorten_forward
+from vllm_multilora.integration.step.staged_rows import SlotColumns
 from vllm_multilora.integration.step.stock_kernels import restore_tables
+from vllm_multilora.integration.step.stock_rows import ClassificationHead
 from vllm_multilora.integration.worker.kernel_choice.guarded_start import (
     StartSettings,
     choose_kernels,
 )
-from vllm_multilora.integration.worker.kernel_choice.slot_rests import SlotRests, SlotWeights
 from vllm_multilora.integration.worker.model.experts import experts_left_alone
 from vllm_multilora.integration.worker.model.model_layout import is_ranked, running_layout
 from vllm_multilora.integration.worker.model.output_factors import SlotFactors
-from vllm_multilora.integration.worker.model.slot_columns import SlotColumns
 from vllm_multilora.integration.worker.rows.encoder_rows import (
     ENCODER,
     encoder_wrapper,
     reads_encoder,
 )
-from vllm_multilora.integration.worker.slots.slot_buffers import layer_bytes, wrapper_bytes
+from vllm_multilora.integration.worker.slots.slot_buffers import (
+    SlotRests,
+    layer_bytes,
+    wrapper_bytes,
+)
 from vllm_multilora.integration.worker.slots.warm_up import prepare, warm_up
 
 
@@ -443,11 +446,11 @@ def _slot_rests(layers: Iterable[tuple[Any, slice]]) -> SlotRests:
     Args:
         layers: Each with its slices' rows in the rank tables.
     """
-    slices: dict[int, SlotWeights] = {}
+    slices: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
     for layer, own in layers:
         if layer.punica_wrapper.reads_rests:
             weights = zip(_stacked_a(layer), slices_of(layer.lora_b_stacked), strict=True)
-            slices |= {own.start + i: SlotWeights(a, b) for i, (a, b) in enumerate(weights)}
+            slices |= dict(enumerate(weights, own.start))
     return SlotRests(slices)
 
 

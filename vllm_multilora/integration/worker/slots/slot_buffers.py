@@ -1,10 +1,12 @@
-"""What a model's LoRA layers have allocated, counted from the tensors themselves."""
+"""What a model's LoRA layers have allocated: counted from the tensors, and cleared by slot."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 if TYPE_CHECKING:
@@ -46,3 +48,40 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield value
         elif isinstance(value, list | tuple):
             yield from _tensors(value)
+
+
+class SlotRests:
+    """Clears what a slot's last adapter has left past the new one's ranks.
+
+    Kernels of vLLM's multiply by all ranks.
+
+    Args:
+        slices: By row in the rank tables, the slots of the slices that vLLM's kernels read: of A
+            [slots, ..., ranks, inputs], and of B [slots, ..., outputs, ranks]; None where nobody
+            multiplies by it.
+    """
+
+    def __init__(
+        self, slices: Mapping[int, tuple[torch.Tensor | None, torch.Tensor | None]]
+    ) -> None:
+        self._slices = dict(slices)
+
+    def clear(
+        self, slot: int, shrink: npt.NDArray[np.int32], expand: npt.NDArray[np.int32]
+    ) -> None:
+        """Clears a slot, in the order of the current stream; for slots that no step uses.
+
+        Args:
+            slot: The slot.
+            shrink: [rows of the rank tables], true ranks of A.
+            expand: The same of B.
+        """
+        rests = []
+        for row, (a, b) in self._slices.items():
+            if a is not None:
+                rests.append(a[slot][..., int(shrink[row]) :, :])
+            if b is not None:
+                rests.append(b[slot][..., int(expand[row]) :])
+        rests = [rest for rest in rests if rest.numel()]
+        if rests:
+            torch._foreach_zero_(rests)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.platforms import current_platform
 
 from multilora_kernels.dtypes import of_torch
-from vllm_multilora.slots.budget import CpuBudget, readable
-from vllm_multilora.slots.machine_memory import machine_memory
+from vllm_multilora.slots.budget import CpuBudget, machine_memory, readable
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

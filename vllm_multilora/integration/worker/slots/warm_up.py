@@ -24,7 +24,7 @@ from vllm.lora.layers import (
 
 from multilora_kernels import SlotTable
 from vllm_multilora.integration.worker.model.model_layout import is_ranked
-from vllm_multilora.integration.worker.model.sharding import first_column, is_sharded
+from vllm_multilora.integration.worker.model.output_factors import first_column, is_sharded
 from vllm_multilora.wording import counted
 
 logger = logging.getLogger(__name__)
