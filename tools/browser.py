@@ -53,11 +53,11 @@ class Browser:
     def __enter__(self) -> Self:
         self._folder = tempfile.TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True)
         theirs, ours = _pipe()
-        heard, told = _pipe()
+        heard, reported = _pipe()
 
         def connect() -> None:
             os.dup2(theirs, _READS_FROM)
-            os.dup2(told, _WRITES_TO)
+            os.dup2(reported, _WRITES_TO)
 
         self._process = subprocess.Popen(
             [self._program, *_FLAGS, f"--user-data-dir={self._folder.name}", "about:blank"],
@@ -68,8 +68,8 @@ class Browser:
             preexec_fn=connect,
         )
         os.close(theirs)
-        os.close(told)
-        self._told, self._heard = ours, heard
+        os.close(reported)
+        self._reported, self._heard = ours, heard
         return self
 
     def __exit__(
@@ -84,7 +84,7 @@ class Browser:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        os.close(self._told)
+        os.close(self._reported)
         os.close(self._heard)
         self._folder.cleanup()
 
@@ -111,7 +111,7 @@ class Browser:
             message["sessionId"] = session
         text = json.dumps(message).encode() + b"\0"
         while text:
-            text = text[os.write(self._told, text) :]
+            text = text[os.write(self._reported, text) :]
         deadline = time.monotonic() + _LIMIT_S
         while (answer := self._read(deadline)).get("id") != self._last:
             self._events.append(answer)

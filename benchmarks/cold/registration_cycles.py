@@ -25,7 +25,7 @@ from vllm_multilora.toolbox.commands.store import describe
 MIB = 2**20
 ADAPTERS = 20
 WARM_UP_SHARE = 0.1
-MOST_GROWTH, LEAST_MIB = 0.02, 16.0
+MAX_GROWTH, MIN_MIB = 0.02, 16.0
 
 
 def resident(server: VllmServer) -> dict[str, float]:
@@ -96,7 +96,7 @@ def registration_cycles(cycles: int = 1000) -> Iterable[Figure]:
     grown = []
     for name, first in before.items():
         last = after.get(name, float("nan"))
-        if last / first - 1 > MOST_GROWTH and last - first > LEAST_MIB:
+        if last / first - 1 > MAX_GROWTH and last - first > MIN_MIB:
             grown.append(f"{name}: {first:.1f} to {last:.1f} MiB")
     most = max(100 * (after[name] / first - 1) for name, first in before.items() if name in after)
     yield Figure("", "most growth of a process, %", [most])

@@ -31,7 +31,7 @@ ADAPTERS, SLOTS, HOST_PLACES = 40, 8, 16
 BATCH, TURNS, ACTIVE = 8, 5, 60
 ASKED, ANSWERED, BLOCK = 80, 16, 32
 KV_BLOCKS = 320
-MOST_DIFFERENCE = 0.03
+MAX_DIFFERENCE = 0.03
 
 Block = tuple[int, int]
 """A chat, and which block of its history."""
@@ -247,13 +247,13 @@ def figures(
             in_host = frozenset(row["int_id"] for row in rows if row["bytes"]) - in_slots
             turns = []
             for chat, output in zip(batch, outputs, strict=True):
-                wanted = blocks_of(chat, len(chat.history) - 1)
+                requested = blocks_of(chat, len(chat.history) - 1)
                 found += output.num_cached_tokens // BLOCK
-                sought += len(wanted)
+                sought += len(requested)
                 chat.history += output.outputs[0].token_ids
                 chat.turns += 1
                 left = blocks_of(chat, len(chat.history) - 1)  # of the last token there is no KV
-                turns.append(Turn(chat.adapter, wanted, left, (in_slots, in_host)))
+                turns.append(Turn(chat.adapter, requested, left, (in_slots, in_host)))
             batches.append(turns)
             held = holders()
             slots = sum(n for adapter, n in held.items() if adapter in in_slots)
@@ -267,7 +267,7 @@ def figures(
     yield Figure("engine", "blocks of prompts found", [found / sought])
     for policy in ("lru", "aware of host memory", "aware of slots", "best"):
         rate = replayed(batches, owner, policy) / sought
-        if policy == "lru" and abs(rate - found / sought) > MOST_DIFFERENCE:
+        if policy == "lru" and abs(rate - found / sought) > MAX_DIFFERENCE:
             raise SystemExit(f"the replay finds {rate:.3f}, the engine {found / sought:.3f}")
         yield Figure(policy, "blocks of prompts found", [rate])
 

@@ -147,8 +147,8 @@ def capacity(rounds: int = 3, requests: int = 200, keep: str = "") -> Iterable[F
                     print(f"{kind}: {found[kind][-1]}", file=sys.stderr, flush=True)
                 after = calibrate(turn + 1)
                 for kind, trace in files.items():
-                    told = [_forecast(trace, file, fleet.folder) for file in (before, after)]
-                    means = {key: statistics.mean(one[key] for one in told) for key in MEASURES}
+                    reported = [_forecast(trace, file, fleet.folder) for file in (before, after)]
+                    means = {key: statistics.mean(one[key] for one in reported) for key in MEASURES}
                     expected[kind].append(means)
                 before = after
         for kind in traces:
@@ -176,8 +176,8 @@ def _write(path: Path, asks: Sequence[Ask]) -> None:
 
 def _forecast(trace: Path, calibration: Path, adapters: Path) -> dict[str, float]:
     words = ("--traffic", str(trace), "--calibration", str(calibration))
-    told = _command("plan", *words, "--adapters", str(adapters), "--json")
-    forecast: dict[str, float] = json.loads(told)["forecast"]
+    reported = _command("plan", *words, "--adapters", str(adapters), "--json")
+    forecast: dict[str, float] = json.loads(reported)["forecast"]
     return forecast
 
 

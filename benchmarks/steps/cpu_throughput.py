@@ -286,8 +286,8 @@ def cpu_throughput(
                     order = names[:: -1 if of_start % 2 else 1]
                     times = {name: seconds(engines[name], loras[name]) for name in order}
                     found.append(times | {"least": least})
-                    told = ", ".join(f"{name} {time:.2f} s" for name, time in times.items())
-                    print(f"start {number + 1}, round {of_start + 1}: {told}", flush=True)
+                    reported = ", ".join(f"{name} {time:.2f} s" for name, time in times.items())
+                    print(f"start {number + 1}, round {of_start + 1}: {reported}", flush=True)
             finally:
                 for engine in engines.values():
                     engine.llm_engine.engine_core.shutdown(timeout=30.0)

@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 MIB = 2**20
 CUSTOMERS = 16
 KEY = "the-right-key"
-MOST_GROWTH = 0.02
-MOST_HANDLES = 8
+MAX_GROWTH = 0.02
+MAX_HANDLES = 8
 WARM_UP_SHARE, WINDOW_SHARE = 0.3, 0.1
 REST_EVERY_S, REST_S, REST_LIMIT_S = 60.0, 2.0, 120.0
 SAMPLE_S = 2.0
@@ -96,8 +96,8 @@ class Run:
         customers = [threading.Thread(target=self._behave, args=(number,)) for number in range(2)]
         hostile = [threading.Thread(target=self._attack, args=(one,)) for one in attackers]
         others = [threading.Thread(target=work) for work in (self._look, self._measure)]
-        parties = len(customers) + len(hostile)
-        self._resting = threading.Barrier(parties, self._let_rest, timeout=REST_LIMIT_S)
+        flows = len(customers) + len(hostile)
+        self._resting = threading.Barrier(flows, self._let_rest, timeout=REST_LIMIT_S)
         for thread in (*customers, *hostile, *others):
             thread.start()
         self._over.wait(seconds)
@@ -275,7 +275,7 @@ def figures_of(findings: Findings, log_bytes: int) -> Generator[Figure, None, li
         if not first or not last:  # a job of the store, or what did not live long enough
             continue
         most = max(most, 100 * (last / first - 1))
-        if last / first - 1 > MOST_GROWTH:
+        if last / first - 1 > MAX_GROWTH:
             grown.append(f"{name}: {first / MIB:.1f} to {last / MIB:.1f} MiB")
     more = 0.0
     for name, samples in findings.handles.items():
@@ -283,7 +283,7 @@ def figures_of(findings: Findings, log_bytes: int) -> Generator[Figure, None, li
         if not first or not last:
             continue
         more = max(more, last - first)
-        if last - first > MOST_HANDLES:
+        if last - first > MAX_HANDLES:
             grown.append(f"{name}: {first:.0f} to {last:.0f} descriptors and threads")
     print(f"attacks: {dict(findings.attacks.most_common())}")
     for kind in ("right", "wrong", "refused"):

@@ -85,8 +85,8 @@ async def ask(access: Access, keys: list[str]) -> None:
 
     from vllm_multilora.gateway.keys.middleware import AccessMiddleware
 
-    door = AccessMiddleware(app, access, strangers_per_minute=1e9)  # nobody is to wait here
+    acceptor = AccessMiddleware(app, access, strangers_per_minute=1e9)  # nobody is to wait here
     for key in keys:
         headers = [(b"host", b"test"), (b"authorization", f"Bearer {key}".encode())]
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
-        await door(scope, receive, send)
+        await acceptor(scope, receive, send)

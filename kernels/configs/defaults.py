@@ -40,8 +40,8 @@ _SHORTEST_PART = 256
 _FEW_TOKENS = 32
 _COLUMNS_OF_A_PART = 512
 _LONG_WIDTH = 8192
-_MOST_PARTS_FEW = 16
-_MOST_PARTS = 8
+_MAX_PARTS_FEW = 16
+_MAX_PARTS = 8
 
 # Programs that a multiprocessor is given. Of the first half as many as its shared memory holds:
 # that of sm_80, 90 and 100; the 100 KiB of sm_86, 89 and 120; the 64 KiB of a compute unit. Of the
@@ -69,9 +69,9 @@ def default_shrink(workload: Workload) -> ShrinkConfig:
     programs = workload.slices * _blocks(workload, block_m)
     # A program of a long batch has many bytes under way by itself.
     enough = workload.processors * (_PROGRAMS_PER_PROCESSOR if short else 1)
-    wanted = power_of_two_down(enough // programs)
+    requested = power_of_two_down(enough // programs)
     is_long = short and workload.width > _LONG_WIDTH  # its chains would be, too
-    most = _MOST_PARTS_FEW if is_long or workload.tokens <= _FEW_TOKENS else _MOST_PARTS
+    most = _MAX_PARTS_FEW if is_long or workload.tokens <= _FEW_TOKENS else _MAX_PARTS
     most = min(
         most,
         workload.width // _SHORTEST_PART,
@@ -81,7 +81,7 @@ def default_shrink(workload: Workload) -> ShrinkConfig:
         block_m=block_m,
         block_r=block_r,
         block_k=min(block_k, max(MIN_BLOCK, power_of_two_up(workload.width))),
-        split_k=max(1, min(wanted, most)),
+        split_k=max(1, min(requested, most)),
         num_warps=4 if short or workload.item_size == 2 else 8,
         num_stages=3,
         per_processor=_per_processor(workload, is_short=short),
@@ -129,7 +129,7 @@ def invariant_shrink(workload: Workload) -> ShrinkConfig:
         block_m=32 if wide else 64,
         block_r=min(32 if wide else 64, _block_r(workload.max_rank)),
         block_k=32 if wide else 64,
-        split_k=max(1, min(_MOST_PARTS, power_of_two_down(workload.width // 1024))),
+        split_k=max(1, min(_MAX_PARTS, power_of_two_down(workload.width // 1024))),
         num_warps=8 if is_small and workload.max_rank > _LARGEST_BLOCK_R else 4,
         num_stages=3,
         per_processor=min(2, per_processor) if is_narrow else per_processor,

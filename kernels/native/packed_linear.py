@@ -19,8 +19,8 @@ from multilora_kernels.native.compiler import check_size, load_library, load_rel
 from multilora_kernels.native.segment_gemm import DTYPE_CODES
 from multilora_kernels.operators import Numbered, register_pure
 
-MOST_ROWS = 64
-"""Rows of a batch that C multiplies, `MOST_PACKED_ROWS` there. With more, oneDNN is as fast."""
+MAX_ROWS = 64
+"""Rows of a batch that C multiplies, `MAX_PACKED_ROWS` there. With more, oneDNN is as fast."""
 
 _WORD_BYTES = 4
 _CALL = struct.Struct("=11q")  # struct packed_call
@@ -89,7 +89,7 @@ class PackedLinear:
             )
         threads = torch.get_num_threads()
         if (
-            rows > MOST_ROWS
+            rows > MAX_ROWS
             or x.stride(1) != 1
             or (bias is not None and bias.stride(0) != 1)
             or not self._is_shared_well(threads)

@@ -29,16 +29,16 @@ def chosen_set() -> InstructionSet:
     """
     sets = instruction_sets(platform.machine())
     fitting = [each for each in sets if each.needs <= _features()]
-    wanted = os.environ.get(SETTING)
-    if not wanted:
+    requested = os.environ.get(SETTING)
+    if not requested:
         return fitting[0]
     for each in fitting:
-        if each.name == wanted:
+        if each.name == requested:
             return each
-    missing = {each.name: each.needs - _features() for each in sets}.get(wanted)
+    missing = {each.name: each.needs - _features() for each in sets}.get(requested)
     why = f"needs {', '.join(sorted(missing))}, which it lacks" if missing else "does not exist"
     raise NativeUnavailableError(
-        f"{SETTING}={wanted}: on this processor it {why}; one of "
+        f"{SETTING}={requested}: on this processor it {why}; one of "
         f"{', '.join(each.name for each in fitting)} runs"
     )
 

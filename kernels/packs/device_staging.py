@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from multilora_kernels.packs.pieces import MOST_PIECES, host_bytes, registered_parts
+from multilora_kernels.packs.pieces import MAX_PIECES, host_bytes, registered_parts
 
 SEGMENT_ALIGNMENT = 4096
 """Host memory may be several mappings: each begins at a multiple of this."""
 
 _ALIGNMENT = 64
 _FIELDS = 5
-_TABLE_BYTES = MOST_PIECES * _FIELDS * 8
+_TABLE_BYTES = MAX_PIECES * _FIELDS * 8
 
 
 class DeviceStaging:
@@ -40,8 +40,7 @@ class DeviceStaging:
         on_gpu = device.type == "cuda"
         self._halves = [torch.empty(half, dtype=torch.uint8, device=device) for _ in range(2)]
         self._tables = [
-            torch.empty(MOST_PIECES, _FIELDS, dtype=torch.int64, pin_memory=on_gpu)
-            for _ in range(2)
+            torch.empty(MAX_PIECES, _FIELDS, dtype=torch.int64, pin_memory=on_gpu) for _ in range(2)
         ]
         # Who fills slots has time, and leaves the processor to others while it waits.
         self._used = [torch.cuda.Event(blocking=True) for _ in range(2)] if on_gpu else []
@@ -55,7 +54,7 @@ class DeviceStaging:
 
         Args:
             pieces: [n] of `multilora_kernels.packs.pieces.PIECE`, at least one, at most
-            `MOST_PIECES`.
+            `MAX_PIECES`.
 
         Raises:
             ValueError: They do not fit a half of the buffer.
@@ -63,10 +62,10 @@ class DeviceStaging:
         from multilora_kernels.triton.spread import in_units, scatter_launch
 
         offsets, runs, end = _arranged(pieces)
-        if len(pieces) > MOST_PIECES or end > self._capacity:
+        if len(pieces) > MAX_PIECES or end > self._capacity:
             raise ValueError(
                 f"a group of {len(pieces)} pieces and {end} bytes does not fit the staging memory, "
-                f"which takes {MOST_PIECES} pieces and {self._capacity} bytes"
+                f"which takes {MAX_PIECES} pieces and {self._capacity} bytes"
             )
         turn, self._turn = self._turn, 1 - self._turn
         half, host_table = self._halves[turn], self._tables[turn]
@@ -74,7 +73,7 @@ class DeviceStaging:
             self._used[turn].synchronize()
         unit, units = in_units(pieces, offsets)
         host_table[: len(units)].copy_(torch.from_numpy(units))
-        table = half[self._capacity :].view(torch.int64).view(MOST_PIECES, _FIELDS)
+        table = half[self._capacity :].view(torch.int64).view(MAX_PIECES, _FIELDS)
         table = table[: len(units)]
         table.copy_(host_table[: len(units)], non_blocking=True)
         for address, offset, size in runs:
@@ -90,7 +89,7 @@ class DeviceStaging:
         """Compiles the kernel for every width in which it copies."""
         from multilora_kernels.triton.spread import UNITS, scatter_launch
 
-        table = self._halves[0][self._capacity :].view(torch.int64).view(MOST_PIECES, _FIELDS)
+        table = self._halves[0][self._capacity :].view(torch.int64).view(MAX_PIECES, _FIELDS)
         table[:1].zero_()
         for unit in UNITS:
             scatter_launch(self._halves[0][: self._capacity], table[:1], unit).run()

@@ -18,7 +18,7 @@ PIECE = np.dtype([(name, np.int64) for name in ("source", "target", "rows", "row
 - `stride`: from row to row in the slot
 """
 
-MOST_PIECES = 2048
+MAX_PIECES = 2048
 """In a group."""
 
 REGISTERED_BYTES = 16 << 20
@@ -51,7 +51,7 @@ def in_groups(
     first = held = 0
     sizes = (cut["rows"] * cut["row_bytes"]).tolist()
     for i, size in enumerate(sizes):
-        if i > first and (held + size > most_bytes or i - first == MOST_PIECES):
+        if i > first and (held + size > most_bytes or i - first == MAX_PIECES):
             yield cut[first:i], of[first:i], line[first:i]
             first, held = i, 0
         held += size

@@ -40,7 +40,7 @@ from multilora_kernels.triton.tiles import (
 )
 
 _MIN_BLOCK = tl.constexpr(MIN_BLOCK)
-_MOST_SUMS = tl.constexpr(2048)  # of a block of y; 16 for each of 128 threads
+_MAX_SUMS = tl.constexpr(2048)  # of a block of y; 16 for each of 128 threads
 _AHEAD = tl.constexpr(2)  # blocks of B that are asked for while one is multiplied
 
 
@@ -310,7 +310,7 @@ def _expand_blocks(
     BLOCK: tl.constexpr = BODY if BODY < BLOCK_R else BLOCK_R
     BLOCKS: tl.constexpr = ((BODY if BODY < R else R) + BLOCK - 1) // BLOCK
     # With fewer ranks more columns at a time, or too few bytes of B would be under way.
-    FITS: tl.constexpr = _MOST_SUMS // (BLOCK_M * BLOCK_N)
+    FITS: tl.constexpr = _MAX_SUMS // (BLOCK_M * BLOCK_N)
     WIDER: tl.constexpr = FITS if FITS < BLOCK_R // BLOCK else BLOCK_R // BLOCK
     COLUMNS: tl.constexpr = BLOCK_N * WIDER if WIDER > 1 else BLOCK_N
     # Blocks are as narrow as this for float32; several of them would not fit into registers.

@@ -13,7 +13,7 @@ import torch
 from multilora_kernels.configs.config_facts import MIN_BLOCK, power_of_two_up
 from multilora_kernels.plan import PlanLayout
 
-_REGISTERS, _MOST_REGISTERS = 65_536, 255  # of a multiprocessor; of a thread
+_REGISTERS, _MAX_REGISTERS = 65_536, 255  # of a multiprocessor; of a thread
 _WARP_THREADS = 32
 _INTERPRETER_PROCESSORS = 16  # enough for the defaults to split K, as they do on a GPU
 
@@ -174,6 +174,6 @@ def launch_options(
     options = {"num_warps": num_warps, "num_stages": num_stages}
     if facts.architecture.startswith("sm_"):
         most = _REGISTERS // (per_processor * num_warps * _WARP_THREADS) // 8 * 8
-        options["maxnreg"] = min(most, _MOST_REGISTERS)
+        options["maxnreg"] = min(most, _MAX_REGISTERS)
     # ROCm's Triton does not know the options, so this one is named only where it is wanted.
     return options | {"launch_pdl": True} if pdl else options

@@ -35,7 +35,7 @@ from multilora_kernels.triton.tiles import (
 )
 
 _MIN_BLOCK = tl.constexpr(MIN_BLOCK)
-_MOST_VALUES = tl.constexpr(4096)  # of A that are widened at a time; 32 for each of 128 threads
+_MAX_VALUES = tl.constexpr(4096)  # of A that are widened at a time; 32 for each of 128 threads
 
 
 def prepare_shrink(
@@ -332,7 +332,7 @@ def _shrink_rows(
     up its own columns of x, and threads add up what they have once a part of K.
     """
     HALF: tl.constexpr = BLOCK // 2 if BLOCK > _MIN_BLOCK else 0
-    STEP: tl.constexpr = _step(BLOCK_K, CHUNK, _MOST_VALUES // BLOCK)
+    STEP: tl.constexpr = _step(BLOCK_K, CHUNK, _MAX_VALUES // BLOCK)
     WHOLE: tl.constexpr = CHUNK * SPLIT_K == K
     if (width > HALF) & (width <= BLOCK):
         r = tl.arange(0, BLOCK)

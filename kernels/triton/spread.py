@@ -20,7 +20,7 @@ import triton.language as tl
 
 from multilora_kernels.triton.launch import Launch
 
-_MOST_LANES = 16  # programs per piece: steps' kernels wait for those that have begun
+_MAX_LANES = 16  # programs per piece: steps' kernels wait for those that have begun
 _BLOCK = 1024  # units that a program copies at a time
 UNITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 """Widths in which rows are copied, in bytes."""
@@ -71,7 +71,7 @@ def scatter_launch(
     }
     return Launch(
         scatter_kernel,
-        (len(table), max(1, min(_MOST_LANES, triton.cdiv(longest, _BLOCK)))),
+        (len(table), max(1, min(_MAX_LANES, triton.cdiv(longest, _BLOCK)))),
         arguments,
         {"BLOCK": _BLOCK},
         {"num_warps": 4, "num_stages": 1},

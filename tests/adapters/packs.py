@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from vllm_multilora.adapters.blend_intake import BlendIntake
-from vllm_multilora.adapters.intake import Intake, Rules, Taken, open_adapter
+from vllm_multilora.adapters.intake import Intake, IntakeResult, Rules, open_adapter
 from vllm_multilora.adapters.model.layout import BLOCK_BYTES, ModelLayout
 from vllm_multilora.adapters.packing.pack_index import PackIndex
 
@@ -23,7 +23,7 @@ class Pack:
     block_bytes: np.ndarray
     places: np.ndarray
     layouts: tuple[ModelLayout, ...]
-    taken: Taken
+    taken: IntakeResult
     rank: int
 
     @property

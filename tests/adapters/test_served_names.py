@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from vllm_multilora.adapters.blend import Blend, BlendPart
 from vllm_multilora.adapters.directory import is_adapter_name
 from vllm_multilora.adapters.served_names import (
-    MOST_NAME_BYTES,
-    MOST_PATH_BYTES,
+    MAX_NAME_BYTES,
+    MAX_PATH_BYTES,
     name_fault,
     path_fault,
 )
@@ -48,7 +48,7 @@ def test_names_that_lie_or_lead_somewhere_are_not(name, fault):
 @given(st.text(st.characters(), max_size=400))
 def test_a_name_that_is_taken_harms_no_log_path_or_label(name):
     if name_fault(name) is None:
-        assert len(name.encode()) <= MOST_NAME_BYTES
+        assert len(name.encode()) <= MAX_NAME_BYTES
         assert name.isprintable()
         assert ".." not in name.split("/")
     if is_adapter_name(name):
@@ -56,9 +56,7 @@ def test_a_name_that_is_taken_harms_no_log_path_or_label(name):
         assert "/" not in name
 
 
-@pytest.mark.parametrize(
-    "path", ["/adapters/acme", "relative", "a" * MOST_PATH_BYTES, "with\nline"]
-)
+@pytest.mark.parametrize("path", ["/adapters/acme", "relative", "a" * MAX_PATH_BYTES, "with\nline"])
 def test_paths_are_taken(path):
     assert path_fault(path) is None
 
@@ -66,8 +64,8 @@ def test_paths_are_taken(path):
 @pytest.mark.parametrize(
     ("path", "fault"),
     [
-        ("/" + "a" * MOST_PATH_BYTES, "4095"),
-        ("é" * MOST_PATH_BYTES, "4095"),
+        ("/" + "a" * MAX_PATH_BYTES, "4095"),
+        ("é" * MAX_PATH_BYTES, "4095"),
         ("a\0b", "null"),
         ("/\ud800", "encoded"),
         (Blend.of([BlendPart(1, "a", "/a", 0.5)]).source, "text of a blend"),

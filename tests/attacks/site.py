@@ -20,7 +20,7 @@ GOOD = "good-customer"
 NAMES = tuple(recipe.name for recipe in LINEAR_RECIPES)
 SOURCE = NAMES[0]
 CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-MOST_LABELS = 8
+MAX_LABELS = 8
 
 ROUTES = """
 routes:
@@ -136,7 +136,7 @@ def running_site(llama: Scenario, folder: Path) -> Iterator[Site]:
         *("--multilora-allowed-roots", str(root)),
         *("--multilora-adapter-dir", str(directory)),
         *("--multilora-routes", str(routes)),
-        *("--multilora-metrics-max-adapters", str(MOST_LABELS)),
+        *("--multilora-metrics-max-adapters", str(MAX_LABELS)),
         *("--lora-modules", f"{GOOD}={_inside(llama, root)}"),
         log=folder / "vllm.log",
         start_timeout=600.0,

@@ -21,7 +21,7 @@ from .site import (
     BASE,
     GOOD,
     HOSTILE_NAMES,
-    MOST_LABELS,
+    MAX_LABELS,
     NAMES,
     STRANGE_NAMES,
     Site,
@@ -125,7 +125,7 @@ def test_what_is_no_path_is_refused_with_a_reason(site: Site, path: str) -> None
 
 def test_junk_names_take_no_place_among_the_metrics(site: Site) -> None:
     folder = BAD["rank-over-the-limit"].write(site.root / "junk")
-    for number in range(2 * MOST_LABELS):
+    for number in range(2 * MAX_LABELS):
         assert site.load(f"junk-{number}", folder).status_code in (400, 404)
         assert site.ask(f"nobody-{number}").status_code == 404
     name = "known-afterwards"

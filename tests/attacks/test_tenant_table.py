@@ -131,7 +131,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize(("path", "body", "param", "part"), REFUSED.values(), ids=REFUSED)
-def test_tenant_is_told_which_field_it_may_not_send(
+def test_tenant_learns_which_field_it_may_not_send(
     served: TenantServer, path: str, body: dict[str, Any], param: str, part: str
 ) -> None:
     answer = ask(served, "texts", path, body)

@@ -419,7 +419,7 @@ def test_calls_beyond_a_tenants_limits_wait_and_then_are_refused(served: TenantS
     until(lambda: served.complete("narrow", "shared", [5]).status_code == 200)
 
 
-def test_a_tenant_that_has_used_its_tokens_is_told_when_to_come_again(served: TenantServer) -> None:
+def test_a_tenant_that_has_used_its_tokens_learns_when_to_come_again(served: TenantServer) -> None:
     answer = served.complete("thrifty", "shared", [9] * 100, max_tokens=12, ignore_eos=True)
     assert_status(answer, 200, served)
     refused = served.complete("thrifty", "shared", [9])
@@ -452,7 +452,7 @@ def test_a_tenant_uses_as_many_adapters_at_a_time_as_it_may(served: TenantServer
 
 
 FLOOD_S = 4.0
-MOST_GROWTH = 48 << 20
+MAX_GROWTH = 48 << 20
 """Bytes of memory; keeping two and a half KiB of each wrong key would exceed it."""
 
 
@@ -477,7 +477,7 @@ def test_wrong_keys_hurt_nobody(served: TenantServer) -> None:
     # In turn, and besides one a connection for each of the longest pauses.
     assert 0 < rate < 1.5 * (STRANGERS_PER_MINUTE / 60 + CONNECTIONS / LONGEST_PAUSE_S)
     assert spent / taken < 0.3
-    assert process.memory_info().rss - memory < MOST_GROWTH
+    assert process.memory_info().rss - memory < MAX_GROWTH
     assert len(served.server.log.read_bytes().splitlines()) - lines < 400
     assert refused(served, "", 401) - counted >= flood.answered
 
@@ -591,11 +591,11 @@ def test_the_file_is_read_again_and_a_bad_one_is_not_taken(served: TenantServer)
     served.tenants.write_text("tenants: {acme: {kyes: []}}")
     complaint = "tenants.acme.kyes: found an unknown key"
 
-    def is_told() -> bool:
+    def is_reported() -> bool:
         assert ask(served, "late", "completions", "shared").status_code == 200
         return complaint in served.server.log.read_text()
 
-    until(is_told)
+    until(is_reported)
     assert "The tenants stay as they were" in served.server.log.read_text()
     write_tenants(served.tenants, TENANTS)
     until(lambda: ask(served, "zen", "completions", "zen-a").status_code == 200)

@@ -149,10 +149,10 @@ def test_the_fit_finds_what_the_server_takes():
     assert measured.sizes == {name: SIZES[name] for name in server.host}
 
 
-def test_what_is_measured_is_told():
-    server, told = Server(), []
-    Measuring(server, "base", LIMITS, server.listed, "page cache", told.append).run()
-    assert {"generation for 1 request", "generation for 16 requests"} <= set(told)
+def test_what_is_measured_is_reported():
+    server, reported = Server(), []
+    Measuring(server, "base", LIMITS, server.listed, "page cache", reported.append).run()
+    assert {"generation for 1 request", "generation for 16 requests"} <= set(reported)
 
 
 def test_without_cold_adapters_nothing_is_known_of_loads():

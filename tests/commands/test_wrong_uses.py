@@ -262,7 +262,7 @@ def test_where_there_is_no_room_to_say_so_there_is_no_answer_either():
     assert process.returncode == 2
 
 
-def test_output_that_nobody_wants_is_no_error():
+def test_output_that_nobody_reads_is_no_error():
     process = running("tenants", "new", preexec_fn=lambda: os.close(1))
     with process:
         out, err = process.communicate(timeout=30)

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.engine.parties import Engine
+    from tests.engine.fake_engine import Engine
 
 
 @pytest.fixture
 def engines() -> "Iterator[Callable[..., Engine]]":
     """Makes engines; at the end every request is over, and every lease must be given back."""
-    from tests.engine.parties import Engine
+    from tests.engine.fake_engine import Engine
 
     made: list[Engine] = []
 

@@ -3,13 +3,13 @@
 import pytest
 from vllm.lora.request import LoRARequest
 
-from tests.engine.parties import Engine, lora, pack_info
+from tests.engine.fake_engine import Engine, lora, pack_info
 from tests.metrics.readings import recorder, shown
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.engine.adapters import registrations
 from vllm_multilora.integration.engine.adapters.adapter_entries import Entries
-from vllm_multilora.integration.engine.adapters.arrivals import MOST_TIMES_GONE
+from vllm_multilora.integration.engine.adapters.arrivals import MAX_TIMES_GONE
 from vllm_multilora.integration.failed_requests import AdapterRefusedError
 from vllm_multilora.integration.seals import Seal
 from vllm_multilora.integration.worker_link.fill_link import Filled, FillFailed, Missing
@@ -31,7 +31,7 @@ from vllm_multilora.store.protocol.messages import (
 def test_a_request_takes_its_adapter_from_the_disk_to_a_slot(engine):
     adapters = engine.adapters
     assert adapters.state(1) is AdapterState.ABSENT
-    adapters.want(lora(1))
+    adapters.request_load(lora(1))
     assert adapters.state(1) is AdapterState.QUEUED
     assert not adapters.is_ready(1)
     engine.store.reading()
@@ -57,9 +57,9 @@ def test_a_request_takes_its_adapter_from_the_disk_to_a_slot(engine):
     assert engine.store.leased == {}
 
 
-def test_many_requests_of_an_adapter_want_it_once(engine):
+def test_many_requests_of_an_adapter_request_it_once(engine):
     for _ in range(3):
-        engine.adapters.want(lora(1))
+        engine.adapters.request_load(lora(1))
         assert not engine.adapters.is_ready(1)
     engine.store.loaded(pack_info(7))
     engine.poll()
@@ -68,7 +68,7 @@ def test_many_requests_of_an_adapter_want_it_once(engine):
         engine.adapters.bring(1)
         engine.poll()
     assert engine.workers.only().slot == 0
-    assert not engine.store.wants
+    assert not engine.store.load_requests
 
 
 def test_what_waits_for_slots_is_given_back_without_a_look_at_all_adapters(engine, monkeypatch):
@@ -93,7 +93,7 @@ def test_without_a_slot_to_spare_an_adapter_stays_in_host_memory(engine):
     assert engine.store.leased == {3: 1}
 
 
-def test_the_store_is_told_what_steps_use_when_that_has_changed(engine):
+def test_the_store_learns_what_steps_use_when_that_has_changed(engine):
     """All of it: the store tells itself who has joined, after a pause as well."""
     engine.fill(1, 10)
     engine.step(1)
@@ -234,7 +234,7 @@ def test_a_version_that_comes_while_the_one_before_is_copied_is_not_taken_for_it
 def test_a_lease_on_what_is_in_memory_is_waited_for_once(engine):
     engine.host(1, 7)
     engine.adapters.drop(1)
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     engine.adapters.poll(0.01)
     assert engine.store.waited == 1
     engine.adapters.poll(0.01)
@@ -248,7 +248,7 @@ def test_a_lease_on_what_is_in_memory_is_waited_for_once(engine):
 def test_a_lease_is_waited_for_by_a_step_though_others_have_looked_before(engine):
     engine.host(1, 7)
     engine.adapters.drop(1)
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     engine.adapters.poll()
     assert engine.store.waited == 0
     engine.adapters.poll(0.01)
@@ -258,7 +258,7 @@ def test_a_lease_is_waited_for_by_a_step_though_others_have_looked_before(engine
 def test_a_lease_that_comes_while_it_is_waited_for_counts_at_once(engine):
     engine.host(1, 7)
     engine.adapters.drop(1)
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     engine.store.answers = lambda: engine.store.loaded(pack_info(7))
     engine.adapters.poll(60.0)
     assert engine.adapters.is_ready(1)
@@ -268,20 +268,20 @@ def test_a_lease_that_comes_while_it_is_waited_for_counts_at_once(engine):
 def test_nobody_waits_for_files_to_be_read(engine, number):
     engine.host(1, 7)
     engine.adapters.drop(1)
-    engine.adapters.want(lora(number, inplace=True))
+    engine.adapters.request_load(lora(number, inplace=True))
     engine.adapters.poll(60.0)
     assert engine.store.waited == 0
 
 
 def test_a_new_request_is_a_new_try(engine):
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     engine.store.failed(kind=FailureKind.GONE)
     engine.poll()
     assert engine.adapters.state(1) is AdapterState.FAILED
     assert engine.adapters.failure(1).kind is FailureKind.GONE
     assert not engine.adapters.is_ready(1)
-    assert not engine.store.wants
-    engine.adapters.want(lora(1))
+    assert not engine.store.load_requests
+    engine.adapters.request_load(lora(1))
     assert engine.adapters.state(1) is AdapterState.QUEUED
     engine.store.loaded(pack_info(7))
     engine.poll()
@@ -291,28 +291,28 @@ def test_a_new_request_is_a_new_try(engine):
 # Requests that end early
 
 
-def test_an_aborted_request_takes_its_want_back(engine):
-    engine.adapters.want(lora(1))
+def test_an_aborted_request_takes_its_load_request_back(engine):
+    engine.adapters.request_load(lora(1))
     engine.adapters.drop(1)
-    assert not engine.store.wants
+    assert not engine.store.load_requests
     assert engine.adapters.state(1) is AdapterState.ABSENT
 
 
 def test_an_aborted_request_takes_back_an_answer_that_nobody_has_looked_at(engine):
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     engine.store.loaded(pack_info(7))
     engine.adapters.drop(1)
     assert not engine.store.leased
 
 
-def test_what_the_store_says_of_a_want_that_was_taken_back_is_no_matter(engine):
+def test_what_the_store_says_of_a_load_request_that_was_taken_back_is_no_matter(engine):
     """It may come in one go with what has had the want taken back."""
-    engine.adapters.want(lora(1))
-    want = engine.store.only()
+    engine.adapters.request_load(lora(1))
+    load_request = engine.store.only()
     engine.adapters.drop(1)
-    failed = Failed(want.ticket, FailureKind.INVALID, "it is bad", [])
-    checked = Loaded(want.ticket, pack_info(1), 0.1, was_read=True, leased=False)
-    engine.store.inbox = [Reading(want.ticket), failed, checked, Forgotten(1)]
+    failed = Failed(load_request.ticket, FailureKind.INVALID, "it is bad", [])
+    checked = Loaded(load_request.ticket, pack_info(1), 0.1, was_read=True, leased=False)
+    engine.store.inbox = [Reading(load_request.ticket), failed, checked, Forgotten(1)]
     engine.poll()
     assert engine.adapters.state(1) is AdapterState.ABSENT
 
@@ -343,13 +343,13 @@ def test_dropping_what_nobody_knows_is_no_matter(engine):
 # Losses
 
 
-def test_an_adapter_evicted_while_its_requests_wait_is_wanted_again(engine):
+def test_an_adapter_evicted_while_its_requests_wait_is_requested_again(engine):
     engine.host(1)
     engine.adapters.drop(1)
     engine.store.evict(1)
     engine.poll()
     assert engine.adapters.state(1) is AdapterState.ABSENT
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     engine.store.loaded(pack_info(2))
     engine.poll()
     assert engine.adapters.is_ready(1)
@@ -360,23 +360,23 @@ def test_an_adapter_in_a_slot_does_not_need_host_memory(engine):
     engine.store.evict(1)
     engine.poll()
     assert engine.adapters.state(1) is AdapterState.SLOT
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     assert engine.adapters.is_ready(1)
-    assert not engine.store.wants
+    assert not engine.store.load_requests
 
 
 def test_a_store_that_is_started_again_is_asked_again_for_what_waits(engine):
     engine.fill(1)
     engine.host(2)
-    engine.adapters.want(lora(3))
-    want = engine.store.only()
+    engine.adapters.request_load(lora(3))
+    load_request = engine.store.only()
     engine.restart_store()
     assert engine.adapters.state(1) is AdapterState.SLOT
     assert not engine.adapters.is_ready(2)
-    assert engine.store.wants.keys() > {want.ticket}
-    again = next(one for one in engine.store.wants.values() if one.adapter == 2)
+    assert engine.store.load_requests.keys() > {load_request.ticket}
+    again = next(one for one in engine.store.load_requests.values() if one.adapter == 2)
     engine.store.loaded(pack_info(20), again)
-    engine.store.loaded(pack_info(30), want)
+    engine.store.loaded(pack_info(30), load_request)
     engine.poll()
     assert engine.adapters.is_ready(2)
     assert engine.adapters.is_ready(3)
@@ -447,7 +447,7 @@ def test_a_worker_without_an_adapter_has_it_filled_again(engine):
     assert engine.adapters.take_lost() == {}
     engine.adapters.drop(1)
     engine.step()
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     engine.store.loaded(pack_info(1))
     engine.poll()
     assert engine.adapters.is_ready(1)
@@ -473,7 +473,7 @@ def test_an_answer_that_is_given_twice_counts_once(engine):
 
 def test_a_reload_of_the_same_weights_copies_nothing(engine):
     engine.fill(1, 10, digest="same")
-    engine.adapters.want(lora(1, inplace=True))
+    engine.adapters.request_load(lora(1, inplace=True))
     assert engine.store.only().fresh
     engine.store.loaded(pack_info(11, "same"))
     engine.poll()
@@ -484,7 +484,7 @@ def test_a_reload_of_the_same_weights_copies_nothing(engine):
 
 def test_a_reload_of_other_weights_waits_for_the_running_requests(engine):
     engine.fill(1, 10)
-    engine.adapters.want(lora(1, inplace=True))
+    engine.adapters.request_load(lora(1, inplace=True))
     engine.store.loaded(pack_info(11))
     engine.poll()
     assert engine.adapters.is_ready(1)
@@ -506,7 +506,7 @@ def test_a_version_that_comes_while_the_one_before_is_copied_takes_nothing_away(
     engine.host(1, 10)
     engine.adapters.bring(1)
     engine.poll()
-    engine.adapters.want(lora(1, inplace=True))
+    engine.adapters.request_load(lora(1, inplace=True))
     assert not engine.adapters.is_ready(1)
     engine.store.loaded(pack_info(11))
     engine.poll()
@@ -520,7 +520,7 @@ def test_a_version_that_comes_while_the_one_before_is_copied_takes_nothing_away(
 def test_a_version_whose_request_is_aborted_is_not_kept_for_the_running_ones(engine):
     """The scheduler drops an adapter with its last request."""
     engine.fill(1, 10)
-    engine.adapters.want(lora(1, inplace=True))
+    engine.adapters.request_load(lora(1, inplace=True))
     engine.store.loaded(pack_info(11))
     engine.poll()
     engine.adapters.drop(1)
@@ -532,7 +532,7 @@ def test_a_stale_version_makes_room_for_the_new_one(engine, by):
     """Where host memory holds one adapter, the new version would wait for it for ever."""
     engine.host(1, 10)
     if by == "request":
-        engine.adapters.want(lora(1, inplace=True))
+        engine.adapters.request_load(lora(1, inplace=True))
     else:
         engine.adapters.register(lora(1, inplace=True))
         engine.store.loaded(pack_info(0, "newer"))
@@ -548,7 +548,7 @@ def test_a_reload_of_broken_files_leaves_the_version_before_serving(engine, plac
         engine.fill(1, 10)
     else:
         engine.host(1, 10)
-    engine.adapters.want(lora(1, inplace=True))
+    engine.adapters.request_load(lora(1, inplace=True))
     engine.store.failed()
     engine.poll()
     assert engine.adapters.failure(1, reload=True).message == "it is bad"
@@ -565,10 +565,10 @@ def test_a_reload_of_broken_files_leaves_the_version_before_serving(engine, plac
 
 def test_a_reload_is_not_answered_by_the_load_that_was_under_way(engine):
     """The load under way may find the old version in host memory and not look at the files."""
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     assert not engine.store.only().fresh
-    engine.adapters.want(lora(1, inplace=True))
-    engine.adapters.want(lora(1, inplace=True))
+    engine.adapters.request_load(lora(1, inplace=True))
+    engine.adapters.request_load(lora(1, inplace=True))
     assert engine.store.only().fresh
     assert engine.store.tickets == 2
     engine.store.loaded(pack_info(11))
@@ -581,7 +581,7 @@ def test_a_reload_is_not_answered_by_a_check_that_was_under_way(engine):
     engine.fill(1, 10, digest="same")
     future = engine.adapters.register(lora(1, inplace=True))
     check = engine.store.only()
-    engine.adapters.want(lora(1, inplace=True))
+    engine.adapters.request_load(lora(1, inplace=True))
     engine.store.loaded(pack_info(0, "same"), check)
     engine.poll()
     assert not engine.adapters.is_ready(1, reload=True)
@@ -593,10 +593,10 @@ def test_a_reload_is_not_answered_by_a_check_that_was_under_way(engine):
 
 def test_a_new_reload_is_a_new_try(engine):
     engine.fill(1, 10)
-    engine.adapters.want(lora(1, inplace=True))
+    engine.adapters.request_load(lora(1, inplace=True))
     engine.store.failed()
     engine.poll()
-    engine.adapters.want(lora(1, inplace=True))
+    engine.adapters.request_load(lora(1, inplace=True))
     assert engine.adapters.failure(1, reload=True) is None
     assert engine.store.only().fresh
     engine.store.loaded(pack_info(11))
@@ -613,11 +613,11 @@ def test_a_version_that_was_registered_and_cannot_be_had_does_not_leave_the_one_
     engine.store.loaded(pack_info(0, "newer"))
     engine.poll()
     assert future.result(0) is True
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     engine.store.failed()
     engine.poll()
     assert engine.adapters.failure(1).message == "it is bad"
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     assert engine.store.only().fresh
 
 
@@ -626,12 +626,12 @@ def test_a_version_that_comes_back_before_a_newer_one_could_be_had_serves_on(eng
     engine.adapters.register(lora(1, inplace=True))
     engine.store.loaded(pack_info(0, "newer"))
     engine.poll()
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     engine.store.loaded(pack_info(11, "first"))
     engine.poll()
     assert engine.adapters.is_ready(1)
     assert engine.adapters.bring(1)
-    assert not engine.store.wants
+    assert not engine.store.load_requests
     assert not engine.store.leased
 
 
@@ -642,7 +642,7 @@ def test_a_number_whose_adapter_nobody_uses_may_become_another_adapters(engine):
     engine.fill(1, 10)
     engine.step()
     engine.adapters.drop(1)
-    assert engine.adapters.want(lora(1, path="/adapters/other")) is None
+    assert engine.adapters.request_load(lora(1, path="/adapters/other")) is None
     assert engine.store.forgotten == [1]
     assert engine.store.only().path == "/adapters/other"
     engine.store.loaded(pack_info(11))
@@ -653,12 +653,12 @@ def test_a_number_whose_adapter_nobody_uses_may_become_another_adapters(engine):
 
 def test_a_number_that_requests_use_stays_their_adapters(engine):
     engine.fill(1, 10)
-    failure = engine.adapters.want(lora(1, path="/adapters/other"))
+    failure = engine.adapters.request_load(lora(1, path="/adapters/other"))
     assert failure.kind is FailureKind.INVALID
     assert "/adapters/1" not in failure.message
     assert_refused(engine.adapters.register(lora(1, path="/adapters/other")))
     assert engine.adapters.state(1) is AdapterState.SLOT
-    assert not engine.store.wants
+    assert not engine.store.load_requests
 
 
 # Registrations
@@ -672,8 +672,8 @@ def assert_refused(future) -> AdapterRefusedError:
 
 def test_an_adapter_is_registered_when_it_was_checked(engine):
     future = engine.adapters.register(lora(1))
-    want = engine.store.only()
-    assert (want.keep, want.fresh) == (False, False)
+    load_request = engine.store.only()
+    assert (load_request.keep, load_request.fresh) == (False, False)
     assert not future.done()
     engine.store.loaded(pack_info(7))
     engine.poll()
@@ -687,7 +687,7 @@ def test_an_adapter_that_finds_no_room_is_registered_as_well(engine):
     engine.poll()
     assert future.result(0) is True
     assert engine.adapters.state(1) is AdapterState.ABSENT
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     assert engine.store.only().keep
 
 
@@ -695,13 +695,13 @@ def test_an_adapter_that_a_request_has_registered_is_kept_until_the_request_come
     """Read once, where everybody else's adapters fill host memory."""
     number = FIRST_NUMBER + 1
     future = engine.adapters.register(lora(number))
-    want = engine.store.only()
-    assert (want.keep, want.fresh) == (True, False)
+    load_request = engine.store.only()
+    assert (load_request.keep, load_request.fresh) == (True, False)
     engine.store.loaded(pack_info(7))
     engine.poll()
     assert future.result(0) is True
     assert not engine.store.leased  # it may leave again
-    engine.adapters.want(lora(number))
+    engine.adapters.request_load(lora(number))
     assert engine.adapters.state(number) is AdapterState.HOST
 
 
@@ -712,9 +712,9 @@ def test_a_new_version_of_a_directorys_adapter_takes_nobodys_room(engine):
     engine.store.loaded(pack_info(7))
     engine.poll()
     future = engine.adapters.register(new)
-    want = engine.store.only()
-    assert not want.keep
-    engine.store.loaded(pack_info(0, "another"), want)
+    load_request = engine.store.only()
+    assert not load_request.keep
+    engine.store.loaded(pack_info(0, "another"), load_request)
     engine.poll()
     assert future.result(0) is True
     engine.adapters.remove(old.lora_int_id)
@@ -726,7 +726,7 @@ def test_a_new_version_of_a_directorys_adapter_takes_nobodys_room(engine):
 def test_what_is_there_is_registered_at_once(engine):
     engine.fill(1)
     assert engine.adapters.register(lora(1)).result(0) is True
-    assert not engine.store.wants
+    assert not engine.store.load_requests
 
 
 def test_registering_anew_looks_at_the_files_again(engine):
@@ -769,7 +769,7 @@ def test_registering_anew_while_the_files_are_checked_looks_at_them_again(engine
     engine.store.loaded(pack_info(13))
     engine.poll()
     assert last.result(0) is True
-    assert not engine.store.wants
+    assert not engine.store.load_requests
 
 
 @pytest.mark.parametrize("is_known", [True, False])
@@ -791,7 +791,7 @@ def test_all_registrations_of_what_is_removed_are_refused(engine):
     engine.adapters.remove(1)
     for future in (first, second):
         assert assert_refused(future).failure.kind is FailureKind.GONE
-    assert not engine.store.wants
+    assert not engine.store.load_requests
 
 
 def test_a_refused_registration_says_all_problems_and_leaves_nothing(engine):
@@ -812,7 +812,7 @@ def test_a_reload_that_fails_leaves_the_version_before_serving(engine):
     engine.poll()
     assert_refused(future)
     assert engine.adapters.state(1) is AdapterState.SLOT
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     assert engine.adapters.bring(1)
 
 
@@ -876,8 +876,8 @@ def test_weights_that_are_in_a_slot_need_no_check(engine):
 
 def test_a_check_reads_on_when_the_requests_beside_it_are_aborted(engine):
     future = begin_check(engine, 1, 7)
-    engine.adapters.want(lora(1))
-    if engine.store.wants:
+    engine.adapters.request_load(lora(1))
+    if engine.store.load_requests:
         engine.store.loaded(pack_info(7, special=True))
         engine.poll()
     engine.adapters.drop(1)
@@ -912,9 +912,9 @@ def test_a_check_whose_store_has_gone_is_made_again(engine):
 
 def test_a_registration_and_a_request_that_fail_together(engine):
     future = engine.adapters.register(lora(1))
-    engine.adapters.want(lora(1))
-    for want in list(engine.store.wants.values()):
-        engine.store.failed(want)
+    engine.adapters.request_load(lora(1))
+    for load_request in list(engine.store.load_requests.values()):
+        engine.store.failed(load_request)
     engine.poll()
     assert_refused(future)
     assert engine.adapters.state(1) is AdapterState.FAILED
@@ -948,14 +948,14 @@ def test_a_copy_of_a_pack_that_has_gone_fails_nobody(engine):
 def say_gone(engine):
     """As a worker that does not reach the store, which has the adapter."""
     order = engine.workers.only()
-    told = FillFailed(order.order, FailureKind.UNREADABLE, "no socket", is_gone=True)
-    engine.workers.say(told)
+    reported = FillFailed(order.order, FailureKind.UNREADABLE, "no socket", is_gone=True)
+    engine.workers.say(reported)
     engine.poll()
 
 
 def test_requests_do_not_wait_for_ever_for_a_worker_that_cannot_have_an_adapter(engine):
     engine.host(1, 10)
-    for _ in range(MOST_TIMES_GONE):
+    for _ in range(MAX_TIMES_GONE):
         engine.adapters.bring(1)
         engine.poll()
         say_gone(engine)
@@ -973,7 +973,7 @@ def test_requests_do_not_wait_for_ever_for_a_worker_that_cannot_have_an_adapter(
 
 def test_an_adapter_is_loaded_again_as_often_as_stores_die(engine):
     engine.host(1, 10)
-    for _ in range(2 * MOST_TIMES_GONE):
+    for _ in range(2 * MAX_TIMES_GONE):
         engine.adapters.bring(1)
         engine.poll()
         engine.store.restart()
@@ -986,7 +986,7 @@ def test_an_adapter_is_loaded_again_as_often_as_stores_die(engine):
 
 def test_a_registration_does_not_wait_for_ever_for_a_worker_that_cannot_have_its_adapter(engine):
     future = begin_check(engine, 1, 7)
-    for _ in range(MOST_TIMES_GONE):
+    for _ in range(MAX_TIMES_GONE):
         say_gone(engine)
         assert not future.done()
         for _ in ("without a lease", "with one"):
@@ -1001,7 +1001,7 @@ def test_a_copy_of_an_old_pack_that_has_gone_says_nothing_of_the_new_one(engine)
     engine.adapters.bring(1)
     engine.poll()
     old = engine.workers.only()
-    engine.adapters.want(lora(1, inplace=True))
+    engine.adapters.request_load(lora(1, inplace=True))
     engine.store.loaded(pack_info(11))
     engine.poll()
     engine.workers.say(FillFailed(old.order, FailureKind.INTERNAL, "it is gone", is_gone=True))
@@ -1011,15 +1011,15 @@ def test_a_copy_of_an_old_pack_that_has_gone_says_nothing_of_the_new_one(engine)
 
 def test_a_registration_gets_the_answer_of_its_own_check(engine):
     """A request's want of what was there before the files changed may fail beside it."""
-    engine.adapters.want(lora(1))
-    request_want = engine.store.only()
+    engine.adapters.request_load(lora(1))
+    first_request = engine.store.only()
     future = engine.adapters.register(lora(1, inplace=True))
-    check_want = engine.store.wants[2]
-    engine.store.failed(request_want)
+    check_request = engine.store.load_requests[2]
+    engine.store.failed(first_request)
     engine.poll()
     assert engine.adapters.state(1) is AdapterState.FAILED
     assert not future.done()
-    engine.store.loaded(pack_info(7), check_want)
+    engine.store.loaded(pack_info(7), check_request)
     engine.poll()
     assert future.result(0) is True
     assert engine.adapters.state(1) is AdapterState.HOST
@@ -1060,7 +1060,7 @@ def test_a_check_takes_no_lease_from_requests_that_wait_for_a_slot(engine, is_re
     assert (future.exception(0) is not None) == is_refused
     assert engine.store.leased == {10: 1}
     assert engine.adapters.is_ready(1)
-    assert not engine.store.wants
+    assert not engine.store.load_requests
 
 
 def test_a_check_of_what_is_in_host_memory_gives_no_lease_on_it(engine):
@@ -1068,17 +1068,17 @@ def test_a_check_of_what_is_in_host_memory_gives_no_lease_on_it(engine):
         engine.adapters.register(lora(1, inplace=True))
         engine.store.loaded(pack_info(10))
         engine.poll()
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     assert not engine.adapters.is_ready(1)
     assert engine.store.only().keep
 
 
 def test_what_an_aborted_request_has_brought_beside_a_check_that_fails_is_given_back(engine):
     future = engine.adapters.register(lora(1))
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     engine.adapters.drop(1)
-    check, wanted = engine.store.wants.values()
-    engine.store.loaded(pack_info(10), wanted)
+    check, requested = engine.store.load_requests.values()
+    engine.store.loaded(pack_info(10), requested)
     engine.poll()
     engine.store.failed(check)
     engine.poll()
@@ -1088,9 +1088,13 @@ def test_what_an_aborted_request_has_brought_beside_a_check_that_fails_is_given_
 
 def test_a_registration_that_fails_leaves_the_reload_that_requests_wait_for(engine):
     engine.fill(1, 10)
-    engine.adapters.want(lora(1, inplace=True))
+    engine.adapters.request_load(lora(1, inplace=True))
     future = engine.adapters.register(lora(1, inplace=True))
-    (check,) = [want for want in engine.store.wants.values() if not want.keep]
+    (check,) = [
+        load_request
+        for load_request in engine.store.load_requests.values()
+        if not load_request.keep
+    ]
     engine.store.failed(check)
     engine.poll()
     assert_refused(future)
@@ -1108,7 +1112,7 @@ def test_a_reload_that_fails_where_a_newer_version_was_checked_fails_all(engine)
     engine.store.loaded(pack_info(0, "newer"))  # there was no room for it
     engine.poll()
     assert registered.result(0)
-    engine.adapters.want(lora(1, inplace=True))
+    engine.adapters.request_load(lora(1, inplace=True))
     engine.store.failed()
     engine.poll()
     assert engine.adapters.failure(1) is not None
@@ -1116,7 +1120,7 @@ def test_a_reload_that_fails_where_a_newer_version_was_checked_fails_all(engine)
 
 def test_a_registration_ends_the_wait_for_a_reload_that_nobody_waits_for_any_more(engine):
     engine.fill(1, 10, digest="same")
-    engine.adapters.want(lora(1, inplace=True))
+    engine.adapters.request_load(lora(1, inplace=True))
     engine.adapters.drop(1)
     future = engine.adapters.register(lora(1))
     engine.store.loaded(pack_info(11, "same"))
@@ -1185,7 +1189,7 @@ def test_an_adapter_that_cannot_be_had_is_not_pinned(engine, monkeypatch):
 
 
 def test_a_pin_of_an_adapter_that_has_failed_is_a_new_try(engine):
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     engine.store.failed(kind=FailureKind.UNREADABLE)
     engine.poll()
     engine.adapters.drop(1)
@@ -1218,7 +1222,7 @@ def test_a_pin_outlives_the_requests_that_wait_beside_it(engine):
     engine.store.loaded(pack_info(0, "digest"))
     engine.poll()
     future = engine.adapters.pin(1)
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     engine.adapters.drop(1)
     engine.store.loaded(pack_info(7))
     engine.poll()
@@ -1258,7 +1262,7 @@ def test_a_pinned_name_stays_with_the_version_that_serves_when_another_is_refuse
 
 @pytest.mark.parametrize("was_read", [True, False])
 def test_what_was_read_because_a_request_waited_was_not_in_host_memory(engine, was_read):
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     engine.store.loaded(pack_info(1), was_read=was_read)
     engine.poll()
     engine.adapters.bring(1)
@@ -1270,7 +1274,7 @@ def test_what_was_read_for_a_registration_was_in_host_memory_when_a_request_came
     engine.adapters.register(lora(1))
     engine.store.loaded(pack_info(1))
     engine.poll()
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     engine.store.loaded(pack_info(1), was_read=False)
     engine.poll()
     engine.adapters.bring(1)
@@ -1300,9 +1304,9 @@ def test_a_registration_that_comes_while_workers_check_gets_their_answer(engine)
 
 @pytest.mark.parametrize("what", ["requests", "a failure", "a check", "a pin", "memory", "a slot"])
 def test_an_adapter_that_is_of_use_to_somebody_is_not_forgotten(engine, monkeypatch, what):
-    monkeypatch.setattr(registrations, "MOST_KNOWN", 1)
+    monkeypatch.setattr(registrations, "MAX_KNOWN", 1)
     if what in ("requests", "a failure"):
-        engine.adapters.want(lora(1))
+        engine.adapters.request_load(lora(1))
     elif what == "a check":
         engine.adapters.register(lora(1))
     elif what == "a slot":
@@ -1319,12 +1323,12 @@ def test_an_adapter_that_is_of_use_to_somebody_is_not_forgotten(engine, monkeypa
     engine.poll()
     if what == "a pin":
         engine.adapters.pin(1)
-    engine.adapters.want(lora(2))
+    engine.adapters.request_load(lora(2))
     assert {entry.number for entry in engine.adapters.known()} == {1, 2}
 
 
 def test_a_registration_of_an_adapter_that_has_failed_is_a_new_try(engine):
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     engine.store.failed()
     engine.poll()
     assert engine.adapters.state(1) is AdapterState.FAILED
@@ -1333,9 +1337,9 @@ def test_a_registration_of_an_adapter_that_has_failed_is_a_new_try(engine):
 
 
 def test_an_adapter_is_called_what_its_newest_request_calls_it(engine):
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     engine.adapters.drop(1)
-    engine.adapters.want(LoRARequest("another name", 1, "/adapters/1"))
+    engine.adapters.request_load(LoRARequest("another name", 1, "/adapters/1"))
     assert engine.store.only().name == "another name"
 
 
@@ -1371,19 +1375,19 @@ def test_an_adapter_that_is_removed_again_is_gone_when_the_store_has_said_so_aga
     assert gone[1].result()
 
 
-def test_what_is_wanted_for_a_pin_is_not_wanted_of_a_removed_adapter(engine):
+def test_what_is_requested_for_a_pin_is_not_requested_of_a_removed_adapter(engine):
     engine.host(1)
     engine.adapters.drop(1)
     engine.store.evict(1)
     engine.poll()
     engine.adapters.pin(1)
-    assert engine.store.wants
+    assert engine.store.load_requests
     engine.adapters.remove(1)
-    assert not engine.store.wants
+    assert not engine.store.load_requests
 
 
 def test_an_adapter_that_nobody_waits_for_any_more_is_not_being_read(engine):
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     engine.store.reading()
     engine.poll()
     assert engine.adapters.state(1) is AdapterState.READING
@@ -1402,7 +1406,7 @@ def test_a_removed_adapter_leaves_nothing_at_any_stage(engine, stage):
     if stage == "checking":
         registered = begin_check(engine, 1, 7)
     else:
-        engine.adapters.want(lora(1))
+        engine.adapters.request_load(lora(1))
         if stage != "queued":
             engine.store.loaded(pack_info(7))
             engine.poll()
@@ -1449,7 +1453,7 @@ def test_the_answers_to_a_removed_adapters_orders_mean_nothing_to_its_successor(
 
 @pytest.fixture
 def few(monkeypatch) -> int:
-    monkeypatch.setattr(registrations, "MOST_KNOWN", 4)
+    monkeypatch.setattr(registrations, "MAX_KNOWN", 4)
     return 4
 
 
@@ -1459,11 +1463,11 @@ def known(engine: Engine) -> list[int]:
 
 def test_adapters_that_are_nowhere_are_forgotten_when_there_are_too_many(engine, few):
     for number in range(1, 8):
-        engine.adapters.want(lora(number))
+        engine.adapters.request_load(lora(number))
         engine.adapters.drop(number)
-    engine.adapters.want(lora(5))
+    engine.adapters.request_load(lora(5))
     engine.adapters.drop(5)
-    engine.adapters.want(lora(8))
+    engine.adapters.request_load(lora(8))
     assert known(engine) == [6, 7, 5, 8]
     assert not engine.store.forgotten
 
@@ -1471,23 +1475,23 @@ def test_adapters_that_are_nowhere_are_forgotten_when_there_are_too_many(engine,
 def test_those_that_cannot_be_forgotten_keep_none_that_can(engine, few, monkeypatch):
     monkeypatch.setattr(registrations, "_TRIES", 2)
     for number in (1, 2):
-        engine.adapters.want(lora(number))
+        engine.adapters.request_load(lora(number))
     for number in (3, 4, 5, 6):
-        engine.adapters.want(lora(number))
+        engine.adapters.request_load(lora(number))
         engine.adapters.drop(number)
     assert known(engine) == [1, 2, 5, 6]
 
 
-def test_adapters_that_are_somewhere_or_wanted_are_not_forgotten(engines, few):
+def test_adapters_that_are_somewhere_or_requested_are_not_forgotten(engines, few):
     engine = engines(pinned=["adapter 4"])
     engine.fill(1)
     engine.host(2)
-    engine.adapters.want(lora(3))
-    engine.adapters.want(lora(4))
+    engine.adapters.request_load(lora(3))
+    engine.adapters.request_load(lora(4))
     engine.adapters.drop(4)
     registered = engine.adapters.register(lora(5))
     for number in range(6, 20):
-        engine.adapters.want(lora(number))
+        engine.adapters.request_load(lora(number))
         engine.adapters.drop(number)
     assert {1, 2, 3, 4, 5} < set(known(engine))
     assert len(known(engine)) == 6
@@ -1495,17 +1499,17 @@ def test_adapters_that_are_somewhere_or_wanted_are_not_forgotten(engines, few):
 
 
 def test_an_adapter_that_was_forgotten_is_asked_for_anew(engine, few):
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     engine.store.failed()
     engine.poll()
     engine.adapters.drop(1)
     assert engine.adapters.observer.usage.of(1).last_error is not None
     for number in range(2, 6):
-        engine.adapters.want(lora(number))
+        engine.adapters.request_load(lora(number))
     assert 1 not in known(engine)
     assert engine.adapters.observer.usage.of(1).last_error is None
-    engine.adapters.want(lora(1))
-    assert 1 in {want.adapter for want in engine.store.wants.values()}
+    engine.adapters.request_load(lora(1))
+    assert 1 in {load_request.adapter for load_request in engine.store.load_requests.values()}
 
 
 def test_an_eviction_is_that_of_all_adapters_that_are_the_pack(engine):
@@ -1526,19 +1530,19 @@ def test_an_eviction_is_that_of_all_adapters_that_are_the_pack(engine):
 def waiting(engines) -> Engine:
     """One whose store has what is wanted, and makes everybody wait until then."""
     engine = engines(asks_late=True)
-    want = engine.store.want
+    request_load = engine.store.request_load
 
-    def want_and_load(asked):
-        ticket = want(asked)
+    def request_and_load(asked):
+        ticket = request_load(asked)
         engine.store.loaded(pack_info(7 if asked.keep else 0, "digest"))
         return ticket
 
-    engine.store.want = want_and_load
+    engine.store.request_load = request_and_load
     return engine
 
 
 def test_a_store_that_makes_everybody_wait_is_asked_when_a_request_is_about_to_run(waiting):
-    waiting.adapters.want(lora(1))
+    waiting.adapters.request_load(lora(1))
     assert waiting.store.tickets == 0
     assert waiting.adapters.is_ready(1)
     assert not waiting.adapters.bring(1)
@@ -1547,17 +1551,17 @@ def test_a_store_that_makes_everybody_wait_is_asked_when_a_request_is_about_to_r
 def test_nobody_keeps_room_that_a_store_needs_while_it_makes_everybody_wait(engines):
     """Adapters that wait for a slot would never get one: the engine would wait for the store."""
     engine = engines(asks_late=True)
-    want, asked_with = engine.store.want, []
+    request_load, asked_with = engine.store.request_load, []
 
-    def want_and_load(asked):
+    def request_and_load(asked):
         asked_with.append(dict(engine.store.leased))
-        ticket = want(asked)
+        ticket = request_load(asked)
         engine.store.loaded(pack_info(asked.adapter))
         return ticket
 
-    engine.store.want = want_and_load
+    engine.store.request_load = request_and_load
     for number in (1, 2, 3, 4):
-        engine.adapters.want(lora(number))
+        engine.adapters.request_load(lora(number))
     for number in (1, 2):
         assert engine.adapters.is_ready(number)
         assert not engine.adapters.bring(number)
@@ -1599,7 +1603,7 @@ def test_other_weights_than_those_required_are_refused_and_kept_by_nobody():
     engine.store.loaded(pack_info(2, "right"))
     engine.poll()
     assert right.result() is True
-    assert engine.adapters.want(lora(2)) is None
+    assert engine.adapters.request_load(lora(2)) is None
     engine.store.loaded(pack_info(3, "wrong"))
     engine.poll()
     assert engine.adapters.failure(2).kind is FailureKind.INVALID
@@ -1611,7 +1615,7 @@ def test_a_changed_file_of_keys_has_adapters_in_memory_looked_at_again(tmp_path)
     keys = tmp_path / "keys.pem"
     keys.write_text("one")
     engine = Engine(1, ranks=1, signing_keys=str(keys))
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     assert engine.store.only().fresh
     engine.store.loaded(pack_info(1))
     engine.poll()
@@ -1624,7 +1628,7 @@ def test_a_changed_file_of_keys_has_adapters_in_memory_looked_at_again(tmp_path)
         engine.adapters.drop(1)
         if text is not None:
             keys.write_text(text)
-        engine.adapters.want(lora(1))
+        engine.adapters.request_load(lora(1))
         assert engine.store.only().fresh is is_fresh
         waited = engine.store.waited
         engine.adapters.poll(0.001)  # for a lease, and not for files to be read
@@ -1643,14 +1647,14 @@ def test_where_keys_are_unknown_or_a_reload_is_asked_for_files_are_looked_at(tmp
     keys.write_text("one")
     engine = Engine(1, ranks=1, signing_keys=str(keys))
     engine.host(1)
-    engine.adapters.want(lora(1, inplace=True))
+    engine.adapters.request_load(lora(1, inplace=True))
     assert engine.store.only().fresh
     keys.unlink()
     for pack in (2, 3):
         engine.store.loaded(pack_info(pack))
         engine.poll()
         engine.adapters.drop(1)
-        engine.adapters.want(lora(1))
+        engine.adapters.request_load(lora(1))
         assert engine.store.only().fresh
     engine.adapters.drop(1)
     engine.all_is_given_back()
@@ -1690,7 +1694,7 @@ def test_a_copy_is_counted_once_however_many_workers_make_it(tmp_path):
 def test_a_copy_that_was_not_made_is_not_counted(tmp_path):
     """While the engine sleeps slots have no memory."""
     engine = Engine(2, ranks=1, recorder=recorder(tmp_path, "engine"))
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     engine.store.loaded(pack_info(1), was_read=False)
     engine.poll()
     engine.adapters.bring(1)
@@ -1715,7 +1719,7 @@ def test_adapters_that_leave_host_memory_are_counted(tmp_path):
 def test_an_adapter_that_was_in_memory_already_is_shown_with_its_rank(tmp_path):
     """Under another name, or for another server of the store."""
     engine = Engine(2, ranks=1, recorder=recorder(tmp_path, "engine"))
-    engine.adapters.want(lora(1))
+    engine.adapters.request_load(lora(1))
     engine.store.loaded(pack_info(1), was_read=False)
     engine.poll()
     info = "vllm:lora_adapter_info{engine=0,lora_name=adapter 1,pinned=false,rank=8,tier=cpu}"
@@ -1728,19 +1732,19 @@ def test_an_adapter_that_was_in_memory_already_is_shown_with_its_rank(tmp_path):
 ACME, OTHER = Seal("acme", 1.0, 3), Seal("other")
 
 
-def test_the_store_is_told_whose_requests_wait(engine):
-    engine.adapters.want(lora(1), ACME)
-    want = engine.store.only()
-    assert (want.owners, want.most) == (("acme",), 3)
-    engine.adapters.want(lora(1), ACME)
-    engine.adapters.want(lora(1), OTHER)
-    engine.adapters.want(lora(1))
-    want = engine.store.only()
-    assert (want.owners, want.most) == (("acme", "other"), 3)
+def test_the_store_learns_whose_requests_wait(engine):
+    engine.adapters.request_load(lora(1), ACME)
+    load_request = engine.store.only()
+    assert (load_request.owners, load_request.most) == (("acme",), 3)
+    engine.adapters.request_load(lora(1), ACME)
+    engine.adapters.request_load(lora(1), OTHER)
+    engine.adapters.request_load(lora(1))
+    load_request = engine.store.only()
+    assert (load_request.owners, load_request.most) == (("acme", "other"), 3)
 
 
 def test_an_adapter_that_is_lost_while_requests_wait_is_asked_for_in_their_tenants_name(engine):
-    engine.adapters.want(lora(1), OTHER)
+    engine.adapters.request_load(lora(1), OTHER)
     engine.store.loaded(pack_info(1))
     engine.poll()
     engine.restart_store()
@@ -1749,8 +1753,8 @@ def test_an_adapter_that_is_lost_while_requests_wait_is_asked_for_in_their_tenan
 
 
 def test_whose_requests_have_ended_is_forgotten(engine):
-    engine.adapters.want(lora(1), ACME)
+    engine.adapters.request_load(lora(1), ACME)
     engine.adapters.drop(1)
-    engine.adapters.want(lora(1))
-    want = engine.store.only()
-    assert (want.owners, want.most) == ((), None)
+    engine.adapters.request_load(lora(1))
+    load_request = engine.store.only()
+    assert (load_request.owners, load_request.most) == ((), None)

@@ -7,15 +7,15 @@ import msgspec
 import pytest
 from vllm.lora.request import LoRARequest
 
-from tests.engine.parties import MOST_BLENDS, Engine, lora, pack_info
+from tests.engine.fake_engine import MAX_BLENDS, Engine, lora, pack_info
 from tests.engine.test_quarantine import on
 from vllm_multilora.failures import FailureKind, RequestFailure
 from vllm_multilora.integration.blends import blend_of, blended, label_of
 from vllm_multilora.integration.engine.adapter_status import engine_report
 from vllm_multilora.integration.engine.adapters.adapter_entries import Entries
 from vllm_multilora.integration.engine.adapters.quarantine import Quarantine
-from vllm_multilora.integration.engine.scheduling.fair_scheduler import BLENDS as PARTY
-from vllm_multilora.integration.engine.scheduling.fair_scheduler import party_of
+from vllm_multilora.integration.engine.scheduling.fair_scheduler import BLENDS as FLOW
+from vllm_multilora.integration.engine.scheduling.fair_scheduler import flow_of
 from vllm_multilora.integration.failed_requests import AdapterRefusedError, without_folder
 from vllm_multilora.integration.seals import Seal
 from vllm_multilora.metrics.label_values import BLENDS
@@ -30,7 +30,7 @@ def blend(weight: float, first: int = 1, second: int = 2):
 
 def serve(engine: Engine, request, pack: int) -> None:
     """A request has come, its blend is in host memory, and it is over."""
-    assert engine.adapters.want(request) is None
+    assert engine.adapters.request_load(request) is None
     engine.store.loaded(pack_info(pack))
     engine.poll()
     engine.adapters.drop(request.lora_int_id)
@@ -45,10 +45,10 @@ def test_any_number_of_blends_come_by_and_few_are_known(engines):
     requests = [blend(number / 10) for number in range(50)]
     for number, request in enumerate(requests, 1):
         serve(engine, request, number)
-        assert len(known(engine)) <= MOST_BLENDS
+        assert len(known(engine)) <= MAX_BLENDS
     # Those before were forgotten, here and in the store.
-    assert known(engine) == {request.lora_int_id for request in requests[-MOST_BLENDS:]}
-    assert engine.store.forgotten == [request.lora_int_id for request in requests[:-MOST_BLENDS]]
+    assert known(engine) == {request.lora_int_id for request in requests[-MAX_BLENDS:]}
+    assert engine.store.forgotten == [request.lora_int_id for request in requests[:-MAX_BLENDS]]
 
 
 def test_the_one_longest_not_asked_for_is_forgotten(engines):
@@ -63,66 +63,66 @@ def test_the_one_longest_not_asked_for_is_forgotten(engines):
 
 def test_one_too_many_in_use_fails_alone_and_for_now(engines):
     engine = engines()
-    requests = [blend(number / 10) for number in range(MOST_BLENDS)]
+    requests = [blend(number / 10) for number in range(MAX_BLENDS)]
     for request in requests:
-        assert engine.adapters.want(request) is None
+        assert engine.adapters.request_load(request) is None
     late = blend(7.0)
-    failure = engine.adapters.want(late)
+    failure = engine.adapters.request_load(late)
     assert isinstance(failure, RequestFailure)
     assert failure.kind is FailureKind.NO_MEMORY
     assert "the limit of blends in use at a time (3, " in failure.message
-    assert engine.adapters.want(requests[0]) is None  # known ones are asked for as ever
-    assert engine.adapters.want(lora(9)) is None
+    assert engine.adapters.request_load(requests[0]) is None  # known ones are asked for as ever
+    assert engine.adapters.request_load(lora(9)) is None
     engine.adapters.drop(requests[1].lora_int_id)
-    assert engine.adapters.want(late) is None
+    assert engine.adapters.request_load(late) is None
     assert requests[1].lora_int_id not in known(engine)
 
 
 def test_a_blend_that_is_being_registered_makes_room_for_none(engines):
     engine = engines()
-    requests = [blend(number / 10) for number in range(MOST_BLENDS)]
+    requests = [blend(number / 10) for number in range(MAX_BLENDS)]
     futures = [engine.adapters.register(request) for request in requests]
-    assert engine.adapters.want(blend(7.0)) is not None
+    assert engine.adapters.request_load(blend(7.0)) is not None
     assert isinstance(engine.adapters.register(blend(7.0)).exception(0), AdapterRefusedError)
     assert not any(future.done() for future in futures)
 
 
 def test_each_tenant_has_its_own(engines):
     engine = engines()
-    for number in range(MOST_BLENDS):
-        assert engine.adapters.want(blend(number / 10), ACME) is None
-    assert engine.adapters.want(blend(7.0), ACME) is not None
-    assert engine.adapters.want(blend(7.0), ZEN) is None
-    assert engine.adapters.want(blend(8.0)) is None
+    for number in range(MAX_BLENDS):
+        assert engine.adapters.request_load(blend(number / 10), ACME) is None
+    assert engine.adapters.request_load(blend(7.0), ACME) is not None
+    assert engine.adapters.request_load(blend(7.0), ZEN) is None
+    assert engine.adapters.request_load(blend(8.0)) is None
 
 
 def test_who_uses_a_tenants_blends_too_keeps_it_from_no_others(engines):
     """Who may use the same adapters sees which blends of them there are."""
     engine = engines()
-    requests = [blend(number / 10) for number in range(MOST_BLENDS)]
+    requests = [blend(number / 10) for number in range(MAX_BLENDS)]
     for request in requests:
-        assert engine.adapters.want(request, ACME) is None
-        assert engine.adapters.want(request, ZEN) is None
-    assert engine.adapters.want(blend(7.0), ACME) is None
-    assert engine.adapters.want(blend(8.0), ZEN) is None
+        assert engine.adapters.request_load(request, ACME) is None
+        assert engine.adapters.request_load(request, ZEN) is None
+    assert engine.adapters.request_load(blend(7.0), ACME) is None
+    assert engine.adapters.request_load(blend(8.0), ZEN) is None
     assert known(engine) >= {request.lora_int_id for request in requests}
 
 
 def test_two_tenants_that_use_each_others_blends_have_no_more_than_two(engines):
     engine = engines()
     served = 0
-    for number in range(4 * MOST_BLENDS):
+    for number in range(4 * MAX_BLENDS):
         request = blend(number / 10)
-        if engine.adapters.want(request, ACME if number % 2 else ZEN) is None:
+        if engine.adapters.request_load(request, ACME if number % 2 else ZEN) is None:
             served += 1
             for tenant in (ACME, ZEN):
-                assert engine.adapters.want(request, tenant) is None
-    assert served == len(known(engine)) == 2 * MOST_BLENDS
+                assert engine.adapters.request_load(request, tenant) is None
+    assert served == len(known(engine)) == 2 * MAX_BLENDS
 
 
-def test_a_blend_is_told_of_by_its_parts_and_has_no_folder(engines):
+def test_a_blend_is_reported_by_its_parts_and_has_no_folder(engines):
     engine, request = engines(), blend(0.5)
-    engine.adapters.want(request)
+    engine.adapters.request_load(request)
     engine.store.failed()
     (failed,) = engine.store.inbox
     engine.store.inbox[:] = [
@@ -137,7 +137,7 @@ def test_a_blend_is_told_of_by_its_parts_and_has_no_folder(engines):
 
 
 def test_blends_can_be_switched_off(engines):
-    failure = engines(most_blends=0).adapters.want(blend(0.5))
+    failure = engines(most_blends=0).adapters.request_load(blend(0.5))
     assert failure.kind is FailureKind.INVALID
     assert "--multilora-max-blends 0" in failure.message
 
@@ -145,9 +145,9 @@ def test_blends_can_be_switched_off(engines):
 def test_without_tenants_all_blends_take_one_turn_of_the_queue(engines):
     engine = engines()
     for number in range(2):
-        engine.adapters.want(blend(number / 10))
-    engine.adapters.want(blend(7.0), ACME)
-    first, second, tenants = engine.store.wants.values()
+        engine.adapters.request_load(blend(number / 10))
+    engine.adapters.request_load(blend(7.0), ACME)
+    first, second, tenants = engine.store.load_requests.values()
     assert first.owners == second.owners != ()
     assert tenants.owners == ("acme",)
     assert first.most is None
@@ -157,7 +157,7 @@ def test_a_blend_of_quarantined_weights_is_quarantined(engines):
     engine = engines()
     bad = msgspec.structs.replace(pack_info(5), digest="bad")
     request = blend(0.5)
-    engine.adapters.want(request)
+    engine.adapters.request_load(request)
     engine.store.loaded(msgspec.structs.replace(pack_info(1), parts=("good", "bad")))
     engine.poll()
     assert engine.adapters.state(request.lora_int_id) is AdapterState.HOST
@@ -172,7 +172,7 @@ def test_a_blend_of_quarantined_weights_is_quarantined(engines):
 def test_a_blend_is_made_anew_once_its_quarantined_part_has_other_weights(engines):
     engine, request = engines(), blend(0.5)
     engine.host(1, digest="bad")
-    engine.adapters.want(request)
+    engine.adapters.request_load(request)
     engine.store.loaded(msgspec.structs.replace(pack_info(2), parts=("bad", "good")))
     engine.poll()
     output = SimpleNamespace(req_ids=["r"], num_nans_in_logits={"r": 1}, pooler_output=None)
@@ -181,7 +181,7 @@ def test_a_blend_is_made_anew_once_its_quarantined_part_has_other_weights(engine
     engine.adapters.register(lora(1, inplace=True))
     engine.store.loaded(pack_info(3, "repaired"))
     engine.poll()
-    engine.adapters.want(request)
+    engine.adapters.request_load(request)
     assert engine.adapters.failure(request.lora_int_id) is None
     engine.store.loaded(msgspec.structs.replace(pack_info(4), parts=("repaired", "good")))
     engine.poll()
@@ -190,7 +190,7 @@ def test_a_blend_is_made_anew_once_its_quarantined_part_has_other_weights(engine
 
 def test_blends_that_overflow_put_no_adapter_out_of_mind(monkeypatch):
     """Anybody can think of weights that do, as many as they like."""
-    monkeypatch.setattr("vllm_multilora.integration.engine.adapters.quarantine._MOST_REMEMBERED", 4)
+    monkeypatch.setattr("vllm_multilora.integration.engine.adapters.quarantine._MAX_REMEMBERED", 4)
     quarantine = Quarantine()
     output = SimpleNamespace(req_ids=["r"], num_nans_in_logits={"r": 1}, pooler_output=None)
     bad = pack_info(1, "bad")
@@ -234,7 +234,7 @@ def test_parts_must_have_the_digests_that_are_required(engines):
         ]
     ):
         request = blend(number / 10)
-        engine.adapters.want(request)
+        engine.adapters.request_load(request)
         engine.store.loaded(msgspec.structs.replace(pack_info(number + 1), parts=digests))
         engine.poll()
         failure = engine.adapters.failure(request.lora_int_id)
@@ -245,7 +245,7 @@ def test_a_text_that_is_no_blend_is_the_stores_to_refuse(engines):
     engine = engines()
     request = lora(7, path="blend:nonsense")
     assert blend_of(request) is None
-    assert engine.adapters.want(request) is None
+    assert engine.adapters.request_load(request) is None
     assert engine.store.only().path == "blend:nonsense"
     engine.store.failed()
     engine.poll()
@@ -256,8 +256,8 @@ def test_the_blends_of_an_adapter_are_found(engines):
     engine = engines()
     requests = [blend(0.5), blend(0.5, 1, 3), blend(0.5, 2, 3)]
     for request in requests:
-        engine.adapters.want(request)
-    engine.adapters.want(lora(1))
+        engine.adapters.request_load(request)
+    engine.adapters.request_load(lora(1))
     assert engine.adapters.blends_with(1) == [r.lora_int_id for r in requests[:2]]
     assert engine.adapters.blends_with(9) == []
 
@@ -296,9 +296,11 @@ def blended_pack(pack: int, *parts: str):
 
 def change_part(engine: Engine, number: int, pack: int, digest: str) -> None:
     """An adapter is reloaded in place, and has these weights."""
-    engine.adapters.want(lora(number, inplace=True))
-    (want,) = (each for each in engine.store.wants.values() if each.adapter == number)
-    engine.store.loaded(pack_info(pack, digest), want)
+    engine.adapters.request_load(lora(number, inplace=True))
+    (load_request,) = (
+        each for each in engine.store.load_requests.values() if each.adapter == number
+    )
+    engine.store.loaded(pack_info(pack, digest), load_request)
     engine.poll()
 
 
@@ -306,7 +308,7 @@ def test_the_next_request_after_a_reload_of_a_part_is_for_a_new_blend(engines):
     engine = engines(slots=3)
     request, other = blend(0.5), blend(0.5, 2, 3)
     for pack, each in enumerate((request, other), 10):
-        engine.adapters.want(each)
+        engine.adapters.request_load(each)
         engine.store.loaded(blended_pack(pack, "one", "two"))
         engine.poll()
     number = request.lora_int_id
@@ -314,7 +316,7 @@ def test_the_next_request_after_a_reload_of_a_part_is_for_a_new_blend(engines):
     change_part(engine, 1, 20, "one")
     assert engine.adapters.is_ready(number)
     change_part(engine, 1, 21, "new")
-    engine.adapters.want(request)
+    engine.adapters.request_load(request)
     assert not engine.adapters.is_ready(number)
     assert engine.store.only().fresh
     engine.store.loaded(blended_pack(12, "new", "two"))
@@ -326,7 +328,7 @@ def test_the_next_request_after_a_reload_of_a_part_is_for_a_new_blend(engines):
 
 def test_a_blend_is_made_anew_where_its_part_is_first_read_later_and_has_other_weights(engines):
     engine, request = engines(), blend(0.5)
-    engine.adapters.want(request)
+    engine.adapters.request_load(request)
     engine.store.loaded(blended_pack(10, "one", "two"))
     engine.poll()
     change_part(engine, 1, 20, "new")
@@ -338,7 +340,7 @@ def test_a_blend_that_is_made_while_a_part_is_reloaded_is_made_again(engines):
     engine = engines()
     change_part(engine, 1, 20, "one")
     request = blend(0.5)
-    engine.adapters.want(request)
+    engine.adapters.request_load(request)
     assert not engine.store.only().fresh
     change_part(engine, 1, 21, "new")
     assert engine.store.only().fresh
@@ -383,10 +385,14 @@ def test_what_becomes_of_a_blend_after_its_parts_new_weights_in_one_poll_is_no_m
     engine = engines()
     engine.host(1, digest="one")
     request = blend(0.5)
-    engine.adapters.want(request)
+    engine.adapters.request_load(request)
     made = engine.store.only()
-    engine.adapters.want(lora(1, inplace=True))
-    (reload,) = (want for want in engine.store.wants.values() if want.adapter == 1)
+    engine.adapters.request_load(lora(1, inplace=True))
+    (reload,) = (
+        load_request
+        for load_request in engine.store.load_requests.values()
+        if load_request.adapter == 1
+    )
     engine.store.loaded(pack_info(20, "new"), reload)
     if is_made:
         engine.store.loaded(blended_pack(12, "one", "two"), made)
@@ -400,7 +406,7 @@ def test_what_becomes_of_a_blend_after_its_parts_new_weights_in_one_poll_is_no_m
 
 def test_a_blend_and_its_part_that_come_together_are_read_once(engines):
     engine = engines()
-    engine.adapters.want(blend(0.5))
+    engine.adapters.request_load(blend(0.5))
     change_part(engine, 1, 20, "one")
     assert not engine.store.only().fresh
 
@@ -415,7 +421,7 @@ def test_metrics_and_shares_have_one_name_for_all_blends():
     assert label_of(request) == BLENDS
     assert label_of(lora(1)) == "adapter 1"
     asked = SimpleNamespace(lora_request=request, trace_headers=None)
-    assert party_of(asked) == PARTY
+    assert flow_of(asked) == FLOW
 
 
 def test_messages_name_parts_and_no_folders():

@@ -14,7 +14,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.engine.parties import lora
+from tests.engine.fake_engine import lora
 from tests.engine.whole import RANKS, Engine, Files, Store, path_of
 from tests.store.loads.registries import PAGE
 from vllm_multilora.integration.engine.scheduling import scheduler as scheduler_module

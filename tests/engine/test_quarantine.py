@@ -7,7 +7,7 @@ import torch
 from vllm.v1.request import RequestStatus
 
 from tests.engine.executors import SchedulerStub, StartedExecutor
-from tests.engine.parties import Engine, lora, pack_info
+from tests.engine.fake_engine import Engine, lora, pack_info
 from tests.metrics.readings import recorder, shown
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.failures import FailureKind
@@ -121,8 +121,8 @@ def test_only_who_registers_the_same_weights_anew_lifts_it(number, lifts):
     engine.fill(7, 10, digest="d1")
     engine.adapters.take_quarantined(counted(acme_s=3), REQUESTS)
     future = engine.adapters.register(lora(number))
-    for want in list(engine.store.wants.values()):
-        engine.store.loaded(pack_info(10, "d1"), want)
+    for load_request in list(engine.store.load_requests.values()):
+        engine.store.loaded(pack_info(10, "d1"), load_request)
     engine.poll()
     assert future.result(0)
     assert (engine.adapters.state(7) is AdapterState.QUARANTINED) != lifts
@@ -148,7 +148,7 @@ def test_a_reload_that_a_request_asks_for_may_bring_sound_weights(digest):
     engine.fill(7, 10, digest="d1")
     engine.idle()
     engine.adapters.take_quarantined(counted(acme_s=3), REQUESTS)
-    assert engine.adapters.want(lora(7, inplace=True)) is None
+    assert engine.adapters.request_load(lora(7, inplace=True)) is None
     assert not engine.adapters.is_ready(7, reload=True)
     assert engine.adapters.failure(7, reload=True) is None
     assert engine.adapters.state(7) is AdapterState.QUEUED

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 from vllm.v1.request import RequestStatus
 
-from tests.engine.parties import lora
+from tests.engine.fake_engine import lora
 from tests.engine.scheduling.fake_scheduler import AwareScheduler, FakeOutput, FakeRequest
 from tests.slots.situations import make_slots
 from tests.store.fake_reader import digest_of
@@ -20,7 +20,7 @@ from vllm_multilora.integration.worker_link.fill_link import Filled, FillFailed
 from vllm_multilora.integration.worker_link.orders import Fill
 from vllm_multilora.store.memory.arena import PLACE_BITS
 from vllm_multilora.store.protocol.job_messages import Place
-from vllm_multilora.store.protocol.messages import Failed, Loaded, Restarted, Want
+from vllm_multilora.store.protocol.messages import Failed, Loaded, LoadRequest, Restarted
 
 RANKS = 2
 SPECIAL = "/adapters/3"
@@ -100,8 +100,8 @@ class Link:
         self.number = number
         self.say = say
         self.store: Store | None = None
-        self.wants: dict[int, Want] = {}
-        self.unseen: dict[int, Want] = {}
+        self.load_requests: dict[int, LoadRequest] = {}
+        self.unseen: dict[int, LoadRequest] = {}
         self.outgoing: deque[Callable[[], None]] = deque()
         self.inbox: list = []
         self.tickets = 0
@@ -110,13 +110,13 @@ class Link:
         if self.store is not None:
             for message in self.inbox:
                 if isinstance(message, Loaded):
-                    self.wants[message.ticket] = self.unseen.pop(message.ticket)
+                    self.load_requests[message.ticket] = self.unseen.pop(message.ticket)
             self.inbox = [m for m in self.inbox if isinstance(m, Failed)] + [Restarted()]
         self.outgoing.clear()
         self.store = store
         store.client(self.number)
-        for want in self.wants.values():
-            self._say_to(store, store.registry.want, want, store.now)
+        for load_request in self.load_requests.values():
+            self._say_to(store, store.registry.request_load, load_request, store.now)
 
     def deliver(self) -> None:
         """The store hears all that was said, and the engine core what the store has said."""
@@ -126,11 +126,11 @@ class Link:
         while said:
             message = said.pop(0)
             if isinstance(message, Loaded | Failed):
-                if message.ticket not in self.wants:
+                if message.ticket not in self.load_requests:
                     if isinstance(message, Loaded) and message.leased:
                         self.release(message.pack.pack)
                     continue
-                self.unseen[message.ticket] = self.wants.pop(message.ticket)
+                self.unseen[message.ticket] = self.load_requests.pop(message.ticket)
             self.inbox.append(message)
 
     def _say(self, method, *args) -> None:
@@ -140,20 +140,24 @@ class Link:
         if store is self.store:
             self.outgoing.append(lambda: method(self.number, *args))
 
-    def want(self, want):
+    def request_load(self, load_request):
         self.tickets += 1
-        want = msgspec.structs.replace(want, ticket=self.tickets)
-        self.wants[want.ticket] = want
-        self._say(self.store.registry.want, want, self.store.now)
-        return want.ticket
+        load_request = msgspec.structs.replace(load_request, ticket=self.tickets)
+        self.load_requests[load_request.ticket] = load_request
+        self._say(self.store.registry.request_load, load_request, self.store.now)
+        return load_request.ticket
 
     def share(self, ticket, owner):
-        if (want := self.wants.get(ticket)) is not None and owner not in want.owners:
-            self.wants[ticket] = msgspec.structs.replace(want, owners=(*want.owners, owner))
+        if (
+            load_request := self.load_requests.get(ticket)
+        ) is not None and owner not in load_request.owners:
+            self.load_requests[ticket] = msgspec.structs.replace(
+                load_request, owners=(*load_request.owners, owner)
+            )
             self._say(self.store.registry.share, ticket, owner)
 
     def cancel(self, ticket):
-        if self.wants.pop(ticket, None) is not None:
+        if self.load_requests.pop(ticket, None) is not None:
             self._say(self.store.registry.cancel, ticket, self.store.now)
         self.unseen.pop(ticket, None)
         for message in self.inbox:
@@ -240,8 +244,8 @@ class Engine:
 
     def __init__(self, number: int, slots: int, files: Files, *, pinned=()) -> None:
         self.scheduler = AwareScheduler(vllm_config=Config(slots))
-        self.scheduler.asides.wait = True
-        self.link = Link(number, self.scheduler.asides.say)
+        self.scheduler.deferred_calls.wait = True
+        self.link = Link(number, self.scheduler.deferred_calls.say)
         self.workers = Workers(files)
         observer = AdapterObserver(None, None, slots=slots, max_rank=8)
         assignment = make_slots(slots, events=observer, ranks=RANKS, pinned_names=pinned)

@@ -31,8 +31,10 @@ class App:
 NO_BODY = {"type": "http.request", "body": b"{}", "more_body": False}
 
 
-async def call(app, access, path, key=None, method="POST", door=None, more=(), bodies=(NO_BODY,)):
-    """The answer's start; through a middleware of its own, unless `door` is one."""
+async def call(
+    app, access, path, key=None, method="POST", acceptor=None, more=(), bodies=(NO_BODY,)
+):
+    """The answer's start; through a middleware of its own, unless `acceptor` is one."""
     sent, held = [], [dict(body) for body in bodies]
 
     async def receive():
@@ -43,7 +45,7 @@ async def call(app, access, path, key=None, method="POST", door=None, more=(), b
 
     headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
     scope = {"type": "http", "method": method, "path": path, "headers": [*headers, *more]}
-    await (door or AccessMiddleware(app, access))(scope, receive, send)
+    await (acceptor or AccessMiddleware(app, access))(scope, receive, send)
     return sent[0]
 
 

@@ -123,7 +123,7 @@ def test_what_the_server_has_refused_has_failed_unless_an_older_version_serves(s
     assert (row["state"], row["last_error"]) == (shown, "r is 128")
 
 
-def test_an_error_is_told_whichever_engine_had_it():
+def test_an_error_is_reported_whichever_engine_had_it():
     failed = report(state="failed", last_error="the disk is gone")
     [row] = listing([report(), failed], [ACME])["data"]
     assert (row["state"], row["last_error"]) == ("host", "the disk is gone")

@@ -50,7 +50,7 @@ def test_strangers_see_no_adapters():
 
 
 @pytest.mark.parametrize(("locks", "status"), [(API, 401), (ADMIN, 200), (BOTH, 401)])
-def test_sagemakers_door_is_as_open_as_vllms(locks, status):
+def test_sagemakers_routes_are_as_open_as_vllms(locks, status):
     """VLLM itself guards /v1 with its key, and nothing where it has none."""
     assert answer(locks, Role.STRANGER, "POST", "/invocations") == status
     assert answer(locks, Role.STRANGER, "POST", "/v1/completions") == 200

@@ -70,7 +70,7 @@ def ask(access, path, key, body, **headers):
         await AccessMiddleware(server, access)(scope, receive, send_kept)
 
     more = [(name.encode(), value.encode()) for name, value in headers.items()]
-    asyncio.run(call(None, None, path, key, door=keep, more=more, bodies=parts_of(body)))
+    asyncio.run(call(None, None, path, key, acceptor=keep, more=more, bodies=parts_of(body)))
     return server, sent
 
 

@@ -131,9 +131,9 @@ def test_only_a_table_asks_for_rows_without_tensor_cores_or_an_early_start(write
             chosen = choose_shrink(workload, batch_invariant=batch_invariant)
             assert (chosen.vector_rows, chosen.early) == (0, False)
     choice.choose_shrink.cache_clear()
-    wanted = SHRINK | {"vector_rows": 4, "early": True}
-    write(table(shrink=[{"config": wanted}]))
-    assert choose_shrink(WORKLOAD) == ShrinkConfig(**wanted)
+    requested = SHRINK | {"vector_rows": 4, "early": True}
+    write(table(shrink=[{"config": requested}]))
+    assert choose_shrink(WORKLOAD) == ShrinkConfig(**requested)
     invariant = choose_shrink(WORKLOAD, batch_invariant=True)
     assert (invariant.vector_rows, invariant.early) == (0, False)
 

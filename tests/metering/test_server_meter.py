@@ -32,7 +32,7 @@ from vllm_multilora.gateway.names.names_middleware import expect_results
 from vllm_multilora.integration.api_server.failure_delivery import process_outputs
 from vllm_multilora.integration.engine.requests.weight_versions import KEY as VERSION_KEY
 from vllm_multilora.integration.server.requests import metering
-from vllm_multilora.integration.server.requests.callers import MOST_SCORES, Caller
+from vllm_multilora.integration.server.requests.callers import MAX_SCORES, Caller
 from vllm_multilora.integration.server.requests.http_calls import HttpCall, current_call
 from vllm_multilora.integration.server.requests.metering import (
     METER,
@@ -84,9 +84,9 @@ def request_for_acme(request: CompletionRequest) -> EngineCoreRequest:
     )
 
 
-def metered(told: Any, *, takes_prefills: bool) -> tuple[Usage, RequestState]:
+def metered(reported: Any, *, takes_prefills: bool) -> tuple[Usage, RequestState]:
     """A request that says something of its prefill, and has a token generated."""
-    request = CompletionRequest(model="acme", prompt=PROMPT, kv_transfer_params=told)
+    request = CompletionRequest(model="acme", prompt=PROMPT, kv_transfer_params=reported)
     log, processor = Log(), OutputProcessor(None, log_stats=False)
     meter = ServerMeter(log, takes_prefills=takes_prefills)
     processor.add_request(request_for_acme(request), None)
@@ -103,18 +103,18 @@ def metered(told: Any, *, takes_prefills: bool) -> tuple[Usage, RequestState]:
     return usage, state
 
 
-@pytest.mark.parametrize("told", [-5_000, 0, len(PROMPT), 5_000])
-def test_a_client_does_not_say_how_much_of_its_prompt_was_cached(told: int) -> None:
-    params = {"do_remote_prefill": True, "remote_prefill_cached_tokens": told}
+@pytest.mark.parametrize("reported", [-5_000, 0, len(PROMPT), 5_000])
+def test_a_client_does_not_say_how_much_of_its_prompt_was_cached(reported: int) -> None:
+    params = {"do_remote_prefill": True, "remote_prefill_cached_tokens": reported}
     usage, state = metered(params, takes_prefills=False)
     assert usage.cached_tokens == state.num_cached_tokens == CACHED  # the latter is in the answer
 
 
-@pytest.mark.parametrize(("told", "counted"), [(-5_000, 0), (2, 2), (5_000, len(PROMPT))])
+@pytest.mark.parametrize(("reported", "counted"), [(-5_000, 0), (2, 2), (5_000, len(PROMPT))])
 def test_of_a_prompt_that_another_engine_has_read_no_more_was_cached_than_it_has(
-    told: int, counted: int
+    reported: int, counted: int
 ) -> None:
-    params = {"do_remote_prefill": True, "remote_prefill_cached_tokens": told}
+    params = {"do_remote_prefill": True, "remote_prefill_cached_tokens": reported}
     usage, state = metered(params, takes_prefills=True)
     assert usage.cached_tokens == state.num_cached_tokens == counted
 
@@ -284,7 +284,7 @@ def scored(
     meter = ServerMeter(None)
     metering.attach(processor, meter)
     request, queue = request_for_acme(REQUEST), RequestOutputCollector(kind, "one")
-    most = MOST_SCORES // 3 - 1
+    most = MAX_SCORES // 3 - 1
     request.sampling_params = SamplingParams(
         logprobs=most, max_tokens=4, output_kind=kind, detokenize=False
     )
@@ -322,7 +322,7 @@ def test_a_tenants_answer_has_few_enough_scores_to_tell_them_in_a_moment() -> No
     assert "65536 log probabilities at a time" in str(error)
 
 
-def test_all_others_are_told_what_they_ask_for() -> None:
+def test_all_others_get_what_they_ask_for() -> None:
     found = [
         scored(replace(ACME), streams=True, read=True),
         scored(replace(ACME), streams=False, is_beam=True),
@@ -425,8 +425,8 @@ def test_a_call_fails_whose_parts_two_versions_of_its_adapter_have_computed() ->
             meter.begin(processor.request_states[request.request_id])
         finally:
             current_call.reset(token)
-        told = {VERSION_KEY: digest * 16}
-        output = EngineCoreOutput(str(number), [7], trace_headers=told)
+        reported = {VERSION_KEY: digest * 16}
+        output = EngineCoreOutput(str(number), [7], trace_headers=reported)
         process_outputs(STOCK_OUTPUTS, processor, [output])
     assert [queue.get_nowait() for queue in queues[:2]] == [None, None]
     with pytest.raises(InputStreamError, match="'acme' was reloaded") as error:

@@ -205,12 +205,12 @@ def test_lines_wait_for_room_on_a_full_disk_and_the_log_says_so(
 ):
     has_failed, complain = threading.Event(), UsageLog._complain
 
-    def told(self, why):
+    def reported(self, why):
         complain(self, why)
         has_failed.set()
 
     monkeypatch.setattr(usage_log, "_RETRY_S", 0.01)
-    monkeypatch.setattr(UsageLog, "_complain", told)
+    monkeypatch.setattr(UsageLog, "_complain", reported)
     log = UsageLog(tmp_path / "usage", BIG)
     full.set()
     log.write(Usage("first"))

@@ -38,7 +38,7 @@ def test_the_processes_of_an_engine_are_added_up(tmp_path: Path) -> None:
     }
 
 
-def test_engines_are_told_apart_by_a_label_and_servers_have_none(tmp_path: Path) -> None:
+def test_engines_are_distinguished_by_a_label_and_servers_have_none(tmp_path: Path) -> None:
     for engine, active in (("0", 3), ("1", 5)):
         recorder(tmp_path, engine=engine).series(defined.ACTIVE).set(active)
     recorder(tmp_path, "server", engine="").series(defined.ROUTE_REQUESTS, "r", "a", "w").inc()

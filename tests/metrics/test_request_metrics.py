@@ -6,7 +6,7 @@ from vllm_multilora.metrics.request_metrics import RequestMetrics
 
 from .readings import recorder, shown
 
-WANTED = "vllm:lora_adapters_wanted{engine=0}"
+REQUESTED = "vllm:lora_adapters_wanted{engine=0}"
 WAITS = "vllm:lora_request_wait_seconds"
 
 
@@ -35,16 +35,16 @@ def test_requests_are_counted_when_they_are_accepted(tmp_path: Path) -> None:
     assert found["vllm:lora_requests_by_adapter{engine=0,lora_name=b}"] == 1
 
 
-def test_an_adapter_is_wanted_while_it_has_an_unfinished_request(tmp_path: Path) -> None:
+def test_an_adapter_is_requested_while_it_has_an_unfinished_request(tmp_path: Path) -> None:
     requests = Requests(tmp_path)
-    wanted = []
+    requested = []
     for act, *what in (
         *((requests.accept, "1", "a"), (requests.accept, "2", "a"), (requests.accept, "3", "b")),
         *((requests.finish, "1", "a"), (requests.finish, "2", "a"), (requests.finish, "3", "b")),
     ):
         act(*what)  # type: ignore[operator]
-        wanted.append(shown(tmp_path)[WANTED])
-    assert wanted == [1, 1, 2, 2, 1, 0]
+        requested.append(shown(tmp_path)[REQUESTED])
+    assert requested == [1, 1, 2, 2, 1, 0]
 
 
 def test_a_request_waits_until_its_adapter_is_there(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_request_that_is_given_up_while_it_waits_is_no_wait(tmp_path: Path) ->
     requests.finish("1", "a")
     found = shown(tmp_path)
     assert found[f"{WAITS}_count{{engine=0}}"] == 0
-    assert found[WANTED] == 0
+    assert found[REQUESTED] == 0
 
 
 def test_requests_for_a_cold_adapter_count_under_its_name_when_it_has_come(

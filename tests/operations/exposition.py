@@ -12,7 +12,7 @@ class FakeServer:
 
     slots: int = 4
     max_rank: int = 16
-    wanted: int = 0
+    requested: int = 0
     requests: dict[str, int] = field(default_factory=dict)
     finished: int = 0
     evictions: dict[str, int] = field(default_factory=dict)  # by tier
@@ -34,7 +34,7 @@ class FakeServer:
         lines = [
             *self._gauge("vllm:lora_slots", self.slots),
             *self._gauge("vllm:lora_max_rank", self.max_rank),
-            *self._gauge("vllm:lora_adapters_wanted", self.wanted),
+            *self._gauge("vllm:lora_adapters_wanted", self.requested),
             *self._gauge("vllm:lora_cache_adapters", self.host_adapters, tier="cpu"),
             *self._gauge("vllm:lora_cache_bytes", self.host_bytes, tier="cpu"),
             "# TYPE vllm:lora_requests_by_adapter gauge",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 
 from vllm_multilora.cli import main
-from vllm_multilora.toolbox.advice.snapshots import NAMES, WANTED, Snapshot, parse_exposition
+from vllm_multilora.toolbox.advice.snapshots import NAMES, REQUESTED, Snapshot, parse_exposition
 
 from .conftest import Answer, Site
 from .exposition import FakeServer
@@ -18,7 +18,7 @@ from .exposition import FakeServer
 
 def busy_server(site: Site) -> FakeServer:
     """A server with two slots, asked for another customer at every scrape."""
-    server = FakeServer(slots=2, wanted=3)
+    server = FakeServer(slots=2, requested=3)
 
     def metrics(*_: object) -> tuple[int, str]:
         server.ask(f"customer-{len(server.requests)}")
@@ -35,7 +35,7 @@ def test_a_server_that_needs_more_slots(site, capsys):
     out = capsys.readouterr().out
     # A busy machine scrapes less often. The first customer's request was before the window.
     came = len(server.requests) - 1
-    needed = max(math.ceil(came * 1.2), server.wanted + 2)
+    needed = max(math.ceil(came * 1.2), server.requested + 2)
     assert out.startswith(f"max-loras-low: raise --max-loras from 2 to {needed}\n")
     assert "rule  max_loras = adapters active within 5 minutes + 20 %" in out
 
@@ -45,7 +45,7 @@ def test_findings_as_json(site, capsys):
     assert main(["advise", "--url", site.url, "--window", "0.5", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["max_loras"] == 2
-    assert found["peak_wanted"] == 3
+    assert found["peak_requested"] == 3
     codes = {finding["code"] for finding in found["findings"]}
     assert "max-loras-low" in codes
 
@@ -54,11 +54,11 @@ def test_a_healthy_server(site, capsys):
     server = FakeServer(slots=4, requests={"a": 5}, adapters=[("a", "gpu", 16, False)])
     site.answers["/metrics"] = lambda *_: (200, server.text())
     assert main(["advise", "--url", site.url, "--window", "0.3"]) == 0
-    told = (
+    reported = (
         r"Nothing to change: 0 requests in (\d+) s, 0 adapters active within \1 s, 0 at the same "
         r"time, 4 slots\.\n"
     )
-    assert re.fullmatch(told, capsys.readouterr().out)
+    assert re.fullmatch(reported, capsys.readouterr().out)
 
 
 def test_a_clock_that_is_set_back_meanwhile(site, capsys, monkeypatch):
@@ -89,13 +89,13 @@ def test_the_key_of_a_server_with_guarded_metrics(site, capsys, monkeypatch):
 def as_prometheus(seen: Sequence[Snapshot], query: dict[str, str]) -> str:
     """What Prometheus would answer to a range query, had it scraped the snapshots."""
     peaks = re.match(r"max_over_time\((\S+)\{", query["query"])
-    wanted = {peaks[1]} if peaks else NAMES - {WANTED}
+    requested = {peaks[1]} if peaks else NAMES - {REQUESTED}
     step, start = float(query["step"]), float(query["start"])
     assert start + step * (len(seen) - 1) <= float(query["end"])
     rows: dict[object, dict] = {}
     for index, snap in enumerate(seen):
         for series, value in snap.samples.items():
-            if series.name not in wanted:
+            if series.name not in requested:
                 continue
             labels = dict(series.labels) | {"job": "vllm", "instance": "gpu7:8000"}
             if not peaks:  # functions drop the name
@@ -111,7 +111,7 @@ def prometheus(site) -> Site:
     seen = []
     for index in range(21):  # 300 s in steps of 15
         server.ask(f"customer-{index % 5}")
-        server.wanted = index % 5
+        server.requested = index % 5
         server.evictions = {"gpu": 40 * index}
         seen.append(parse_exposition(server.text(), 0))
     queries = []
@@ -132,7 +132,7 @@ def test_a_past_window_of_prometheus(prometheus, capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     assert found["window_s"] == 300
     assert found["active"] == 5
-    assert found["peak_wanted"] == 4
+    assert found["peak_requested"] == 4
     assert found["requests"] == 20
     [finding] = found["findings"]
     assert finding["change"] == "raise --max-loras from 2 to 6"
@@ -170,7 +170,7 @@ def test_a_prometheus_that_has_just_begun(site, capsys):
         (["--url", "{url}", "--match", 'job="a"'], "--match needs --prometheus"),
     ],
 )
-def test_what_cannot_be_told_is_a_status_of_its_own(site, arguments, message, capsys):
+def test_what_cannot_be_reported_is_a_status_of_its_own(site, arguments, message, capsys):
     given = [argument.format(url=site.url) for argument in arguments]
     assert main(["advise", *given]) == 2
     captured = capsys.readouterr()

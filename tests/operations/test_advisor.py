@@ -24,7 +24,7 @@ HEALTHY = Observations(
     model="llama",
     max_rank=16,
     active=10,
-    peak_wanted=7,
+    peak_requested=7,
     gpu_evictions=5,
     host=HostMemoryUse(adapters=10, bytes=1.0 * GIB, bytes_limit=4.0 * GIB),
     requests={adapter.name: 40.0 for adapter in ADAPTERS},
@@ -52,7 +52,7 @@ def test_an_idle_server_gets_no_advice():
     [(0, 0, 1), (1, 0, 2), (5, 3, 6), (10, 0, 12), (11, 4, 14), (10, 11, 13), (100, 9, 120)],
 )
 def test_slots_are_the_active_adapters_and_a_fifth_or_the_burst_and_two(active, peak, needed):
-    assert slots_needed(replace(HEALTHY, active=active, peak_wanted=peak)) == needed
+    assert slots_needed(replace(HEALTHY, active=active, peak_requested=peak)) == needed
 
 
 def test_more_active_adapters_than_slots():
@@ -71,11 +71,11 @@ def test_one_is_not_called_several():
 
 
 def test_a_burst():
-    found = only(advise(replace(HEALTHY, active=10, peak_wanted=14)))
+    found = only(advise(replace(HEALTHY, active=10, peak_requested=14)))
     assert found.change == "raise --max-loras from 12 to 16"
 
 
-def test_no_more_slots_are_wanted_where_every_adapter_has_one():
+def test_no_more_slots_are_requested_where_every_adapter_has_one():
     assert advise(replace(HEALTHY, slots=10, gpu_evictions=0)) == []
     assert advise(replace(HEALTHY, slots=10, gpu_evictions=1)) != []
 

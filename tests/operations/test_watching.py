@@ -21,9 +21,9 @@ def test_growth_between_first_and_last_scrape_counts():
     seen = [at(0, server)]
     server.ask("a", 3)
     server.ask("b")  # its series begins within the window
-    server.wanted = 2
+    server.requested = 2
     seen.append(at(10, server))
-    server.wanted = 0
+    server.requested = 0
     server.evictions = {"gpu": 9, "cpu": 1}
     server.loads_ms = [80, 700, 3000]
     server.failures = {"gone": 2}
@@ -35,7 +35,7 @@ def test_growth_between_first_and_last_scrape_counts():
         model="base",
         max_rank=32,
         active=2,
-        peak_wanted=2,
+        peak_requested=2,
         gpu_evictions=2,
         cpu_evictions=1,
         requests={"a": 3, "b": 1},
@@ -114,7 +114,7 @@ def test_names_that_share_a_label_are_known_to_be_missing(label):
     ],
     ids=["nothing", "one scrape", "another server's metrics"],
 )
-def test_without_lora_metrics_nothing_can_be_told(seen):
+def test_without_lora_metrics_nothing_can_be_reported(seen):
     with pytest.raises(UnreachableError, match="vllm:lora_slots"):
         observe(seen)
 

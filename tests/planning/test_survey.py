@@ -81,7 +81,7 @@ def test_special_modules_count_with_all_their_elements(tmp_path):
     assert adapter.host_bytes(special) == packed + (4 * 24 + 30 * 4) * 2
 
 
-def test_one_bad_adapter_is_told_and_does_not_hide_the_others(directory):
+def test_one_bad_adapter_is_reported_and_does_not_hide_the_others(directory):
     put(directory, "broken", 8, r="eight")
     (directory / "empty").mkdir()  # no adapter at all
     (directory / "headless").mkdir()

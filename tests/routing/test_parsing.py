@@ -74,7 +74,7 @@ def test_a_blend_is_one_candidate_before_its_fallbacks():
         ("{r: 1}", "routes.r.blend.r: found the route 'r', expected an adapter"),
     ],
 )
-def test_what_is_no_blend_is_told_with_its_place(blend, found):
+def test_what_is_no_blend_is_reported_with_its_place(blend, found):
     with pytest.raises(DocumentError) as refused:
         parse_routes("routes.yaml", f"routes: {{r: {{blend: {blend}}}}}")
     assert found in str(refused.value)
@@ -105,7 +105,7 @@ routes:
     assert candidates(text, "b") == candidates(text, "c") == ("y", "base")
 
 
-def test_the_names_that_routes_need_and_nobody_serves_are_told():
+def test_the_names_that_routes_need_and_nobody_serves_are_reported():
     unknown = parse_routes("routes.yaml", FULL).unknown(
         {"acme-v7", "v2-stable", "support-en", "support-fr"}
     )

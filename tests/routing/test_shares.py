@@ -73,7 +73,7 @@ def test_shares_without_customers_hold_over_short_runs_too():
         assert 8 <= run.count("candidate") <= 12
 
 
-def test_customers_may_be_told_apart_by_a_header_or_by_metadata():
+def test_customers_may_be_distinguished_by_a_header_or_by_metadata():
     weights = {"a": 1, "b": 1}
     by_user, by_header, by_metadata = (
         route(weights, sticky) for sticky in ("user", "header:X-Customer", "metadata:customer")

@@ -48,10 +48,10 @@ class CacheView:
     def workers_agree(self) -> bool:
         """Whether every worker has in every slot what the engine core has decided."""
         return all(
-            found == wanted
+            found == requested
             for model_slots in self.model_slots
-            for found, wanted in zip(model_slots, self.slots, strict=True)
-            if wanted is not None
+            for found, requested in zip(model_slots, self.slots, strict=True)
+            if requested is not None
         )
 
 

@@ -37,7 +37,7 @@ class Route:
     path: str
     ask: Callable[[Case], Body]
     said: Callable[[Body], str]
-    told: Callable[[Body], str]
+    reported: Callable[[Body], str]
 
 
 def chat(case: Case) -> Body:
@@ -125,8 +125,8 @@ def answer(server: VllmServer, route: Route, case: Case, model: str, key: str, *
     """The words of an answer to a case; its status where it is an error."""
     body = {"model": model, "temperature": 0, **route.ask(case), **more}
     response = post(server, route.path, body, key)
-    told = f"{response.text}{response.headers}".replace(model, "")
-    assert not INTERNAL.search(told), told
+    reported = f"{response.text}{response.headers}".replace(model, "")
+    assert not INTERNAL.search(reported), reported
     if not response.is_success:
         return response.status_code
     if not more.get("stream"):
@@ -137,7 +137,7 @@ def answer(server: VllmServer, route: Route, case: Case, model: str, key: str, *
     events = [json.loads(line) for line in data]
     named = {event["model"] for event in events if "model" in event}
     assert named <= {model.partition("@")[0]}
-    return "".join(map(route.told, events)).split()
+    return "".join(map(route.reported, events)).split()
 
 
 def version(server: VllmServer, name: str) -> str:
@@ -170,13 +170,13 @@ def test_each_name_is_answered_by_its_weights_or_refused(
             (
                 key,
                 model,
-                wanted,
+                requested,
                 pool.submit(answer, server, route, case, model, key, stream=stream),
             )
-            for key, model, case, wanted in expected * 2
+            for key, model, case, requested in expected * 2
         ]
-        for key, model, wanted, found in asked:
-            assert found.result() == wanted, (key, model, server.log_tail())
+        for key, model, requested, found in asked:
+            assert found.result() == requested, (key, model, server.log_tail())
 
 
 @pytest.mark.smoke("which weights answer a name")

@@ -15,12 +15,12 @@ def best_of_all_choices(requests: str, capacity: int) -> int:
     def hits(position: int, cached: frozenset[str]) -> int:
         if position == len(requests):
             return 0
-        wanted = requests[position]
-        if wanted in cached:
+        requested = requests[position]
+        if requested in cached:
             return 1 + hits(position + 1, cached)
         if len(cached) < capacity:
-            return hits(position + 1, cached | {wanted})
-        return max(hits(position + 1, cached - {gone} | {wanted}) for gone in cached)
+            return hits(position + 1, cached | {requested})
+        return max(hits(position + 1, cached - {gone} | {requested}) for gone in cached)
 
     return hits(0, frozenset())
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests.slots.situations import Journal, bring, make_slots, run
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.slots.assignment import MOST_SLOTS
+from vllm_multilora.slots.assignment import MAX_SLOTS
 from vllm_multilora.slots.pins import PinLimitError
 
 NEW, OLD = 2, 1
@@ -443,9 +443,9 @@ def test_slots_must_be_a_positive_integer(slots: int) -> None:
 
 
 def test_there_are_only_so_many_slots() -> None:
-    assert len(make_slots(MOST_SLOTS).contents) == MOST_SLOTS
-    with pytest.raises(ConfigError, match=f"at most {MOST_SLOTS}"):
-        make_slots(MOST_SLOTS + 1)
+    assert len(make_slots(MAX_SLOTS).contents) == MAX_SLOTS
+    with pytest.raises(ConfigError, match=f"at most {MAX_SLOTS}"):
+        make_slots(MAX_SLOTS + 1)
 
 
 def test_ranks_must_be_a_positive_integer() -> None:

@@ -44,7 +44,7 @@ def test_the_last_use_is_the_last_step_with_the_adapter() -> None:
 
 
 def test_memory_for_adapters_that_come_and_go_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapter_usage, "MOST_REMEMBERED", 3)
+    monkeypatch.setattr(adapter_usage, "MAX_REMEMBERED", 3)
     seen = AdapterUsage()
     for number in range(5):
         seen.failed(number, FAILURE)
@@ -54,7 +54,7 @@ def test_memory_for_adapters_that_come_and_go_is_bounded(monkeypatch: pytest.Mon
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> AdapterUsage:
     """Remembers three adapters, and has read the first."""
-    monkeypatch.setattr(adapter_usage, "MOST_REMEMBERED", 3)
+    monkeypatch.setattr(adapter_usage, "MAX_REMEMBERED", 3)
     seen = AdapterUsage()
     seen.read(1, rank=8, size=100)
     return seen

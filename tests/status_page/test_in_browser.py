@@ -185,7 +185,7 @@ def test_a_key_is_asked_for_used_and_forgotten(tab: Tab) -> None:
         page.until("!$('access').hidden")
 
 
-def test_a_server_that_has_gone_is_told_and_so_is_its_return(tab: Tab) -> None:
+def test_a_server_that_has_gone_is_reported_and_so_is_its_return(tab: Tab) -> None:
     with StubServer(listing([row("a", 1)])) as server:
         page = tab(server.url)
         drawn(page, 1)

@@ -27,7 +27,7 @@ from vllm_multilora.tenants.rules import STATUS, STATUS_PAGE
 from .stub import listing, row
 
 ADMIN, CLIENT, ACME = "sk-admin-0123456789", "sk-client", "sk-acme"
-MOST_BYTES = 30 << 10
+MAX_BYTES = 30 << 10
 
 
 class Answered(RecentListing):
@@ -75,7 +75,7 @@ def test_the_page_is_one_small_file_that_needs_nothing_else(monkeypatch):
     answer = client(monkeypatch, {}).get(STATUS_PAGE)
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
-    assert len(answer.content) < MOST_BYTES
+    assert len(answer.content) < MAX_BYTES
     addresses = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'\s)>]+)""", answer.text)
     assert all(address.startswith("data:") for address in addresses)
     for state in AdapterState:
@@ -147,13 +147,13 @@ def test_where_the_plugin_does_not_act_there_is_no_page():
     assert TestClient(app).get(STATUS_PAGE).status_code == 404
 
 
-def test_operators_are_told_of_tenants_and_nobody_else_is(monkeypatch, access):
+def test_operators_are_notified_of_tenants_and_nobody_else_is(monkeypatch, access):
     server = client(monkeypatch, {}, access)
 
-    def told(key: str) -> dict[str, Any]:
+    def reported(key: str) -> dict[str, Any]:
         return server.get(STATUS, headers={"x-api-key": key}).json()
 
-    assert told(ADMIN)["tenants"] == [
+    assert reported(ADMIN)["tenants"] == [
         {
             "id": "acme",
             "object": "tenant",
@@ -171,25 +171,25 @@ def test_operators_are_told_of_tenants_and_nobody_else_is(monkeypatch, access):
             },
         }
     ]
-    assert "tenants" not in told(CLIENT)
-    assert set(told(ACME)) == {"object", "data"}
-    assert [one["id"] for one in told(ACME)["data"]] == ["acme-1"]
+    assert "tenants" not in reported(CLIENT)
+    assert set(reported(ACME)) == {"object", "data"}
+    assert [one["id"] for one in reported(ACME)["data"]] == ["acme-1"]
 
 
-def test_only_who_may_see_folders_is_told_where_adapters_lie(monkeypatch, access):
+def test_only_who_may_see_folders_learns_where_adapters_lie(monkeypatch, access):
     error = "/adapters/1/adapter_model.safetensors is cut off"
     rows = [row("acme-1", 1, "failed", last_error=error)]
     monkeypatch.setattr(Answered, "rows", rows)
     server = client(monkeypatch, {}, access)
 
-    def told(key: str) -> dict[str, Any]:
+    def reported(key: str) -> dict[str, Any]:
         (found,) = server.get(STATUS, headers={"x-api-key": key}).json()["data"]
         return found
 
-    assert told(ADMIN) == rows[0]
+    assert reported(ADMIN) == rows[0]
     for key in (CLIENT, ACME):
-        assert "path" not in told(key)
-        assert "/adapters/1" not in told(key)["last_error"]
+        assert "path" not in reported(key)
+        assert "/adapters/1" not in reported(key)["last_error"]
 
 
 @pytest.mark.parametrize("servers", [1, 4])
@@ -221,11 +221,11 @@ def test_what_tenants_use_is_counted(access):
     account.use("acme-1")
     account.use("acme-1")
     account.use("acme-2")
-    (told,) = access.tenants_now()
-    assert told["adapters"] == 2
+    (reported,) = access.tenants_now()
+    assert reported["adapters"] == 2
 
 
-def test_without_tenants_nobody_is_told_of_any(monkeypatch):
+def test_without_tenants_nobody_is_notified_of_any(monkeypatch):
     access = Access(admin_keys=[ADMIN])
     answer = client(monkeypatch, {}, access).get(STATUS, headers={"x-api-key": ADMIN})
     assert answer.status_code == 200

@@ -9,7 +9,13 @@ import pytest
 
 from tests.store.fake_reader import FakeReader
 from vllm_multilora.store.clients.client import StoreClient
-from vllm_multilora.store.protocol.messages import Description, Failed, Loaded, StoreSettings, Want
+from vllm_multilora.store.protocol.messages import (
+    Description,
+    Failed,
+    Loaded,
+    LoadRequest,
+    StoreSettings,
+)
 from vllm_multilora.store.protocol.store_folder import FOLDER_VARIABLE
 from vllm_multilora.store.store_launch import StoreProcess, StoreThread
 
@@ -50,7 +56,9 @@ class Engine:
         return answer
 
     def load(self, adapter: int, path: str, **options):
-        return self.answer(self.client.want(Want(adapter, f"adapter {adapter}", path, **options)))
+        return self.answer(
+            self.client.request_load(LoadRequest(adapter, f"adapter {adapter}", path, **options))
+        )
 
     def describe(self) -> Description:
         self.client.describe()

@@ -28,7 +28,7 @@ MIB = 1 << 20
 
 
 @dataclass(frozen=True)
-class FakeTaken:
+class FakeIntakeResult:
     digest: str
     nbytes: int
     parts: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ class FakeIntake:
         self._options = options
         self.block_bytes = np.array(options.get("blocks", "64").split(","), np.int64)
 
-    def read(self, addresses, places) -> FakeTaken:
+    def read(self, addresses, places) -> FakeIntakeResult:
         time.sleep(float(self._options.get("sleep", 0)))
         end = time.process_time() + float(self._options.get("busy", 0))
         while time.process_time() < end:
@@ -76,7 +76,7 @@ class FakeIntake:
             while True:
                 pass
         digest = digest_of(self._options.get("digest", self._path))
-        return FakeTaken(digest, int(self.block_bytes.sum()))
+        return FakeIntakeResult(digest, int(self.block_bytes.sum()))
 
 
 class FakeSource:

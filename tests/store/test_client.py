@@ -18,6 +18,7 @@ from vllm_multilora.store.protocol.messages import (
     Failed,
     FromClient,
     Loaded,
+    LoadRequest,
     PackInfo,
     Reading,
     Refused,
@@ -26,7 +27,6 @@ from vllm_multilora.store.protocol.messages import (
     Share,
     StoreSettings,
     Totals,
-    Want,
 )
 from vllm_multilora.store.protocol.store_folder import StoreUnavailableError
 from vllm_multilora.store.store_launch import FIRST_PAUSE_S, LONGEST_PAUSE_S
@@ -81,20 +81,22 @@ def loaded(ticket: int, pack: int) -> Loaded:
     return Loaded(ticket, info, 0.0, False, True)
 
 
-def want(client: StoreClient, adapter: int) -> int:
-    return client.want(Want(adapter, "acme", f"/adapters/{adapter}"))
+def request_load(client: StoreClient, adapter: int) -> int:
+    return client.request_load(LoadRequest(adapter, "acme", f"/adapters/{adapter}"))
 
 
 def test_the_lease_of_an_answer_that_comes_too_late_is_given_back(client, stores):
-    ticket = want(client, 1)
+    ticket = request_load(client, 1)
     client.cancel(ticket)
     stores.say(Reading(ticket), loaded(ticket, pack=11))
     assert client.poll() == []
     assert stores.heard()[1:] == [Cancel(ticket), Release(11)]
 
 
-def test_an_answer_that_comes_too_late_without_a_lease_costs_no_other_want_its_own(client, stores):
-    ticket = client.want(Want(1, "acme", "/adapters/1", keep=False))
+def test_an_answer_that_comes_too_late_without_a_lease_costs_no_other_load_request_its_own(
+    client, stores
+):
+    ticket = client.request_load(LoadRequest(1, "acme", "/adapters/1", keep=False))
     client.cancel(ticket)
     stores.say(msgspec.structs.replace(loaded(ticket, pack=11), leased=False))
     assert client.poll() == []
@@ -102,23 +104,23 @@ def test_an_answer_that_comes_too_late_without_a_lease_costs_no_other_want_its_o
 
 
 def test_what_was_answered_is_not_asked_of_the_next_store(client, stores):
-    stores.say(loaded(want(client, 1), pack=11))
+    stores.say(loaded(request_load(client, 1), pack=11))
     client.poll()
     stores.newest.close()
     client.poll()
     assert stores.heard() == []
 
 
-def test_a_want_taken_back_before_its_failure_is_taken_is_not_answered(client):
-    client.cancel(client.want(Want(1 << 63, "acme", "/adapters/1")))
+def test_a_load_request_taken_back_before_its_failure_is_taken_is_not_answered(client):
+    client.cancel(client.request_load(LoadRequest(1 << 63, "acme", "/adapters/1")))
     assert client.poll() == []
 
 
 @pytest.mark.parametrize("answer", [loaded(2, pack=22), Failed(2, FailureKind.TIMEOUT, "", [])])
 def test_the_last_words_of_a_store_that_dies_meanwhile_count_for_nothing(client, stores, answer):
     """It is noticed when the first answer's lease is given back."""
-    client.cancel(want(client, 1))
-    want(client, 2)
+    client.cancel(request_load(client, 1))
+    request_load(client, 2)
     stores.say(loaded(1, pack=11), answer)
     stores.newest.receive()
     stores.newest.close()
@@ -129,9 +131,9 @@ def test_the_last_words_of_a_store_that_dies_meanwhile_count_for_nothing(client,
     assert client.poll() == [loaded(2, pack=33)]
 
 
-def test_a_want_can_be_taken_back_while_its_store_dies(client, stores):
+def test_a_load_request_can_be_taken_back_while_its_store_dies(client, stores):
     """Its answer was heard, and not taken yet."""
-    ticket = want(client, 1)
+    ticket = request_load(client, 1)
     stores.say(loaded(ticket, pack=11))
     client._pump(0)
     stores.newest.close()
@@ -171,17 +173,17 @@ def test_nobody_waits_for_long_for_a_store_that_cannot_be_had(client, stores, cl
             found = [message for message in client.poll() if message != Restarted()]
         return found
 
-    ticket = want(client, 1)
+    ticket = request_load(client, 1)
     stores.is_down = ends == "before it is up"
     stores.newest.close()
     (failed,) = wait()
     assert (failed.ticket, failed.kind) == (ticket, FailureKind.UNREADABLE)
     assert "the server's log says why" in failed.message
-    ticket = want(client, 2)
+    ticket = request_load(client, 2)
     (failed,) = wait()
     assert failed.ticket == ticket
     stores.is_down = False
-    want(client, 3)
+    request_load(client, 3)
     before = stores.newest
     while stores.newest is before:
         client.poll()
@@ -215,7 +217,7 @@ def test_stores_that_do_not_serve_are_tried_ever_less_often_until_one_does(
 
 @pytest.mark.parametrize("number", [-1, 1 << 63])
 def test_what_no_message_can_hold_fails_at_once_and_is_not_said(client, stores, number):
-    ticket = client.want(Want(number, "acme", "/adapters/1"))
+    ticket = client.request_load(LoadRequest(number, "acme", "/adapters/1"))
     (failed,) = client.poll()
     assert (failed.ticket, failed.kind) == (ticket, FailureKind.INVALID)
     assert f"its number is {number}" in failed.message
@@ -224,7 +226,7 @@ def test_what_no_message_can_hold_fails_at_once_and_is_not_said(client, stores, 
 
 
 def test_what_no_message_can_hold_fails_though_the_store_dies(client, stores):
-    ticket = client.want(Want(-1, "acme", "/adapters/1"))
+    ticket = client.request_load(LoadRequest(-1, "acme", "/adapters/1"))
     stores.newest.close()
     failed, restarted = client.poll()
     assert failed.ticket == ticket
@@ -232,7 +234,7 @@ def test_what_no_message_can_hold_fails_though_the_store_dies(client, stores):
 
 
 def test_what_a_socket_cannot_hold_is_said_as_the_store_reads(client, stores):
-    ticket = client.want(Want(1, "acme", "/" + "x" * (2 << 20)))
+    ticket = client.request_load(LoadRequest(1, "acme", "/" + "x" * (2 << 20)))
     heard = []
     for _ in range(1000):
         heard += stores.newest.receive()
@@ -244,8 +246,8 @@ def test_what_a_socket_cannot_hold_is_said_as_the_store_reads(client, stores):
     assert not client._poller.poll(0), "it waits to say more, and never sleeps again"
 
 
-def test_whose_turns_a_want_may_take_is_said_to_the_next_store(client, stores):
-    ticket = client.want(Want(1, "acme", "/adapters/1", owners=("one",)))
+def test_whose_turns_a_load_request_may_take_is_said_to_the_next_store(client, stores):
+    ticket = client.request_load(LoadRequest(1, "acme", "/adapters/1", owners=("one",)))
     for owner in ("two", "one", "two"):
         client.share(ticket, owner)
     assert stores.heard()[1:] == [Share(ticket, "two")]
@@ -291,7 +293,7 @@ def test_nothing_is_heard_on_the_descriptor_of_a_store_that_has_gone(client, sto
 def test_an_answer_is_waited_for_when_everything_has_been_said(client, stores):
     later = []
     client.say_by(later.append, lambda: [call() for call in later])
-    ticket = want(client, 1)
+    ticket = request_load(client, 1)
     client.poll()
     assert stores.heard() == []
     client.poll(0.001)
@@ -303,7 +305,7 @@ def test_what_is_to_be_said_later_is_not_said_to_the_next_store(client, stores):
     """It is told what is wanted when it is there, once, and knows no pack of the one before."""
     later = []
     client.say_by(later.append, lambda: None)
-    ticket = want(client, 1)
+    ticket = request_load(client, 1)
     client.release(11)
     assert stores.heard() == []
     stores.newest.close()

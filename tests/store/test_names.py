@@ -124,7 +124,7 @@ def test_an_api_server_that_has_gone_is_not_waited_for(names, mail, leaves_first
     assert mail.take(1) == [Settled(5)]
 
 
-def test_whoever_comes_later_is_told_what_holds_now(names, mail):
+def test_whoever_comes_later_learns_what_holds_now(names, mail):
     names.publish(1, publish(1, "acme", 7), NOW)
     names.publish(2, publish(1, "globex", 8), NOW)
     names.publish(1, publish(2, "acme", 9), NOW)  # another version
@@ -139,7 +139,7 @@ def test_whoever_comes_later_is_told_what_holds_now(names, mail):
     assert mail.take(8) == []
 
 
-def test_whoever_comes_later_is_told_of_no_change_that_holds_no_more(names, mail):
+def test_whoever_comes_later_is_notified_of_no_change_that_holds_no_more(names, mail):
     names.publish(1, publish(1, adapter=7), NOW)
     names.publish(1, publish(2, adapter=8), NOW)
     names.publish(2, publish(1, "globex", 9), NOW)
@@ -186,8 +186,8 @@ def test_what_held_at_a_store_that_has_died_gives_way_to_what_was_said_since(nam
     assert [message.adapter for message in mail.take(3)] == [9]
 
 
-def test_only_of_the_newest_losses_are_api_servers_told_that_come_later(names, mail, monkeypatch):
-    monkeypatch.setattr(names_module, "MOST_GONE", 2)
+def test_api_servers_that_come_later_learn_the_newest_losses_alone(names, mail, monkeypatch):
+    monkeypatch.setattr(names_module, "MAX_GONE", 2)
     for adapter in (1, 2, 3):
         names.retract(1, Retract(adapter, "acme", adapter), NOW)
     names.join(4, "server", 4)
@@ -357,7 +357,7 @@ def test_an_api_server_that_comes_back_to_a_new_store_is_not_taken_for_another_o
     assert request in first.settled
 
 
-def test_a_name_that_a_dead_store_has_told_of_is_forgotten_where_another_took_its_place():
+def test_a_name_that_a_dead_store_announced_is_forgotten_where_another_replaced_it():
     stores = Stores()
     servers = first, second, third = [ApiServer(stores) for _ in range(3)]
     third.publish("acme", 100)
@@ -371,7 +371,7 @@ def test_a_name_that_a_dead_store_has_told_of_is_forgotten_where_another_took_it
     assert first.table == second.table == third.table == {}
 
 
-def test_names_published_at_once_are_told_apart_by_who_has_published_them():
+def test_names_published_at_once_are_distinguished_by_who_has_published_them():
     stores = Stores()
     servers = first, second = [ApiServer(stores) for _ in range(2)]
     first.publish("acme", 101)
@@ -399,7 +399,7 @@ def test_what_another_one_has_changed_is_not_said_again_to_the_next_store(change
     assert newcomer.table == ({"acme": 102} if change == "publish" else {})
 
 
-def test_a_name_that_a_store_has_told_of_replaces_nothing_at_the_next_one():
+def test_a_name_that_a_store_announced_replaces_nothing_at_the_next_one():
     stores = Stores()
     servers = first, second = [ApiServer(stores) for _ in range(2)]
     first.publish("acme", 101)
@@ -433,7 +433,7 @@ def test_what_is_said_while_there_is_no_store_is_said_to_the_next_one():
     assert first.client.pause_s < 1.0
 
 
-def test_what_was_replaced_while_it_was_told_of_is_not_said_to_the_next_store():
+def test_what_was_replaced_while_it_was_announced_is_not_said_to_the_next_store():
     stores = Stores()
     servers = first, second = [ApiServer(stores) for _ in range(2)]
     first.publish("acme", 101)

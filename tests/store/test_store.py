@@ -28,9 +28,9 @@ from vllm_multilora.failures import FailureKind
 from vllm_multilora.slots.budget import CpuBudget
 from vllm_multilora.store.clients.client import StoreClient
 from vllm_multilora.store.connections import Connection
-from vllm_multilora.store.jobs.desk import BRIEF_S
+from vllm_multilora.store.jobs.job_pool import BRIEF_S
 from vllm_multilora.store.jobs.runner import BACKGROUND_NICENESS, ThreadRunner
-from vllm_multilora.store.loads.queue import Lane
+from vllm_multilora.store.loads.queue import Purpose
 from vllm_multilora.store.memory.entries import Client
 from vllm_multilora.store.memory.mapper import SegmentMapper
 from vllm_multilora.store.protocol import store_folder as folder
@@ -45,13 +45,13 @@ from vllm_multilora.store.protocol.messages import (
     FromStore,
     Hello,
     Loaded,
+    LoadRequest,
     Refused,
     Restarted,
     SegmentClosed,
     SegmentOpened,
     StoreSettings,
     Totals,
-    Want,
 )
 from vllm_multilora.store.protocol.store_folder import StoreUnavailableError
 from vllm_multilora.store.server import StoreServer
@@ -108,7 +108,7 @@ def test_host_memory_is_mapped_read_only_unless_it_is_registered_with_a_device(e
     mapper.close()
 
 
-def test_a_worker_is_told_when_to_register_and_when_to_let_go(engines):
+def test_a_worker_learns_when_to_register_and_when_to_let_go(engines):
     engine = engines(budget_bytes=80 * MIB)
     device = FakeDevice()
     mapper = SegmentMapper(engine.client.address, "server", device)
@@ -169,7 +169,7 @@ def test_a_full_arena_makes_room_and_says_who_left(engines):
     engine.until(lambda: Totals(MIB, 1, MIB, None) in engine.seen)
 
 
-def test_a_segment_is_told_of_once_and_so_is_its_end(store_folder):
+def test_a_segment_is_announced_once_and_so_is_its_end(store_folder):
     said = []
     channel = SimpleNamespace(send=said.append, close=lambda: None)
     server = StoreServer(folder.listen(store_folder / "s.sock"), ThreadRunner(), FakeReader())
@@ -184,7 +184,9 @@ def test_a_segment_is_told_of_once_and_so_is_its_end(store_folder):
     server._close()
 
 
-def test_who_does_not_read_is_told_no_more_of_what_is_in_memory_and_the_newest_then(store_folder):
+def test_an_engine_that_does_not_read_gets_the_newest_state_later(
+    store_folder,
+):
     """An engine that waits for its workers reads only when it loads an adapter."""
     said = []
     channel = SimpleNamespace(pending=0, send=said.append)
@@ -209,7 +211,7 @@ def test_who_does_not_read_is_told_no_more_of_what_is_in_memory_and_the_newest_t
     server._close()
 
 
-def test_who_comes_later_is_told_what_is_in_memory_though_nothing_changes(engines):
+def test_who_comes_later_learns_what_is_in_memory_though_nothing_changes(engines):
     settled = Totals(MIB, 1, 4 * MIB, None)
     first = engines("first", budget_bytes=4 * MIB)
     first.load(1, f"/fake/a?blocks={MIB}")
@@ -222,7 +224,7 @@ def test_who_comes_later_is_told_what_is_in_memory_though_nothing_changes(engine
 @pytest.mark.parametrize("hanging", [4, 40])
 def test_loads_that_hang_do_not_hold_up_another(engine, hanging):
     for adapter in range(hanging):
-        engine.client.want(Want(adapter, "hangs", f"/fake/{adapter}?hang=600"))
+        engine.client.request_load(LoadRequest(adapter, "hangs", f"/fake/{adapter}?hang=600"))
     begun = time.perf_counter()
     assert isinstance(engine.load(99, "/fake/sane"), Loaded)
     assert time.perf_counter() - begun < 20.0  # 50 ms for each on a quiet machine
@@ -237,18 +239,18 @@ def test_a_load_that_hangs_is_killed_at_its_time(engines):
 
 
 def test_a_cancelled_load_ends_its_job(engine):
-    ticket = engine.client.want(Want(1, "hangs", "/fake/a?hang=600"))
+    ticket = engine.client.request_load(LoadRequest(1, "hangs", "/fake/a?hang=600"))
     store = engine.store()
     engine.until(lambda: bool(store.children()))
     engine.client.cancel(ticket)
     engine.until(lambda: not store.children())
 
 
-def test_a_killed_store_is_started_again_and_no_want_is_lost(engine):
+def test_a_killed_store_is_started_again_and_no_load_request_is_lost(engine):
     loaded = engine.load(1, "/fake/a")
     store = engine.store()
     engine.until(lambda: not store.children())
-    ticket = engine.client.want(Want(2, "slow", "/fake/b?sleep=2"))
+    ticket = engine.client.request_load(LoadRequest(2, "slow", "/fake/b?sleep=2"))
     engine.until(lambda: bool(store.children()))
     (job,) = store.children()
     # Until it has closed what it has of the store, a client can reach the listening socket there.
@@ -328,7 +330,7 @@ def test_a_device_never_has_more_registered_than_the_budget(engines):
     mapper.close()
 
 
-def test_a_worker_that_registers_nothing_is_told_of_no_segment(engine):
+def test_a_worker_that_registers_nothing_is_notified_of_no_segment(engine):
     mapper = SegmentMapper(engine.client.address, "server")
     mapper.map_opened()
     engine.load(1, "/fake/a")
@@ -392,7 +394,9 @@ def test_a_frozen_store_stops_nobody_and_goes_on(engine):
     store = engine.store()
     store.suspend()
     begun = time.perf_counter()
-    tickets = [engine.client.want(Want(n, "waits", f"/fake/{n}")) for n in range(200)]
+    tickets = [
+        engine.client.request_load(LoadRequest(n, "waits", f"/fake/{n}")) for n in range(200)
+    ]
     for _ in range(200):
         engine.client.used(range(500))
         assert not [m for m in engine.client.poll() if isinstance(m, Loaded)]
@@ -406,7 +410,7 @@ def test_the_time_that_a_store_is_frozen_is_not_its_jobs(engines):
     engine = engines(timeout_s=1.0)
     engine.load(1, "/fake/a")
     store = engine.store()
-    ticket = engine.client.want(Want(2, "slow", "/fake/b?sleep=0.5"))
+    ticket = engine.client.request_load(LoadRequest(2, "slow", "/fake/b?sleep=0.5"))
     engine.until(lambda: bool(store.children()))
     store.suspend()
     time.sleep(2.5)  # longer than the job may take, and than the store sleeps by itself
@@ -417,7 +421,7 @@ def test_the_time_that_a_store_is_frozen_is_not_its_jobs(engines):
 def test_nor_is_it_where_the_store_is_frozen_while_it_hears_somebody(store_folder):
     server = StoreServer(folder.listen(store_folder / "store.sock"), ThreadRunner(), FakeReader())
     queue, before = server._registry.loads.queue, time.monotonic() - 3
-    queue.add(1, "server", ["owner"], Lane.REQUEST, timeout_s=1.0)
+    queue.add(1, "server", ["owner"], Purpose.REQUEST, timeout_s=1.0)
     assert queue.start_next(before) == 1
     server._awake = before  # it has slept no more since, and hears of this now
     server._settle()
@@ -440,7 +444,7 @@ time.sleep(600)
 """
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"loaded\n"
-    ticket = engine.client.want(Want(2, "waits", f"/fake/b?blocks={MIB}"))
+    ticket = engine.client.request_load(LoadRequest(2, "waits", f"/fake/b?blocks={MIB}"))
     other.kill()
     other.wait()
     other.stdout.close()
@@ -476,7 +480,7 @@ def test_store_session_gets_a_full_share_of_busy_processors(engine):
 
 @pytest.mark.parametrize(("sleep_s", "busy_s"), [(9.0, 0.0), (0.0, 5.0)], ids=["brief", "long"])
 def test_job_yields_processors_when_it_has_worked_long_and_never_before(engine, sleep_s, busy_s):
-    engine.client.want(Want(1, "one", f"/fake/a?sleep={sleep_s}&busy={busy_s}"))
+    engine.client.request_load(LoadRequest(1, "one", f"/fake/a?sleep={sleep_s}&busy={busy_s}"))
     store = engine.store()
     engine.until(lambda: bool(store.children()))
     (job,) = store.children()
@@ -532,7 +536,9 @@ def test_few_descriptors_are_a_clear_failure_and_no_end(engines):
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     engine = engines(jobs=400, budget_bytes=None)
     resource.prlimit(engine.store().pid, resource.RLIMIT_NOFILE, (40, hard))
-    tickets = [engine.client.want(Want(n, "a", f"/fake/{n}?sleep=1")) for n in range(60)]
+    tickets = [
+        engine.client.request_load(LoadRequest(n, "a", f"/fake/{n}?sleep=1")) for n in range(60)
+    ]
     failed = [a for a in map(engine.answer, tickets) if not isinstance(a, Loaded)]
     assert failed
     for one in failed:
@@ -680,7 +686,7 @@ def test_a_store_has_no_key_of_the_server_that_starts_it(engines, monkeypatch):
 def test_a_waking_thread_calls_once_until_the_next_poll(engine):
     woken = threading.Semaphore(0)
     engine.client.start_waking(woken.release)
-    ticket = engine.client.want(Want(1, "a", "/fake/a?sleep=0.3"))
+    ticket = engine.client.request_load(LoadRequest(1, "a", "/fake/a?sleep=0.3"))
     assert woken.acquire(timeout=10)
     time.sleep(0.6)
     assert not woken.acquire(blocking=False), "called again before a poll"
@@ -688,7 +694,7 @@ def test_a_waking_thread_calls_once_until_the_next_poll(engine):
     while woken.acquire(blocking=False):
         pass
     engine.client.poll()
-    engine.client.want(Want(2, "b", "/fake/b"))
+    engine.client.request_load(LoadRequest(2, "b", "/fake/b"))
     assert woken.acquire(timeout=10)
 
 
@@ -807,7 +813,7 @@ def test_a_store_on_a_thread_removes_what_those_before_it_have_left(threaded, st
 )
 def test_what_cannot_be_said_to_the_store_fails_alone(threaded, number, name, path):
     def is_refused():
-        ticket = threaded.client.want(Want(number, name, path))
+        ticket = threaded.client.request_load(LoadRequest(number, name, path))
         answer = threaded.answer(ticket)
         return (answer.kind, answer.ticket) == (FailureKind.INVALID, ticket)
 

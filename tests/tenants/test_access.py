@@ -43,7 +43,7 @@ from vllm_multilora.gateway.refused_answers import error_answer
 from vllm_multilora.integration.engine_config import check_access
 from vllm_multilora.integration.failed_requests import without_folders
 from vllm_multilora.integration.seals import SECRET_VARIABLE
-from vllm_multilora.integration.server.requests import engine_door
+from vllm_multilora.integration.server.requests import engine_admission
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller, turn_to_read
 from vllm_multilora.integration.server.requests.metering import METER, ServerMeter, shutdown
 from vllm_multilora.integration.server.settings import gateway_activation
@@ -51,7 +51,7 @@ from vllm_multilora.integration.server.settings.gateway_activation import mount_
 from vllm_multilora.integration.server.settings.key_settings import read_admin_keys
 from vllm_multilora.store.store_launch import environment
 from vllm_multilora.tenants.keys import ADMIN_KEY_VARIABLE, KeyRing, stored
-from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account, Pace, TokenBucket
+from vllm_multilora.tenants.limits import MAX_FIRST_READINGS, Account, Pace, TokenBucket
 from vllm_multilora.tenants.rules import Endpoint, Role
 from vllm_multilora.tenants.tenant import Tenant, TenantLimits, Tenants
 
@@ -102,7 +102,7 @@ def test_errors_have_the_shape_of_the_api_that_was_called(path, keys):
 
 
 @pytest.mark.parametrize("key", [CLIENT, ACME])
-def test_whoever_may_not_load_adapters_is_told_which_key_may(tenants, key):
+def test_whoever_may_not_load_adapters_learns_which_key_may(tenants, key):
     access = Access(api_keys=[CLIENT], admin_keys=[ADMIN], tenants_path=str(tenants))
     transport = httpx.ASGITransport(AccessMiddleware(App(), access))
 
@@ -193,14 +193,16 @@ def test_many_wrong_keys_wait_for_their_answers_and_others_do_not(tenants, monke
     monkeypatch.setattr(middleware, "TokenBucket", still)
     access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
     app = App()
-    door = AccessMiddleware(app, access, strangers_per_minute=60)
+    acceptor = AccessMiddleware(app, access, strangers_per_minute=60)
 
     async def attack():
         for number in range(200):
-            answer = await call(app, access, "/v1/completions", f"sk-{number}", door=door)
+            answer = await call(app, access, "/v1/completions", f"sk-{number}", acceptor=acceptor)
             assert answer["status"] == 401
         before = len(pauses)
-        assert (await call(app, access, "/v1/completions", ADMIN, door=door))["status"] == 200
+        assert (await call(app, access, "/v1/completions", ADMIN, acceptor=acceptor))[
+            "status"
+        ] == 200
         assert len(pauses) == before
 
     asyncio.run(attack())
@@ -221,14 +223,18 @@ def test_wrong_keys_that_vllm_itself_refuses_wait_and_are_counted_like_all_other
     monkeypatch.setattr(middleware.COUNTS, "count_refused", lambda *who: counted.append(who))
     access = Access(api_keys=[CLIENT], admin_keys=[ADMIN])
     app = AuthenticationMiddleware(App(), tokens=[CLIENT])
-    door = AccessMiddleware(app, access, strangers_per_minute=60)
+    acceptor = AccessMiddleware(app, access, strangers_per_minute=60)
 
     async def attack():
         for number in range(63):
-            answer = await call(app, access, "/v1/completions", f"sk-{number}", door=door)
+            answer = await call(app, access, "/v1/completions", f"sk-{number}", acceptor=acceptor)
             assert answer["status"] == 401
-        assert (await call(app, access, "/tokenize", "sk-wrong", door=door))["status"] == 200
-        assert (await call(app, access, "/v1/completions", CLIENT, door=door))["status"] == 200
+        assert (await call(app, access, "/tokenize", "sk-wrong", acceptor=acceptor))[
+            "status"
+        ] == 200
+        assert (await call(app, access, "/v1/completions", CLIENT, acceptor=acceptor))[
+            "status"
+        ] == 200
 
     asyncio.run(attack())
     assert pauses == [1.0, 2.0, 3.0]
@@ -347,7 +353,7 @@ def test_a_tenants_lists_take_a_small_part_of_the_time(tenants, slept, path):
 def test_a_list_waits_for_no_reader_of_another_one(tenants):
     """One that has gone to sleep may not have been noticed for hours."""
     access = Access(tenants_path=str(tenants))
-    door = AccessMiddleware(App(), access)
+    acceptor = AccessMiddleware(App(), access)
     scope = {
         "type": "http",
         "method": "GET",
@@ -357,9 +363,9 @@ def test_a_list_waits_for_no_reader_of_another_one(tenants):
 
     async def check():
         never = asyncio.Event()
-        stuck = asyncio.create_task(door(scope, never.wait, lambda message: never.wait()))
+        stuck = asyncio.create_task(acceptor(scope, never.wait, lambda message: never.wait()))
         await asyncio.sleep(0)
-        answer = await asyncio.wait_for(call(None, access, "/v1/models", ACME, "GET", door), 10)
+        answer = await asyncio.wait_for(call(None, access, "/v1/models", ACME, "GET", acceptor), 10)
         assert answer["status"] == 200
         assert not stuck.done()
         stuck.cancel()
@@ -519,11 +525,11 @@ def test_a_middleware_of_the_operators_has_an_answer_of_every_call(tenants):
     async def check():
         access = Access(tenants_path=str(tenants))
         access.caller(ACME).account.begin()
-        door = BaseHTTPMiddleware(AccessMiddleware(App(), access), note)
+        acceptor = BaseHTTPMiddleware(AccessMiddleware(App(), access), note)
         headers = [(b"authorization", f"Bearer {ACME}".encode())]
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
         async with asyncio.timeout(10):
-            await door(scope, Client(GONE), send)
+            await acceptor(scope, Client(GONE), send)
 
     asyncio.run(check())
     assert statuses == [499]
@@ -664,14 +670,14 @@ def test_an_operators_key_is_replaced_in_a_server_that_runs(tenants, tmp_path, m
 def test_a_key_that_is_taken_away_is_wrong_without_a_request_in_between(tenants, monkeypatch):
     """A server is told of its start as of a request, and looks at the file from then on."""
     monkeypatch.setattr(access_module, "REFRESH_S", 0.01)
-    door = AccessMiddleware(App(), Access(admin_keys=[ADMIN], tenants_path=str(tenants)))
+    acceptor = AccessMiddleware(App(), Access(admin_keys=[ADMIN], tenants_path=str(tenants)))
 
     async def check():
-        await door({"type": "lifespan"}, None, AsyncMock())
+        await acceptor({"type": "lifespan"}, None, AsyncMock())
         tenants.write_text('{"tenants": {}}')
-        await until(lambda: not door._access._file.value.by_name)
+        await until(lambda: not acceptor._access._file.value.by_name)
         await asyncio.sleep(0)
-        assert (await call(None, None, "/v1/models", ACME, "GET", door))["status"] == 401
+        assert (await call(None, None, "/v1/models", ACME, "GET", acceptor))["status"] == 401
 
     asyncio.run(check())
 
@@ -736,7 +742,7 @@ def test_the_file_is_not_looked_at_for_each_of_many_calls(tenants, monkeypatch):
     assert watches == [True]
 
 
-def test_a_tenant_that_uses_too_many_adapters_is_told_when_to_come_again(tenants):
+def test_a_tenant_that_uses_too_many_adapters_learns_when_to_come_again(tenants):
     write(tenants, {"adapters": 1})
     access = Access(admin_keys=[ADMIN], tenants_path=str(tenants))
 
@@ -948,7 +954,7 @@ def test_server_with_keys_and_without_the_gateway_answers_nobody(tenants, monkey
     processor = SimpleNamespace(request_states={})
 
     def answer():
-        engine_door.add_request(lambda *_: sent.append(request), processor, request, None)
+        engine_admission.add_request(lambda *_: sent.append(request), processor, request, None)
 
     monkeypatch.setattr(gateway_activation, "_needed", set())
     monkeypatch.delitem(sys.modules, "vllm_multilora.gateway.app", raising=False)
@@ -1047,8 +1053,8 @@ def test_few_adapters_of_a_tenant_are_read_for_the_first_time_at_once():
 
     asyncio.run(all_at_once())
     assert most == {
-        "acme": MOST_FIRST_READINGS,
-        "zen": MOST_FIRST_READINGS,
+        "acme": MAX_FIRST_READINGS,
+        "zen": MAX_FIRST_READINGS,
         "operator": 20,
         "without keys": 20,
     }

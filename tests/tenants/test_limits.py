@@ -297,7 +297,7 @@ def test_calls_that_wait_are_before_those_that_come_when_there_are_tokens_again(
     run(check)
 
 
-def test_a_large_limit_is_told_in_digits():
+def test_a_large_limit_is_given_in_digits():
     def check():
         found = account(running=1, tokens_per_minute=1_000_000)
         found.begin()

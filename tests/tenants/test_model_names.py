@@ -169,7 +169,7 @@ def test_a_refusal_names_no_folder_to_who_may_see_none(models, asked, monkeypatc
     METER.set(processor, ServerMeter(None))
     models.engine_client = SimpleNamespace(output_processor=processor)
 
-    def told(hides):
+    def reported(hides):
         who = tenant(adapters=("acme-*",))
         who.hides_folders = hides
         if asked == "blend":
@@ -178,8 +178,8 @@ def test_a_refusal_names_no_folder_to_who_may_see_none(models, asked, monkeypatc
             refusal, _ = choose_for(models, who, "acme-a")
         return refusal.error.message
 
-    assert "/acme-a" not in told(True)
-    assert "/acme-a/" in told(False)
+    assert "/acme-a" not in reported(True)
+    assert "/acme-a/" in reported(False)
 
 
 @pytest.mark.parametrize(
@@ -230,11 +230,11 @@ def test_a_name_that_ends_like_a_version_is_as_unknown_as_any_other(models):
     models.engine_client = SimpleNamespace(output_processor=processor)
     models.lora_requests["zen@12345678"] = LoRARequest("zen@12345678", 9, "/zen")
 
-    def told(name):
+    def reported(name):
         refusal, _ = choose_for(models, tenant(adapters=("acme-*",)), name)
         return refusal.error.message
 
-    assert told("zen@12345678").replace("zen", "yen") == told("yen@12345678")
+    assert reported("zen@12345678").replace("zen", "yen") == reported("yen@12345678")
 
 
 def test_request_stays_with_the_version_that_its_name_stood_for_first(models):

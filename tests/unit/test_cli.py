@@ -144,14 +144,14 @@ def test_every_command_is_described_in_its_own_help(capsys):
 
 
 def test_commands_that_take_a_flag_of_the_servers_say_the_same_of_it():
-    def told(command):
+    def reported(command):
         parser = argparse.ArgumentParser()
         command.add_arguments(parser)
         return {
             a.option_strings[0]: (a.help, a.choices) for a in parser._actions if a.option_strings
         }
 
-    of_plan, of_validate = told(plan_command), told(validate)
+    of_plan, of_validate = reported(plan_command), reported(validate)
     both = of_plan.keys() & of_validate.keys() - {"--max-lora-rank"}  # which has no default in one
     assert len(both) >= 8
     assert {flag: of_plan[flag] for flag in both} == {flag: of_validate[flag] for flag in both}

@@ -96,5 +96,5 @@ def test_a_budget_too_small_for_the_slots_is_refused_with_one_that_is_not(bytes_
 
     with pytest.raises(ConfigError) as caught:
         budget(2 * bytes_each / GIB - 1e-6)
-    (told,) = re.findall(r"may take ([\d.]+) GiB", str(caught.value))
-    assert 2 * bytes_each <= (budget(float(told)).bytes or 0) < 2 * bytes_each + GIB / 100
+    (reported,) = re.findall(r"may take ([\d.]+) GiB", str(caught.value))
+    assert 2 * bytes_each <= (budget(float(reported)).bytes or 0) < 2 * bytes_each + GIB / 100

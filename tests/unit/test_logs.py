@@ -52,11 +52,11 @@ def test_nor_is_what_an_exception_repeats_of_it():
     found = {"msg": "Error: %s", "args": (error,), "exc_info": (ValueError, error, None)}
     record = logging.makeLogRecord(found)
     assert PrintableLines().filter(record)
-    told = r"no role \x1b[31mred"
-    assert logging.Formatter().format(record) == f"Error: {told}\nValueError: {told}"
+    reported = r"no role \x1b[31mred"
+    assert logging.Formatter().format(record) == f"Error: {reported}\nValueError: {reported}"
 
 
-def test_what_cannot_be_told_is_the_handlers_matter(monkeypatch, capsys):
+def test_what_cannot_be_reported_is_the_handlers_matter(monkeypatch, capsys):
     """Python says so on the standard error stream; whoever has logged it goes on."""
     monkeypatch.setattr(logging, "raiseExceptions", True)
     handler = logging.StreamHandler()

@@ -49,7 +49,7 @@ SERVERS: tuple[tuple[int, tuple[Any, ...], tuple[str, ...]], ...] = (
 )
 """Maximum rank of a server, ranks of its adapters, and layers, in the order of the cases."""
 
-_MOST_LAYERS, _ENOUGH_BYTES = 16, 512 << 20  # several times the largest card's L2
+_MAX_LAYERS, _ENOUGH_BYTES = 16, 512 << 20  # several times the largest card's L2
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Scale:
     divisor: int = 1
     slots: int = 64
     cases: tuple[int, ...] | None = None
-    layers: int = _MOST_LAYERS
+    layers: int = _MAX_LAYERS
     repetitions: int = 15
     copied: int = 1 << 30
     side: int = 8192

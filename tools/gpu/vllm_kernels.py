@@ -122,9 +122,9 @@ def carry(package: Path, version: str, folder: Path) -> None:
         ValueError: It has a module without one of the functions.
     """
     files = {name: (package / name).read_text(encoding="utf-8") for name in COPIED}
-    for name, wanted in FUNCTIONS.items():
+    for name, requested in FUNCTIONS.items():
         source = (package / name).read_text(encoding="utf-8")
-        files[name] = "\n\n".join(_function(source, each, name) for each in wanted) + "\n"
+        files[name] = "\n\n".join(_function(source, each, name) for each in requested) + "\n"
     files["__init__.py"] = f"__version__ = {version!r}\n"
     for name, source in (STAND_INS | files).items():
         path = folder / "vllm" / name
@@ -132,11 +132,11 @@ def carry(package: Path, version: str, folder: Path) -> None:
         path.write_text(source, encoding="utf-8")
 
 
-def _function(source: str, wanted: str, module: str) -> str:
+def _function(source: str, requested: str, module: str) -> str:
     for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef) and node.name == wanted:
+        if isinstance(node, ast.FunctionDef) and node.name == requested:
             return ast.get_source_segment(source, node) or ""
-    raise ValueError(f"vLLM's {module} has no function {wanted}")
+    raise ValueError(f"vLLM's {module} has no function {requested}")
 
 
 def installed(site: Path | None = None) -> tuple[Path, str]:

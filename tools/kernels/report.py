@@ -282,17 +282,17 @@ def _resource_usage(cubin: bytes) -> str:
 
 
 def report(
-    architecture: str, wanted: tuple[str, ...] | None, *, candidates: bool
+    architecture: str, requested: tuple[str, ...] | None, *, candidates: bool
 ) -> Iterator[Compiled]:
     """Compiles what was asked for on one architecture.
 
     Args:
         architecture: One of `CARDS`.
-        wanted: Beginnings of the cases' titles; None: all cases.
+        requested: Beginnings of the cases' titles; None: all cases.
         candidates: Compile the tuner's candidates instead.
     """
     known: dict[str, Compiled] = {}
-    for case, launch in _asked_for(architecture, wanted, candidates):
+    for case, launch in _asked_for(architecture, requested, candidates):
         key = repr((launch.kernel.__name__, specialise(launch), launch.options))
         if key not in known:
             known[key] = compile_launch(case.title, launch, architecture)
@@ -300,13 +300,13 @@ def report(
 
 
 def _asked_for(
-    architecture: str, wanted: tuple[str, ...] | None, candidates: bool
+    architecture: str, requested: tuple[str, ...] | None, candidates: bool
 ) -> Iterator[tuple[LaunchCase, Launch]]:
     if candidates:
         yield from candidate_launches(architecture)
         return
     for case in (*CASES, *table_cases(architecture)):
-        if wanted is None or case.title.startswith(wanted):
+        if requested is None or case.title.startswith(requested):
             for launch in launches(case, architecture):
                 yield case, launch
 
@@ -343,11 +343,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--candidates", action="store_true", help="the tuner's, instead of cases")
     chosen = parser.parse_args(arguments)
-    wanted = None if chosen.case is None else tuple(chosen.case)
+    requested = None if chosen.case is None else tuple(chosen.case)
     results = [
         result
         for architecture in chosen.arch or CARDS
-        for result in report(architecture, wanted, candidates=chosen.candidates)
+        for result in report(architecture, requested, candidates=chosen.candidates)
     ]
     if chosen.json:
         for result in results:

@@ -120,7 +120,7 @@ def dry_run(
     tasks: Sequence[Task], facts: DeviceFacts, shared_memory: int, effort: Effort, *, listed: bool
 ) -> str:
     """What would be timed, as a table; with `listed` every candidate as well."""
-    from tools.kernels.measure.tuned.candidates import MOST
+    from tools.kernels.measure.tuned.candidates import LIMIT
     from tools.kernels.measure.tuned.tuning import describe, outlook
 
     lines = [
@@ -139,7 +139,7 @@ def dry_run(
         candidates += [f"{task.name}: expand {describe(config)}" for config in plan.expand]
         total += plan.timed_calls
     lines.append(
-        f"{len(candidates)} candidates to be compiled, at most {MOST} for each half of a layer; "
+        f"{len(candidates)} candidates to be compiled, at most {LIMIT} for each half of a layer; "
         f"{total} timed calls at most"
     )
     return "\n".join(lines + (candidates if listed else []))

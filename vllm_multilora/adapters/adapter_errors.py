@@ -23,8 +23,8 @@ class AdapterError(MultiLoRAError):
     @classmethod
     def of(cls, *problems: Problem) -> Self:
         """The error of one or more problems, one a line; of very many, see `bounded`."""
-        told = bounded(problems)
-        return cls("\n".join(map(str, told)), told)
+        reported = bounded(problems)
+        return cls("\n".join(map(str, reported)), reported)
 
     @classmethod
     def at(

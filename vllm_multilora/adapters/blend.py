@@ -22,8 +22,8 @@ from blake3 import blake3
 from vllm_multilora.adapters.problems import shown, shown_name
 from vllm_multilora.errors import MultiLoRAError
 
-MOST_PARTS = 8
-MOST_WEIGHT = 100.0
+MAX_PARTS = 8
+MAX_WEIGHT = 100.0
 """Magnitude of a weight; useful ones are about 1."""
 
 FIRST_NUMBER = 1 << 53
@@ -180,8 +180,8 @@ def weights_in(value: Any) -> dict[str, float]:
     """
     if not isinstance(value, dict):
         raise BlendError(f"found {shown(value)}, expected {_EXPECTED}")
-    if not 1 <= len(value) <= MOST_PARTS:
-        raise BlendError(f"found {len(value)} adapters, expected 1 to {MOST_PARTS}: {_EXPECTED}")
+    if not 1 <= len(value) <= MAX_PARTS:
+        raise BlendError(f"found {len(value)} adapters, expected 1 to {MAX_PARTS}: {_EXPECTED}")
     return {name: _weight(name, weight) for name, weight in value.items()}
 
 
@@ -189,9 +189,9 @@ def _weight(name: Any, value: Any) -> float:
     if not isinstance(name, str) or not name:
         raise BlendError(f"found {shown(name)} for an adapter's name, expected {_EXPECTED}")
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not abs(value) <= MOST_WEIGHT:  # nor NaN
+    if not is_number or not abs(value) <= MAX_WEIGHT:  # nor NaN
         raise BlendError(
             f"found {shown(value)} for {shown(name)}, expected a weight: a number from "
-            f"-{MOST_WEIGHT:g} to {MOST_WEIGHT:g}"
+            f"-{MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
         )
     return float(value) + 0.0  # there is one zero

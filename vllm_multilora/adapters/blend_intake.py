@@ -28,8 +28,8 @@ from vllm_multilora.adapters.files.one_pass import TensorPart
 from vllm_multilora.adapters.intake import (
     AdapterSource,
     Intake,
+    IntakeResult,
     Rules,
-    Taken,
     error_of,
     open_adapter,
 )
@@ -132,7 +132,7 @@ class BlendIntake:
         self.rank = self._plan.rank
         self.block_bytes = padded_sizes(self._plan)
 
-    def read(self, addresses: _Ints | None, places: _Ints | None) -> Taken:
+    def read(self, addresses: _Ints | None, places: _Ints | None) -> IntakeResult:
         """Reads the tensors of all parts once; arguments and errors as of `Intake.read`."""
         plan = self._plan
         if addresses is not None and places is not None:
@@ -141,7 +141,7 @@ class BlendIntake:
             intake.read_parts(parts, None if addresses is None else _targets(addresses, of, parts))
             for intake, parts, of in zip(self._intakes, plan.parts, plan.goals, strict=True)
         ]
-        return Taken(self._blend.digest(digests), int(plan.sizes.sum()), tuple(digests))
+        return IntakeResult(self._blend.digest(digests), int(plan.sizes.sum()), tuple(digests))
 
 
 class _BlendPlan:
@@ -229,8 +229,8 @@ class _BlendPlan:
         a_ranks.append(last - first)
         self.rank = max(self.rank, rank)
 
-    def _put(self, part: int, wanted: TensorPart, block: int, offset: int) -> None:
-        self.parts[part].append(wanted)
+    def _put(self, part: int, requested: TensorPart, block: int, offset: int) -> None:
+        self.parts[part].append(requested)
         self.goals[part].append((block, offset))
 
 

@@ -27,10 +27,10 @@ logger = logging.getLogger(__name__)
 FIRST_NUMBER = 1 << 32
 """Numbers of adapters from directories begin here, far above those that servers count up to."""
 
-MOST_FOLDERS = 65_536
+MAX_FOLDERS = 65_536
 """Folders of a directory that are looked at: as many adapters as an engine can know."""
 
-_MOST_TOLD = 1_000  # of `_TELL_AGAIN_S`; names, and what is wrong, may be a stranger's
+_MAX_REPORTED = 1_000  # of `_TELL_AGAIN_S`; names, and what is wrong, may be a stranger's
 _TELL_AGAIN_S = 86_400.0
 _NUMBERS_END = 1 << 53  # what JSON's readers take for whole numbers
 
@@ -109,8 +109,8 @@ class AdapterDirectories:
         self._found: dict[str, dict[str, AdapterVersion]] = {d: {} for d in self._directories}
         self._clock = clock
         self._overfull: set[str] = set()  # those with folders that are not looked at
-        self._told: set[str] = set()
-        self._told_since = clock()
+        self._reported: set[str] = set()
+        self._reported_since = clock()
         # Whose numbers were given out at the last look at everything, and at the one before: a
         # version counts for as long as another one is being written.
         self._owners: dict[int, str] = {}
@@ -147,7 +147,7 @@ class AdapterDirectories:
     def _scan(self, directory: str) -> dict[str, AdapterVersion]:
         found: dict[str, AdapterVersion] = {}
         with os.scandir(directory) as entries:
-            for entry in islice(entries, MOST_FOLDERS):
+            for entry in islice(entries, MAX_FOLDERS):
                 if is_adapter_name(entry.name):
                     folder = self._look(
                         directory, entry.name, entry.path, is_link=entry.is_symlink()
@@ -158,7 +158,7 @@ class AdapterDirectories:
                 self._overfull.discard(directory)
             else:
                 self._overfull.add(directory)
-                self.tell(f"{directory} has more than {MOST_FOLDERS} entries; not all are served")
+                self.tell(f"{directory} has more than {MAX_FOLDERS} entries; not all are served")
         return dict(sorted(found.items()))
 
     def _look(
@@ -192,10 +192,10 @@ class AdapterDirectories:
 
     def tell(self, what: str) -> None:
         """Logs what is wrong, once a day while it is; of very many things in a day the first."""
-        if (now := self._clock()) - self._told_since >= _TELL_AGAIN_S:
-            self._told, self._told_since = set(), now
-        if what not in self._told and len(self._told) < _MOST_TOLD:
-            self._told.add(what)
+        if (now := self._clock()) - self._reported_since >= _TELL_AGAIN_S:
+            self._reported, self._reported_since = set(), now
+        if what not in self._reported and len(self._reported) < _MAX_REPORTED:
+            self._reported.add(what)
             logger.warning("Adapter directories: %s", what)
 
 

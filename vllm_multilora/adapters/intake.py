@@ -82,7 +82,7 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Taken:
+class IntakeResult:
     """An adapter that has been read.
 
     Attributes:
@@ -405,7 +405,7 @@ class Intake:
         self.dora = config.dora
         self.block_bytes = padded_sizes(plan)
 
-    def read(self, addresses: _Ints | None, places: _Ints | None) -> Taken:
+    def read(self, addresses: _Ints | None, places: _Ints | None) -> IntakeResult:
         """Reads the tensors once: judges and digests them, and packs them into memory.
 
         Args:
@@ -424,7 +424,7 @@ class Intake:
             write_index(plan, addresses, places)
             targets = np.zeros(len(plan.parts), np.int64)
             targets[: plan.blocks] = addresses[: plan.blocks]
-        return Taken(self.read_parts(plan.parts, targets), int(plan.sizes.sum()))
+        return IntakeResult(self.read_parts(plan.parts, targets), int(plan.sizes.sum()))
 
     def read_parts(self, parts: Sequence[TensorPart], targets: _Ints | None) -> str:
         """Reads the tensors once: judges and digests them, and packs parts of them.

@@ -10,14 +10,14 @@ from typing import Any
 
 from vllm_multilora.wording import counted, printable
 
-MOST_PROBLEMS = 100
+MAX_PROBLEMS = 100
 """Problems that are reported for an adapter; any others are only counted."""
 
-MOST_CHARACTERS = 32_768
+MAX_CHARACTERS = 32_768
 """Characters in the texts of an adapter's problems; the first problem is always reported."""
 
-_MOST_SHOWN = 160
-_MOST_TEXT = 2000
+_MAX_SHOWN = 160
+_MAX_TEXT = 2000
 
 
 class Code(StrEnum):
@@ -161,7 +161,7 @@ class Problem:
 class _Shortener(reprlib.Repr):
     def __init__(self) -> None:
         super().__init__()
-        self.maxstring = self.maxother = self.maxlong = _MOST_SHOWN
+        self.maxstring = self.maxother = self.maxlong = _MAX_SHOWN
         self.maxdict = self.maxlist = self.maxtuple = 6
         self.maxlevel = 3
 
@@ -175,7 +175,7 @@ def shown(value: Any) -> str:
     return printable(_Shortener().repr(value))
 
 
-def shown_name(name: str, most: int = _MOST_SHOWN) -> str:
+def shown_name(name: str, most: int = _MAX_SHOWN) -> str:
     """A tensor's or module's name as messages show it: short, printable, without quotes.
 
     Args:
@@ -200,24 +200,35 @@ def bounded(problems: Iterable[Problem]) -> list[Problem]:
     """The problems of one adapter as they may be kept, logged and sent.
 
     However wrong the adapter is, and whatever its files and its path hold, there are at most
-    `MOST_PROBLEMS`, of at most `MOST_CHARACTERS`, and one more that counts the others; their texts
+    `MAX_PROBLEMS`, of at most `MAX_CHARACTERS`, and one more that counts the others; their texts
     are short, printable and can be encoded.
     """
     kept: list[Problem] = []
-    more, left = 0, MOST_CHARACTERS
+    more, left = 0, MAX_CHARACTERS
     for problem in problems:
         if problem.code == Code.MORE_PROBLEMS:
             more += problem.count
             continue
-        if len(kept) < MOST_PROBLEMS and left > 0:
-            told = problem.with_texts(_text)
-            left -= sum(map(len, (told.file, told.where, told.found, told.expected, told.message)))
+        if len(kept) < MAX_PROBLEMS and left > 0:
+            reported = problem.with_texts(_text)
+            left -= sum(
+                map(
+                    len,
+                    (
+                        reported.file,
+                        reported.where,
+                        reported.found,
+                        reported.expected,
+                        reported.message,
+                    ),
+                )
+            )
             if left > 0 or not kept:
-                kept.append(told)
+                kept.append(reported)
                 continue
         more += 1
     return [*kept, more_problems(kept[0].file, more)] if more and kept else kept
 
 
 def _text(text: str) -> str:
-    return _shortened(printable(_shortened(text, _MOST_TEXT)), _MOST_TEXT)
+    return _shortened(printable(_shortened(text, _MAX_TEXT)), _MAX_TEXT)

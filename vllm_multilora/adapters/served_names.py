@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from vllm_multilora.adapters.blend import is_blend
 
-MOST_NAME_BYTES = 255
+MAX_NAME_BYTES = 255
 """Bytes of a name in UTF-8: the limit for a folder's name in all common file systems."""
 
-MOST_PATH_BYTES = 4095
+MAX_PATH_BYTES = 4095
 """Bytes of an adapter's path: Linux opens no longer ones."""
 
 
@@ -18,8 +18,8 @@ def name_fault(name: str) -> str | None:
     are short and printable, and lead nowhere.
     """
     # Characters first: whoever sends megabytes is not to have them encoded.
-    if len(name) > MOST_NAME_BYTES or len(_encoded(name)) > MOST_NAME_BYTES:
-        return f"has more than {MOST_NAME_BYTES} bytes"
+    if len(name) > MAX_NAME_BYTES or len(_encoded(name)) > MAX_NAME_BYTES:
+        return f"has more than {MAX_NAME_BYTES} bytes"
     if not name.isprintable():
         return "has characters that cannot be printed"
     if any(part in (".", "..") for part in name.split("/")):
@@ -29,8 +29,8 @@ def name_fault(name: str) -> str | None:
 
 def path_fault(path: str) -> str | None:
     """What keeps a text from being the path of a folder; None if it may be one."""
-    if len(path) > MOST_PATH_BYTES or len(_encoded(path)) > MOST_PATH_BYTES:
-        return f"has more than {MOST_PATH_BYTES} bytes"
+    if len(path) > MAX_PATH_BYTES or len(_encoded(path)) > MAX_PATH_BYTES:
+        return f"has more than {MAX_PATH_BYTES} bytes"
     if "\0" in path:
         return "has a null character"
     if is_blend(path):

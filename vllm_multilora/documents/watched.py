@@ -22,7 +22,7 @@ _RACY_NS = 2_000_000_000
 """Within this time of a change, a file may change again and look the same: time stamps are
 coarse."""
 
-_MOST_BYTES = 64 << 20
+_MAX_BYTES = 64 << 20
 """Size of the largest file that is read: a wrong path must not fill a server's memory."""
 
 _RETRY_NS = 5_000_000_000
@@ -47,15 +47,15 @@ def read_file(path: str | os.PathLike[str], parse: Callable[[str, str], _T], wha
 def _read(path: str | os.PathLike[str], what: str) -> bytes:
     try:
         with Path(path).open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
+            content = file.read(_MAX_BYTES + 1)
     except OSError as error:
         raise DocumentError(
             f"{os.fspath(path)}: cannot read the {what}: {error.strerror or error}; expected a "
             f"readable file"
         ) from error
-    if len(content) > _MOST_BYTES:
+    if len(content) > _MAX_BYTES:
         raise DocumentError(
-            f"{os.fspath(path)}: found more than {_MOST_BYTES >> 20} MiB, expected {what}"
+            f"{os.fspath(path)}: found more than {_MAX_BYTES >> 20} MiB, expected {what}"
         )
     return content
 
@@ -129,7 +129,7 @@ class WatchedFile(Generic[_T]):
         logger.info("Read the %s in %s again", self._what, self.path)
         return True
 
-    async def refresh_aside(self) -> bool:
+    async def refresh_on_thread(self) -> bool:
         """As `refresh`, while an event loop goes on: storage may be slow, and a file be large.
 
         On a thread of its own: what clients ask for may keep all of asyncio's busy.

@@ -33,7 +33,7 @@ MAX_VALUES = 32_768
 MAX_NUMBERS = 4 << 20
 """Values in all: tokens of prompts are numbers."""
 
-MAX_TOKENS_TOLD = 128 << 10
+MAX_TOKENS_REPORTED = 128 << 10
 """Values in all where text is made of tokens: 20 us each, on the thread that all texts share."""
 
 MAX_REPEATED_BYTES = 16 << 20
@@ -75,7 +75,7 @@ async def read_body(receive: Receive, route: Route, caller: Caller) -> Receive:
     elif not route.is_form:
         body = b"".join(part.get("body", b"") for part in parts)
         caller.body_bytes = len(body)
-        max_numbers = MAX_TOKENS_TOLD if route.is_decoding else MAX_NUMBERS
+        max_numbers = MAX_TOKENS_REPORTED if route.is_decoding else MAX_NUMBERS
         _require_few_values(body, max_numbers, counts_numbers=route.is_of_any_kind)
         parts = deque([{**last, "body": _checked(body, route, caller)}])
 

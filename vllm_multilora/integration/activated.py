@@ -49,8 +49,8 @@ def start_of(lora: Any) -> int:
 
 def last_occurrence(tokens: Sequence[int], invocation: Sequence[int]) -> int | None:
     """Where a sequence of tokens begins for the last time among others; None: nowhere."""
-    content, wanted = array("q", tokens).tobytes(), array("q", invocation).tobytes()
-    at = content.rfind(wanted)
+    content, requested = array("q", tokens).tobytes(), array("q", invocation).tobytes()
+    at = content.rfind(requested)
     while at % _TOKEN and at >= 0:  # across the border of two tokens
-        at = content.rfind(wanted, 0, at + len(wanted) - 1)
+        at = content.rfind(requested, 0, at + len(requested) - 1)
     return at // _TOKEN if at >= 0 else None

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _PREFIX, _REQUESTS = "multilora-load-failure:", "multilora-request-failure:"
 _UNINVOKED = "multilora-uninvoked:"
 
-_MOST_LOGGED = 1000
+_MAX_LOGGED = 1000
 """Characters of a reason that are logged."""
 
 _REFUSAL_MARK = "\nmultilora-refused:"
@@ -174,7 +174,7 @@ class RefusalsInOneLine(logging.Filter):
         if isinstance(error, AdapterRefusedError):
             record.msg, record.args = "Adapter refused: %s", (error.in_one_line(),)
         elif type(error) is GracefulHTTPError:  # of vLLM's own errors each has a class of its own
-            reason = shown_name(error.message, _MOST_LOGGED)
+            reason = shown_name(error.message, _MAX_LOGGED)
             record.msg, record.args = "Request failed: %s", (reason,)
         else:
             return True
@@ -205,7 +205,7 @@ class AdapterRefusedError(MultiLoRAError):
         first = self.problems[0]["message"] if self.problems else self.failure.message
         more = len(self.problems) - 1
         others = f" (and {counted(more, 'more problem')})" if more > 0 else ""
-        return shown_name(first, _MOST_LOGGED) + others
+        return shown_name(first, _MAX_LOGGED) + others
 
     def __str__(self) -> str:
         messages = [

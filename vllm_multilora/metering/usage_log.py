@@ -27,12 +27,12 @@ from vllm_multilora.wording import counted
 
 logger = logging.getLogger(__name__)
 
-_MOST_QUEUED = 16_384
-_MOST_AT_ONCE = 512  # lines of one write
+_MAX_QUEUED = 16_384
+_MAX_AT_ONCE = 512  # lines of one write
 _CLOSE_LIMIT_S = 5.0
 _COMPLAIN_S = 60.0
 _RETRY_S = 1.0  # until lines are tried again that could not be written
-_MOST_ID = 256  # characters of a request's id, which clients may choose
+_MAX_ID = 256  # characters of a request's id, which clients may choose
 
 
 class Status(StrEnum):
@@ -85,7 +85,7 @@ class UsageLog:
         ConfigError: It cannot be written to.
     """
 
-    def __init__(self, path: Path, limit: int, *, most_queued: int = _MOST_QUEUED) -> None:
+    def __init__(self, path: Path, limit: int, *, most_queued: int = _MAX_QUEUED) -> None:
         self._path = path
         self._limit = limit
         # With the Unix time at which each has ended: the disk may be slow.
@@ -102,8 +102,8 @@ class UsageLog:
 
         A long id loses its middle: at its end is the prompt's number.
         """
-        if len(name := usage.request_id) > _MOST_ID:
-            half = (_MOST_ID - 3) // 2
+        if len(name := usage.request_id) > _MAX_ID:
+            half = (_MAX_ID - 3) // 2
             usage = replace(usage, request_id=f"{name[:half]}...{name[-half:]}")
         try:
             self._queue.put_nowait((time.time(), usage))
@@ -123,7 +123,7 @@ class UsageLog:
         is_open = True
         while is_open:
             batch = [self._queue.get()]
-            while len(batch) < _MOST_AT_ONCE and not self._queue.empty():
+            while len(batch) < _MAX_AT_ONCE and not self._queue.empty():
                 batch.append(self._queue.get())
             is_open = None not in batch
             lines = [_line(*ended) for ended in batch if ended is not None]

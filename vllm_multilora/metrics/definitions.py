@@ -154,7 +154,7 @@ REQUEST_WAIT = _histogram(
     "had failed to load; 0 if it was already there.",
     _WAIT_S,
 )
-WANTED = _gauge(
+REQUESTED = _gauge(
     "vllm:lora_adapters_wanted",
     "Different LoRA adapters with requests running or waiting now.",
 )
@@ -241,7 +241,7 @@ ALL = (
     KERNELS,
     LOAD_FAILURES,
     REQUEST_WAIT,
-    WANTED,
+    REQUESTED,
     BATCH_ADAPTERS,
     INFO,
     ROUTE_REQUESTS,

@@ -21,7 +21,7 @@ SHARED = frozenset({OTHER, BLENDS})
 IDLE_S = 86_400.0
 """Without a count for so long, a place may go to somebody else."""
 
-_MOST_BYTES = 255
+_MAX_BYTES = 255
 _AT_ONCE = 16  # a sixteenth of the places, as a file is written anew for it
 _RETRY_S = 60.0
 
@@ -119,5 +119,5 @@ class BoundedNames(Places[str]):
 def fit(name: str) -> str:
     """A name as a label's value; `OTHER` if it is long, or cannot be printed or encoded."""
     # Printable is what can be encoded; what is far too long is looked at no further.
-    is_fit = len(name) <= _MOST_BYTES and name.isprintable()
-    return name if is_fit and len(name.encode()) <= _MOST_BYTES else OTHER
+    is_fit = len(name) <= _MAX_BYTES and name.isprintable()
+    return name if is_fit and len(name.encode()) <= _MAX_BYTES else OTHER

@@ -37,7 +37,7 @@ _USERS_PER_ADAPTER = 2  # with series of their own in counts of tokens: by route
 _BYTES_PER_USER = (3 + 2) * 384  # two of refused requests and of a route's
 _BYTES_OF_LATENCIES = sum(len(one.buckets) + 2 for one in LATENCIES) * 384
 
-MOST_STATUSES = 4
+MAX_STATUSES = 4
 """With which a request is refused for who sent it."""
 
 # Where a key has the name of an adapter.
@@ -143,7 +143,7 @@ class Recorder:
         self.names = BoundedNames(max_adapters, self._remove_names, clock)
         self.users = self._places(most_users, *TOKENS)
         self.routes = self._places(most_users, ROUTE_REQUESTS)
-        self.refused = self._places(max(most_users, MOST_STATUSES), REFUSED)
+        self.refused = self._places(max(most_users, MAX_STATUSES), REFUSED)
         size = _FIXED_BYTES + (max_adapters + 1) * _BYTES_PER_ADAPTER
         if role == "server":
             size += (most_users + 2) * _BYTES_PER_USER

@@ -56,9 +56,9 @@ class RequestLists:
         self._said, self._say_at = lists, now + _AGAIN_S
         self._file = self._file or FileIO(self._path, "w")
         # The wall clock may be set back: which lists are the newest follows from the other one.
-        told = json.dumps([now, time.time(), self._slots, *lists]).encode()
+        reported = json.dumps([now, time.time(), self._slots, *lists]).encode()
         # One line, with a sum by which readers tell that it is whole; below may be older ones.
-        os.pwrite(self._file.fileno(), b"%d %s\n" % (zlib.crc32(told), told), 0)
+        os.pwrite(self._file.fileno(), b"%d %s\n" % (zlib.crc32(reported), reported), 0)
 
 
 def newest_lists(folder: Path) -> Iterator[Metric]:
@@ -69,9 +69,9 @@ def newest_lists(folder: Path) -> Iterator[Metric]:
     """
     newest: dict[str, list[Any]] = {}
     for path in folder.glob(f"*{_SUFFIX}"):
-        if (told := _told(path)) is not None:
+        if (reported := _reported(path)) is not None:
             engine = path.name.partition("-")[0]
-            newest[engine] = max(told, newest.get(engine, told))
+            newest[engine] = max(reported, newest.get(engine, reported))
     if not newest:
         return
     labels = labels_of((slots, *lists) for _, _, slots, *lists in newest.values())
@@ -94,12 +94,12 @@ def labels_of(engines: Iterable[Sequence[Any]]) -> dict[str, str]:
     }
 
 
-def _told(path: Path) -> list[Any] | None:
+def _reported(path: Path) -> list[Any] | None:
     for _ in range(_TRIES):
         line = path.read_bytes().partition(b"\n")[0]
-        check, _, told = line.partition(b" ")
-        if check == b"%d" % zlib.crc32(told):
-            found: list[Any] = json.loads(told)
+        check, _, reported = line.partition(b" ")
+        if check == b"%d" % zlib.crc32(reported):
+            found: list[Any] = json.loads(reported)
             return found
     return None
 

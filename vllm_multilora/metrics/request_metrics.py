@@ -27,7 +27,7 @@ class RequestMetrics:
         # Requests that are counted when it is known whether there is an adapter of their name.
         self._uncounted: dict[int, tuple[str, int]] = {}
         self._wait = recorder.histogram(defined.REQUEST_WAIT)
-        self._wanted = recorder.series(defined.WANTED)
+        self._requested = recorder.series(defined.REQUESTED)
 
     def accept(self, request_id: str, adapter_id: int, name: str, *, is_ready: bool) -> None:
         """A request was taken in.
@@ -46,7 +46,7 @@ class RequestMetrics:
             _, before = self._uncounted.get(adapter_id, (name, 0))
             self._uncounted[adapter_id] = name, before + 1
         self._unfinished[adapter_id] += 1
-        self._wanted.set(len(self._unfinished))
+        self._requested.set(len(self._unfinished))
         if is_ready:
             self._wait.observe(0.0)
         else:
@@ -68,7 +68,7 @@ class RequestMetrics:
         if self._unfinished[adapter_id] <= 0:
             del self._unfinished[adapter_id]
             self._count_all(adapter_id)
-        self._wanted.set(len(self._unfinished))
+        self._requested.set(len(self._unfinished))
 
     def _count_all(self, adapter_id: int) -> None:
         if (uncounted := self._uncounted.pop(adapter_id, None)) is not None:

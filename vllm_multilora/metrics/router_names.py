@@ -44,13 +44,13 @@ CPU_LOADED = Definition(
     Kind.GAUGE,
     "LoRA adapters in host memory now; engines that share a store each show all of it.",
 )
-GPU_MOST = Definition(
+GPU_LIMIT = Definition(
     "vllm:max_gpu_lora_adapters", Kind.GAUGE, "Slots for LoRA adapters (--max-loras)."
 )
 
-ALL = (LOADED, LOAD_SECONDS, GPU_LOADED, CPU_LOADED, GPU_MOST)
+ALL = (LOADED, LOAD_SECONDS, GPU_LOADED, CPU_LOADED, GPU_LIMIT)
 
-_SAME = {GPU_LOADED: (ACTIVE, ()), CPU_LOADED: (CACHE_ADAPTERS, ("cpu",)), GPU_MOST: (SLOTS, ())}
+_SAME = {GPU_LOADED: (ACTIVE, ()), CPU_LOADED: (CACHE_ADAPTERS, ("cpu",)), GPU_LIMIT: (SLOTS, ())}
 _TRANSITIONS = {"disk": "disk_to_cpu", "cpu": "cpu_to_gpu"}
 
 

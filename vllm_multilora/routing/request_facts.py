@@ -12,7 +12,7 @@ LONGEST_VALUE = 512
 """Characters of a value that a request is led by: who or what it names has a short name."""
 
 # Of languages. Browsers send up to a dozen; RFC 5646, section 4.4.1, expects tags of at most 35.
-_LONGEST_RANGES, _MOST_RANGES, _LONGEST_TAG = 1024, 32, 64
+_LONGEST_RANGES, _MAX_RANGES, _LONGEST_TAG = 1024, 32, 64
 
 
 class RequestError(MultiLoRAError):
@@ -98,11 +98,11 @@ class FactSource:
         return _stripped(found)
 
     def case(self, written: str) -> str:
-        """A value in the routes file as `wanted` has it."""
+        """A value in the routes file as `requested` has it."""
         value = written.strip().lower()
         return value.replace("_", "-") if self.kind == "language" else value
 
-    def wanted(self, facts: RequestFacts) -> list[str]:
+    def requested(self, facts: RequestFacts) -> list[str]:
         """The cases that would suit the request, best first, in lower case.
 
         Raises:
@@ -125,7 +125,7 @@ def _languages(ranges: str) -> list[str]:
     language has, and those after the 32nd, are left out.
     """
     weighted = []
-    for part in ranges.lower().split(",", _MOST_RANGES)[:_MOST_RANGES]:
+    for part in ranges.lower().split(",", _MAX_RANGES)[:_MAX_RANGES]:
         tag, *parameters = (piece.strip() for piece in part.split(";", 2))
         quality = next((_quality(p[2:]) for p in parameters if p.startswith("q=")), 1.0)
         tag = tag.replace("_", "-")

@@ -13,13 +13,13 @@ from vllm_multilora.adapters.blend import name_of
 from vllm_multilora.routing.request_facts import FactSource, NoCaseError, RequestFacts
 from vllm_multilora.wording import listed
 
-MOST_WEIGHT = 1_000_000_000
+MAX_WEIGHT = 1_000_000_000
 """Largest weight of an adapter: the sum of all weights stays a finite number."""
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _HASHES = 2.0**64
-_MOST_NAMED = 20
-_MOST_SHOWN = 80
+_MAX_NAMED = 20
+_MAX_SHOWN = 80
 
 Turns = Counter[str]
 """How many requests each split has divided that named no customer."""
@@ -121,14 +121,14 @@ class Cases:
     default: Target | None
 
     def candidates(self, facts: RequestFacts, turns: Turns) -> tuple[Candidate, ...]:
-        for value in self.by.wanted(facts):
+        for value in self.by.requested(facts):
             if value in self.cases:
                 return self.cases[value].candidates(facts, turns)
         if self.default is not None:
             return self.default.candidates(facts, turns)
         raise NoCaseError(
             f"{self.place} chooses by {self.by.text} and has no default: found "
-            f"{_shown(self.by.value(facts))}, expected one of {listed(self.cases, _MOST_NAMED)}"
+            f"{_shown(self.by.value(facts))}, expected one of {listed(self.cases, _MAX_NAMED)}"
         )
 
     def names(self) -> Iterator[str]:
@@ -142,7 +142,7 @@ def _shown(value: str | None) -> str:
     if not value:
         return "no value"
     shown = repr(value)
-    return shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}..."
+    return shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}..."
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from vllm_multilora.adapters.blend import BlendError, weights_in
 from vllm_multilora.documents import Document, Keys, read_document, read_file
 from vllm_multilora.routing.request_facts import FactSource
 from vllm_multilora.routing.route_targets import (
-    MOST_WEIGHT,
+    MAX_WEIGHT,
     Blended,
     Cases,
     Named,
@@ -174,11 +174,11 @@ class _Parser:
         for name, weight in weights.items():
             self._name(name, (*place, name), "an adapter's name")
             is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-            if not is_number or not 0 <= weight <= MOST_WEIGHT:
+            if not is_number or not 0 <= weight <= MAX_WEIGHT:
                 raise self._error(
                     (*place, name),
                     f"found {_shown(weight)}, expected a weight: a number of 0 or more, at most "
-                    f"{MOST_WEIGHT}",
+                    f"{MAX_WEIGHT}",
                 )
         if not any(weights.values()):
             raise self._error(place, "found weights of 0 only, expected one above 0")

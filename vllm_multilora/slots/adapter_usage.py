@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from vllm_multilora.slots.events import Tier
 
-MOST_REMEMBERED = 65_536
+MAX_REMEMBERED = 65_536
 """Adapters of which something is remembered: versions and failed registrations add up."""
 
 
@@ -91,7 +91,7 @@ class AdapterUsage:
     def _use(self, adapter_id: int) -> AdapterUse:
         use = self._uses.pop(adapter_id, None)
         if use is None:
-            if len(self._uses) >= MOST_REMEMBERED:
+            if len(self._uses) >= MAX_REMEMBERED:
                 del self._uses[next(iter(self._uses))]
             use = AdapterUse()
         self._uses[adapter_id] = use  # at the end: those of which nothing was heard for longest go

@@ -26,7 +26,7 @@ from vllm_multilora.slots.events import SlotEvents, Tier
 from vllm_multilora.slots.pins import Pins
 from vllm_multilora.slots.policies.policy import CachePolicy, PolicyTier
 
-MOST_SLOTS = 2**15 - 2
+MAX_SLOTS = 2**15 - 2
 """What the kernels' plans can number."""
 
 COPY_S = 0.002
@@ -83,7 +83,7 @@ class SlotAssignment(PolicyTier):
         pins: The pinned adapters.
 
     Raises:
-        ConfigError: `slots` or `ranks` is no positive integer up to `MOST_SLOTS`, or too many
+        ConfigError: `slots` or `ranks` is no positive integer up to `MAX_SLOTS`, or too many
             adapters are pinned.
     """
 
@@ -98,9 +98,9 @@ class SlotAssignment(PolicyTier):
     ) -> None:
         for name, number in (("slots", slots), ("ranks", ranks)):
             is_whole = isinstance(number, int) and not isinstance(number, bool)
-            if not is_whole or not 1 <= number <= MOST_SLOTS:
+            if not is_whole or not 1 <= number <= MAX_SLOTS:
                 raise ConfigError(
-                    f"the number of {name} must be a positive integer, at most {MOST_SLOTS}, got "
+                    f"the number of {name} must be a positive integer, at most {MAX_SLOTS}, got "
                     f"{number!r}"
                 )
         super().__init__(policy)
@@ -116,8 +116,8 @@ class SlotAssignment(PolicyTier):
         self._active: frozenset[int] = frozenset()  # of the batch, but for those that have left it
         self._admitted: set[int] = set()  # since the batch was told
         # Asked for in this step, and in the one before.
-        self._wanted: set[int] = set()
-        self._wanted_before: set[int] = set()
+        self._requested: set[int] = set()
+        self._requested_before: set[int] = set()
 
     # What is where
 
@@ -150,8 +150,8 @@ class SlotAssignment(PolicyTier):
         """Whether the adapter keeps its slot, should it have one."""
         return (
             adapter_id in self._active
-            or adapter_id in self._wanted
-            or adapter_id in self._wanted_before
+            or adapter_id in self._requested
+            or adapter_id in self._requested_before
             or adapter_id in self.pins
             or self.is_awaited(adapter_id)
         )
@@ -184,7 +184,7 @@ class SlotAssignment(PolicyTier):
         They are protected until the next call, and reported to the policy. Those that were not in
         the preceding batch are looked up: a hit if they had a slot before they were asked for.
         """
-        self._wanted_before, self._wanted = self._wanted, set()
+        self._requested_before, self._requested = self._requested, set()
         self._admitted.clear()
         joined = adapters - self._running
         self._active = adapters
@@ -204,7 +204,7 @@ class SlotAssignment(PolicyTier):
         """Whether a request may run with this version of the adapter; protects it if so."""
         if not self.is_filled(adapter_id, pack):
             return False
-        self._wanted.add(adapter_id)
+        self._requested.add(adapter_id)
         self._admitted.add(adapter_id)
         return True
 
@@ -227,7 +227,7 @@ class SlotAssignment(PolicyTier):
         """
         place = self._places.get(adapter_id)
         if place is not None:
-            self._wanted.add(adapter_id)
+            self._requested.add(adapter_id)
             is_used = adapter_id in self._active or adapter_id in self._admitted
             if place.order.pack == pack or is_used:
                 return None
@@ -295,7 +295,7 @@ class SlotAssignment(PolicyTier):
         """The adapter was unloaded: it gives up its slot, its pin and whatever is noted of it."""
         if adapter_id in self._places:
             self._leave(adapter_id)
-        noted = self._admitted, self._wanted, self._wanted_before, self._read, self._brought
+        noted = self._admitted, self._requested, self._requested_before, self._read, self._brought
         for adapters in noted:
             adapters.discard(adapter_id)
         self.pins.forget(adapter_id)
@@ -310,7 +310,7 @@ class SlotAssignment(PolicyTier):
         self._contents[slot] = adapter_id
         self._places[adapter_id] = _Place(assignment, set(range(self._ranks)))
         self._orders[assignment.order] = adapter_id
-        self._wanted.add(adapter_id)
+        self._requested.add(adapter_id)
         self._add(adapter_id, size=1, cost=1.0)
         if adapter_id not in self._running:  # one that runs is not looked up
             self._brought.add(adapter_id)

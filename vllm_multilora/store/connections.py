@@ -33,6 +33,7 @@ from vllm_multilora.store.protocol.messages import (
     Forget,
     FromClient,
     Hello,
+    LoadRequest,
     Map,
     Publish,
     Refused,
@@ -43,7 +44,6 @@ from vllm_multilora.store.protocol.messages import (
     Share,
     Totals,
     Used,
-    Want,
     Watch,
 )
 from vllm_multilora.store.protocol.store_folder import StoreAddress
@@ -108,8 +108,8 @@ class Conversation:
         match message:
             case Configure():
                 self._configure(connection, message, now)
-            case Want():
-                registry.want(number, message, now)
+            case LoadRequest():
+                registry.request_load(number, message, now)
             case Share(ticket, owner):
                 registry.share(number, ticket, owner)
             case Cancel(ticket):
@@ -191,7 +191,7 @@ class Conversation:
         connection.segments.add(number)
 
 
-class Door:
+class Acceptor:
     """Takes in clients: only processes of this user, and only while there are descriptors.
 
     Args:

@@ -14,9 +14,9 @@ from typing import Any
 
 from vllm_multilora.failures import classify_failure
 from vllm_multilora.slots.policies.policy_registry import make_policy
-from vllm_multilora.store.connections import Connection, Conversation, Door, RefusedError
+from vllm_multilora.store.connections import Acceptor, Connection, Conversation, RefusedError
 from vllm_multilora.store.jobs.adapter_reader import AdapterReader
-from vllm_multilora.store.jobs.desk import Desk
+from vllm_multilora.store.jobs.job_pool import JobPool
 from vllm_multilora.store.jobs.runner import Runner
 from vllm_multilora.store.loads.registry import Registry
 from vllm_multilora.store.memory.arena import Arena
@@ -60,7 +60,7 @@ class StoreServer:
         self, listener: socket.socket, runner: Runner, reader: AdapterReader, *, keep: bool = False
     ) -> None:
         self._selector = selectors.DefaultSelector()
-        self._door = Door(listener)
+        self._acceptor = Acceptor(listener)
         self._runner = runner
         self._keep = keep
         self._segments = SharedSegments()
@@ -69,7 +69,7 @@ class StoreServer:
         numbers = itertools.count((secrets.randbits(31) + 1) << 20)
         memory = HostMemory(arena, make_policy("lru"), numbers, keeps=keep)
         self._registry = Registry(memory, self)
-        self._desk = Desk(runner, reader, self._selector)
+        self._job_pool = JobPool(runner, reader, self._selector)
         self._names = PublishedNames(self)
         self._conversation = Conversation(self._registry, self._segments, reader, self._names)
         self._connections: dict[int, Connection] = {}
@@ -80,7 +80,7 @@ class StoreServer:
         self._totals_sent = 0.0
         self._stopped = False
         self._bell, self._rope = socket.socketpair()
-        self._selector.register(self._door, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._acceptor, selectors.EVENT_READ, self._accept)
         self._selector.register(self._bell, selectors.EVENT_READ, lambda: None)
 
     def stop(self) -> None:
@@ -110,21 +110,21 @@ class StoreServer:
 
     def start(self, load: Load) -> None:
         try:
-            self._desk.start(load)
+            self._job_pool.start(load)
         except OSError as error:
             self._unstarted.append((load.number, _system_failure("start a check", error)))
 
     def tell(self, job: int, message: ToJob, segments: tuple[int, ...]) -> None:
         try:
-            self._desk.tell(job, message, [self._segments.descriptor(n) for n in segments])
+            self._job_pool.tell(job, message, [self._segments.descriptor(n) for n in segments])
         except OSError as error:
             self._unstarted.append((job, _system_failure("hand memory to a check", error)))
 
     def kill(self, job: int) -> None:
-        self._desk.kill(job)
+        self._job_pool.kill(job)
 
     def refusal(self, path: str) -> str | None:
-        return self._desk.refusal(path)
+        return self._job_pool.refusal(path)
 
     # The loop
 
@@ -134,11 +134,11 @@ class StoreServer:
         elif data < 0:
             self._hear_client(data)
         else:
-            self._desk.hear(data, self._registry.loads)
+            self._job_pool.hear(data, self._registry.loads)
 
     def _settle(self) -> None:
         """What is due after each round: ends, starts, news, and what could not be sent at once."""
-        self._desk.look(self._registry.loads)
+        self._job_pool.look(self._registry.loads)
         self._tick()
         self._names.tick(time.monotonic())
         while self._lost or self._unstarted:
@@ -166,9 +166,9 @@ class StoreServer:
             return 0.0
         now = time.monotonic()
         times = [
-            now + _AWAKE_S if self._desk.reading else None,
+            now + _AWAKE_S if self._job_pool.reading else None,
             self._registry.loads.queue.next_event(now),
-            self._desk.next_look(),
+            self._job_pool.next_look(),
             self._names.next_event(),
         ]
         if self._lack(self._registry.memory.totals()):
@@ -184,7 +184,7 @@ class StoreServer:
         return time.monotonic() - self._alone_since >= LINGER_S
 
     def _accept(self) -> None:
-        channel = self._door.accept()
+        channel = self._acceptor.accept()
         if channel is None:
             return
         number = next(self._numbers)
@@ -265,13 +265,13 @@ class StoreServer:
             totals=memory.totals(),
             segment_bytes=memory.arena.committed,
             queued=self._registry.loads.queue.queued,
-            reading=self._desk.reading,
-            stuck=self._desk.stuck,
+            reading=self._job_pool.reading,
+            stuck=self._job_pool.stuck,
         )
 
     def _close(self) -> None:
-        self._door.close()  # first: clients that are told look for the next store at once
-        self._desk.kill_all()
+        self._acceptor.close()  # first: clients that are told look for the next store at once
+        self._job_pool.kill_all()
         for connection in self._connections.values():
             connection.channel.close()
         self._bell.close()

@@ -11,7 +11,7 @@ from vllm_multilora.store.protocol.messages import Publish, Published, Retract, 
 PATIENCE_S = 2.0
 """Seconds for which an API server that does not answer holds another one's registration up."""
 
-MOST_GONE = 4096
+MAX_GONE = 4096
 """Adapters that have lost their names last, of which API servers are told when they come."""
 
 
@@ -45,7 +45,7 @@ class _Server:
         if name in self.names and self.names[name].adapter == adapter:
             del self.names[name]
         self.gone[adapter] = Retracted(0, name, adapter)
-        if len(self.gone) > MOST_GONE:
+        if len(self.gone) > MAX_GONE:
             del self.gone[next(iter(self.gone))]
 
 

@@ -120,7 +120,7 @@ class Pace:
         self._turn.release()
 
 
-MOST_FIRST_READINGS = 2
+MAX_FIRST_READINGS = 2
 """Adapters of a tenant that an API server looks for, or has read for the first time, at once."""
 
 WITHOUT_TURN_PER_MINUTE = 3_000
@@ -168,7 +168,7 @@ class Account:
         self._settles_at = -math.inf
         self._bucket: TokenBucket | None = None
         self._refilled: asyncio.TimerHandle | None = None
-        self.first_readings = asyncio.Semaphore(MOST_FIRST_READINGS)
+        self.first_readings = asyncio.Semaphore(MAX_FIRST_READINGS)
         self.listing: defaultdict[Endpoint, Pace] = defaultdict(lambda: Pace(clock))
         self.without_turn = TokenBucket(WITHOUT_TURN_PER_MINUTE, clock)
         self.update(tenant)
@@ -286,8 +286,8 @@ class Account:
         """Answers that a tenant's running calls may have in flight; None if there is no limit."""
         return self._limits.answers
 
-    def want(self, answers: int) -> None:
-        """Counts answers that a call wants, until `unwant`.
+    def reserve_answers(self, answers: int) -> None:
+        """Counts answers that a call wants, until `release_answers`.
 
         Raises:
             LimitReachedError: The tenant's calls want too many together.
@@ -297,8 +297,8 @@ class Account:
             raise LimitReachedError(f"the limit of answers at a time ({limit}) is reached")
         self._answers += answers
 
-    def unwant(self, answers: int) -> None:
-        """Undoes `want`."""
+    def release_answers(self, answers: int) -> None:
+        """Undoes `reserve_answers`."""
         self._answers -= answers
 
     async def begin_text(self, size: int) -> None:

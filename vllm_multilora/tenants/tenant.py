@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-MOST_WEIGHT = 1_000_000_000
+MAX_WEIGHT = 1_000_000_000
 """Sums of weights, and what is divided by them, stay far from what a float cannot hold."""
 
 
@@ -126,6 +126,6 @@ class Tenants:
 
 
 def is_weight(value: object) -> bool:
-    """Whether a value can be a weight: a number above 0, up to `MOST_WEIGHT`."""
+    """Whether a value can be a weight: a number above 0, up to `MAX_WEIGHT`."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 < value <= MOST_WEIGHT  # type: ignore[operator]
+    return is_number and 0 < value <= MAX_WEIGHT  # type: ignore[operator]

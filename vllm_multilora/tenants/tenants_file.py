@@ -11,7 +11,7 @@ from vllm_multilora.documents import Document, Keys, read_document, read_file
 from vllm_multilora.tenants.keys import read_stored
 from vllm_multilora.tenants.tenant import (
     ALLOWABLE,
-    MOST_WEIGHT,
+    MAX_WEIGHT,
     AllowedNames,
     Tenant,
     TenantLimits,
@@ -111,7 +111,7 @@ class _Parser:
         if not is_weight(weight):
             raise self._error(
                 (*place, "weight"),
-                f"found {_kind(weight)}, expected a number above 0, at most {MOST_WEIGHT}",
+                f"found {_kind(weight)}, expected a number above 0, at most {MAX_WEIGHT}",
             )
         return Tenant(
             name,

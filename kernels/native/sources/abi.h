@@ -54,14 +54,14 @@ void multilora_run(const struct lora_call *call);
 
 /* ---- packed_linear.c, called by packed_linear.py ---- */
 
-#define MOST_PACKED_ROWS 64
+#define MAX_PACKED_ROWS 64
 
 struct packed_call {
     int64_t weight, bias; /* addresses; bias 0: there is none */
     int64_t columns, k;   /* outputs, whole blocks of them, and inputs, whole words */
     int64_t dtype;        /* of all: F32 or BF16 */
     int64_t x, y;         /* addresses of [rows, k] and [rows, columns] */
-    int64_t rows;         /* at most MOST_PACKED_ROWS */
+    int64_t rows;         /* at most MAX_PACKED_ROWS */
     int64_t x_row_stride, y_row_stride; /* in elements */
     int64_t threads;
 };

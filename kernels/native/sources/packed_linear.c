@@ -119,7 +119,7 @@ static void put_block(const struct packed_call *c, int64_t column, const float *
 
 /* All rows against a block; the weights that are read after it are fetched as far as `end`. */
 static void multiply_block(const struct packed_call *c, int64_t block, const char *end) {
-    _Alignas(CACHE_LINE) float sums[MOST_PACKED_ROWS * COLUMNS];
+    _Alignas(CACHE_LINE) float sums[MAX_PACKED_ROWS * COLUMNS];
     multiply *const *of_rows = functions_of(c->dtype);
     int64_t row_bytes = c->x_row_stride * (int64_t)width_of((int)c->dtype);
     int64_t count = k_bytes(c) / WORD, groups = (c->rows + ROWS - 1) / ROWS;

@@ -59,12 +59,12 @@ def test_magnitudes_are_packed_in_float32_whatever_slots_are(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
     draft = make_dora(good())
-    wanted = {m: draft.tensors[magnitude_of(m)].to(dtype) for m in MODULES}
-    draft.tensors |= {magnitude_of(m): vector for m, vector in wanted.items()}
+    requested = {m: draft.tensors[magnitude_of(m)].to(dtype) for m in MODULES}
+    draft.tensors |= {magnitude_of(m): vector for m, vector in requested.items()}
     pack = take(draft.write(tmp_path), replace(DORA_LAYOUT, dtype=BFLOAT16))
     [index] = pack.index.ranks
     assert len(index.magnitude_places) == len(MODULES)
-    for place, vector in zip(index.magnitude_places.tolist(), wanted.values(), strict=True):
+    for place, vector in zip(index.magnitude_places.tolist(), requested.values(), strict=True):
         assert torch.equal(pack.matrix(place, torch.float32, len(vector)), vector.float())
 
 

@@ -9,8 +9,8 @@ from vllm_multilora.adapters.adapter_errors import AdapterFormatError
 from vllm_multilora.adapters.checks.problem_list import ProblemList
 from vllm_multilora.adapters.config.adapter_config import AdapterConfig
 from vllm_multilora.adapters.problems import (
-    MOST_CHARACTERS,
-    MOST_PROBLEMS,
+    MAX_CHARACTERS,
+    MAX_PROBLEMS,
     Code,
     Problem,
     bounded,
@@ -60,23 +60,23 @@ def problem(**texts: str) -> Problem:
     return Problem(code=Code.CONFIG_VALUE, **(fields | texts))
 
 
-def test_of_very_long_problems_as_many_are_told_as_fit():
-    told = bounded(problem(message="m" * 1900, where=str(number)) for number in range(90))
-    assert sum(len(str(one)) for one in told) <= MOST_CHARACTERS
-    assert told[-1].code == Code.MORE_PROBLEMS
-    assert len(told) - 1 + told[-1].count == 90
-    assert bounded(told) == told
+def test_of_very_long_problems_as_many_are_reported_as_fit():
+    reported = bounded(problem(message="m" * 1900, where=str(number)) for number in range(90))
+    assert sum(len(str(one)) for one in reported) <= MAX_CHARACTERS
+    assert reported[-1].code == Code.MORE_PROBLEMS
+    assert len(reported) - 1 + reported[-1].count == 90
+    assert bounded(reported) == reported
 
 
-def test_of_very_many_problems_a_hundred_are_told_and_the_others_counted():
-    told = bounded(problem(where=str(number)) for number in range(20_000))
-    assert len(told) == MOST_PROBLEMS + 1
-    assert told[-1].code == Code.MORE_PROBLEMS
-    assert told[-1].message == "file has 19900 more problems, not listed, expected none"
-    assert bounded(told) == told
-    assert bounded([*told, problem(), *told])[-1].count == 19_900 + 19_900 + 101
+def test_of_very_many_problems_a_hundred_are_reported_and_the_others_counted():
+    reported = bounded(problem(where=str(number)) for number in range(20_000))
+    assert len(reported) == MAX_PROBLEMS + 1
+    assert reported[-1].code == Code.MORE_PROBLEMS
+    assert reported[-1].message == "file has 19900 more problems, not listed, expected none"
+    assert bounded(reported) == reported
+    assert bounded([*reported, problem(), *reported])[-1].count == 19_900 + 19_900 + 101
     error = AdapterFormatError.of(*(problem() for _ in range(20_000)))
-    assert len(error.problems) == MOST_PROBLEMS + 1
+    assert len(error.problems) == MAX_PROBLEMS + 1
     assert bounded([]) == []
 
 
@@ -87,8 +87,8 @@ def test_a_hundred_thousand_wrong_patterns_cost_little_text_and_time():
     start = time.thread_time()
     _, problems = AdapterConfig.read(text, "c.json")
     assert time.thread_time() - start < 1
-    assert len(problems) == MOST_PROBLEMS + 1
-    assert problems[-1].count == 20_000 - MOST_PROBLEMS
+    assert len(problems) == MAX_PROBLEMS + 1
+    assert problems[-1].count == 20_000 - MAX_PROBLEMS
     assert sum(len(str(problem)) for problem in problems) < 100_000
     assert any("more than 64 regular expressions" in str(problem) for problem in problems)
 
@@ -99,9 +99,9 @@ def test_a_hundred_thousand_wrong_patterns_cost_little_text_and_time():
     ["x" * 100_000, "a\x1b[2Jb", "line\nbreak", "\ud800", "nul\0", "\U000e0001" * 5_000],
     ids=["long", "escape", "line", "surrogate", "nul", "tags"],
 )
-def test_whatever_a_problem_holds_it_is_told_short_printable_and_encodable(field, text):
-    [told] = bounded([problem(**{field: text})])
-    shown_text = getattr(told, field)
+def test_whatever_a_problem_holds_it_is_reported_short_printable_and_encodable(field, text):
+    [reported] = bounded([problem(**{field: text})])
+    shown_text = getattr(reported, field)
     assert len(shown_text) <= 2000
     assert shown_text.isprintable()
     assert shown_text.encode()

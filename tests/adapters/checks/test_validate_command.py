@@ -40,7 +40,7 @@ def test_good_adapters_exit_with_zero(good, capsys):
     assert table.endswith("1 adapter, 0 cannot be served\n")
 
 
-def test_one_bad_adapter_exits_with_one_and_every_problem_is_told(good, bad, capsys):
+def test_one_bad_adapter_exits_with_one_and_every_problem_is_reported(good, bad, capsys):
     assert command(good, bad) == 1
     table = capsys.readouterr().out
     for code in BAD["wrong-in-four-ways"].codes:

@@ -160,7 +160,9 @@ def test_what_cannot_be_read_for_a_while_stays(tmp_path, caplog, monkeypatch):
     assert "cannot be read" in caplog.text
 
 
-def test_what_is_wrong_is_told_once_a_day_and_another_day_whatever_came_before(tmp_path, caplog):
+def test_what_is_wrong_is_reported_once_a_day_and_another_day_whatever_came_before(
+    tmp_path, caplog
+):
     now = 0.0
     directories = AdapterDirectories([str(tmp_path)], AllowedRoots((), []), lambda: now)
     for number in range(5_000):
@@ -236,7 +238,7 @@ def test_looking_at_thousands_of_folders_is_cheap(tmp_path):
 
 
 def test_folders_beyond_the_limit_are_not_served_by_name_either(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("vllm_multilora.adapters.directory.MOST_FOLDERS", 2)
+    monkeypatch.setattr("vllm_multilora.adapters.directory.MAX_FOLDERS", 2)
     for name in ("acme", "beta", "corp"):
         put(tmp_path / name)
     directories = looking_at(tmp_path)

@@ -14,7 +14,7 @@ def test_a_url_is_shown_whole():
     assert "download" in problem.hint
 
 
-def test_a_file_and_nothing_are_told_apart():
+def test_a_file_and_nothing_are_distinguished():
     assert "give the path of the folder" in no_folder(f"/a/{TENSORS}", is_file=True).hint
     assert "the adapter folder /a does not exist" in no_folder("/a").message
 

@@ -68,7 +68,7 @@ def test_safetensors_beside_a_pickle_are_what_is_read(tmp_path):
     assert take(tmp_path, LAYOUT, rules=ALLOWED).nbytes > 0
 
 
-def test_tensors_that_share_memory_are_told_apart(tmp_path):
+def test_tensors_that_share_memory_are_distinguished(tmp_path):
     """Also those that lie across each other, which safetensors itself refuses to write."""
     pickled = pickle_weights(tmp_path)
     tensors = torch.load(pickled, weights_only=True)

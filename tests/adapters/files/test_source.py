@@ -131,7 +131,7 @@ def test_an_adapter_in_a_folder_below_is_pointed_out(folder):
     assert "link" not in str(caught.value)
 
 
-def test_a_path_of_a_file_is_told_from_a_missing_one(folder):
+def test_a_path_of_a_file_is_distinguished_from_a_missing_one(folder):
     with pytest.raises(AdapterNotFoundError, match="is a file, expected an adapter folder"):
         open_adapter(str(folder / WEIGHTS), Rules())
 
@@ -218,7 +218,7 @@ def test_the_version_tells_states_apart(folder):
     assert len(set(versions)) == 3
 
 
-def test_a_read_error_is_told(folder, monkeypatch):
+def test_a_read_error_is_reported(folder, monkeypatch):
     def fail(*_: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -400,7 +400,7 @@ def test_values_that_no_worker_here_keeps_are_judged_too(tmp_path):
             intake.read(None, None)
 
 
-def test_values_are_not_judged_where_that_is_not_wanted(tmp_path):
+def test_values_are_not_judged_where_that_is_not_requested(tmp_path):
     tensors = weights({MODULES[0][0]: 4})
     next(iter(tensors.values()))[0, 0] = float("inf")
     folder = write(tmp_path / "a", tensors, rank=4, alpha=4)

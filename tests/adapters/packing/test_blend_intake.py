@@ -95,10 +95,10 @@ def assert_holds(pack: Pack, tensors, weights, rank: int = 0) -> None:
         rows.append(part.row)
         a, b = both
         first, last = part.rows_of_a(len(a))
-        wanted = a[first:last, slice(*part.input_range)], b[slice(*part.output_range)]
-        for got, want in zip(found[part.row], wanted, strict=True):
-            assert got.shape == want.shape
-            assert torch.all((got.double() - want).abs() <= tolerance * want.abs()), part
+        factors = a[first:last, slice(*part.input_range)], b[slice(*part.output_range)]
+        for got, product in zip(found[part.row], factors, strict=True):
+            assert got.shape == product.shape
+            assert torch.all((got.double() - product).abs() <= tolerance * product.abs()), part
     assert pack.index.ranks[rank].rows.tolist() == rows
 
 

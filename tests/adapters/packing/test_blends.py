@@ -7,7 +7,7 @@ import pytest
 
 from vllm_multilora.adapters.blend import (
     FIRST_NUMBER,
-    MOST_PARTS,
+    MAX_PARTS,
     Blend,
     BlendError,
     BlendPart,
@@ -106,7 +106,7 @@ def test_digests_tell_weights_versions_and_numbers_of_parts_apart():
         (["style"], "found ['style']"),
         (7, "found 7"),
         ({}, "found 0 adapters, expected 1 to 8"),
-        ({f"a{number}": 1 for number in range(MOST_PARTS + 1)}, "found 9 adapters"),
+        ({f"a{number}": 1 for number in range(MAX_PARTS + 1)}, "found 9 adapters"),
         ({"": 1}, "found '' for an adapter's name"),
         ({"a": "1"}, "found '1' for 'a', expected a weight: a number from -100 to 100"),
         ({"a": True}, "found True for 'a'"),
@@ -130,7 +130,7 @@ def test_weights_are_numbers_in_whatever_notation():
     weights = weights_in(json.loads('{"a": 1, "b": 5e-1, "c": -0.0}'))
     assert weights == {"a": 1.0, "b": 0.5, "c": 0.0}
     assert math.copysign(1.0, weights["c"]) == 1.0
-    most = {f"a{number}": 0.5 for number in range(MOST_PARTS)}
+    most = {f"a{number}": 0.5 for number in range(MAX_PARTS)}
     assert weights_in(most) == most
 
 

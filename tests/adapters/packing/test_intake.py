@@ -55,9 +55,9 @@ def assert_holds(pack: Pack, tensors, scalings: dict[str, float], rank: int = 0)
         first, last = part.rank_range or (0, len(a))
         a = a[first:last, slice(*part.input_range)]
         b = b[slice(*part.output_range)] * scalings[part.name]
-        for got, want in zip(found[part.row], (a, b), strict=True):
-            assert got.shape == want.shape
-            assert torch.all((got.double() - want).abs() <= tolerance * want.abs()), part
+        for got, expected in zip(found[part.row], (a, b), strict=True):
+            assert got.shape == expected.shape
+            assert torch.all((got.double() - expected).abs() <= tolerance * expected.abs()), part
     assert pack.index.ranks[rank].rows.tolist() == expected_rows
 
 
@@ -458,7 +458,7 @@ def test_the_index_holds_nothing_of_the_configuration_where_vllm_reads_none(tmp_
     assert pack.index.config == ""
 
 
-def test_the_largest_rank_is_told(tmp_path):
+def test_the_largest_rank_is_reported(tmp_path):
     tensors = weights({Q0: 8, V0: 4})
     write(tmp_path, tensors, rank=4, alpha=6, rank_pattern={"q_proj": 8, "k_proj": 16})
     assert take(tmp_path, layout()).rank == 8

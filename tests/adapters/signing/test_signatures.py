@@ -498,7 +498,7 @@ def test_a_folder_of_very_many_or_deeply_nested_files_is_given_up(
     (deep / "file").touch()
     assert "nested too deeply" in refused(site.folder, site.rules())[0][1]
     shutil.rmtree(site.folder / "d")
-    monkeypatch.setattr("vllm_multilora.adapters.signing.signed_files.MOST_FILES", 3)
+    monkeypatch.setattr("vllm_multilora.adapters.signing.signed_files.MAX_FILES", 3)
     assert "more than 3 files" in refused(site.folder, site.rules())[0][1]
 
 

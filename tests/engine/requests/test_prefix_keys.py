@@ -16,7 +16,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request, RequestStatus
 
-from tests.engine.parties import pack_info
+from tests.engine.fake_engine import pack_info
 from tests.engine.scheduling.fake_scheduler import AwareScheduler
 from tests.engine.scheduling.test_scheduler import config
 from vllm_multilora.integration.activated import ActivatedLoRARequest, last_occurrence

@@ -1,6 +1,6 @@
 """Who uses an adapter, and what routers are told of it; which version a request runs on."""
 
-from tests.engine.parties import lora
+from tests.engine.fake_engine import lora
 from tests.engine.scheduling.fake_scheduler import FakeRequest
 from vllm_multilora.integration.blends import blended
 from vllm_multilora.integration.engine.adapters import users as users_module
@@ -9,27 +9,27 @@ from vllm_multilora.integration.engine.requests.weight_versions import Announcem
 from vllm_multilora.metrics.label_values import BLENDS
 
 
-def told(users: AdapterUsers, *running: FakeRequest) -> tuple[list[str], list[str]]:
+def reported(users: AdapterUsers, *running: FakeRequest) -> tuple[list[str], list[str]]:
     return users.lists(running)
 
 
 def test_adapters_run_and_wait_by_their_requests_and_those_without_are_not_named():
     users, base = AdapterUsers(), FakeRequest("base")
-    assert told(users, base) == ([], [])
+    assert reported(users, base) == ([], [])
     one, two = lora(1), lora(2)
     for adapter in (one, one, two):
         users.come(adapter)
-    assert told(users, base) == ([], ["adapter 1", "adapter 2"])
-    assert told(users, base, FakeRequest("a", one)) == (
+    assert reported(users, base) == ([], ["adapter 1", "adapter 2"])
+    assert reported(users, base, FakeRequest("a", one)) == (
         ["adapter 1"],
         ["adapter 1", "adapter 2"],
     )
     assert not users.leave(1)
     assert users.leave(2)
-    assert told(users, FakeRequest("b", one)) == (["adapter 1"], [])
+    assert reported(users, FakeRequest("b", one)) == (["adapter 1"], [])
     assert users.leave(1)
     assert users[1] == 0
-    assert told(users) == ([], [])
+    assert reported(users) == ([], [])
     assert not users._counts, "nothing is kept of adapters that come and go"
 
 
@@ -38,27 +38,29 @@ def test_requests_of_all_blends_are_counted_under_one_name():
     blends = [blended([(lora(1), weight), (lora(2), 1.0)]) for weight in (0.25, 0.5)]
     for blend in blends:
         users.come(blend)
-    assert told(users, *(FakeRequest(str(one.lora_int_id), one) for one in blends)) == (
+    assert reported(users, *(FakeRequest(str(one.lora_int_id), one) for one in blends)) == (
         [BLENDS],
         [],
     )
 
 
 def test_an_adapter_that_is_kept_keeps_no_other():
-    users, told_of = AdapterUsers(), list[tuple[int, bool]]()
+    users, notified_of = AdapterUsers(), list[tuple[int, bool]]()
     for number in (1, 2):
         users.come(lora(number))
-        users.retire(number, 60.0, lambda leaves, number=number: told_of.append((number, leaves)))
+        users.retire(
+            number, 60.0, lambda leaves, number=number: notified_of.append((number, leaves))
+        )
     users.keep({1})
-    assert told_of == [(1, False)]
+    assert notified_of == [(1, False)]
     for number in (1, 2):
         users.leave(number)
     assert not users.let_go()
-    assert told_of == [(1, False), (2, True)]
+    assert notified_of == [(1, False), (2, True)]
 
 
 def test_counts_of_adapters_that_the_engine_has_forgotten_are_forgotten(monkeypatch):
-    monkeypatch.setattr(users_module, "MOST_KNOWN", 1)
+    monkeypatch.setattr(users_module, "MAX_KNOWN", 1)
     users = AdapterUsers()
     for number in (1, 2, 2):
         users.come(lora(number))
@@ -70,7 +72,7 @@ def test_counts_of_adapters_that_the_engine_has_forgotten_are_forgotten(monkeypa
     assert users[1] == 1
 
 
-def test_a_version_is_told_with_the_first_output_and_the_client_s_headers_stay():
+def test_a_version_is_reported_with_the_first_output_and_the_client_s_headers_stay():
     announcements, request = Announcements(), FakeRequest("r", lora(1))
     request.trace_headers = {"traceparent": "x"}
     announcements.announce(request, "d")

@@ -19,7 +19,7 @@ NO_GRAMMAR = 5
 class Waiting:
     number: int
     adapter: int
-    party: str = "everybody"
+    flow: str = "everybody"
     num_tokens: int = 4
     num_computed_tokens: int = 0
     grammar: Future[None] = field(default_factory=Future)
@@ -53,16 +53,16 @@ class Scheduler:
         self.skipped: set[Waiting] = set()
         self.shares = FairShares()
         self.queue = FairQueue(
-            self.shares, lambda request: request.party, self.skipped, rank, awaited
+            self.shares, lambda request: request.flow, self.skipped, rank, awaited
         )
         self.examined: list[Waiting] = []
 
     def add(self, *requests: Waiting) -> None:
         for request in requests:
-            self.shares.join(request.party)
+            self.shares.join(request.flow)
             self.queue.add_request(request)
 
-    def step(self, blocked=(), room: int = 10_000, *, passed_parties=()) -> list[Waiting]:
+    def step(self, blocked=(), room: int = 10_000, *, passed_flows=()) -> list[Waiting]:
         """What a step takes in, while no request can run with the blocked adapters."""
         queue, taken, again = self.queue, [], deque()
         queue.begin_step()
@@ -70,8 +70,8 @@ class Scheduler:
         while queue and len(taken) < room:
             request = queue.peek_request()
             self.examined.append(request)
-            if request.party in passed_parties:
-                queue.pass_over(request, whole_party=True)
+            if request.flow in passed_flows:
+                queue.pass_over(request, whole_flow=True)
             elif request.adapter in blocked or lacks_grammar(request):
                 queue.pass_over(request)
             else:
@@ -118,7 +118,7 @@ def priority(request: Waiting) -> tuple[int, int]:
 
 @settings(max_examples=300, deadline=None)
 @given(steps=STEPS, rank=st.sampled_from([None, priority]))
-def test_with_one_party_it_is_vllms_own_queue(steps, rank):
+def test_with_one_flow_it_is_vllms_own_queue(steps, rank):
     """But that of those that cannot run with an adapter, or lack a grammar, it shows one."""
     scheduler, line, number = Scheduler(rank), list[Waiting](), 0
     for arrivals, blocked, room, aborted, compiled, preempts in steps:
@@ -165,8 +165,8 @@ def test_with_one_party_it_is_vllms_own_queue(steps, rank):
 
 
 @settings(max_examples=200, deadline=None)
-@given(steps=STEPS, blocked_party=st.sampled_from("abc"))
-def test_of_each_party_the_order_is_kept_and_nothing_is_lost(steps, blocked_party):
+@given(steps=STEPS, blocked_flow=st.sampled_from("abc"))
+def test_of_each_flow_the_order_is_kept_and_nothing_is_lost(steps, blocked_flow):
     scheduler, there, number = Scheduler(), dict[Waiting, None](), 0
     for arrivals, blocked, room, aborted, compiled, passes in steps:
         for adapter in arrivals:
@@ -180,16 +180,16 @@ def test_of_each_party_the_order_is_kept_and_nothing_is_lost(steps, blocked_part
             del there[request]
         for request in [each for each in there if each.number in compiled]:
             request.compile()
-        passed = {blocked_party} if passes else set()
-        taken = scheduler.step(blocked, room, passed_parties=passed)
+        passed = {blocked_flow} if passes else set()
+        taken = scheduler.step(blocked, room, passed_flows=passed)
         for request in taken:
             del there[request]
-        for party in "abc":
-            own = [request.number for request in taken if request.party == party]
+        for flow in "abc":
+            own = [request.number for request in taken if request.flow == flow]
             assert own == sorted(own)
         could = [r for r in there if r.has_grammar and r.adapter not in blocked]
-        assert len(taken) == room or not [r for r in could if r.party not in passed]
-        assert not any(request.party in passed for request in taken)
+        assert len(taken) == room or not [r for r in could if r.flow not in passed]
+        assert not any(request.flow in passed for request in taken)
         assert set(scheduler.queue) == there.keys()
         assert len(scheduler.queue) == len(there)
 
@@ -198,8 +198,8 @@ def test_one_look_is_enough_for_all_that_wait_for_the_same():
     scheduler = Scheduler()
     scheduler.add(*(Waiting(5 * n + 1, 1 + n % 2, "ab"[n % 3 % 2]) for n in range(3000)))
     assert not scheduler.step(blocked={1, 2})
-    assert {(each.party, each.adapter) for each in scheduler.examined} == {
-        (party, adapter) for party in "ab" for adapter in (1, 2)
+    assert {(each.flow, each.adapter) for each in scheduler.examined} == {
+        (flow, adapter) for flow in "ab" for adapter in (1, 2)
     }
     assert len(scheduler.examined) == 4
     assert len(scheduler.skipped) == 3000
@@ -230,7 +230,7 @@ def test_there_is_something_to_examine_though_others_that_were_passed_over_are_a
     assert queue
     assert queue.pop_request() is third
     assert not queue
-    queue.begin_step()  # of that party nothing is left
+    queue.begin_step()  # of that flow nothing is left
     assert not queue
 
 
@@ -243,7 +243,7 @@ def test_what_has_been_taken_is_not_kept_in_mind_for_longer_than_a_step():
     assert not scheduler.queue._taken
 
 
-def test_of_parties_that_have_had_the_same_the_one_that_came_first_is_first():
+def test_of_flows_that_have_had_the_same_the_one_that_came_first_is_first():
     scheduler = Scheduler()
     gone, first, last = Waiting(1, 1, "a"), Waiting(2, 1, "b"), Waiting(3, 1, "a")
     scheduler.add(gone, first, last)
@@ -294,11 +294,11 @@ def test_what_a_step_has_passed_over_is_not_shown_in_it_again():
     assert not scheduler.queue._emptied
 
 
-def test_all_requests_of_a_party_that_is_passed_over_are_known_to_be_skipped():
+def test_all_requests_of_a_flow_that_is_passed_over_are_known_to_be_skipped():
     scheduler = Scheduler()
     requests = {Waiting(number, number % 3) for number in range(1, 9)}
     others = [Waiting(number, 1, "others") for number in (11, 12)]
     scheduler.add(*requests, *others)
-    assert scheduler.step(passed_parties={"everybody"}) == others
+    assert scheduler.step(passed_flows={"everybody"}) == others
     assert len(scheduler.examined) == 3
     assert scheduler.skipped == requests

@@ -17,7 +17,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from tests.engine.parties import Engine, pack_info
+from tests.engine.fake_engine import Engine, pack_info
 from tests.engine.scheduling.real_scheduler import (
     BLOCK_SIZE,
     SCHEDULERS,
@@ -30,17 +30,17 @@ from vllm_multilora.integration.engine.scheduling import scheduler as scheduler_
 from vllm_multilora.integration.engine.scheduling.fair_scheduler import (
     BASE_MODEL,
     FairSharesMixin,
-    party_of,
+    flow_of,
 )
-from vllm_multilora.slots.fairness.fair_shares import CONTEXT_TOKENS, GENERATED_COST, Party
+from vllm_multilora.slots.fairness.fair_shares import CONTEXT_TOKENS, GENERATED_COST, Flow
 from vllm_multilora.slots.fairness.slot_turns import PATIENCE_STEPS
 
 PLACES, STEP_TOKENS, LIMIT = 4, 256, 32
-PARTY = ("adapter", "adapter-1")
+FLOW = ("adapter", "adapter-1")
 
 
 class FixedBound:
-    """As `StepBound`, without a clock: heavy parties may have LIMIT of each step."""
+    """As `StepBound`, without a clock: heavy flows may have LIMIT of each step."""
 
     def __init__(self, slowdown: float, most: int) -> None:
         self.took_part: list[float] = []
@@ -90,12 +90,12 @@ def run(steps: Steps, count: int) -> Counter[str]:
     return tokens
 
 
-def of(tokens: Counter[str], party: str) -> int:
-    return sum(count for name, count in tokens.items() if name.startswith(party))
+def of(tokens: Counter[str], flow: str) -> int:
+    return sum(count for name, count in tokens.items() if name.startswith(flow))
 
 
-def waiting(steps: Steps, party: str) -> int:
-    return sum(request.request_id.startswith(party) for request in steps.scheduler.waiting)
+def waiting(steps: Steps, flow: str) -> int:
+    return sum(request.request_id.startswith(flow) for request in steps.scheduler.waiting)
 
 
 @pytest.mark.parametrize("base", SCHEDULERS, ids=lambda base: base.__name__)
@@ -157,7 +157,7 @@ def test_shares_are_by_weight(steps):
     assert of(tokens, "gold") / of(tokens, "plain") == pytest.approx(3.0, rel=0.15)
 
 
-def test_all_adapters_of_a_tenant_are_one_party(steps):
+def test_all_adapters_of_a_tenant_are_one_flow(steps):
     for number in range(40):
         steps.ask(f"many {number}", tenant="many", adapter=1 + number % 4)
         steps.ask(f"one {number}", tenant="one", adapter=5)
@@ -166,9 +166,9 @@ def test_all_adapters_of_a_tenant_are_one_party(steps):
 
 
 def test_who_is_charged(steps):
-    assert party_of(steps.ask("a", tenant="acme", adapter=1)) == ("tenant", "acme")
-    assert party_of(steps.ask("b", adapter=1)) == ("adapter", "adapter-1")
-    assert party_of(steps.ask("c")) == BASE_MODEL
+    assert flow_of(steps.ask("a", tenant="acme", adapter=1)) == ("tenant", "acme")
+    assert flow_of(steps.ask("b", adapter=1)) == ("adapter", "adapter-1")
+    assert flow_of(steps.ask("c")) == BASE_MODEL
 
 
 def test_a_long_prompt_takes_part_of_a_step_only_while_another_one_generates(steps):
@@ -193,7 +193,7 @@ def test_a_small_requests_prompt_stands_before_the_rest_of_a_long_one(steps):
     assert step["long"] == LIMIT
 
 
-def test_prompts_of_several_heavy_parties_share_the_limit(steps):
+def test_prompts_of_several_heavy_flows_share_the_limit(steps):
     steps.ask("small", adapter=1, prompt=16, generate=60)
     run(steps, 2)
     for number in (2, 3):
@@ -218,7 +218,7 @@ def test_adapters_of_requests_that_a_step_leaves_out_keep_their_slots(configs):
     steps.drain()
 
 
-def test_running_requests_of_a_heavy_party_take_part_of_a_step_only(configs):
+def test_running_requests_of_a_heavy_flow_take_part_of_a_step_only(configs):
     """The requests that came first go on, so that each ends in its turn."""
     steps = Steps(configs(places=40))
     for number in range(30):
@@ -235,7 +235,7 @@ def test_running_requests_of_a_heavy_party_take_part_of_a_step_only(configs):
     assert Counter(seen).total() > 30 * 30
 
 
-def test_a_step_looks_at_few_requests_of_a_heavy_party_that_may_have_no_more_of_it(configs):
+def test_a_step_looks_at_few_requests_of_a_heavy_flow_that_may_have_no_more_of_it(configs):
     """There may be tens of thousands, and each look at one takes everybody time."""
     steps = Steps(configs(places=250))
     for number in range(30):
@@ -335,7 +335,7 @@ def test_nobody_is_held_back_for_one_that_finds_no_memory(configs):
         assert of(Counter(steps.step()), "large") == 24
 
 
-def test_heavy_parties_have_a_share_by_their_weights_however_long_steps_take(configs):
+def test_heavy_flows_have_a_share_by_their_weights_however_long_steps_take(configs):
     steps = Steps(configs(places=8))
     for number in range(4):
         steps.ask(f"large {number}", tenant="large", weight=3.0, generate=400)
@@ -345,7 +345,7 @@ def test_heavy_parties_have_a_share_by_their_weights_however_long_steps_take(con
     assert steps.scheduler._bound.least == 1.5 * 3.0 * GENERATED_COST
 
 
-def test_equal_parties_are_not_limited(steps):
+def test_equal_flows_are_not_limited(steps):
     for number in range(2):
         steps.ask(f"{number}", adapter=number + 1, prompt=600, generate=20)
     # From the second on both have had a step's worth at least.
@@ -365,7 +365,7 @@ def test_prompts_that_vllm_does_not_divide_are_not_limited(configs):
 
 @pytest.mark.parametrize("base", SCHEDULERS, ids=lambda base: base.__name__)
 @pytest.mark.parametrize("seed", range(3))
-def test_alone_a_party_is_scheduled_as_without_fair_shares(configs, base, seed):
+def test_alone_a_flow_is_scheduled_as_without_fair_shares(configs, base, seed):
     fair, unfair = (Steps(configs(fair_shares=fair), base, blocks=60) for fair in (True, False))
     numbers = Random(seed)
     for number in range(200):
@@ -374,7 +374,7 @@ def test_alone_a_party_is_scheduled_as_without_fair_shares(configs, base, seed):
             for steps in (fair, unfair):
                 steps.ask(f"{number}", adapter=1, **sizes)
         assert fair.step() == unfair.step()
-    assert fair.scheduler._shares.served(PARTY) == 0  # nothing was counted
+    assert fair.scheduler._shares.served(FLOW) == 0  # nothing was counted
 
 
 def test_who_has_had_most_is_preempted_and_charged_once(steps_of):
@@ -384,14 +384,14 @@ def test_who_has_had_most_is_preempted_and_charged_once(steps_of):
     run(steps, 3)
     steps.ask("small", adapter=2, prompt=20, generate=40)
     preempted: set[str] = set()
-    before = steps.scheduler._shares.served(PARTY)
+    before = steps.scheduler._shares.served(FLOW)
     computed = {r.request_id: r.num_computed_tokens for r in steps.scheduler.running}
     while "small" in steps.scheduler.requests:
         steps.step()
         preempted |= {r.request_id for r in steps.scheduler.requests.values() if r.num_preemptions}
     assert preempted
     assert "small" not in preempted
-    charged = steps.scheduler._shares.served(PARTY) - before
+    charged = steps.scheduler._shares.served(FLOW) - before
     at_most = sum(90 - min(90, computed.get(f"large {n}", 0)) + 2 * 40 for n in range(3))
     assert charged <= at_most
 
@@ -399,12 +399,12 @@ def test_who_has_had_most_is_preempted_and_charged_once(steps_of):
 def test_what_is_computed_again_after_two_preemptions_is_charged_once(configs, monkeypatch):
     steps = Steps(configs())
     steps.ask("other", adapter=2, generate=200)
-    request = steps.ask("party", adapter=1, prompt=400, generate=2)
+    request = steps.ask("flow", adapter=1, prompt=400, generate=2)
     while request.num_computed_tokens < 300:
         steps.step()
     charged, computed = Counter[tuple](), request.num_computed_tokens
     monkeypatch.setattr(
-        steps.scheduler._shares, "charge", lambda party, cost: charged.update({party: cost})
+        steps.scheduler._shares, "charge", lambda flow, cost: charged.update({flow: cost})
     )
     for _ in range(2):
         steps.scheduler.running.remove(request)
@@ -413,7 +413,7 @@ def test_what_is_computed_again_after_two_preemptions_is_charged_once(configs, m
     assert 0 < request.num_computed_tokens < computed
     while request.num_computed_tokens < computed:
         steps.step()
-    assert charged[PARTY] == pytest.approx(request.num_computed_tokens - computed, abs=1)
+    assert charged[FLOW] == pytest.approx(request.num_computed_tokens - computed, abs=1)
 
 
 @pytest.fixture(params=SCHEDULERS, ids=lambda base: base.__name__)
@@ -444,8 +444,8 @@ def test_an_aborted_part_of_a_queue_leaves_the_rest_in_order(steps):
     steps.abort("a 5", "b 7", "a 11")
     assert len(steps.scheduler.waiting) == left - 3 == len(list(steps.scheduler.waiting))
     finished = steps.drain()
-    for party in "ab":
-        numbers = [int(name.split()[1]) for name in finished if name.startswith(party)]
+    for flow in "ab":
+        numbers = [int(name.split()[1]) for name in finished if name.startswith(flow)]
         assert sorted(numbers) == list(dict.fromkeys(sorted(numbers)))
 
 
@@ -460,7 +460,7 @@ def test_a_session_that_waits_for_input_holds_up_nobodys_prompts(configs):
     steps.ask("session", adapter=1, prompt=10, generate=2, resumable=True)
     step = steps.step()
     assert step["session"] == 10
-    assert len(steps.scheduler._parties) == 2
+    assert len(steps.scheduler._flows) == 2
 
 
 def test_input_for_a_session_that_has_ended_while_its_blocks_are_sent_is_no_matter(configs):
@@ -472,7 +472,7 @@ def test_input_for_a_session_that_has_ended_while_its_blocks_are_sent_is_no_matt
     steps.abort("session")
     steps.ask("session", adapter=1, resumable=True)
     assert session.is_finished()
-    assert not steps.scheduler._parties
+    assert not steps.scheduler._flows
 
 
 def test_priorities_are_left_as_they_are(configs):
@@ -513,11 +513,11 @@ class Slots:
         steps.scheduler.attach_adapters(self.engine.adapters)
 
     def step(self) -> dict[str, int]:
-        for want in list(self.engine.store.wants.values()):
-            cost = self.costs.get(want.adapter, 0.01)
+        for load_request in list(self.engine.store.load_requests.values()):
+            cost = self.costs.get(load_request.adapter, 0.01)
             nbytes = round(cost / GENERATED_COST * CONTEXT_TOKENS * TOKEN_BYTES)
-            pack = msgspec.structs.replace(pack_info(want.adapter), nbytes=nbytes)
-            self.engine.store.loaded(pack, want)
+            pack = msgspec.structs.replace(pack_info(load_request.adapter), nbytes=nbytes)
+            self.engine.store.loaded(pack, load_request)
         for order in list(self.engine.workers.orders):
             self.engine.workers.filled(order)
         return self.steps.step()
@@ -574,11 +574,11 @@ def test_requests_of_an_adapter_pay_once_for_reading_it(configs):
         steps.ask(f"large {number}", adapter=2, generate=200)
     for _ in range(20):
         slots.step()
-    shares, party = steps.scheduler._shares, ("adapter", "adapter-2")
-    before = shares.served(party)
+    shares, flow = steps.scheduler._shares, ("adapter", "adapter-2")
+    before = shares.served(flow)
     step = slots.step()
     assert of(Counter(step), "large") == 5
-    assert shares.served(party) - before == pytest.approx(16 + 5 * 2)
+    assert shares.served(flow) - before == pytest.approx(16 + 5 * 2)
 
 
 @pytest.mark.parametrize("fair", [True, False], ids=["fair", "unfair"])
@@ -599,7 +599,7 @@ def test_a_tenant_with_many_adapters_has_no_more_of_the_slots(configs, fair):
     assert share == pytest.approx(0.45 if fair else 1 / 7, abs=0.1)
 
 
-def test_an_adapter_gets_its_turn_for_a_slot_beside_a_heavy_party(configs):
+def test_an_adapter_gets_its_turn_for_a_slot_beside_a_heavy_flow(configs):
     steps = Steps(configs(places=8))
     slots = Slots(steps, slots=1)
     steps.ask("small", generate=400)
@@ -658,8 +658,8 @@ def test_only_those_that_lack_nothing_but_a_slot_wait_because_of_others(configs,
     steps.ask("load", tenant="load", adapter=3)
     waits_for_slot: dict[str, bool] = {}
 
-    def hold(party: Party, **why: bool) -> None:
-        waits_for_slot[party[1]] = why["waits_for_slot"]
+    def hold(flow: Flow, **why: bool) -> None:
+        waits_for_slot[flow[1]] = why["waits_for_slot"]
 
     monkeypatch.setattr(steps.scheduler._shares, "hold", hold)
     steps.step()  # in which the store says nothing
@@ -736,19 +736,19 @@ def test_no_step_idles_and_every_request_ends(configs, base, traffic, blocks, dr
     """Whatever comes, is aborted or preempted: places are taken, and nothing is left at the end."""
     steps = Steps(configs(drafts=drafts), base, blocks=blocks)
     names: list[str] = []
-    for number, (party, prompt, generate, pause, aborts) in enumerate(traffic):
-        names.append(f"{party} {number}")
-        steps.ask(names[-1], tenant=party, prompt=prompt, generate=generate)
+    for number, (flow, prompt, generate, pause, aborts) in enumerate(traffic):
+        names.append(f"{flow} {number}")
+        steps.ask(names[-1], tenant=flow, prompt=prompt, generate=generate)
         for _ in range(pause):
             step = steps.step()
             if steps.leaves_a_place and blocks > 40:
-                # The step is full, or has all that heavy parties may have of it.
+                # The step is full, or has all that heavy flows may have of it.
                 assert sum(step.values()) >= LIMIT // 2 - drafts
         if aborts:
             steps.abort(names[number // 2])
     steps.drain()
     assert len(steps.scheduler.waiting) == 0
-    assert not steps.scheduler._parties
+    assert not steps.scheduler._flows
     assert not steps.scheduler._computed
     assert not steps.scheduler._shares._working
 
@@ -758,15 +758,15 @@ def test_prompt_tokens_in_the_prefix_cache_are_free(configs):
     hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
     steps = Steps(configs(prefix_caching=True))
     steps.ask("other", adapter=2, generate=200, block_hasher=hasher)
-    # All prompts of one party are the same, and it is never without a request.
-    steps.ask("party", adapter=1, generate=200, block_hasher=hasher)
+    # All prompts of one flow are the same, and it is never without a request.
+    steps.ask("flow", adapter=1, generate=200, block_hasher=hasher)
     run(steps, 3)
     charged = []
     for name in ("first", "second"):
-        before = steps.scheduler._shares.served(PARTY)
+        before = steps.scheduler._shares.served(FLOW)
         steps.ask(name, adapter=1, prompt=160, generate=1, first_token=0, block_hasher=hasher)
         run(steps, 2)
         assert name in steps.finished
-        charged.append(steps.scheduler._shares.served(PARTY) - before)
+        charged.append(steps.scheduler._shares.served(FLOW) - before)
     of_the_other = 2 * 2
     assert charged == [160 + of_the_other, BLOCK_SIZE + of_the_other]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from vllm.v1.request import RequestStatus
 
-from tests.engine.parties import Engine, lora, pack_info
+from tests.engine.fake_engine import Engine, lora, pack_info
 from tests.engine.scheduling.real_scheduler import Steps, make_config
 from tests.engine.scheduling.test_fair_scheduler import FixedBound
 from vllm_multilora.integration.engine.scheduling import fair_scheduler as fair_scheduler_module
@@ -50,7 +50,7 @@ class Run:
             [request.request_id for request in self.scheduler.waiting],
             [request.request_id for request in self.scheduler.running],
             list(self.steps.finished),
-            list(self.engine.store.wants.values()),
+            list(self.engine.store.load_requests.values()),
             list(self.engine.workers.sent),
         )
 
@@ -77,12 +77,12 @@ class Run:
             self.steps.step()
 
     def load(self, chance: Random) -> None:
-        for want in _one_of(self.engine.store.wants.values(), chance):
+        for load_request in _one_of(self.engine.store.load_requests.values(), chance):
             if chance.random() < 0.1:
-                self.engine.store.failed(want)
+                self.engine.store.failed(load_request)
             else:
-                pack = want.adapter + 10 * (want.fresh and chance.randint(0, 1))
-                self.engine.store.loaded(pack_info(pack), want)
+                pack = load_request.adapter + 10 * (load_request.fresh and chance.randint(0, 1))
+                self.engine.store.loaded(pack_info(pack), load_request)
 
     def fill(self, chance: Random) -> None:
         workers = self.engine.workers

@@ -14,7 +14,7 @@ from vllm.v1.engine import EngineCoreRequestType, FinishReason
 from vllm.v1.request import RequestStatus
 
 from tests.engine.executors import StartedExecutor
-from tests.engine.parties import Engine, lora, pack_info
+from tests.engine.fake_engine import Engine, lora, pack_info
 from tests.engine.scheduling.fake_scheduler import AwareScheduler, FakeOutput, FakeRequest
 from tests.engine.scheduling.real_scheduler import Steps, make_config
 from vllm_multilora.failures import FailureKind
@@ -118,7 +118,7 @@ def server(servers) -> Server:
 
 
 def test_where_vllm_loads_adapters_nothing_is_kept_of_those_that_came_and_went(monkeypatch):
-    monkeypatch.setattr(users, "MOST_KNOWN", 10)
+    monkeypatch.setattr(users, "MAX_KNOWN", 10)
     scheduler = AwareScheduler(vllm_config=config(2))
     for number in range(1, 100):
         scheduler.add_request(FakeRequest(f"request {number}", lora(number)))
@@ -128,12 +128,12 @@ def test_where_vllm_loads_adapters_nothing_is_kept_of_those_that_came_and_went(m
     assert len(scheduler.users.accepted) <= 21
 
 
-def test_the_store_is_told_whose_request_waits(server):
+def test_the_store_learns_whose_request_waits(server):
     request = FakeRequest("one", lora(1))
     SEAL.set(request, Seal("acme", 2.0, 5))
     server.scheduler.add_request(request)
-    want = server.engine.store.only()
-    assert (want.owners, want.most) == (("acme",), 5)
+    load_request = server.engine.store.only()
+    assert (load_request.owners, load_request.most) == (("acme",), 5)
 
 
 def test_a_request_waits_for_its_load_and_its_slot_and_others_go_on(server):
@@ -150,7 +150,7 @@ def test_a_request_waits_for_its_load_and_its_slot_and_others_go_on(server):
 def test_an_adapter_without_a_request_left_is_dropped(server):
     server.ask("tenant", 1)
     server.abort("tenant")
-    assert not server.engine.store.wants
+    assert not server.engine.store.load_requests
 
 
 def test_what_is_measured_of_a_request_ends_with_it(server):
@@ -339,7 +339,7 @@ def test_a_reload_that_fails_ends_the_request_that_asked_for_it_and_no_other(ser
     assert server.step() == {"running", "other", "later"}
 
 
-def test_a_reload_that_fails_is_told_though_others_of_its_adapter_wait_for_a_slot(servers):
+def test_a_reload_that_fails_is_reported_though_others_of_its_adapter_wait_for_a_slot(servers):
     server = servers(1)
     server.start("long", 2)
     server.ask("other", 1)
@@ -461,13 +461,13 @@ def test_a_reload_that_was_held_back_is_as_safe_from_later_ones(server):
     server.step()
     server.ask("third", 1, inplace=True)
     server.step("first")
-    assert not server.engine.store.wants
+    assert not server.engine.store.load_requests
     for _ in range(3):
         server.serve()
     assert server.names == {"second"}
 
 
-def test_many_requests_that_wait_for_a_reload_are_told_apart_quickly(server):
+def test_many_requests_that_wait_for_a_reload_are_distinguished_quickly(server):
     comparisons = 0
 
     class Name(str):
@@ -617,9 +617,14 @@ def test_an_adapter_whose_leases_come_late_waits_no_longer_than_those_that_share
                 name = f"request {next(NUMBERS)}"
                 came[name], lengths[name] = step, random_numbers.randint(1, longest)
                 server.ask(name, number)
-        for want in list(store.wants.values()):
-            if due.setdefault(("want", want.ticket), step + late * (want.adapter == 1)) <= step:
-                store.loaded(pack_info(want.adapter), want)
+        for load_request in list(store.load_requests.values()):
+            if (
+                due.setdefault(
+                    ("want", load_request.ticket), step + late * (load_request.adapter == 1)
+                )
+                <= step
+            ):
+                store.loaded(pack_info(load_request.adapter), load_request)
         for order in list(workers.orders):
             if due.setdefault(("order", order.order), step + random_numbers.randint(0, 3)) <= step:
                 workers.filled(order)
@@ -641,10 +646,22 @@ def test_one_that_comes_to_host_memory_before_its_lease_has_its_place_in_line_fr
     server.ask("first", 2)
     server.step()
     server.engine.adapters.register(lora(2))
-    store.loaded(pack_info(2), next(want for want in store.wants.values() if not want.keep))
+    store.loaded(
+        pack_info(2),
+        next(
+            load_request for load_request in store.load_requests.values() if not load_request.keep
+        ),
+    )
     server.step()
     server.ask("second", 3)
-    store.loaded(pack_info(3), next(want for want in store.wants.values() if want.adapter == 3))
+    store.loaded(
+        pack_info(3),
+        next(
+            load_request
+            for load_request in store.load_requests.values()
+            if load_request.adapter == 3
+        ),
+    )
     for _ in range(PATIENCE_STEPS):
         server.step()
     server.serve("running")
@@ -659,8 +676,8 @@ def test_a_slot_is_not_kept_for_an_adapter_that_is_not_there(servers):
     for _ in range(2 * PATIENCE_STEPS):
         server.step()
     server.ask("other", 2)
-    want = next(w for w in server.engine.store.wants.values() if w.adapter == 2)
-    server.engine.store.loaded(pack_info(2), want)
+    load_request = next(w for w in server.engine.store.load_requests.values() if w.adapter == 2)
+    server.engine.store.loaded(pack_info(2), load_request)
     server.step()
     server.engine.workers.filled()
     assert server.step() == {"other"}
@@ -743,7 +760,7 @@ def test_an_adapter_retires_when_its_last_request_has_ended(server):
     assert server.scheduler.users.accepted[1] == 0
 
 
-def test_all_that_unload_an_adapter_are_told_and_the_first_time_limit_holds(server):
+def test_all_that_unload_an_adapter_are_answered_and_the_first_time_limit_holds(server):
     server.start("tenant", 1)
     done = []
     server.scheduler.retire_adapter(1, -1.0, lambda leaves: done.append("first"))
@@ -912,7 +929,7 @@ class RealServer:
         return session
 
 
-def test_requests_are_taken_by_their_priorities_where_vllm_is_told_so(tmp_path):
+def test_requests_are_taken_by_their_priorities_where_vllm_is_set_to(tmp_path):
     server = RealServer(tmp_path, policy="priority")
     for number in range(4):
         server.steps.ask(f"running {number}", generate=8)
@@ -966,7 +983,7 @@ def test_adapters_have_their_turns_however_seldom_there_is_a_place_in_the_batch(
     assert ended == [f"adapter {number}" for number in numbers]
 
 
-def test_a_session_that_waits_for_input_keeps_no_slot_that_an_aborted_request_wanted(tmp_path):
+def test_a_session_that_waits_for_input_keeps_no_slot_that_an_aborted_request_requested(tmp_path):
     server = RealServer(tmp_path, max_loras=1)
     server.start_session()
     server.steps.ask("first", adapter=2, generate=2 * PATIENCE_STEPS)
@@ -1002,7 +1019,7 @@ def test_the_end_of_a_sessions_input_does_not_ask_for_its_adapter(tmp_path):
     for _ in range(3):
         server.step()
     assert not server.engine.store.leased
-    assert not server.engine.store.wants
+    assert not server.engine.store.load_requests
 
 
 def test_input_for_a_session_that_has_ended_while_its_blocks_are_sent_asks_for_nothing(tmp_path):
@@ -1014,7 +1031,7 @@ def test_input_for_a_session_that_has_ended_while_its_blocks_are_sent_asks_for_n
     server.steps.abort("session")
     server.steps.ask("session", adapter=1, resumable=True)
     assert session.is_finished()
-    assert not server.engine.store.wants
+    assert not server.engine.store.load_requests
 
 
 def test_the_end_of_a_sessions_input_asks_for_nothing_on_behalf_of_others(tmp_path):
@@ -1023,7 +1040,7 @@ def test_the_end_of_a_sessions_input_asks_for_nothing_on_behalf_of_others(tmp_pa
     server.steps.ask("other", adapter=1, generate=500)
     server.steps.ask("session", adapter=1, inplace=True)
     assert set(server.scheduler.requests) == {"other"}
-    assert not server.engine.store.wants
+    assert not server.engine.store.load_requests
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from tests.engine.parties import FakeStore, pack_info
+from tests.engine.fake_engine import FakeStore, pack_info
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.engine.workers.machines import MachineStores
 from vllm_multilora.store.protocol.messages import (
@@ -11,16 +11,16 @@ from vllm_multilora.store.protocol.messages import (
     Failed,
     Forgotten,
     Loaded,
+    LoadRequest,
     Reading,
     Restarted,
     Totals,
-    Want,
 )
 
 
 def loaded(store: FakeStore, ticket: int, pack: int, digest: str = "same", *, keep=True) -> Loaded:
     """A machine's answer, with the lease that it gives."""
-    del store.wants[ticket]
+    del store.load_requests[ticket]
     if keep:
         store.leases[pack] += 1
     return Loaded(ticket, pack_info(pack, digest), 0.5, True, keep)
@@ -37,7 +37,7 @@ def stores(parts) -> MachineStores:
 
 
 def load(stores: MachineStores, parts: list[FakeStore], packs: tuple[int, int]) -> Loaded:
-    ticket = stores.want(Want(1, "a", "/adapters/1"))
+    ticket = stores.request_load(LoadRequest(1, "a", "/adapters/1"))
     for store, pack in zip(parts, packs, strict=True):
         store.inbox.append(loaded(store, store.tickets, pack))
     (answer,) = stores.poll()
@@ -50,8 +50,8 @@ def leases(parts: list[FakeStore]) -> list[int]:
 
 
 def test_an_adapter_is_loaded_when_the_last_machine_has_it(stores, parts):
-    ticket = stores.want(Want(1, "a", "/adapters/1"))
-    assert [store.wants[1].path for store in parts] == ["/adapters/1"] * 2
+    ticket = stores.request_load(LoadRequest(1, "a", "/adapters/1"))
+    assert [store.load_requests[1].path for store in parts] == ["/adapters/1"] * 2
     parts[1].inbox.append(Reading(1))
     assert stores.poll() == [Reading(ticket)]
     parts[0].inbox.append(loaded(parts[0], 1, 30))
@@ -67,13 +67,15 @@ def test_an_adapter_is_loaded_when_the_last_machine_has_it(stores, parts):
 
 def test_leases_are_kept_in_the_order_of_the_machines(stores, parts):
     """What comes before its turn is asked for again when that has come."""
-    ticket = stores.want(Want(1, "a", "/adapters/1", fresh=True))
+    ticket = stores.request_load(LoadRequest(1, "a", "/adapters/1", fresh=True))
     parts[1].inbox.append(loaded(parts[1], 1, 70))
     assert stores.poll() == []
     assert leases(parts) == [0, 0]
     parts[0].inbox.append(msgspec.structs.replace(loaded(parts[0], 1, 30), was_read=False))
     assert stores.poll() == []
-    assert parts[1].only() == Want(1, "a", "/adapters/1", ticket=2), "it has been read freshly"
+    assert parts[1].only() == LoadRequest(1, "a", "/adapters/1", ticket=2), (
+        "it has been read freshly"
+    )
     again = loaded(parts[1], 2, 70)
     parts[1].inbox.append(msgspec.structs.replace(again, seconds=0.0, was_read=False))
     (answer,) = stores.poll()
@@ -83,7 +85,7 @@ def test_leases_are_kept_in_the_order_of_the_machines(stores, parts):
 
 def test_no_two_adapters_hold_what_the_other_waits_for(stores, parts):
     """Each machine has room for one, and gives it to another one first."""
-    first, second = (stores.want(Want(n, "a", f"/adapters/{n}")) for n in (1, 2))
+    first, second = (stores.request_load(LoadRequest(n, "a", f"/adapters/{n}")) for n in (1, 2))
     parts[0].inbox.append(loaded(parts[0], 1, 31))
     parts[1].inbox.append(loaded(parts[1], 2, 72))
     assert stores.poll() == []
@@ -107,20 +109,20 @@ def test_the_same_packs_have_the_same_number(stores, parts):
 
 
 def test_one_machines_failure_is_the_adapters_and_leaves_no_lease(stores, parts):
-    ticket = stores.want(Want(1, "a", "/adapters/1"))
+    ticket = stores.request_load(LoadRequest(1, "a", "/adapters/1"))
     parts[0].inbox.append(loaded(parts[0], 1, 30))
     parts[1].inbox.append(Failed(1, FailureKind.GONE, "no such folder", []))
     assert stores.poll() == [Failed(ticket, FailureKind.GONE, "no such folder", [])]
     assert leases(parts) == [0, 0]
 
-    ticket = stores.want(Want(1, "a", "/adapters/1"))
+    ticket = stores.request_load(LoadRequest(1, "a", "/adapters/1"))
     parts[0].inbox.append(Failed(2, FailureKind.GONE, "no such folder", []))
     assert [type(message) for message in stores.poll()] == [Failed]
-    assert not parts[1].wants, "the other machine need not go on"
+    assert not parts[1].load_requests, "the other machine need not go on"
 
 
 def test_machines_with_different_files_refuse_the_adapter(stores, parts):
-    stores.want(Want(1, "a", "/adapters/1"))
+    stores.request_load(LoadRequest(1, "a", "/adapters/1"))
     parts[0].inbox.append(loaded(parts[0], 1, 30, "digest 1"))
     parts[1].inbox.append(loaded(parts[1], 1, 70, "digest 2"))
     (answer,) = stores.poll()
@@ -130,24 +132,24 @@ def test_machines_with_different_files_refuse_the_adapter(stores, parts):
     assert leases(parts) == [0, 0]
 
 
-def test_a_want_can_be_taken_back_at_any_time(stores, parts):
-    ticket = stores.want(Want(1, "a", "/adapters/1"))
+def test_a_load_request_can_be_taken_back_at_any_time(stores, parts):
+    ticket = stores.request_load(LoadRequest(1, "a", "/adapters/1"))
     parts[0].inbox.append(loaded(parts[0], 1, 30))
     assert stores.poll() == []
     stores.cancel(ticket)
     assert leases(parts) == [0, 0]
-    assert not parts[1].wants
+    assert not parts[1].load_requests
     stores.cancel(ticket)  # again: nothing
-    ticket = stores.want(Want(1, "a", "/adapters/1"))
+    ticket = stores.request_load(LoadRequest(1, "a", "/adapters/1"))
     parts[1].inbox.append(loaded(parts[1], 2, 70))
     assert stores.poll() == []
     stores.cancel(ticket)  # between two wants of the second machine
     assert leases(parts) == [0, 0]
-    assert not parts[0].wants
+    assert not parts[0].load_requests
 
 
 def test_a_check_that_keeps_nothing_somewhere_keeps_nothing(stores, parts):
-    ticket = stores.want(Want(1, "a", "/adapters/1", keep=False))
+    ticket = stores.request_load(LoadRequest(1, "a", "/adapters/1", keep=False))
     parts[0].inbox.append(loaded(parts[0], 1, 30, keep=False))
     parts[1].inbox.append(loaded(parts[1], 1, 0, keep=False))
     (answer,) = stores.poll()
@@ -155,7 +157,7 @@ def test_a_check_that_keeps_nothing_somewhere_keeps_nothing(stores, parts):
 
 
 def test_a_check_whose_pack_one_machine_evicts_meanwhile_keeps_nothing(stores, parts):
-    stores.want(Want(1, "a", "/adapters/1", keep=False))
+    stores.request_load(LoadRequest(1, "a", "/adapters/1", keep=False))
     parts[1].inbox += [loaded(parts[1], 1, 70, keep=False), Evicted(70)]
     assert stores.poll() == []
     parts[0].inbox.append(loaded(parts[0], 1, 30, keep=False))
@@ -218,7 +220,7 @@ def test_totals_add_up(stores, parts):
 
 def test_after_a_restart_everything_is_loaded_again_and_leases_end_when_given_back(stores, parts):
     held = load(stores, parts, (30, 70)).pack.pack
-    waiting = stores.want(Want(2, "b", "/adapters/2"))
+    waiting = stores.request_load(LoadRequest(2, "b", "/adapters/2"))
     parts[0].inbox.append(loaded(parts[0], 2, 31))
     assert stores.poll() == []
 
@@ -229,7 +231,7 @@ def test_after_a_restart_everything_is_loaded_again_and_leases_end_when_given_ba
     stores.release(held)
     assert parts[1].leases[70] == 0
     # What the new store had loaded for a want is wanted from it again.
-    assert parts[0].wants[3].path == "/adapters/2"
+    assert parts[0].load_requests[3].path == "/adapters/2"
     parts[0].inbox.append(loaded(parts[0], 3, 1031))
     parts[1].inbox.append(loaded(parts[1], 2, 71))
     (answer,) = stores.poll()
@@ -241,7 +243,7 @@ def test_after_a_restart_everything_is_loaded_again_and_leases_end_when_given_ba
 def test_a_restart_in_the_middle_begins_with_the_new_store(parts):
     parts.append(FakeStore())
     stores = MachineStores(parts)
-    ticket = stores.want(Want(1, "a", "/adapters/1"))
+    ticket = stores.request_load(LoadRequest(1, "a", "/adapters/1"))
     for machine, pack in enumerate((30, 70)):
         parts[machine].inbox.append(loaded(parts[machine], 1, pack))
     assert stores.poll() == []
@@ -257,31 +259,33 @@ def test_a_restart_in_the_middle_begins_with_the_new_store(parts):
     assert leases(parts) == [1, 1, 1]
 
 
-def test_a_pack_of_the_stores_is_told_as_it_is_on_the_first_machine(stores, parts):
+def test_a_pack_of_the_stores_is_reported_as_it_is_on_the_first_machine(stores, parts):
     answer = load(stores, parts, (30, 70))
     assert msgspec.structs.replace(answer.pack, pack=30) == pack_info(30, "same")
 
 
 def test_all_machines_hear_whose_turn_a_load_may_take(stores, parts):
-    ticket = stores.want(Want(1, "a", "/adapters/1", owners=("acme",), most=3))
+    ticket = stores.request_load(LoadRequest(1, "a", "/adapters/1", owners=("acme",), most=3))
     for owner in ("other", "other"):
         stores.share(ticket, owner)
-    assert [(s.wants[1].owners, s.wants[1].most) for s in parts] == [(("acme", "other"), 3)] * 2
+    assert [(s.load_requests[1].owners, s.load_requests[1].most) for s in parts] == [
+        (("acme", "other"), 3)
+    ] * 2
     parts[0].inbox.append(loaded(parts[0], 1, 30))
     assert stores.poll() == []
     stores.share(ticket, "late")  # one of them has its answer
-    assert parts[1].wants[1].owners == ("acme", "other", "late")
+    assert parts[1].load_requests[1].owners == ("acme", "other", "late")
     stores.share(99, "nobody")
 
 
 def test_all_machines_together_are_waited_for_no_longer_than_one(stores, parts):
-    stores.want(Want(1, "a", "/adapters/1"))
+    stores.request_load(LoadRequest(1, "a", "/adapters/1"))
     assert stores.poll(0.05) == []
     assert [store.waited for store in parts] == [1, 0]
 
 
 def test_a_machine_that_has_answered_is_not_waited_for(stores, parts):
-    ticket = stores.want(Want(1, "a", "/adapters/1"))
+    ticket = stores.request_load(LoadRequest(1, "a", "/adapters/1"))
     parts[0].inbox.append(loaded(parts[0], 1, 30))
     assert stores.poll() == []
     parts[1].answers = lambda: parts[1].inbox.append(loaded(parts[1], 1, 70))

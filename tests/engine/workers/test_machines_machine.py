@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tests.engine.parties import FakeStore, pack_info
+from tests.engine.fake_engine import FakeStore, pack_info
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.engine.workers.machines import MachineStores
 from vllm_multilora.store.protocol.messages import (
@@ -14,8 +14,8 @@ from vllm_multilora.store.protocol.messages import (
     Failed,
     Forgotten,
     Loaded,
+    LoadRequest,
     Restarted,
-    Want,
 )
 
 MACHINES = 2
@@ -31,30 +31,30 @@ class Part(FakeStore):
         super().__init__()
         self.packs = 1000 * (1 + machine)
         self.resident: dict[int, int] = {}
-        self.answered: dict[int, Want] = {}
+        self.answered: dict[int, LoadRequest] = {}
 
     def answerable(self) -> list[int]:
         """The wants that have room: it is not taken by leases on other adapters."""
         leased = {adapter for adapter, pack in self.resident.items() if self.leases[pack]}
         return sorted(
             ticket
-            for ticket, want in self.wants.items()
-            if not want.keep or len(leased | {want.adapter}) <= ROOM
+            for ticket, load_request in self.load_requests.items()
+            if not load_request.keep or len(leased | {load_request.adapter}) <= ROOM
         )
 
     def answer(self, ticket: int) -> None:
-        want = self.answered[ticket] = self.wants.pop(ticket)
+        load_request = self.answered[ticket] = self.load_requests.pop(ticket)
         for adapter, pack in list(self.resident.items()):
-            if want.keep and adapter != want.adapter and not self.leases[pack]:
+            if load_request.keep and adapter != load_request.adapter and not self.leases[pack]:
                 del self.resident[adapter]
                 self.evict(pack)
-        if want.adapter not in self.resident:
+        if load_request.adapter not in self.resident:
             self.packs += 1
-            self.resident[want.adapter] = self.packs
-        pack = self.resident[want.adapter]
-        self.leases[pack] += want.keep
-        info = pack_info(pack, f"adapter {want.adapter}")
-        self.inbox.append(Loaded(ticket, info, 0.1, True, want.keep))
+            self.resident[load_request.adapter] = self.packs
+        pack = self.resident[load_request.adapter]
+        self.leases[pack] += load_request.keep
+        info = pack_info(pack, f"adapter {load_request.adapter}")
+        self.inbox.append(Loaded(ticket, info, 0.1, True, load_request.keep))
 
     def restart(self) -> None:
         # As `StoreClient` does: what was not taken in is wanted from the new store again.
@@ -62,7 +62,7 @@ class Part(FakeStore):
         super().restart()
         self.resident.clear()
         for message in lost:
-            self.wants[message.ticket] = self.answered[message.ticket]
+            self.load_requests[message.ticket] = self.answered[message.ticket]
 
 
 class Machines(RuleBasedStateMachine):
@@ -78,8 +78,8 @@ class Machines(RuleBasedStateMachine):
     # What the engine core does
 
     @rule(adapter=ADAPTERS, keep=st.booleans())
-    def want(self, adapter, keep):
-        self.asked[self.stores.want(Want(adapter, "a", "/a", keep=keep))] = keep
+    def request_load(self, adapter, keep):
+        self.asked[self.stores.request_load(LoadRequest(adapter, "a", "/a", keep=keep))] = keep
 
     @precondition(lambda self: len(self.asked) > 2)
     @rule(data=st.data())
@@ -141,9 +141,11 @@ class Machines(RuleBasedStateMachine):
     @rule(machine=WHICH, is_bad=st.integers(0, 3), data=st.data())
     def fail(self, machine, is_bad, data):
         part = self.parts[machine]
-        if part.wants and is_bad == 1:
-            want = part.wants.pop(data.draw(st.sampled_from(sorted(part.wants))))
-            part.inbox.append(Failed(want.ticket, FailureKind.GONE, "gone", []))
+        if part.load_requests and is_bad == 1:
+            load_request = part.load_requests.pop(
+                data.draw(st.sampled_from(sorted(part.load_requests)))
+            )
+            part.inbox.append(Failed(load_request.ticket, FailureKind.GONE, "gone", []))
 
     @rule(machine=WHICH, adapter=ADAPTERS)
     def evict(self, machine, adapter):

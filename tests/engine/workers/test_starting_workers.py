@@ -86,7 +86,7 @@ def test_workers_that_are_forked_have_no_connection_of_their_engine_cores(path, 
         worker.join(LIMIT_S)
 
 
-def test_a_store_that_cannot_start_is_told_where_it_is_needed(path, monkeypatch):
+def test_a_store_that_cannot_start_learns_where_it_is_needed(path, monkeypatch):
     path.parent.chmod(0o777)
     executor = executor_of_ours()
     monkeypatch.setattr(core, "reach", lambda *arguments: None)

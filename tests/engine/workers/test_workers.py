@@ -11,7 +11,7 @@ from vllm.lora.layers.utils import LoRAMappingType
 from vllm.lora.request import LoRARequest
 
 from tests.engine.executors import SchedulerStub, StartedExecutor
-from tests.engine.parties import lora, pack_info
+from tests.engine.fake_engine import lora, pack_info
 from tests.store.fake_reader import FakeReader
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.failures import FailureKind
@@ -35,8 +35,8 @@ from vllm_multilora.store.protocol.messages import (
     Failed,
     Forgotten,
     Loaded,
+    LoadRequest,
     StoreSettings,
-    Want,
 )
 from vllm_multilora.store.protocol.store_folder import FOLDER_VARIABLE
 from vllm_multilora.store.store_launch import StoreThread
@@ -169,8 +169,8 @@ def leases(stub: Stub) -> int:
                 )
 
 
-def test_a_want_is_answered_at_once_with_the_engines_own_numbers(store, stubs):
-    ticket = store.want(Want(1, "one", "/fake/one"))
+def test_a_load_request_is_answered_at_once_with_the_engines_own_numbers(store, stubs):
+    ticket = store.request_load(LoadRequest(1, "one", "/fake/one"))
     (answer,) = store.poll()
     assert isinstance(answer, Loaded)
     assert (answer.ticket, answer.pack.pack, answer.leased) == (ticket, ticket, True)
@@ -182,31 +182,31 @@ def test_a_want_is_answered_at_once_with_the_engines_own_numbers(store, stubs):
 
 
 def test_what_is_only_checked_is_no_pack(store):
-    store.want(Want(1, "one", "/fake/one", keep=False))
+    store.request_load(LoadRequest(1, "one", "/fake/one", keep=False))
     (answer,) = store.poll()
     assert (answer.pack.pack, answer.leased) == (0, False)
 
 
 def test_a_failure_is_an_answer(store):
-    ticket = store.want(Want(1, "one", "/fake/one?fail=bad"))
+    ticket = store.request_load(LoadRequest(1, "one", "/fake/one?fail=bad"))
     (answer,) = store.poll()
     assert isinstance(answer, Failed)
     assert (answer.ticket, "bad" in answer.message) == (ticket, True)
 
 
 def test_a_failure_of_one_worker_leaves_nothing_on_lease_at_the_others(store, stubs, monkeypatch):
-    def fail(want):
-        return Failed(want.ticket, FailureKind.UNREADABLE, "no such disk", [])
+    def fail(load_request):
+        return Failed(load_request.ticket, FailureKind.UNREADABLE, "no such disk", [])
 
     monkeypatch.setattr(stubs[1].own_store, "load", fail)
-    store.want(Want(1, "one", "/fake/one"))
+    store.request_load(LoadRequest(1, "one", "/fake/one"))
     (answer,) = store.poll()
     assert isinstance(answer, Failed)
     assert leases(stubs[0]) == 0
 
 
-def test_a_want_taken_back_gives_its_lease_back(store, stubs):
-    store.cancel(store.want(Want(1, "one", "/fake/one")))
+def test_a_load_request_taken_back_gives_its_lease_back(store, stubs):
+    store.cancel(store.request_load(LoadRequest(1, "one", "/fake/one")))
     assert store.poll() == []
     assert [leases(stub) for stub in stubs] == [0, 0]
 
@@ -214,7 +214,7 @@ def test_a_want_taken_back_gives_its_lease_back(store, stubs):
 def test_a_store_that_does_not_answer_is_a_failure(store, stubs, monkeypatch):
     for stub in stubs:
         monkeypatch.setattr(stub.own_store, "_limit_s", 0.2)
-    store.want(Want(1, "one", "/fake/one?hang=1"))
+    store.request_load(LoadRequest(1, "one", "/fake/one?hang=1"))
     (answer,) = store.poll()
     assert isinstance(answer, Failed)
     assert answer.kind is FailureKind.TIMEOUT
@@ -229,7 +229,7 @@ def test_a_store_that_hears_of_others_only_is_a_failure_in_time(stubs, monkeypat
         own._client, "poll", lambda seconds: [*poll(min(seconds, 0.02)), Evicted(99)]
     )
     begin = time.monotonic()
-    answer = own.load(Want(1, "one", "/fake/one?hang=2", ticket=1))
+    answer = own.load(LoadRequest(1, "one", "/fake/one?hang=2", ticket=1))
     assert isinstance(answer, Failed)
     assert time.monotonic() - begin < 1.5
 
@@ -237,11 +237,11 @@ def test_a_store_that_hears_of_others_only_is_a_failure_in_time(stubs, monkeypat
 @pytest.mark.parametrize("heard", ["by a load", "by a withdrawal", "by a fill"])
 def test_packs_of_a_store_that_was_started_again_are_gone(stubs, heard):
     own = stubs[0].own_store
-    own.load(Want(1, "one", "/fake/one", ticket=1))
+    own.load(LoadRequest(1, "one", "/fake/one", ticket=1))
     assert own.pack(1) is not None
     own._client._lose(ChannelClosedError("it ended"))
     if heard == "by a load":
-        answer = own.load(Want(2, "two", "/fake/two", ticket=2))
+        answer = own.load(LoadRequest(2, "two", "/fake/two", ticket=2))
         assert isinstance(answer, Loaded)
         assert own.pack(2) is not None
     elif heard == "by a withdrawal":
@@ -265,7 +265,7 @@ class Slots:
         self.lora_index_to_id = list(owners)
         self.lora_slots = len(owners)
         self.mapped: list = []
-        self.told: list = []
+        self.reported: list = []
         self.looked_at: list[list[int]] = []
         self.factors = self.link = self
 
@@ -281,7 +281,7 @@ class Slots:
         self.mapped.append((mapping.index_mapping, mapping.prompt_mapping))
 
     def tell(self, answer) -> None:
-        self.told.append(answer)
+        self.reported.append(answer)
 
     def await_slots(self, slots) -> None:
         self.looked_at.append(slots)
@@ -343,10 +343,10 @@ def test_rows_of_an_adapter_that_is_in_no_slot_are_computed_without_it_until_it_
 
     for count in (1, 2):
         assert step() == ((0, 0, 0, 7, 0), (0, 0, 7, 0))
-        assert slots.told == [Missing(8)] * count
+        assert slots.reported == [Missing(8)] * count
     slots.lora_index_to_id[1] = 8
     assert step() == ((8, 8, 0, 7, 0), (8, 8, 7, 0))
-    assert len(slots.told) == 2
+    assert len(slots.reported) == 2
 
 
 @pytest.mark.parametrize(
@@ -371,10 +371,10 @@ def test_a_step_of_the_same_adapters_looks_at_their_slots_again(after):
         manager.slots_lost()
     manager.set_active_adapters(*batch)
     assert len(slots.looked_at) == 2
-    assert slots.told == ([Missing(1)] if after == "a sleep" else [])
+    assert slots.reported == ([Missing(1)] if after == "a sleep" else [])
     manager.set_active_adapters({lora(2)}, LoRAMapping((2,), (2,)))
     assert len(slots.looked_at) == 3
-    assert Missing(2) in slots.told
+    assert Missing(2) in slots.reported
 
 
 @pytest.mark.parametrize("waits", [True, False], ids=["waited-for", "beside-steps"])
@@ -392,7 +392,7 @@ def test_an_order_ends_a_warm_up_and_has_its_slot_afterwards(waits):
     (manager.carry_out_now if waits else manager.begin)(ORDER)
     manager.set_active_adapters({lora(1)}, LoRAMapping((1,), (1,)))
     assert slots.lora_index_to_id == [None, 1]
-    assert slots.told == []
+    assert slots.reported == []
 
 
 def test_slots_are_whose_they_were_after_each_batch_of_an_idle_rank():
@@ -438,13 +438,13 @@ def test_a_worker_copies_nothing_into_slots_before_it_sleeps():
 
 
 def test_a_withdrawn_adapter_is_forgotten_at_once(store):
-    store.want(Want(1, "one", "/fake/one", keep=False))
+    store.request_load(LoadRequest(1, "one", "/fake/one", keep=False))
     store.poll()
     store.forget(1)
     assert store.poll() == [Forgotten(1)]
 
 
 def test_workers_know_what_the_engine_asks_of_them(stubs):
-    assert worker_calls.load_now(stubs[0], Want(1, "one", "/fake/one", ticket=5)).ticket == 5
+    assert worker_calls.load_now(stubs[0], LoadRequest(1, "one", "/fake/one", ticket=5)).ticket == 5
     worker_calls.release_now(stubs[0], 5)
     assert leases(stubs[0]) == 0

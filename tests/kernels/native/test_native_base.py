@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import linear
 
 from multilora_kernels.native import packed_linear
-from multilora_kernels.native.packed_linear import MOST_ROWS, PackedLinear, pack
+from multilora_kernels.native.packed_linear import MAX_ROWS, PackedLinear, pack
 
 from ..tolerances import assert_close
 from .test_native_memory import guarded
@@ -66,12 +66,12 @@ def test_rows_may_be_parts_of_longer_ones_and_have_more_dimensions(dtype: torch.
 @of_each_type
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_rows_bits_depend_on_nothing_else(dtype: torch.dtype, threads: int) -> None:
-    layer, x = packed(random(384, 576, dtype=dtype)), random(MOST_ROWS, 576, dtype=dtype, seed=1)
+    layer, x = packed(random(384, 576, dtype=dtype)), random(MAX_ROWS, 576, dtype=dtype, seed=1)
     alone = torch.cat([layer(row) for row in x.split(1)])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for rows in (2, 5, 6, 7, 16, 31, MOST_ROWS):
+        for rows in (2, 5, 6, 7, 16, 31, MAX_ROWS):
             assert torch.equal(layer(x[:rows]), alone[:rows])
             poisoned = x[:rows].clone()
             poisoned[1] = torch.nan

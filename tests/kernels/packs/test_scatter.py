@@ -177,9 +177,9 @@ def test_groups_of_any_size_hold_every_row_once(backend, columns, most_bytes):
 def test_a_group_has_no_more_pieces_than_staging_memory_has_room_for():
     model = make_model()
     index, matrices, _buffer = make_adapter(model, {4: 1})
-    often = SlotIndex(*(column.repeat(pieces.MOST_PIECES) for column in vars(index).values()))
+    often = SlotIndex(*(column.repeat(pieces.MAX_PIECES) for column in vars(index).values()))
     groups = model.table.pieces(1, often)
-    assert [len(group.pieces) for group in groups] == [pieces.MOST_PIECES] * 2
+    assert [len(group.pieces) for group in groups] == [pieces.MAX_PIECES] * 2
     expected = expected_after(model, 1, matrices)
     model.table.scatter(1, often, backend="triton")
     assert_same(model, expected)

@@ -72,7 +72,7 @@ def test_graphs_of_their_own_hold_none_for_batches_without_adapters(
     assert launched == expected
 
 
-def test_what_a_plan_was_told_holds_for_one_batch(monkeypatch, launched, call_all):
+def test_what_a_plan_was_given_holds_for_one_batch(monkeypatch, launched, call_all):
     monkeypatch.setattr(skipping, "is_capturing", lambda device: True)
     problem = make_problem(NOBODY)
     problem.plan.update(np.array(NOBODY), own_graphs=True)
@@ -88,7 +88,7 @@ def test_outside_a_capture_a_batch_without_adapters_launches_nothing(launched, c
     assert launched == []
 
 
-def test_the_header_says_on_the_host_and_on_the_device_what_the_plan_was_told():
+def test_the_header_says_on_the_host_and_on_the_device_what_the_plan_was_given():
     plan = BatchPlan.build(SOMEBODY, 8)
     plan.update(np.array(NOBODY), own_graphs=True)
     assert plan.buffer[:5].tolist() == plan.host[:5].tolist() == [3, 0, 0, 0, 1]

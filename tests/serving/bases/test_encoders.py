@@ -107,7 +107,7 @@ def test_mixed_batches_are_answered_as_by_peft(kind: str, tmp_path: Path) -> Non
     for first in range(0, len(asked), len(adapters)):
         of_one_prompt = torch.stack(truth[first : first + len(adapters)])
         assert torch.pdist(of_one_prompt).min() > 0.01, "a mix-up would not show"
-    for answer, wanted in zip(answers, truth, strict=True):
+    for answer, requested in zip(answers, truth, strict=True):
         assert answer.error is None
         found = answer.outputs.probs if encoder.classifies else answer.outputs.embedding
-        torch.testing.assert_close(torch.tensor(found), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(found), requested, rtol=1e-4, atol=1e-5)

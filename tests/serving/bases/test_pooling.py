@@ -211,7 +211,7 @@ def test_tenant_sends_no_media_where_none_are_allowed(deployment: Deployment, pa
 
 
 @pytest.mark.smoke("embeddings")
-def test_offline_a_failed_request_is_told_beside_the_others_embeddings(
+def test_offline_a_failed_request_is_reported_beside_the_others_embeddings(
     llama: Scenario, truth: dict[str | None, torch.Tensor], tmp_path: Path
 ) -> None:
     """An adapter that has changed the head for tokens, too, is an adapter of embeddings."""

@@ -241,5 +241,5 @@ def test_files_are_transcribed_and_translated_as_by_peft_beside_adapters_that_fa
             assert GONE in response.json()["error"]["message"]
         else:
             assert response.status_code == 200, (task, name, response.text)
-            wanted = speech.text(speech.answers[task][name, number])
-            assert response.json()["text"] == wanted, (task, name, number)
+            requested = speech.text(speech.answers[task][name, number])
+            assert response.json()["text"] == requested, (task, name, number)

@@ -87,7 +87,7 @@ class Rig:
         self.filler = SlotFiller(manager, None, None)  # type: ignore[arg-type]
         self.filler._thread = OtherThread(world)  # type: ignore[assignment]
         # The other thread's work runs on this one, which keeps its own priority.
-        monkeypatch.setattr("vllm_multilora.integration.worker.slots.filler.step_aside", bool)
+        monkeypatch.setattr("vllm_multilora.integration.worker.slots.filler.yield_processor", bool)
         monkeypatch.setattr(self.filler, "_fill_or_check", self._fill)
         self.memory = np.zeros(8 * RANK * WIDTH, np.float32)
 

@@ -178,10 +178,10 @@ def disk_reads(text: str) -> float:
 def test_both_engines_serve_what_is_read_once_for_them(server: VllmServer, llama: Scenario) -> None:
     """Read for each, files that are written meanwhile would be another version in either."""
     folder = server.log.parent / "adapters" / "found"
-    aside = shutil.copytree(llama.adapters[UNREAD[0]], folder.with_name(".found"))
-    (aside / FAULT).write_text("two at a time")  # a second job would find it bad
+    prepared = shutil.copytree(llama.adapters[UNREAD[0]], folder.with_name(".found"))
+    (prepared / FAULT).write_text("two at a time")  # a second job would find it bad
     before = disk_reads(scrape(server))
-    aside.rename(folder)
+    prepared.rename(folder)
     assert_both_serve(server, "found", llama.cases_of(UNREAD[0])[0])
     assert eventually(lambda: disk_reads(scrape(server)) == before + 1)
     shutil.rmtree(folder)

@@ -206,11 +206,11 @@ def test_the_doctor_finds_everything_in_place():
 def test_the_doctor_sees_distributions_that_do_not_fit(found, problem):
     from vllm_multilora.integration.offline.installation import _check_distributions
 
-    told = _check_distributions(found)
-    assert [problem in text for text in told] == [True] * (problem is not None), told
+    reported = _check_distributions(found)
+    assert [problem in text for text in reported] == [True] * (problem is not None), reported
 
 
-def test_the_doctor_sees_that_vllm_is_told_to_leave_the_plugin_out(monkeypatch):
+def test_the_doctor_sees_that_vllm_is_set_to_leave_the_plugin_out(monkeypatch):
     from vllm_multilora.integration.offline.installation import _check_entry_point
 
     monkeypatch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver")
@@ -237,7 +237,7 @@ def test_the_doctor_says_why_vllm_cannot_be_imported(monkeypatch, capsys):
 
 
 @pytest.mark.smoke
-def test_it_is_told_what_vllms_front_end_in_rust_leaves_out(llama: Scenario, monkeypatch):
+def test_it_learns_what_vllms_front_end_in_rust_leaves_out(llama: Scenario, monkeypatch):
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
 

@@ -298,7 +298,7 @@ class TestGraphs:
         step(wrapper, [2, 1], [0, 0], mapping)
         assert wrapper.plan.own_graphs is expected
 
-    def test_graphs_of_a_tower_are_never_told_apart(self, monkeypatch):
+    def test_graphs_of_a_tower_are_never_distinguished(self, monkeypatch):
         from vllm.lora.layers.utils import LoRAMappingType
 
         from vllm_multilora.integration.step import punica

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.engine.parties import lora, pack_info
-from vllm_multilora.integration.worker.slots.filler import NICENESS, step_aside
+from tests.engine.fake_engine import lora, pack_info
+from vllm_multilora.integration.worker.slots.filler import NICENESS, yield_processor
 from vllm_multilora.integration.worker_link.orders import Check, Order
 
 pytestmark = pytest.mark.skipif(
@@ -69,12 +69,12 @@ thread.join()
     assert done.stdout.strip() == "True", done.stderr[-2000:]
 
 
-def test_a_thread_that_steps_aside_yields_to_the_others() -> None:
+def test_a_thread_that_yields_lets_the_others_run() -> None:
     own = os.getpriority(os.PRIO_PROCESS, 0)
     seen: list[int] = []
 
     def run() -> None:
-        step_aside()
+        yield_processor()
         seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
 
     thread = threading.Thread(target=run)

@@ -78,7 +78,7 @@ def make_layers() -> dict[str, Any]:
         "qkv": make_layer("QKVParallelLinearWithLoRA", *linear(96, 32, 32)),
         "qkv of the next layer": make_layer("QKVParallelLinearWithLoRA", *linear(96, 32, 32)),
         "odd": make_layer("RowParallelLinearWithLoRA", *linear(51, k=75)),
-        "aside": make_layer("ColumnParallelLinearWithLoRA", *linear(160), aside=True),
+        "aside": make_layer("ColumnParallelLinearWithLoRA", *linear(160), prepared=True),
         "sharded": make_layer("ColumnParallelLinearWithShardedLoRA", *linear(80, a_rank=8)),
         "second of sharded rows": make_layer(
             "RowParallelLinearWithShardedLoRA", *linear(40), tp_rank=1

@@ -28,7 +28,7 @@ from ..server import VllmServer
 pytestmark = [pytest.mark.serving, pytest.mark.slow]
 
 BASE = "base"
-MOST = 4
+LIMIT = 4
 ACTIVATED = AdapterRecipe("activated", invocation=(250, 17))
 LARGE = AdapterRecipe("large", rank=48)
 HEAD = AdapterRecipe("head", targets=("q_proj", "lm_head"))
@@ -113,7 +113,7 @@ def deployment(
         *("--multilora-admin-key-file", str(root / "admin.key")),
         *("--multilora-tenants", str(root / "tenants.json")),
         *("--multilora-usage-log", str(root / "usage.jsonl")),
-        *("--multilora-max-blends", str(MOST)),
+        *("--multilora-max-blends", str(LIMIT)),
         log=root / "vllm.log",
         env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
     ) as server:
@@ -375,7 +375,7 @@ def test_a_flood_of_blends_hurts_nobody(deployment: Deployment) -> None:
     def weigh(number: int) -> int:
         answer = deployment.ask(flood, {"qv-r5": 1 + number / 1000}, max_tokens=2)
         if answer.status_code == 503:
-            assert f"blends in use at a time ({MOST}, " in answer.json()["error"]["message"]
+            assert f"blends in use at a time ({LIMIT}, " in answer.json()["error"]["message"]
         return answer.status_code
 
     def serve(case: Case) -> bool:
@@ -390,7 +390,7 @@ def test_a_flood_of_blends_hurts_nobody(deployment: Deployment) -> None:
         found = {future.result() for future in statuses}
     assert 200 in found
     assert found <= {200, 503}
-    assert sum(list(row["parts"] or ()) == ["qv-r5"] for row in deployment.rows()) <= MOST
+    assert sum(list(row["parts"] or ()) == ["qv-r5"] for row in deployment.rows()) <= LIMIT
     case = deployment.scenario.cases_of("three")[0]
     answer = deployment.ask(case, dict(BLENDS["three"]))
     assert completions.token_ids(answer) == case.expected.tokens

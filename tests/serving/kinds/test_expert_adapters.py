@@ -16,7 +16,7 @@ from vllm_multilora.adapters.validation import validate
 from vllm_multilora.integration.worker_link.fill_link import Answer, Filled
 from vllm_multilora.integration.worker_link.orders import Fill
 from vllm_multilora.store.clients.client import StoreClient
-from vllm_multilora.store.protocol.messages import Failed, Loaded, StoreSettings, Want
+from vllm_multilora.store.protocol.messages import Failed, Loaded, LoadRequest, StoreSettings
 from vllm_multilora.store.store_launch import StoreThread
 
 from ..allocated_slots import Setting, real_manager, write_configs
@@ -105,7 +105,7 @@ def filler(manager: Any) -> Iterator[Any]:
         filler.open_memory(client.address, "server")
 
         def fill(folder: Path) -> Answer:
-            client.want(Want(7, "experts", str(folder)))
+            client.request_load(LoadRequest(7, "experts", str(folder)))
             while True:
                 for message in client.poll(LIMIT_S):
                     assert not isinstance(message, Failed), message

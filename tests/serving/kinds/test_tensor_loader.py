@@ -74,7 +74,7 @@ def test_checks_that_nothing_would_make_are_refused(llama: Scenario) -> None:
 
 
 @pytest.mark.usefixtures("_vllms_own_loader")
-def test_what_comes_too_late_is_told_what_to_do(llama: Scenario) -> None:
+def test_what_comes_too_late_learns_what_to_do(llama: Scenario) -> None:
     """Not taken for loaded: nothing would ever use it."""
     from .tensor_loader import of_tensors, take_over
 

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.serving, pytest.mark.slow]
 PROMPT_LENGTH = 24
 # The least that an adapter of the corpus moves some log-probability; the most of rounding is
 # LOGPROB_ATOL.
-LEAST_EFFECT = 0.1
+MIN_EFFECT = 0.1
 NAMES = [name for name, case in VALID.items() if case.read_by_peft]
 
 
@@ -91,5 +91,5 @@ def test_there_are_twenty_at_least():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_served_as_peft_computes_it(name, served, expected):
-    assert (expected[name] - expected[""]).abs().max() > LEAST_EFFECT
+    assert (expected[name] - expected[""]).abs().max() > MIN_EFFECT
     torch.testing.assert_close(served[name], expected[name], atol=LOGPROB_ATOL, rtol=0)

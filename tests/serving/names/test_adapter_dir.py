@@ -41,9 +41,9 @@ class Deployment:
 
     def put(self, source: str, name: str) -> Path:
         """Copies an adapter into the directory as one should: aside, then by a rename."""
-        aside = self.directory / f".{name}"
-        shutil.copytree(self.scenario.adapters[source], aside)
-        return aside.rename(self.directory / name)
+        prepared = self.directory / f".{name}"
+        shutil.copytree(self.scenario.adapters[source], prepared)
+        return prepared.rename(self.directory / name)
 
     def models(self) -> set[str]:
         return {model["id"] for model in self.server.get("/v1/models").json()["data"]}
@@ -156,12 +156,12 @@ def test_a_folder_that_is_put_back_answers_with_its_own_weights_again(
     for name in ("ninth", *(customer(number)[0] for number in range(1, 8))):
         deployment.status(name)  # host memory is full of these
     before = deployment.row("put-back")["int_id"]
-    aside = folder.rename(deployment.directory / ".first")
+    prepared = folder.rename(deployment.directory / ".first")
     deployment.put(NAMES[4], "put-back")
     assert deployment.serves("put-back", NAMES[4])  # under that number, unless a scan was quicker
     assert eventually(lambda: deployment.row("put-back")["int_id"] != before)
     shutil.rmtree(folder)
-    aside.rename(folder)
+    prepared.rename(folder)
     assert eventually(lambda: deployment.serves("put-back", NAMES[0]))
 
 

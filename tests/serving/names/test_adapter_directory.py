@@ -35,7 +35,7 @@ from vllm_multilora.integration.server.names.routes import ROUTES
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller
 from vllm_multilora.integration.server.requests.http_calls import HttpCall
 from vllm_multilora.integration.server.requests.metering import METER, ServerMeter
-from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account
+from vllm_multilora.tenants.limits import MAX_FIRST_READINGS, Account
 from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import Tenant
 
@@ -349,7 +349,7 @@ def test_few_names_of_a_tenant_are_looked_for_at_once(tmp_path: Path) -> None:
         assert asked == [None] * 20
 
     run(scenario())
-    assert most == MOST_FIRST_READINGS
+    assert most == MAX_FIRST_READINGS
 
 
 def test_requests_that_come_while_storage_hangs_leave_little_behind(
@@ -496,7 +496,9 @@ def test_a_refusal_is_written_without_a_warning(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("weights", ["bad", "away"])
-def test_why_an_adapter_is_refused_is_told_until_it_serves(tmp_path: Path, weights: str) -> None:
+def test_the_reason_of_a_refusal_is_reported_until_the_adapter_serves(
+    tmp_path: Path, weights: str
+) -> None:
     async def scenario() -> None:
         site = Site(tmp_path)
         site.put("acme", weights)
@@ -505,9 +507,9 @@ def test_why_an_adapter_is_refused_is_told_until_it_serves(tmp_path: Path, weigh
         await site.ask("acme")
         number = site.models[0].lora_requests["acme"].lora_int_id
         site.pass_time(3600)
-        told = site.servers[0].refused()
-        assert told.keys() == {number}
-        assert f"{weights} weights" in told[number]
+        reported = site.servers[0].refused()
+        assert reported.keys() == {number}
+        assert f"{weights} weights" in reported[number]
         site.put("acme", "now good")
         assert await site.ask("acme") == "now good"
         assert site.servers[0].refused() == {}

@@ -34,7 +34,7 @@ NAMES = tuple(recipe.name for recipe in LINEAR_RECIPES)
 # Longer than a block of the prefix cache.
 LENGTH = 40
 LONGEST = 16384
-MOST_TOKENS = LONGEST - 100
+MAX_TOKENS = LONGEST - 100
 # Many times what the short requests of these tests take.
 UNLOAD_TIMEOUT_S = 5
 
@@ -79,7 +79,7 @@ class Deployment:
 
     def tokens_until(self, over: threading.Event, model: str, case: Case) -> list[int]:
         """A stream's tokens until something is over, and twenty more, which must still come."""
-        body = completions.body(model, case, max_tokens=MOST_TOKENS, stream=True)
+        body = completions.body(model, case, max_tokens=MAX_TOKENS, stream=True)
         tokens: list[int] = []
         more = 20
         with (
@@ -190,7 +190,7 @@ def test_the_calls_of_the_docs_load_an_adapter_ask_it_and_unload_it(deployment: 
 
 
 @pytest.mark.smoke("registration over HTTP")
-def test_all_problems_of_a_bad_adapter_are_told_at_once(deployment: Deployment) -> None:
+def test_all_problems_of_a_bad_adapter_are_reported_at_once(deployment: Deployment) -> None:
     folder = deployment.put(NAMES[0], "bad")
     config = json.loads((folder / "adapter_config.json").read_text())
     config |= {"r": 4 * config["r"], "use_dora": True}
@@ -412,7 +412,7 @@ def test_requests_that_outlast_the_time_limit_of_an_unload_are_ended_with_a_reas
     with ThreadPoolExecutor(3) as pool:
         # At a third of a millisecond a token, and no engine is as fast, they outlast the limit.
         streams = [
-            pool.submit(deployment.ask, "endless", endless, max_tokens=MOST_TOKENS, stream=True)
+            pool.submit(deployment.ask, "endless", endless, max_tokens=MAX_TOKENS, stream=True)
             for _ in range(2)
         ]
         over = threading.Event()

@@ -15,7 +15,7 @@ from tests.serving.names.test_adapter_directory import Models, SlowEngine
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.integration.server.names import registration, resolvers
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller
-from vllm_multilora.tenants.limits import MOST_FIRST_READINGS, Account
+from vllm_multilora.tenants.limits import MAX_FIRST_READINGS, Account
 from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import Tenant
 
@@ -49,7 +49,7 @@ def test_a_folder_is_found_by_one_name_only(tmp_path: Path, name: str) -> None:
 def test_no_more_adapters_are_resolved_than_a_server_may_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registration, "MOST_ADAPTERS", 1)
+    monkeypatch.setattr(registration, "MAX_ADAPTERS", 1)
     monkeypatch.setattr(registration, "admit", None)  # is not asked
     models: Any = Models(SlowEngine())
     models.lora_resolvers = [Resolver(tmp_path)]
@@ -84,7 +84,7 @@ def test_few_names_of_a_tenant_are_resolved_at_once(
 
     monkeypatch.setattr(resolvers, "_resolve", resolve)
     asyncio.run(scenario())
-    assert most == MOST_FIRST_READINGS
+    assert most == MAX_FIRST_READINGS
 
 
 def test_what_is_read_for_a_client_that_disconnects_serves(

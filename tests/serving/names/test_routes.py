@@ -114,13 +114,15 @@ def until(found: Callable[[], bool], limit_s: float = 15.0) -> bool:
     return True
 
 
-def test_routes_are_listed_beside_the_adapters_and_what_nobody_serves_yet_is_told(
+def test_routes_are_listed_beside_the_adapters_and_what_nobody_serves_yet_is_reported(
     deployment: Deployment,
 ) -> None:
     assert sorted(deployment.models()) == sorted([BASE, *SOURCES, "assistant", "support", "helper"])
     log = deployment.server.log.read_text()
-    told = "route 'helper' leads to names that nobody serves yet: medical-qa-previous, legal-review"
-    assert told in log
+    reported = (
+        "route 'helper' leads to names that nobody serves yet: medical-qa-previous, legal-review"
+    )
+    assert reported in log
 
 
 @pytest.mark.parametrize(

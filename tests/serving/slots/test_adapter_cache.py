@@ -211,7 +211,7 @@ def test_what_an_idle_rank_computes_leaves_the_slots_as_they_are(
     """While others work, vLLM has it compute such batches."""
     cases = [case_of(fleet, number) for number in range(3)]
     assert_answers_as_peft(engine, fleet, cases)
-    before, told = probe.look(), engine.collective_rpc(orders)
+    before, reported = probe.look(), engine.collective_rpc(orders)
     for _ in range(2):
         if adapters is None:
             engine.collective_rpc("execute_dummy_batch")
@@ -220,7 +220,7 @@ def test_what_an_idle_rank_computes_leaves_the_slots_as_they_are(
     assert_answers_as_peft(engine, fleet, cases)
     view = probe.look()
     assert (view.slots, view.model_slots) == (before.slots, before.model_slots)
-    assert engine.collective_rpc(orders) == told
+    assert engine.collective_rpc(orders) == reported
 
 
 def test_new_files_are_read_where_the_request_says_so(

@@ -24,7 +24,7 @@ from vllm_multilora.integration.worker_link.fill_link import Answer, Filled, Fil
 from vllm_multilora.integration.worker_link.orders import Check, Fill
 from vllm_multilora.store.clients.client import StoreClient
 from vllm_multilora.store.memory.mapper import SegmentMapper
-from vllm_multilora.store.protocol.messages import Loaded, PackInfo, StoreSettings, Want
+from vllm_multilora.store.protocol.messages import Loaded, LoadRequest, PackInfo, StoreSettings
 from vllm_multilora.store.store_launch import StoreThread
 
 from ..allocated_slots import Setting, real_manager
@@ -85,14 +85,14 @@ class Link:
     """Stands in for the way back to the engine core."""
 
     answers: list[Answer] = field(default_factory=list)
-    told: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    reported: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
     def tell(self, answer: Answer) -> None:
         self.answers.append(answer)
-        self.told.release()
+        self.reported.release()
 
     def next(self) -> Answer:
-        assert self.told.acquire(timeout=LIMIT_S)
+        assert self.reported.acquire(timeout=LIMIT_S)
         return self.answers.pop(0)
 
 
@@ -116,7 +116,7 @@ class Rig:
             if any(f"layers.{layer}." in name for layer in layers)
         }
         folder = write(self._folder / f"{adapter}", tensors, rank, alpha=2 * rank)
-        self.client.want(Want(adapter, f"adapter {adapter}", str(folder)))
+        self.client.request_load(LoadRequest(adapter, f"adapter {adapter}", str(folder)))
         while True:
             for message in self.client.poll(LIMIT_S):
                 if isinstance(message, Loaded):
@@ -259,7 +259,7 @@ def test_whoever_has_no_link_waits_for_the_answer(rig: Rig) -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_a_copy_that_fails_is_told_and_the_next_one_is_made(
+def test_a_copy_that_fails_is_reported_and_the_next_one_is_made(
     rig: Rig, error: Exception, kind: FailureKind
 ) -> None:
     pack = rig.load(7, rank=4)
@@ -272,7 +272,7 @@ def test_a_copy_that_fails_is_told_and_the_next_one_is_made(
 
 
 @pytest.mark.parametrize("waits", [True, False], ids=["waited-for", "beside-steps"])
-def test_an_order_that_cannot_be_begun_is_told_and_the_next_one_is_carried_out(
+def test_an_order_that_cannot_be_begun_is_reported_and_the_next_one_is_carried_out(
     rig: Rig, waits: bool
 ) -> None:
     """Raised here it would end the engine, some calls later."""
@@ -309,7 +309,7 @@ def test_a_stage_without_layers_of_an_adapter_fills_its_slot_with_nothing(tmp_pa
     rig.client.close()
 
 
-def test_memory_that_is_gone_is_told_as_such(rig: Rig) -> None:
+def test_memory_that_is_gone_is_reported_as_such(rig: Rig) -> None:
     pack = rig.load(7, rank=4)
     # As a store that was started again knows nothing of what the one before had.
     gone = msgspec.structs.replace(pack, segments=[number + 1000 for number in pack.segments])

@@ -72,8 +72,8 @@ def test_what_is_added_is_listed_until_it_is_removed(
         assert engine.list_loras() == numbers(llama, *NAMES[:count])
     listed = numbers(llama, *NAMES[:HOST_PLACES])
     assert engine.add_lora(lora_request(llama, FIRST)) is True, "it is there already"
-    told = engine.engine_core.add_lora(lora_request(llama, FIRST))
-    assert told == digest_of(llama.adapters[FIRST])
+    reported = engine.engine_core.add_lora(lora_request(llama, FIRST))
+    assert reported == digest_of(llama.adapters[FIRST])
     late = NAMES[HOST_PLACES]
     assert engine.add_lora(lora_request(llama, late))
     assert engine.list_loras() == listed
@@ -208,7 +208,7 @@ def test_one_adapter_answers_many_prompts_and_a_list_names_each_ones(
         llm.generate(prompts, settings, lora_request=[request], use_tqdm=False)
 
 
-def test_a_folder_that_is_not_there_is_told_and_nothing_is_added(
+def test_a_folder_that_is_not_there_is_reported_and_nothing_is_added(
     engine: "LLMEngine", tmp_path: Path
 ) -> None:
     from vllm.lora.request import LoRARequest

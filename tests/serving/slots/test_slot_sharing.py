@@ -25,9 +25,9 @@ pytestmark = pytest.mark.serving
 
 SLOTS, ADAPTERS = 3, 6
 REQUESTS_EACH = 60
-MOST_STEPS = 20_000
+MAX_STEPS = 20_000
 """Several times what a fair engine takes."""
-MOST_IDLE_STEPS = 100_000
+MAX_IDLE_STEPS = 100_000
 LONGEST_COPY_S = 60.0
 STEPS_ON_TOP = 4
 """What vLLM's pipeline adds: a step from request to schedule, and one from result to slot."""
@@ -82,7 +82,7 @@ class Stepper:
         # One without any waits for a copy into a slot, for as long as the machine takes.
         self.step += bool(outputs)
         self._idle = 0 if outputs else self._idle + 1
-        assert self._idle < MOST_IDLE_STEPS
+        assert self._idle < MAX_IDLE_STEPS
         for output in outputs:
             if output.finished:
                 request = self._pending.pop(output.request_id)
@@ -136,7 +136,7 @@ def test_adapters_that_share_slots_wait_alike(fleet: Scenario) -> None:
                 while engine.pending(name) < 4:
                     engine.submit(name, new_tokens=lengths.randint(1, NEW_TOKENS))
             engine.run_step()
-            assert engine.step < MOST_STEPS, {n: len(engine.latencies[n]) for n in names}
+            assert engine.step < MAX_STEPS, {n: len(engine.latencies[n]) for n in names}
     means = {name: mean(engine.latencies[name]) for name in names}
     assert max(means.values()) < 2 * min(means.values()), means
 

@@ -1,4 +1,4 @@
-"""Parties get the same of the engine, whatever they ask for, and nobody earns credit by waiting."""
+"""Flows get the same of the engine, whatever they ask for, and nobody earns credit by waiting."""
 
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from vllm_multilora.slots.fairness.fair_shares import (
     HALF_LIFE_STEPS,
     HEAVY_RATIO,
     HELD_STEPS,
-    MOST_REMEMBERED,
+    MAX_REMEMBERED,
     PROMPT_COST,
     FairShares,
     cost_of,
@@ -32,7 +32,7 @@ def begin_step(shares: FairShares) -> None:
 
 @dataclass
 class Request:
-    party: str
+    flow: str
     prompt: int
     generate: int
     computed: int = 0
@@ -53,18 +53,18 @@ class Engine:
     running: list[Request] = field(default_factory=list)
     had: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def ask(self, party: str, prompt: int = 4, generate: int = 4) -> None:
-        self.shares.join(party, self.weights.get(party, 1.0))
-        self.waiting[party].append(Request(party, prompt, generate))
+    def ask(self, flow: str, prompt: int = 4, generate: int = 4) -> None:
+        self.shares.join(flow, self.weights.get(flow, 1.0))
+        self.waiting[flow].append(Request(flow, prompt, generate))
 
-    def backlog(self, party: str, numbers: Random, most: int = STEP_TOKENS) -> None:
-        """The party has requests waiting, of any length."""
-        while len(self.waiting[party]) < self.places + 1:
-            self.ask(party, numbers.randint(1, most), numbers.randint(1, 12))
+    def backlog(self, flow: str, numbers: Random, most: int = STEP_TOKENS) -> None:
+        """The flow has requests waiting, of any length."""
+        while len(self.waiting[flow]) < self.places + 1:
+            self.ask(flow, numbers.randint(1, most), numbers.randint(1, 12))
 
     def step(self) -> set[str]:
-        """Schedules and computes a step; the parties that something was computed for."""
-        self.shares.begin_step({party for party, queue in self.waiting.items() if queue})
+        """Schedules and computes a step; the flows that something was computed for."""
+        self.shares.begin_step({flow for flow, queue in self.waiting.items() if queue})
         budget, charges = STEP_TOKENS, defaultdict(float)
 
         def compute(request: Request) -> None:
@@ -73,28 +73,28 @@ class Engine:
             left = max(1, request.prompt - begin)
             request.computed += min(left, budget)
             budget -= request.computed - begin
-            charges[request.party] += cost_of(request.prompt, begin, request.computed)
+            charges[request.flow] += cost_of(request.prompt, begin, request.computed)
 
         for request in self.running:
             if budget:
                 compute(request)
         expected = defaultdict(float)
         while budget and len(self.running) < self.places and any(self.waiting.values()):
-            party = min(
+            flow = min(
                 (p for p, queue in self.waiting.items() if queue),
                 key=lambda p: (self.shares.served(p) + expected[p], p),
             )
-            request = self.waiting[party].popleft()
-            expected[party] += self.shares.worth(party, request.prompt * PROMPT_COST)
+            request = self.waiting[flow].popleft()
+            expected[flow] += self.shares.worth(flow, request.prompt * PROMPT_COST)
             self.running.append(request)
             compute(request)
-        for party, cost in charges.items():
-            self.shares.charge(party, cost)
-            self.had[party] += cost
+        for flow, cost in charges.items():
+            self.shares.charge(flow, cost)
+            self.had[flow] += cost
         ended = [r for r in self.running if r.computed >= r.prompt + r.generate]
         self.running = [r for r in self.running if r not in ended]
         for request in ended:
-            self.shares.leave(request.party)
+            self.shares.leave(request.flow)
         return set(charges)
 
 
@@ -103,7 +103,7 @@ WEIGHTS = st.sampled_from([0.5, 1.0, 2.0, 3.0])
 
 @settings(max_examples=60, deadline=None)
 @given(places=st.integers(1, 6), one=WEIGHTS, two=WEIGHTS, seed=st.integers(0, 2**32))
-def test_two_parties_with_requests_waiting_get_shares_by_weight(places, one, two, seed):
+def test_two_flows_with_requests_waiting_get_shares_by_weight(places, one, two, seed):
     """However long and many each one's requests are, the difference does not grow."""
     numbers = Random(seed)
     engine = Engine(places, {"one": one, "two": two})
@@ -142,7 +142,7 @@ def test_every_request_is_served_in_the_end(traffic, places):
 
 @settings(max_examples=40, deadline=None)
 @given(others=st.integers(1, 5), seed=st.integers(0, 2**32), places=st.integers(1, 3))
-def test_nobody_starves_beside_parties_that_never_stop_asking(others, seed, places):
+def test_nobody_starves_beside_flows_that_never_stop_asking(others, seed, places):
     numbers, engine = Random(seed), Engine(places)
     names = [f"other {number}" for number in range(others)]
     for _ in range(40):
@@ -160,7 +160,7 @@ def test_nobody_starves_beside_parties_that_never_stop_asking(others, seed, plac
     raise AssertionError("it was never served")
 
 
-def test_a_party_with_many_requests_gets_no_more_than_one_with_few():
+def test_a_flow_with_many_requests_gets_no_more_than_one_with_few():
     engine = Engine(places=2)
     for _ in range(40):
         engine.ask("flood", 8, 4)
@@ -184,11 +184,11 @@ def test_idle_time_earns_no_credit():
     assert shares.served("late") == pytest.approx(990)  # as the others at the last step's begin
 
 
-def test_a_party_that_gets_all_that_it_asks_for_earns_no_credit():
+def test_a_flow_that_gets_all_that_it_asks_for_earns_no_credit():
     """Else it could have the engine for itself for as long as it had asked for little."""
     shares = FairShares()
-    for party in ("modest", "greedy"):
-        shares.join(party)
+    for flow in ("modest", "greedy"):
+        shares.join(flow)
     for _ in range(100):
         shares.begin_step({"greedy"})
         shares.charge("greedy", 50)
@@ -197,11 +197,11 @@ def test_a_party_that_gets_all_that_it_asks_for_earns_no_credit():
     assert shares.served("modest") == shares.served("greedy") - 48
 
 
-def test_a_party_that_gets_all_earns_no_credit_while_anothers_adapter_is_loaded():
+def test_a_flow_that_gets_all_earns_no_credit_while_anothers_adapter_is_loaded():
     """In a busy server there is always one."""
     shares = FairShares()
-    for party in ("modest", "greedy", "loading"):
-        shares.join(party)
+    for flow in ("modest", "greedy", "loading"):
+        shares.join(flow)
     for _ in range(100):
         shares.begin_step({"greedy", "loading"})
         shares.hold("loading")
@@ -214,8 +214,8 @@ def test_a_party_that_gets_all_earns_no_credit_while_anothers_adapter_is_loaded(
 
 def test_where_nobody_waits_nobody_owes_anything():
     shares = FairShares()
-    for party in ("modest", "greedy"):
-        shares.join(party)
+    for flow in ("modest", "greedy"):
+        shares.join(flow)
     for _ in range(100):
         shares.begin_step(set())
         shares.charge("greedy", 50)
@@ -226,10 +226,10 @@ def test_where_nobody_waits_nobody_owes_anything():
     assert (first, last) == ("modest", "greedy")
 
 
-def test_those_that_want_no_more_owe_something_while_one_waits_for_a_slot():
+def test_those_that_request_no_more_owe_something_while_one_waits_for_a_slot():
     shares = FairShares()
-    for party in ("waiting", "modest", "greedy"):
-        shares.join(party)
+    for flow in ("waiting", "modest", "greedy"):
+        shares.join(flow)
     for _ in range(10):
         shares.begin_step(set())
         shares.hold("waiting", waits_for_slot=True)
@@ -239,10 +239,10 @@ def test_those_that_want_no_more_owe_something_while_one_waits_for_a_slot():
     assert shares.served("modest") == 20
 
 
-def test_what_one_has_had_stays_when_it_wants_no_more():
+def test_what_one_has_had_stays_when_it_requests_no_more():
     shares = FairShares()
-    for party in ("satisfied", "wanting"):
-        shares.join(party)
+    for flow in ("satisfied", "wanting"):
+        shares.join(flow)
     begin_step(shares)
     shares.charge("satisfied", 100)
     shares.begin_step({"wanting"})
@@ -252,8 +252,8 @@ def test_what_one_has_had_stays_when_it_wants_no_more():
 @pytest.mark.parametrize("is_alone", [True, False], ids=["alone", "beside another"])
 def test_the_turn_of_one_that_waited_for_a_slot_earns_no_credit_for_those_that_were_idle(is_alone):
     shares = FairShares()
-    for party in ("waiting", "idle", "busy"):
-        shares.join(party)
+    for flow in ("waiting", "idle", "busy"):
+        shares.join(flow)
     shares.leave("idle")
     for _ in range(10):
         begin_step(shares)
@@ -272,8 +272,8 @@ def test_the_turn_of_one_that_waited_for_a_slot_earns_no_credit_for_those_that_w
 
 def test_one_that_waits_for_a_slot_keeps_its_credit_though_no_queue_has_it():
     shares = FairShares()
-    for party in ("waiting", "greedy"):
-        shares.join(party)
+    for flow in ("waiting", "greedy"):
+        shares.join(flow)
     for _ in range(10):
         shares.begin_step(set())
         shares.hold("waiting", waits_for_slot=True)
@@ -282,10 +282,10 @@ def test_one_that_waits_for_a_slot_keeps_its_credit_though_no_queue_has_it():
     assert shares.served("waiting") == 0
 
 
-def test_a_party_is_heavy_until_another_has_had_nearly_as_much():
+def test_a_flow_is_heavy_until_another_has_had_nearly_as_much():
     shares = FairShares()
-    for party in ("large", "small"):
-        shares.join(party)
+    for flow in ("large", "small"):
+        shares.join(flow)
 
     def step(large: float, small: float) -> bool:
         begin_step(shares)
@@ -302,10 +302,10 @@ def test_a_party_is_heavy_until_another_has_had_nearly_as_much():
     assert not any(step(HEAVY_RATIO - 1, 1) for _ in range(10 * HALF_LIFE_STEPS))
 
 
-def test_a_party_that_leaves_and_comes_back_has_had_what_it_had():
+def test_a_flow_that_leaves_and_comes_back_has_had_what_it_had():
     shares = FairShares()
-    for party in ("greedy", "other"):
-        shares.join(party)
+    for flow in ("greedy", "other"):
+        shares.join(flow)
     begin_step(shares)
     shares.charge("greedy", 500)
     shares.leave("greedy")
@@ -331,17 +331,17 @@ def test_whoever_was_alone_owes_nothing_and_may_be_heavy(tokens):
     assert not shares.is_heavy("late")
 
 
-def test_a_party_is_heavy_beside_one_that_has_had_much_less_of_late():
+def test_a_flow_is_heavy_beside_one_that_has_had_much_less_of_late():
     shares = FairShares()
-    for party in ("large", "middle", "small"):
-        shares.join(party)
+    for flow in ("large", "middle", "small"):
+        shares.join(flow)
     for _ in range(HALF_LIFE_STEPS):
         begin_step(shares)
         shares.charge("large", HEAVY_RATIO + 0.5)
         shares.charge("middle", HEAVY_RATIO - 0.5)
         shares.charge("small", 1)
     begin_step(shares)
-    assert [shares.is_heavy(party) for party in ("large", "middle", "small")] == [
+    assert [shares.is_heavy(flow) for flow in ("large", "middle", "small")] == [
         True,
         False,
         False,
@@ -388,8 +388,8 @@ def test_shares_of_late_survive_any_number_of_steps(monkeypatch):
 
 def test_one_whose_requests_cannot_run_makes_nobody_heavy_and_earns_no_credit():
     shares = FairShares()
-    for party in ("loading", "large", "other"):
-        shares.join(party)
+    for flow in ("loading", "large", "other"):
+        shares.join(flow)
     for _ in range(10):
         begin_step(shares)
         shares.hold("loading")
@@ -402,8 +402,8 @@ def test_one_whose_requests_cannot_run_makes_nobody_heavy_and_earns_no_credit():
 
 def test_one_that_waits_for_a_slot_makes_nobody_heavy_and_keeps_its_place():
     shares = FairShares()
-    for party in ("waiting", "large", "other"):
-        shares.join(party)
+    for flow in ("waiting", "large", "other"):
+        shares.join(flow)
     for _ in range(10):
         begin_step(shares)
         shares.hold("waiting", waits_for_slot=True)
@@ -414,10 +414,10 @@ def test_one_that_waits_for_a_slot_makes_nobody_heavy_and_keeps_its_place():
     assert shares.served("waiting") == 0
 
 
-def test_a_party_is_there_until_its_last_request_has_ended():
+def test_a_flow_is_there_until_its_last_request_has_ended():
     shares = FairShares()
-    for party in ("one", "one", "two"):
-        shares.join(party)
+    for flow in ("one", "one", "two"):
+        shares.join(flow)
     shares.leave("one")
     assert shares.is_contended
     shares.leave("one")
@@ -427,21 +427,21 @@ def test_a_party_is_there_until_its_last_request_has_ended():
 
 def test_whoever_comes_or_comes_back_has_had_as_much_as_one_that_is_alone():
     shares = FairShares()
-    for party in ("alone", "back"):
-        shares.join(party)
+    for flow in ("alone", "back"):
+        shares.join(flow)
     begin_step(shares)
     shares.charge("alone", 500)
     shares.leave("back")
-    for party in ("new", "back"):
-        shares.join(party)
-        assert shares.served(party) == 500
+    for flow in ("new", "back"):
+        shares.join(flow)
+        assert shares.served(flow) == 500
     assert shares.served("nobody") == 500
 
 
-def test_those_that_want_no_more_are_lifted_to_the_one_that_wants_with_the_least():
+def test_flows_without_waiting_requests_rise_to_the_least_waiting_one():
     shares = FairShares()
-    for party in ("most", "more", "modest"):
-        shares.join(party)
+    for flow in ("most", "more", "modest"):
+        shares.join(flow)
     begin_step(shares)
     shares.charge("most", 100)
     shares.charge("more", 10)
@@ -451,8 +451,8 @@ def test_those_that_want_no_more_are_lifted_to_the_one_that_wants_with_the_least
 
 def held_beside_one_that_has_had_much() -> FairShares:
     shares = FairShares()
-    for party in ("held", "large"):
-        shares.join(party)
+    for flow in ("held", "large"):
+        shares.join(flow)
     begin_step(shares)
     shares.charge("large", 100)
     shares.hold("held")
@@ -460,7 +460,7 @@ def held_beside_one_that_has_had_much() -> FairShares:
 
 
 @pytest.mark.parametrize("by", ["another request", "its adapter", "time", "a charge"])
-def test_a_party_whose_requests_could_not_run_counts_again(by):
+def test_a_flow_whose_requests_could_not_run_counts_again(by):
     shares = held_beside_one_that_has_had_much()
     if by == "a charge":
         shares.charge("held", 1)
@@ -488,11 +488,11 @@ def test_nobody_is_heavy_where_no_request_can_run():
 
 def test_the_weight_of_all_that_are_heavy_is_known():
     shares = FairShares()
-    for party, weight in (("one", 1.0), ("two", 2.0), ("small", 4.0)):
-        shares.join(party, weight)
+    for flow, weight in (("one", 1.0), ("two", 2.0), ("small", 4.0)):
+        shares.join(flow, weight)
     begin_step(shares)
-    for party, cost in (("one", 100), ("two", 200), ("small", 1)):
-        shares.charge(party, cost)
+    for flow, cost in (("one", 100), ("two", 200), ("small", 1)):
+        shares.charge(flow, cost)
     for _ in range(2):
         begin_step(shares)
         assert shares.heavy_weight == 3.0
@@ -500,8 +500,8 @@ def test_the_weight_of_all_that_are_heavy_is_known():
     begin_step(shares)
     assert not shares.is_heavy("one")
     assert shares.heavy_weight == 2.0
-    for party in ("one", "small"):
-        shares.leave(party)
+    for flow in ("one", "small"):
+        shares.leave(flow)
     shares.step_alone(1)
     assert not shares.is_heavy("two")
     assert not shares.heavy_weight
@@ -519,29 +519,29 @@ def test_what_one_has_had_alone_goes_by_its_weight():
 
 def test_the_latest_weight_counts():
     shares = FairShares()
-    shares.join("party", 1.0)
-    shares.join("party", 4.0)
-    shares.charge("party", 8)
-    assert shares.served("party") == 2
-    assert shares.worth("party", 8) == 2
+    shares.join("flow", 1.0)
+    shares.join("flow", 4.0)
+    shares.charge("flow", 8)
+    assert shares.served("flow") == 2
+    assert shares.worth("flow", 8) == 2
 
 
 @pytest.mark.parametrize("weight", [0, -1.0, float("nan")], ids=str)
 def test_a_weight_is_above_zero(weight):
     with pytest.raises(ValueError, match="must be above 0"):
-        FairShares().join("party", weight)
+        FairShares().join("flow", weight)
 
 
 def test_counters_of_those_that_have_left_are_kept_within_bounds():
     shares = FairShares()
     shares.join("stays")
-    for number in range(3 * MOST_REMEMBERED):
+    for number in range(3 * MAX_REMEMBERED):
         shares.join(number)
         begin_step(shares)
         shares.charge(number, 1 + number)
         shares.leave(number)
-    assert len(shares._idle) <= MOST_REMEMBERED
-    last = 3 * MOST_REMEMBERED - 1
+    assert len(shares._idle) <= MAX_REMEMBERED
+    last = 3 * MAX_REMEMBERED - 1
     shares.join(last)
     assert shares.served(last) >= 1 + last
 
@@ -562,33 +562,33 @@ def test_reading_an_adapter_costs_as_much_as_reading_contexts_of_its_size():
     assert reading_cost(84 << 20, 0) == 0, "a model without attention"
 
 
-def test_of_very_many_parties_those_that_left_last_are_remembered():
+def test_of_very_many_flows_those_that_left_last_are_remembered():
     shares = FairShares()
-    for party in range(MOST_REMEMBERED + 1):
-        shares.join(party)
-        shares.charge(party, 10)
-        shares.leave(party)
-    for party, served in ((0, 0), (MOST_REMEMBERED, 10)):
-        shares.join(party)
-        assert shares.served(party) == served
-        shares.leave(party)
+    for flow in range(MAX_REMEMBERED + 1):
+        shares.join(flow)
+        shares.charge(flow, 10)
+        shares.leave(flow)
+    for flow, served in ((0, 0), (MAX_REMEMBERED, 10)):
+        shares.join(flow)
+        assert shares.served(flow) == served
+        shares.leave(flow)
 
 
-def test_of_very_many_parties_those_are_remembered_that_have_had_more_than_newcomers():
+def test_of_very_many_flows_those_are_remembered_that_have_had_more_than_newcomers():
     shares = FairShares()
     shares.join("greedy")
     shares.join("modest")
     begin_step(shares)
     shares.charge("greedy", 10)
     shares.leave("greedy")
-    for party in range(MOST_REMEMBERED):
-        shares.join(party)
-        shares.leave(party)
+    for flow in range(MAX_REMEMBERED):
+        shares.join(flow)
+        shares.leave(flow)
     shares.join("greedy")
     assert shares.served("greedy") == 10
 
 
-def test_what_a_party_has_had_alone_of_late_makes_it_heavy_beside_another():
+def test_what_a_flow_has_had_alone_of_late_makes_it_heavy_beside_another():
     shares = FairShares()
     shares.join("alone")
     for _ in range(10 * HALF_LIFE_STEPS):
@@ -600,7 +600,7 @@ def test_what_a_party_has_had_alone_of_late_makes_it_heavy_beside_another():
     assert shares.is_heavy("alone")
 
 
-def test_a_party_that_was_alone_for_long_is_heavy_for_a_few_half_lives():
+def test_a_flow_that_was_alone_for_long_is_heavy_for_a_few_half_lives():
     shares = FairShares()
     shares.join("alone")
     for _ in range(20 * HALF_LIFE_STEPS):
@@ -608,12 +608,12 @@ def test_a_party_that_was_alone_for_long_is_heavy_for_a_few_half_lives():
     shares.join("late")
     for _ in range(3 * HALF_LIFE_STEPS):
         begin_step(shares)
-        for party in ("alone", "late"):
-            shares.charge(party, 10)
+        for flow in ("alone", "late"):
+            shares.charge(flow, 10)
     assert not shares.is_heavy("alone")
 
 
-def test_what_a_party_had_long_ago_makes_it_not_heavy_when_it_comes_back():
+def test_what_a_flow_had_long_ago_makes_it_not_heavy_when_it_comes_back():
     """However long: the unit of what was had of late has been changed since."""
     shares = FairShares()
     shares.join("stays")
@@ -629,5 +629,5 @@ def test_what_a_party_had_long_ago_makes_it_not_heavy_when_it_comes_back():
         begin_step(shares)
         assert not shares.is_heavy("gone")
         assert shares.is_heavy("stays")
-        for party in ("gone", "stays"):
-            shares.charge(party, 1)
+        for flow in ("gone", "stays"):
+            shares.charge(flow, 1)

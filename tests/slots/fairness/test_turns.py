@@ -12,7 +12,7 @@ from vllm_multilora.slots.fairness.slot_turns import SlotTurns
 
 A, B, C, W, X = 1, 2, 3, 9, 10
 PATIENCE = 4
-MOST_STEPS = 6
+MAX_STEPS = 6
 
 
 @dataclass
@@ -76,10 +76,10 @@ def saturated(slots: int, **options: int) -> Scheduler:
 
 
 def flood(slots: int) -> list[tuple[int, int]]:
-    return [(adapter, MOST_STEPS) for adapter in range(1, slots + 1)]
+    return [(adapter, MAX_STEPS) for adapter in range(1, slots + 1)]
 
 
-TRAFFIC = st.lists(st.tuples(st.integers(1, 5), st.integers(1, MOST_STEPS)), max_size=4)
+TRAFFIC = st.lists(st.tuples(st.integers(1, 5), st.integers(1, MAX_STEPS)), max_size=4)
 
 
 @settings(max_examples=100, deadline=None)
@@ -103,7 +103,7 @@ def test_whoever_asks_every_step_is_served_within_the_bound(
         assert len(set(ran)) == slots or not waiting
         bounds = {
             adapter: bounds.get(
-                adapter, scheduler.step + patience - 1 + ceil(place / slots) * MOST_STEPS
+                adapter, scheduler.step + patience - 1 + ceil(place / slots) * MAX_STEPS
             )
             for place, adapter in enumerate(waiting, start=1)
         }
@@ -112,8 +112,8 @@ def test_whoever_asks_every_step_is_served_within_the_bound(
 
 def test_the_bound_is_met_exactly_by_the_worst_case() -> None:
     scheduler = saturated(1)
-    kept_waiting = scheduler.steps_until(W, (W, 1), (A, MOST_STEPS)) - 1
-    assert kept_waiting == PATIENCE - 1 + MOST_STEPS
+    kept_waiting = scheduler.steps_until(W, (W, 1), (A, MAX_STEPS)) - 1
+    assert kept_waiting == PATIENCE - 1 + MAX_STEPS
 
 
 def test_slots_are_given_in_the_queues_order_while_there_are_any() -> None:
@@ -150,8 +150,8 @@ def test_a_slot_that_was_made_free_goes_to_the_one_that_waited() -> None:
     """Though requests of the one that gave it up are always before it in the queue."""
     scheduler = saturated(1)
     scheduler.run_step((W, 1))
-    for _ in range(PATIENCE + MOST_STEPS):
-        scheduler.queue.insert(0, Request(A, MOST_STEPS))
+    for _ in range(PATIENCE + MAX_STEPS):
+        scheduler.queue.insert(0, Request(A, MAX_STEPS))
         if W in scheduler.run_step():
             break
     assert scheduler.waiting == [A]
@@ -169,8 +169,8 @@ def test_those_that_wait_are_served_in_the_order_in_which_they_came() -> None:
 def test_one_turn_is_for_the_requests_that_are_there() -> None:
     """An adapter that waited does not keep others out by further requests."""
     scheduler = saturated(1)
-    scheduler.steps_until(W, (W, MOST_STEPS), (A, MOST_STEPS))
-    assert scheduler.steps_until(A, (W, MOST_STEPS), (A, MOST_STEPS)) <= PATIENCE + MOST_STEPS
+    scheduler.steps_until(W, (W, MAX_STEPS), (A, MAX_STEPS))
+    assert scheduler.steps_until(A, (W, MAX_STEPS), (A, MAX_STEPS)) <= PATIENCE + MAX_STEPS
 
 
 def test_patience_is_not_lost_in_steps_without_a_question() -> None:
@@ -222,7 +222,7 @@ def test_a_slot_that_was_pinned_meanwhile_is_given_up_and_not_given_again() -> N
     """The pinned adapter's requests are not the turns' affair; there is a slot less."""
     scheduler = saturated(2)
     scheduler.slots = 1
-    for _ in range(PATIENCE + 2 * MOST_STEPS):
+    for _ in range(PATIENCE + 2 * MAX_STEPS):
         scheduler.run_step((B, 1))
     assert set(scheduler.run_step((B, 1))) == {B}
     assert set(scheduler.run_step((B, 1), (A, 1))) == {B}
@@ -301,7 +301,7 @@ def test_no_slot_is_kept_for_long_for_one_that_does_not_come() -> None:
     assert W not in turns.waiting
 
 
-def test_a_slot_is_kept_while_nobody_else_wants_it_for_one_that_comes_late() -> None:
+def test_a_slot_is_kept_while_nobody_else_requests_it_for_one_that_comes_late() -> None:
     turns = SlotTurns(PATIENCE)
     turns.begin_step((), 1)
     assert [turns.admit(adapter) for adapter in (A, W)] == [True, False]
@@ -500,7 +500,7 @@ def test_with_an_order_nobody_makes_room_for_one_with_more_of_it() -> None:
     assert not turns.admit(A)
 
 
-def test_who_keeps_waiting_for_a_slot_is_told() -> None:
+def test_who_keeps_waiting_for_a_slot_is_reported() -> None:
     turns = SlotTurns(PATIENCE)
     turns.begin_step({A}, 1)
     assert not turns.admit(B)

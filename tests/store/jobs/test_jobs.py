@@ -20,7 +20,7 @@ from vllm_multilora.store.jobs.runner import ForkRunner, ThreadRunner, Use
 from vllm_multilora.store.memory.arena import PAGE, PLACE_BITS
 from vllm_multilora.store.memory.entries import Binding, Load
 from vllm_multilora.store.memory.segments import SharedSegments
-from vllm_multilora.store.protocol.channel import MOST_DESCRIPTORS, Channel
+from vllm_multilora.store.protocol.channel import MAX_DESCRIPTORS, Channel
 from vllm_multilora.store.protocol.job_messages import Checked, Done, FromJob, Opened, Place
 from vllm_multilora.store.protocol.messages import StoreSettings
 
@@ -42,7 +42,7 @@ def messages_of(channel):
 
 
 def test_a_pack_may_lie_in_many_segments_and_in_several_extents_of_each(segments):
-    numbers = range(MOST_DESCRIPTORS)
+    numbers = range(MAX_DESCRIPTORS)
     for number in numbers:
         segments.create(number, 5 * PAGE)
     extents = [(number, page * PAGE, PAGE) for page in (3, 1) for number in numbers]

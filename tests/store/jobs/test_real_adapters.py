@@ -15,7 +15,7 @@ from vllm_multilora.adapters.packing.pack_index import PackIndex
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.clients.client import StoreClient
 from vllm_multilora.store.memory.mapper import SegmentMapper
-from vllm_multilora.store.protocol.messages import Loaded, Want
+from vllm_multilora.store.protocol.messages import Loaded, LoadRequest
 from vllm_multilora.store.store_launch import StoreProcess, StoreThread
 
 RANKS = {module: 4 for module, _, _ in MODULES}
@@ -55,7 +55,7 @@ def test_what_is_packed_is_what_was_written(engine, adapter):
     assert (pack.rank, pack.has_special) == (4, False)
 
 
-def test_a_dora_adapter_is_told_from_a_plain_one(tmp_path):
+def test_a_dora_adapter_is_distinguished_from_a_plain_one(tmp_path):
     client = StoreClient(StoreThread(), "server")
     engine = Engine(client, [layout(dora=True)], allowed_roots=(str(tmp_path),))
     tensors = weights(RANKS)
@@ -129,7 +129,9 @@ def test_an_adapter_that_is_not_there_is_gone(engine, tmp_path):
     other = tmp_path / "adapters" / "other"
     for folder in (empty, other):
         folder.mkdir(parents=True)
-    tickets = [engine.client.want(Want(n, "x", str(f))) for n, f in ((2, empty), (3, other))]
+    tickets = [
+        engine.client.request_load(LoadRequest(n, "x", str(f))) for n, f in ((2, empty), (3, other))
+    ]
     for ticket, folder in zip(tickets, (empty, other), strict=True):
         answer = engine.answer(ticket)
         assert answer.kind is FailureKind.GONE
@@ -191,7 +193,7 @@ def test_a_huge_header_costs_its_own_adapter_and_the_store_nothing(tmp_path, ada
     folder = write(tmp_path / "adapters" / "huge", weights(RANKS), rank=4, alpha=6)
     write_header(folder, b'{"__metadata__":{"a":[' + b"[]," * (15 << 20) + b"[]]}}")
     before = engine.store().memory_info().rss
-    ticket = engine.client.want(Want(1, "huge", str(folder)))
+    ticket = engine.client.request_load(LoadRequest(1, "huge", str(folder)))
     begun = time.perf_counter()
     assert isinstance(engine.load(2, str(adapter)), Loaded)
     assert time.perf_counter() - begun < 3.0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vllm_multilora.store.jobs import sandbox
-from vllm_multilora.store.protocol.channel import MOST_DESCRIPTORS
+from vllm_multilora.store.protocol.channel import MAX_DESCRIPTORS
 
 pytestmark = pytest.mark.waits
 
@@ -188,9 +188,9 @@ import numpy; print(numpy.ones((300, 300)).dot(numpy.ones((300, 300))).sum())
 
 
 def test_memory_is_limited_beside_what_the_store_had():
-    before = f"had = bytearray({sandbox.MOST_MEMORY})\n"
-    assert run(f"bytearray({sandbox.MOST_MEMORY} - (64 << 20))", before=before).returncode == 0
-    assert "MemoryError" in refused(f"bytearray({sandbox.MOST_MEMORY} + (64 << 20))", before=before)
+    before = f"had = bytearray({sandbox.MAX_MEMORY})\n"
+    assert run(f"bytearray({sandbox.MAX_MEMORY} - (64 << 20))", before=before).returncode == 0
+    assert "MemoryError" in refused(f"bytearray({sandbox.MAX_MEMORY} + (64 << 20))", before=before)
 
 
 def test_processor_time_is_limited():
@@ -209,7 +209,7 @@ def test_files_core_dumps_and_descriptors_are_limited():
 limited = (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE, resource.RLIMIT_NOFILE)
 print([resource.getrlimit(number)[1] for number in limited])
 """
-    assert run(code).stdout == f"[0, 0, {MOST_DESCRIPTORS + 64}]\n"
+    assert run(code).stdout == f"[0, 0, {MAX_DESCRIPTORS + 64}]\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of Linux")

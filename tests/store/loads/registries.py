@@ -20,8 +20,8 @@ from vllm_multilora.store.protocol.messages import (
     Evicted,
     Failed,
     Loaded,
+    LoadRequest,
     StoreSettings,
-    Want,
 )
 
 PAGE = 4096
@@ -107,11 +107,15 @@ class World:
         self.registry.configure(number, model, [], chosen, self.now)
         return number
 
-    def want(self, client: int, adapter: int = 1, path: str | None = None, **options) -> int:
+    def request_load(
+        self, client: int, adapter: int = 1, path: str | None = None, **options
+    ) -> int:
         self.tickets += 1
         path = path or f"/adapters/{adapter}"
-        want = Want(adapter, f"adapter {adapter}", path, ticket=self.tickets, **options)
-        self.registry.want(client, want, self.now)
+        load_request = LoadRequest(
+            adapter, f"adapter {adapter}", path, ticket=self.tickets, **options
+        )
+        self.registry.request_load(client, load_request, self.now)
         self.registry.loads.tick(self.now)
         return self.tickets
 
@@ -176,8 +180,8 @@ class World:
         raise AssertionError("it does not settle")
 
     def load(self, client: int, adapter: int = 1, pages: int = 1, **options):
-        """Wants an adapter and lets it come."""
-        ticket = self.want(client, adapter, **options)
+        """Requests an adapter and lets it come."""
+        ticket = self.request_load(client, adapter, **options)
         self.settle(pages)
         return self.answer(client, ticket)
 
@@ -192,7 +196,7 @@ class World:
         allocations = [one.allocation for one in loads if one.allocation]
         allocations += [one for one in self.registry.loads._dying.values() if one]
         assert memory.staged == len(allocations)
-        assert all((one.leader or one).wanted() for one in loads), "a load that nobody waits for"
+        assert all((one.leader or one).requested() for one in loads), "a load that nobody waits for"
         assert all(len(one.owners) == len(set(one.owners)) for one in loads)
         assert self.registry.loads._dying.keys() == self.dying
         assert totals.bytes == packs + sum(one.held_bytes for one in allocations)

@@ -7,9 +7,9 @@ from tests.store.loads.registries import PAGE, World
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.slots.policies.contained_policy import ContainedPolicy
 from vllm_multilora.slots.policies.lru import LruPolicy
-from vllm_multilora.store.loads.loads import MOST_FAILURES
+from vllm_multilora.store.loads.loads import MAX_FAILURES
 from vllm_multilora.store.memory.entries import Owner
-from vllm_multilora.store.memory.held_packs import MOST_LIMITS, MOST_VERSIONS
+from vllm_multilora.store.memory.held_packs import MAX_LIMITS, MAX_VERSIONS
 from vllm_multilora.store.protocol.messages import Failed, Forgotten, Loaded, Reading, StoreSettings
 
 
@@ -21,7 +21,7 @@ def world():
     world.check()
 
 
-def test_a_want_is_told_of_its_turn_and_of_its_pack(world):
+def test_a_load_request_is_notified_of_its_turn_and_of_its_pack(world):
     loaded = world.load(1, pages=2)
     assert [type(m) for m in world.said[1]] == [Reading, Loaded]
     assert loaded.was_read
@@ -37,18 +37,18 @@ def test_a_want_is_told_of_its_turn_and_of_its_pack(world):
 
 def test_what_is_in_memory_is_answered_at_once(world):
     first = world.load(1)
-    ticket = world.want(1)
+    ticket = world.request_load(1)
     again = world.answer(1, ticket)
     assert (again.pack, again.was_read, world.jobs) == (first.pack, False, {})
 
 
 def test_two_engines_of_a_server_share_one_load(world):
     world.client(2)
-    tickets = [(1, world.want(1)), (2, world.want(2))]
+    tickets = [(1, world.request_load(1)), (2, world.request_load(2))]
     (job,) = world.jobs
     world.opened(job)
     world.checked(job)
-    tickets.append((2, world.want(2)))
+    tickets.append((2, world.request_load(2)))
     assert isinstance(world.said[2][-1], Reading)
     world.done(job)
     packs = [world.answer(*ticket).pack for ticket in tickets]
@@ -66,13 +66,13 @@ def test_numbers_of_different_servers_mean_different_adapters(world):
 
 def test_what_a_server_that_has_gone_had_begun_is_its_followers_alone(world):
     world.client(2, server="other")
-    world.want(2, adapter=7, path="/same")
+    world.request_load(2, adapter=7, path="/same")
     world.step(max(world.jobs))
-    ticket = world.want(1, path="/same")
+    ticket = world.request_load(1, path="/same")
     world.step(max(world.jobs))  # opened: the same files, for which somebody is on the way
     world.registry.client_gone(2, world.now)
     world.client(3, server="other")
-    world.want(3, adapter=7, path="/same")
+    world.request_load(3, adapter=7, path="/same")
     assert len(world.jobs) == 2, "what the server before had begun is not for this one"
     world.registry.client_gone(3, world.now)
     world.settle()
@@ -94,7 +94,7 @@ def test_another_server_shares_equal_files_without_reading_them(world):
 
 def test_files_that_are_being_read_for_another_server_are_read_once(world):
     world.client(2, server="other")
-    first, second = world.want(1, path="/same"), world.want(2, path="/same")
+    first, second = world.request_load(1, path="/same"), world.request_load(2, path="/same")
     world.settle()
     assert world.answer(1, first).pack == world.answer(2, second).pack
     assert world.read == {"/same": 1}
@@ -102,16 +102,16 @@ def test_files_that_are_being_read_for_another_server_are_read_once(world):
 
 
 def test_the_end_of_a_server_leaves_others_loads_to_their_engines(world):
-    world.want(1)
+    world.request_load(1)
     world.client(2, server="other")
     world.registry.client_gone(2, world.now)
     world.client(3)
-    world.want(3)
+    world.request_load(3)
     assert len(world.jobs) == 1
 
 
 def test_the_failures_of_a_server_end_with_it(world):
-    world.want(1)
+    world.request_load(1)
     world.failed(next(iter(world.jobs)))
     world.registry.client_gone(1, world.now)
     world.client(2)
@@ -120,25 +120,25 @@ def test_the_failures_of_a_server_end_with_it(world):
 
 
 def test_one_reading_for_two_adapters_of_an_engine_counts_once(world):
-    tickets = [world.want(1, adapter, "/same") for adapter in (1, 2)]
+    tickets = [world.request_load(1, adapter, "/same") for adapter in (1, 2)]
     world.settle()
     assert [world.answer(1, ticket).was_read for ticket in tickets] == [True, False]
 
 
-def test_who_joins_those_that_follow_a_load_is_told_that_it_is_read(world):
+def test_who_joins_those_that_follow_a_load_learns_that_it_is_read(world):
     for client in (2, 3):
         world.client(client, server="other")
-    world.want(1, path="/same")
-    world.want(2, path="/same")
+    world.request_load(1, path="/same")
+    world.request_load(2, path="/same")
     for job in list(world.jobs):
         world.opened(job)
-    world.want(3, path="/same")
+    world.request_load(3, path="/same")
     assert [type(message) for message in world.said[3]] == [Reading]
 
 
-def test_a_load_ends_when_neither_it_nor_what_follows_it_is_wanted(world):
+def test_a_load_ends_when_neither_it_nor_what_follows_it_is_requested(world):
     world.client(2, server="other")
-    tickets = world.want(1, path="/same"), world.want(2, path="/same")
+    tickets = world.request_load(1, path="/same"), world.request_load(2, path="/same")
     for job in list(world.jobs):
         world.opened(job)
     for client, ticket in zip((1, 2), tickets, strict=True):
@@ -149,7 +149,7 @@ def test_a_load_ends_when_neither_it_nor_what_follows_it_is_wanted(world):
 
 def test_who_follows_a_load_shares_its_failure(world):
     world.client(2, server="other")
-    tickets = world.want(1, path="/same"), world.want(2, path="/same")
+    tickets = world.request_load(1, path="/same"), world.request_load(2, path="/same")
     for job in list(world.jobs):
         world.opened(job)
     (leader,) = world.jobs
@@ -162,11 +162,11 @@ def test_who_follows_a_load_shares_its_failure(world):
 def test_nobody_follows_a_load_that_follows_another(world):
     for client, server in ((2, "other"), (3, "third")):
         world.client(client, server=server)
-    tickets = {client: world.want(client, path="/same") for client in (1, 2)}
+    tickets = {client: world.request_load(client, path="/same") for client in (1, 2)}
     first, second = world.jobs
     world.opened(second)
     world.opened(first)
-    tickets[3] = world.want(3, path="/same")
+    tickets[3] = world.request_load(3, path="/same")
     world.settle()
     assert all(isinstance(world.answer(*ticket), Loaded) for ticket in tickets.items())
     assert world.read == {"/same": 1}
@@ -174,8 +174,8 @@ def test_nobody_follows_a_load_that_follows_another(world):
 
 def test_a_failure_names_nobody_elses_adapter(world):
     world.client(2, server="other")
-    world.want(1, adapter=1, path="/same")
-    ticket = world.want(2, adapter=2, path="/same")
+    world.request_load(1, adapter=1, path="/same")
+    ticket = world.request_load(2, adapter=2, path="/same")
     for job in list(world.jobs):
         world.opened(job)
     (leader,) = world.jobs
@@ -187,8 +187,8 @@ def test_a_failure_names_nobody_elses_adapter(world):
 
 def test_a_failure_names_no_other_folder_of_the_same_files(world):
     world.client(2, server="other")
-    world.want(1, path="/same")
-    ticket = world.want(2, path="/linked")
+    world.request_load(1, path="/same")
+    ticket = world.request_load(2, path="/linked")
     for job in list(world.jobs):
         world.opened(job, "the same files")
     world.now += world.settings.timeout_s
@@ -198,7 +198,7 @@ def test_a_failure_names_no_other_folder_of_the_same_files(world):
 
 def test_nobody_follows_a_load_that_has_less_time(world):
     world.client(2, server="patient", timeout_s=world.settings.timeout_s + 60)
-    tickets = world.want(1, path="/same"), world.want(2, path="/same")
+    tickets = world.request_load(1, path="/same"), world.request_load(2, path="/same")
     for job in list(world.jobs):
         world.opened(job)
     world.now += world.settings.timeout_s
@@ -209,9 +209,9 @@ def test_nobody_follows_a_load_that_has_less_time(world):
     assert isinstance(world.answer(2, tickets[1]), Loaded)
 
 
-def test_who_follows_a_load_keeps_it_going_when_its_own_wants_are_cancelled(world):
+def test_who_follows_a_load_keeps_it_going_when_its_own_load_requests_are_cancelled(world):
     world.client(2, server="other")
-    tickets = world.want(1, path="/same"), world.want(2, path="/same")
+    tickets = world.request_load(1, path="/same"), world.request_load(2, path="/same")
     for job in list(world.jobs):
         world.opened(job)
     world.registry.cancel(1, tickets[0], world.now)
@@ -255,14 +255,14 @@ def test_what_was_checked_by_other_rules_is_checked_again(world, rule):
 def test_models_and_rules_share_no_load_either(world):
     world.client(2, server="b", model="another")
     for client in (1, 2):
-        world.want(client, path="/same")
+        world.request_load(client, path="/same")
     world.settle()
     assert world.read == {"/same": 2}
 
 
 def test_equal_bytes_take_memory_once(world):
-    world.want(1, 1, "/a")
-    world.want(1, 2, "/b")
+    world.request_load(1, 1, "/a")
+    world.request_load(1, 2, "/b")
     for _ in range(2):
         for job in list(world.jobs):
             world.step(job)
@@ -277,7 +277,7 @@ def test_equal_bytes_take_memory_once(world):
 
 def test_changed_files_are_another_pack_and_the_old_one_leaves_with_its_last_lease(world):
     old = world.load(1)
-    ticket = world.want(1, fresh=True)
+    ticket = world.request_load(1, fresh=True)
     (job,) = world.jobs
     world.opened(job, "changed")
     world.checked(job)
@@ -299,7 +299,7 @@ def test_an_adapter_of_another_folder_is_not_the_one_in_memory(world):
 
 def test_files_without_a_version_are_read_each_time(world):
     for adapter, path in ((1, "/a"), (2, "/b")):
-        ticket = world.want(1, adapter, path)
+        ticket = world.request_load(1, adapter, path)
         (job,) = world.jobs
         world.opened(job, "")
         world.checked(job)
@@ -312,7 +312,7 @@ def test_files_without_a_version_are_read_each_time(world):
 def test_nobody_follows_a_load_of_files_without_a_version(world):
     world.client(2, server="other")
     for client in (1, 2):
-        world.want(client, path="/same")
+        world.request_load(client, path="/same")
     for job in list(world.jobs):
         world.opened(job, "")
     assert list(world.jobs.values()) == ["checking"] * 2
@@ -320,7 +320,7 @@ def test_nobody_follows_a_load_of_files_without_a_version(world):
 
 def test_what_a_version_of_files_is_was_read_last(world):
     """They may have been changed without being another version."""
-    tickets = [world.want(1, adapter, f"/{adapter}") for adapter in (1, 2)]
+    tickets = [world.request_load(1, adapter, f"/{adapter}") for adapter in (1, 2)]
     for step in (lambda job: world.opened(job, "same"), world.checked):
         for job in list(world.jobs):
             step(job)
@@ -331,21 +331,21 @@ def test_what_a_version_of_files_is_was_read_last(world):
     world.registry.release(1, before, world.now)
     world.registry.forget(1, 1, world.now)
     assert set(world.memory.packs) == {after}
-    ticket = world.want(1, 3, "/3")
+    ticket = world.request_load(1, 3, "/3")
     world.opened(next(iter(world.jobs)), "same")
     assert world.answer(1, ticket).pack.pack == after
     world.settle()
 
 
-def test_a_fresh_want_of_unchanged_files_reads_nothing_again(world):
+def test_a_fresh_request_of_unchanged_files_reads_nothing_again(world):
     first = world.load(1)
     again = world.load(1, fresh=True)
     assert (again.pack, again.was_read) == (first.pack, False)
 
 
-def test_a_fresh_want_is_content_with_a_load_that_is_still_to_begin(one_job):
-    one_job.want(1, 9)
-    tickets = [one_job.want(1, 1, fresh=fresh) for fresh in (False, True)]
+def test_a_fresh_request_is_content_with_a_load_that_is_still_to_begin(one_job):
+    one_job.request_load(1, 9)
+    tickets = [one_job.request_load(1, 1, fresh=fresh) for fresh in (False, True)]
     one_job.gone(next(iter(one_job.jobs)))
     (job,) = one_job.jobs
     one_job.opened(job)
@@ -355,15 +355,15 @@ def test_a_fresh_want_is_content_with_a_load_that_is_still_to_begin(one_job):
     one_job.settle()
 
 
-@pytest.mark.parametrize("is_told", [True, False], ids=["opened", "opening"])
-def test_a_fresh_want_is_not_content_with_files_opened_before_it(world, is_told):
+@pytest.mark.parametrize("is_reported", [True, False], ids=["opened", "opening"])
+def test_a_fresh_request_is_not_content_with_files_opened_before_it(world, is_reported):
     """A job may have opened them, and the store not have heard it yet."""
-    first = world.want(1)
+    first = world.request_load(1)
     (job,) = world.jobs
-    if is_told:
+    if is_reported:
         world.opened(job, "old")
-    fresh = world.want(1, fresh=True)
-    if not is_told:
+    fresh = world.request_load(1, fresh=True)
+    if not is_reported:
         world.opened(job, "old")
     world.checked(job)
     world.done(job, "old")
@@ -374,11 +374,11 @@ def test_a_fresh_want_is_not_content_with_files_opened_before_it(world, is_told)
 
 
 @pytest.mark.parametrize("cancelled", ["before", "after", None])
-def test_a_fresh_want_outlives_the_load_before_it(world, cancelled):
-    first = world.want(1)
+def test_a_fresh_request_outlives_the_load_before_it(world, cancelled):
+    first = world.request_load(1)
     (job,) = world.jobs
     world.opened(job)
-    fresh = world.want(1, fresh=True)
+    fresh = world.request_load(1, fresh=True)
     if cancelled == "before":
         world.registry.cancel(1, fresh, world.now)
     world.failed(job)
@@ -390,9 +390,9 @@ def test_a_fresh_want_outlives_the_load_before_it(world, cancelled):
     assert len(world.answers(1, fresh)) == (not cancelled)
 
 
-def test_a_fresh_want_outlives_the_one_before_it(world):
-    first = world.want(1)
-    fresh = world.want(1, fresh=True)
+def test_a_fresh_request_outlives_the_one_before_it(world):
+    first = world.request_load(1)
+    fresh = world.request_load(1, fresh=True)
     world.registry.cancel(1, first, world.now)
     world.settle()
     assert isinstance(world.answer(1, fresh), Loaded)
@@ -426,11 +426,11 @@ def test_a_registration_evicts_nothing(world):
 
 def test_a_request_that_joins_a_registration_gets_room(world):
     world.registry.release(1, world.load(1, 1, pages=10).pack.pack, world.now)
-    registration = world.want(1, 2, keep=False)
+    registration = world.request_load(1, 2, keep=False)
     (job,) = world.jobs
     world.opened(job)
     world.checked(job)
-    request = world.want(1, 2, owners=("acme",))
+    request = world.request_load(1, 2, owners=("acme",))
     world.settle()
     assert world.answer(1, registration).pack.pack == 0
     assert world.answer(1, request).pack.pack in world.memory.packs
@@ -438,7 +438,7 @@ def test_a_request_that_joins_a_registration_gets_room(world):
 
 
 def test_a_registration_goes_on_when_its_request_ends_before_there_is_need_of_room(world):
-    registration, request = world.want(1, 2, keep=False), world.want(1, 2)
+    registration, request = world.request_load(1, 2, keep=False), world.request_load(1, 2)
     world.registry.cancel(1, request, world.now)
     assert list(world.jobs.values()) == ["opening"]
     world.settle()
@@ -447,7 +447,7 @@ def test_a_registration_goes_on_when_its_request_ends_before_there_is_need_of_ro
 
 def test_a_load_waits_on_for_room_when_one_of_its_requests_has_ended(world):
     full = world.load(1, 1, pages=10).pack.pack
-    tickets = [world.want(1, 2) for _ in range(2)]
+    tickets = [world.request_load(1, 2) for _ in range(2)]
     world.settle()
     world.registry.cancel(1, tickets[0], world.now)
     world.registry.release(1, full, world.now)
@@ -460,7 +460,7 @@ def test_a_load_waits_on_for_room_when_one_of_its_requests_has_ended(world):
 def test_a_registration_waits_for_no_room_once_the_requests_for_it_have_ended(world, by):
     full = world.load(1, 1, pages=10)
     world.client(2)
-    request, registration = world.want(2, 2), world.want(1, 2, keep=False)
+    request, registration = world.request_load(2, 2), world.request_load(1, 2, keep=False)
     world.settle()
     assert world.answers(1, registration) == []  # one load for both, which waits for room
     if by == "cancelling":
@@ -481,8 +481,8 @@ def test_a_server_whose_adapters_fill_the_memory_delays_another_by_a_load():
     world = World(StoreSettings(budget_adapters=2, jobs=1))
     full, other = world.client(1, server="full"), world.client(2, server="other")
     packs = [world.load(full, adapter).pack.pack for adapter in (1, 2)]
-    waiting = [world.want(full, adapter) for adapter in (3, 4, 5, 6)]
-    asked = world.want(other, 3, "/adapters/others")
+    waiting = [world.request_load(full, adapter) for adapter in (3, 4, 5, 6)]
+    asked = world.request_load(other, 3, "/adapters/others")
     world.settle()
     for pack in packs:  # which slots have now
         world.registry.release(full, pack, world.now)
@@ -501,7 +501,7 @@ def test_victims_are_the_least_recently_used_and_never_leased(world):
     assert list(world.evicted(1)) == [packs[2]]
 
 
-def test_a_policy_is_told_of_each_step_what_is_in_memory_and_what_has_joined(world):
+def test_a_policy_is_notified_of_each_step_what_is_in_memory_and_what_has_joined(world):
     packs = [world.load(1, n).pack.pack for n in (1, 2, 3)]
     world.registry.used(1, [packs[1], packs[0]])
     world.registry.used(1, [packs[2], 12345, packs[1]])
@@ -512,7 +512,7 @@ def test_a_policy_is_told_of_each_step_what_is_in_memory_and_what_has_joined(wor
 def test_nothing_leaves_for_what_would_not_fit_even_then(world):
     world.load(1, 1, pages=6)
     world.registry.release(1, world.load(1, 2, pages=3).pack.pack, world.now)
-    ticket = world.want(1, 3)
+    ticket = world.request_load(1, 3)
     world.settle(pages=8)
     assert world.answers(1, ticket) == []
     assert list(world.evicted(1)) == []
@@ -520,7 +520,7 @@ def test_nothing_leaves_for_what_would_not_fit_even_then(world):
 
 def test_a_load_waits_for_room_until_a_lease_is_given_back(world):
     first = world.load(1, 1, pages=10)
-    ticket = world.want(1, 2)
+    ticket = world.request_load(1, 2)
     world.settle(pages=10)
     world.now += 1000.0
     world.registry.loads.tick(world.now)
@@ -533,7 +533,7 @@ def test_a_load_waits_for_room_until_a_lease_is_given_back(world):
 
 def test_the_clock_of_a_job_goes_on_when_it_has_room(world):
     full = world.load(1, 1, pages=10).pack.pack
-    ticket = world.want(1, 2)
+    ticket = world.request_load(1, 2)
     world.settle()
     world.now += 1000.0
     world.registry.release(1, full, world.now)
@@ -544,7 +544,7 @@ def test_the_clock_of_a_job_goes_on_when_it_has_room(world):
 
 def test_a_registration_does_not_take_what_a_request_waits_for(world):
     first = world.load(1, 1, pages=6)
-    request = world.want(1, 2)
+    request = world.request_load(1, 2)
     world.settle(pages=6)
     assert world.load(1, 3, keep=False).pack.pack == 0
     world.registry.release(1, first.pack.pack, world.now)
@@ -554,7 +554,7 @@ def test_a_registration_does_not_take_what_a_request_waits_for(world):
 
 def test_nobody_overtakes_who_waits_for_room(world):
     first = world.load(1, 1, pages=6)
-    large, small = world.want(1, 2), world.want(1, 3)
+    large, small = world.request_load(1, 2), world.request_load(1, 3)
     jobs = list(world.jobs)
     for job, pages in zip(jobs, (6, 2), strict=True):
         world.opened(job)
@@ -570,7 +570,7 @@ def test_nobody_overtakes_who_waits_for_room(world):
 @pytest.mark.parametrize("by", ["cancelling", "crash"])
 def test_the_next_in_line_gets_room_when_the_first_needs_none_any_more(world, by):
     world.load(1, 1, pages=6)
-    large, small = world.want(1, 2), world.want(1, 3)
+    large, small = world.request_load(1, 2), world.request_load(1, 3)
     first, second = world.jobs
     for job, pages in ((first, 6), (second, 2)):
         world.opened(job)
@@ -586,7 +586,7 @@ def test_the_next_in_line_gets_room_when_the_first_needs_none_any_more(world, by
 
 
 def test_the_room_of_a_job_that_has_ended_is_the_next_ones(world):
-    ticket, other = world.want(1, 1), world.want(1, 2)
+    ticket, other = world.request_load(1, 1), world.request_load(1, 2)
     first, second = world.jobs
     for job in (first, second):
         world.opened(job)
@@ -600,8 +600,8 @@ def test_the_room_of_a_job_that_has_ended_is_the_next_ones(world):
 
 
 def test_what_a_registration_has_brought_makes_room_for_who_waits(world):
-    world.want(1, 1, keep=False)
-    request = world.want(1, 2)
+    world.request_load(1, 1, keep=False)
+    request = world.request_load(1, 2)
     first, second = world.jobs
     for job, pages in ((first, 6), (second, 5)):
         world.opened(job)
@@ -626,7 +626,7 @@ def test_what_can_never_fit_any_more_fails_when_the_server_with_the_largest_budg
     world.client(1, server="old", budget_bytes=10 * PAGE)
     world.client(2, server="new", budget_bytes=4 * PAGE)
     world.load(1, 1, pages=6)
-    large = world.want(2, 2)
+    large = world.request_load(2, 2)
     world.settle(pages=5)
     assert world.answers(2, large) == []  # it waits for the old server's lease
     world.registry.client_gone(1, world.now)
@@ -663,7 +663,9 @@ def test_a_source_that_hangs_delays_no_load_from_another(monkeypatch):
     world = World(StoreSettings(budget_bytes=10 * PAGE, jobs=1))
     monkeypatch.setattr(world, "refusal", lambda path: "it hangs" if path == "/slow" else None)
     world.client(1)
-    tickets = [world.want(1, number, path) for number, path in ((1, "/a"), (2, "/slow"), (3, "/b"))]
+    tickets = [
+        world.request_load(1, number, path) for number, path in ((1, "/a"), (2, "/slow"), (3, "/b"))
+    ]
     world.failed(next(iter(world.jobs)))
     world.registry.loads.tick(world.now)
     assert world.answer(1, tickets[1]).message == "it hangs"
@@ -694,7 +696,7 @@ def test_a_smaller_budget_is_kept_to_as_soon_as_leases_allow_it():
 def test_adapters_that_are_being_read_count_among_those_in_memory():
     world = World(StoreSettings(budget_adapters=1))
     world.client(1)
-    tickets = [world.want(1, adapter) for adapter in (1, 2)]
+    tickets = [world.request_load(1, adapter) for adapter in (1, 2)]
     first, second = list(world.jobs)
     for job in (first, second):
         world.opened(job)
@@ -728,7 +730,7 @@ def test_servers_that_count_adapters_and_bytes_both_bound_the_memory():
 def test_files_that_were_read_once_for_several_engines_count_once(world):
     """Else the sum over a server's engines would be more than there was to read."""
     world.client(2)
-    tickets = {(client, world.want(client)) for client in (1, 2)}
+    tickets = {(client, world.request_load(client)) for client in (1, 2)}
     world.settle()
     answers = [world.answer(client, ticket) for client, ticket in tickets]
     assert sorted(answer.was_read for answer in answers) == [False, True]
@@ -736,45 +738,45 @@ def test_files_that_were_read_once_for_several_engines_count_once(world):
 
 
 def test_a_failure_answers_for_a_while_and_is_forgotten(world):
-    ticket = world.want(1)
+    ticket = world.request_load(1)
     world.failed(next(iter(world.jobs)))
     assert world.answer(1, ticket).message == "it is broken"
     world.settle()
     world.now += 1.9
-    assert isinstance(world.answer(1, world.want(1)), Failed)
+    assert isinstance(world.answer(1, world.request_load(1)), Failed)
     assert not world.jobs
     world.now += 0.2
-    world.want(1)
+    world.request_load(1)
     assert world.jobs
 
 
 def test_a_failure_does_not_answer_for_another_folder(world):
-    world.want(1, path="/broken")
+    world.request_load(1, path="/broken")
     world.failed(next(iter(world.jobs)))
     world.settle()
     assert isinstance(world.load(1, path="/whole"), Loaded)
 
 
-def test_a_fresh_want_does_not_take_a_remembered_failure_for_an_answer(world):
-    world.want(1)
+def test_a_fresh_request_does_not_take_a_remembered_failure_for_an_answer(world):
+    world.request_load(1)
     world.failed(next(iter(world.jobs)))
     world.settle()
     assert isinstance(world.load(1, fresh=True), Loaded)
 
 
 def test_the_latest_failures_are_kept_in_bounded_number(world):
-    for adapter in (*range(MOST_FAILURES), 0, MOST_FAILURES):
-        world.want(1, adapter, fresh=True)
+    for adapter in (*range(MAX_FAILURES), 0, MAX_FAILURES):
+        world.request_load(1, adapter, fresh=True)
         world.failed(next(iter(world.jobs)))
         world.gone(next(iter(world.dying)))
-    for adapter in (0, 2, MOST_FAILURES):
-        assert isinstance(world.answer(1, world.want(1, adapter)), Failed)
-    world.want(1, 1)
+    for adapter in (0, 2, MAX_FAILURES):
+        assert isinstance(world.answer(1, world.request_load(1, adapter)), Failed)
+    world.request_load(1, 1)
     assert world.jobs, "the oldest failure is forgotten"
 
 
 def test_a_crashed_job_fails_its_adapter_and_frees_its_room(world):
-    ticket = world.want(1)
+    ticket = world.request_load(1)
     (job,) = world.jobs
     world.opened(job)
     world.checked(job)
@@ -794,7 +796,7 @@ def test_where_memory_is_used_up_below_the_budget_an_adapter_is_read_once_more(w
     idle = [world.load(1, adapter, pages=2).pack.pack for adapter in (2, 3, 4)]
     for pack in idle:
         world.registry.release(1, pack, world.now)
-    ticket = world.want(1, keep=keep)
+    ticket = world.request_load(1, keep=keep)
     (job,) = world.jobs
     until_reading(world, job, 3)
     world.gone(job, FailureKind.NO_MEMORY)
@@ -809,11 +811,11 @@ def test_a_request_that_joins_a_check_begun_anew_has_others_leave_for_it(world):
     """The check had been packing, since there was room by the budget, and does so again now."""
     idle = world.load(1, 2, pages=2).pack.pack
     world.registry.release(1, idle, world.now)
-    world.want(1, keep=False)
+    world.request_load(1, keep=False)
     (job,) = world.jobs
     until_reading(world, job, 2)
     world.gone(job, FailureKind.NO_MEMORY)
-    ticket = world.want(1)
+    ticket = world.request_load(1)
     (job,) = world.jobs
     assert not list(world.evicted(1))
     until_reading(world, job, 2)
@@ -830,7 +832,7 @@ def test_the_system_gets_small_packs_pages_where_memory_is_used_up(world, monkey
     world.registry.release(1, numbers[2], world.now)
     given = []
     monkeypatch.setattr(world.memory.arena._memory, "give_back", lambda *run: given.append(run))
-    world.want(1)
+    world.request_load(1)
     (job,) = world.jobs
     until_reading(world, job, 3)
     world.gone(job, FailureKind.NO_MEMORY)
@@ -845,7 +847,7 @@ def test_an_adapter_fails_whose_job_is_ended_again_or_for_which_nobody_can_leave
     pack = world.load(1, 2, pages=2).pack.pack
     if not leased:
         world.registry.release(1, pack, world.now)
-    ticket = world.want(1)
+    ticket = world.request_load(1)
     for _ in range(jobs):
         assert not world.answers(1, ticket)
         (job,) = world.jobs
@@ -856,7 +858,7 @@ def test_an_adapter_fails_whose_job_is_ended_again_or_for_which_nobody_can_leave
 
 
 def test_the_room_of_a_killed_job_is_free_only_when_it_cannot_write_any_more(world):
-    ticket = world.want(1)
+    ticket = world.request_load(1)
     (job,) = world.jobs
     world.opened(job)
     world.checked(job)
@@ -868,7 +870,7 @@ def test_the_room_of_a_killed_job_is_free_only_when_it_cannot_write_any_more(wor
 
 
 def test_a_job_past_its_time_is_killed_and_its_adapter_times_out(world):
-    ticket = world.want(1)
+    ticket = world.request_load(1)
     world.now += world.settings.timeout_s
     world.registry.loads.tick(world.now)
     assert world.answer(1, ticket).kind is FailureKind.TIMEOUT
@@ -877,30 +879,30 @@ def test_a_job_past_its_time_is_killed_and_its_adapter_times_out(world):
 
 def test_a_source_that_hangs_is_refused_at_once(world):
     world.refuse = "its storage hangs"
-    failed = world.answer(1, world.want(1))
+    failed = world.answer(1, world.request_load(1))
     assert (failed.kind, failed.message) == (FailureKind.TIMEOUT, "its storage hangs")
     assert not world.jobs
 
 
 def test_what_becomes_of_a_job_whose_load_is_over_is_no_matter(world):
-    world.registry.cancel(1, world.want(1), world.now)
+    world.registry.cancel(1, world.request_load(1), world.now)
     (job,) = world.dying
     world.failed(job)
     world.settle()
     assert isinstance(world.load(1), Loaded)
 
 
-def test_a_cancelled_want_is_not_answered_and_what_waits_is_not_read(world):
-    tickets = [world.want(1, adapter) for adapter in range(4)]
+def test_a_cancelled_request_is_not_answered_and_what_waits_is_not_read(world):
+    tickets = [world.request_load(1, adapter) for adapter in range(4)]
     world.registry.cancel(1, tickets[3], world.now)
     world.settle()
     assert world.answers(1, tickets[3]) == []
     assert "/adapters/3" not in world.read
 
 
-def test_a_withdrawn_adapter_leaves_and_its_wants_fail(world):
+def test_a_withdrawn_adapter_leaves_and_its_load_requests_fail(world):
     loaded = world.load(1, 1)
-    waiting = world.want(1, 2)
+    waiting = world.request_load(1, 2)
     for adapter in (1, 2):
         world.registry.forget(1, adapter, world.now)
     assert world.answer(1, waiting).kind is FailureKind.GONE
@@ -912,7 +914,7 @@ def test_a_withdrawn_adapter_leaves_and_its_wants_fail(world):
 
 
 def test_the_failure_of_a_withdrawn_adapter_is_not_that_of_the_next_of_its_number(world):
-    world.want(1)
+    world.request_load(1)
     world.failed(next(iter(world.jobs)))
     world.registry.forget(1, 1, world.now)
     world.settle()
@@ -922,12 +924,12 @@ def test_the_failure_of_a_withdrawn_adapter_is_not_that_of_the_next_of_its_numbe
 def test_the_failures_of_other_adapters_and_servers_outlive_a_withdrawn_adapter(world):
     world.client(2, server="other")
     for client, adapter in ((1, 2), (2, 1)):
-        world.want(client, adapter)
+        world.request_load(client, adapter)
         world.failed(next(iter(world.jobs)))
     world.settle()
     world.registry.forget(1, 1, world.now)
-    assert isinstance(world.answer(1, world.want(1, 2)), Failed)
-    assert isinstance(world.answer(2, world.want(2, 1)), Failed)
+    assert isinstance(world.answer(1, world.request_load(1, 2)), Failed)
+    assert isinstance(world.answer(2, world.request_load(2, 1)), Failed)
 
 
 def test_another_servers_adapter_of_the_same_number_keeps_no_withdrawn_one(world):
@@ -956,8 +958,8 @@ def test_a_withdrawn_adapter_leaves_every_model_of_its_server(world):
     assert not world.memory.packs
 
 
-def test_the_other_wants_of_who_withdraws_an_adapter_go_on(world):
-    withdrawn, other = world.want(1, 1), world.want(1, 2)
+def test_the_other_load_requests_of_who_withdraws_an_adapter_go_on(world):
+    withdrawn, other = world.request_load(1, 1), world.request_load(1, 2)
     world.registry.forget(1, 1, world.now)
     assert world.answer(1, withdrawn).kind is FailureKind.GONE
     assert [world.loads[job].path for job in world.jobs] == ["/adapters/2"]
@@ -976,7 +978,7 @@ def test_a_withdrawn_adapter_stays_for_the_others_that_have_it(world):
 
 def test_an_adapter_that_one_engine_has_forgotten_still_comes_for_the_others(world):
     world.client(2)
-    tickets = [world.want(client, 1) for client in (1, 2)]
+    tickets = [world.request_load(client, 1) for client in (1, 2)]
     world.registry.forget(1, 1, world.now)
     assert world.answer(1, tickets[0]).kind is FailureKind.GONE
     world.settle()
@@ -989,9 +991,9 @@ def test_an_adapter_that_one_engine_has_forgotten_is_on_its_way_for_all_others(w
     for client in (2, 3):
         world.client(client)
     for client in (1, 2):
-        world.want(client, 1)
+        world.request_load(client, 1)
     world.registry.forget(1, 1, world.now)
-    world.want(3, 1)
+    world.request_load(3, 1)
     assert len(world.jobs) == 1
 
 
@@ -1019,7 +1021,7 @@ def test_what_an_engine_still_copies_when_it_forgets_it_is_nobodys(world):
     pack = world.load(1, 1).pack.pack
     world.registry.forget(1, 1, world.now)
     assert pack in world.memory.packs
-    world.want(2, 1)
+    world.request_load(2, 1)
     assert world.jobs, "its files may be others by now"
 
 
@@ -1027,20 +1029,20 @@ def test_an_adapter_that_an_engine_has_aborted_is_nobodys_either(world):
     world.client(2)
     pack = world.load(1, 1).pack.pack
     world.registry.release(1, pack, world.now)
-    ticket = world.want(2, 1, fresh=True)
+    ticket = world.request_load(2, 1, fresh=True)
     world.registry.forget(1, 1, world.now)
     assert pack in world.memory.packs
     world.registry.cancel(2, ticket, world.now)
     assert pack not in world.memory.packs
 
 
-def test_an_engine_that_wants_again_what_it_has_forgotten_gets_what_the_files_are_now(world):
+def test_an_engine_that_forgot_an_adapter_gets_what_the_files_are_now(world):
     world.client(2)
     for client in (1, 2):
         old = world.load(client, 1).pack.pack
     world.registry.release(1, old, world.now)
     world.registry.forget(1, 1, world.now)
-    ticket = world.want(1, 1)
+    ticket = world.request_load(1, 1)
     (job,) = world.jobs
     world.opened(job, "newer")
     world.checked(job)
@@ -1057,8 +1059,8 @@ def test_an_engine_that_wants_again_what_it_has_forgotten_gets_what_the_files_ar
 def test_a_pack_knows_the_latest_versions_of_its_files_only(world):
     """A folder that is copied anew every minute has a new version each time."""
     pack = world.load(1, 1).pack.pack
-    for copy in range(MOST_VERSIONS + 4):
-        world.want(1, 1, fresh=True)
+    for copy in range(MAX_VERSIONS + 4):
+        world.request_load(1, 1, fresh=True)
         (job,) = world.jobs
         world.opened(job, f"copy {copy}")
         world.checked(job)
@@ -1066,13 +1068,13 @@ def test_a_pack_knows_the_latest_versions_of_its_files_only(world):
         world.settle()
     (kept,) = world.memory.packs.values()
     assert kept.info.pack == pack
-    assert list(kept.versions) == [f"copy {n}" for n in range(4, MOST_VERSIONS + 4)]
+    assert list(kept.versions) == [f"copy {n}" for n in range(4, MAX_VERSIONS + 4)]
     assert world.memory._by_version.keys() == {(kept.scope, one) for one in kept.versions}
 
 
 def test_a_version_that_is_seen_again_is_the_latest(world):
     for version in ("one", "two", "one"):
-        world.want(1, 1, fresh=True)
+        world.request_load(1, 1, fresh=True)
         (job,) = world.jobs
         world.opened(job, version)
         if job in world.jobs:
@@ -1083,14 +1085,14 @@ def test_a_version_that_is_seen_again_is_the_latest(world):
     assert list(kept.versions) == ["two", "one"]
 
 
-def test_each_want_of_a_withdrawn_adapter_fails_once_though_its_other_load_fails(
+def test_each_request_of_a_withdrawn_adapter_fails_once_though_its_other_load_fails(
     world, monkeypatch
 ):
     def refuse(blocks, *, evict):
         raise OSError(12, "Cannot allocate memory")
 
     world.load(1, 9, pages=10)
-    tickets = world.want(1, 1, "/a"), world.want(1, 1, "/b")
+    tickets = world.request_load(1, 1, "/a"), world.request_load(1, 1, "/b")
     world.settle()  # both wait for room
     monkeypatch.setattr(world.memory, "room", refuse)
     world.registry.forget(1, 1, world.now)
@@ -1099,12 +1101,12 @@ def test_each_want_of_a_withdrawn_adapter_fails_once_though_its_other_load_fails
 
 def test_withdrawing_what_another_server_follows_does_not_end_it(world):
     world.client(2, server="other")
-    world.want(1, path="/same")
-    second = world.want(2, path="/same")
+    world.request_load(1, path="/same")
+    second = world.request_load(2, path="/same")
     for job in list(world.jobs):
         world.opened(job)
     world.registry.forget(1, 1, world.now)
-    world.want(1, path="/same")
+    world.request_load(1, path="/same")
     assert len(world.jobs) == 2, "what has begun before is not what it is registered for now"
     world.settle()
     assert isinstance(world.answer(2, second), Loaded)
@@ -1114,23 +1116,23 @@ def test_withdrawing_what_another_server_follows_does_not_end_it(world):
 def test_the_end_of_a_load_that_was_withdrawn_leaves_the_next_one_to_be_joined(world):
     world.client(2, server="other")
     for client in (1, 2):
-        world.want(client, path="/same")
+        world.request_load(client, path="/same")
     for job in list(world.jobs):
         world.opened(job)
     (withdrawn,) = world.jobs
     world.registry.forget(1, 1, world.now)
-    world.want(1, path="/same")
+    world.request_load(1, path="/same")
     world.checked(withdrawn)
     world.done(withdrawn)
     (next_one,) = world.jobs
-    world.want(1, path="/same")
+    world.request_load(1, path="/same")
     assert world.jobs.keys() == {next_one}
 
 
 def test_the_failure_of_a_load_that_others_follow_is_not_a_withdrawn_adapters(world):
     world.client(2, server="other")
     for client in (1, 2):
-        world.want(client, path="/same")
+        world.request_load(client, path="/same")
     for job in list(world.jobs):
         world.opened(job)
     world.registry.forget(1, 1, world.now)
@@ -1139,11 +1141,11 @@ def test_the_failure_of_a_load_that_others_follow_is_not_a_withdrawn_adapters(wo
     assert isinstance(world.load(1, path="/same"), Loaded)
 
 
-def test_the_death_of_a_client_frees_its_leases_and_wants(world):
+def test_the_death_of_a_client_frees_its_leases_and_load_requests(world):
     world.client(2, server="other")
     world.load(2, 1, pages=10)
-    world.want(2, 2)
-    ticket = world.want(1, 3)
+    world.request_load(2, 2)
+    ticket = world.request_load(1, 3)
     world.settle(pages=10)
     assert world.answers(1, ticket) == []
     world.registry.client_gone(2, world.now)
@@ -1168,30 +1170,30 @@ def test_a_lease_that_one_does_not_have_cannot_be_given_back(world):
     assert world.memory.packs[loaded.pack.pack].leases == 1
 
 
-def test_an_engine_that_is_not_configured_is_told_so():
+def test_an_engine_that_is_not_configured_learns_it():
     from vllm_multilora.store.memory.entries import Client
-    from vllm_multilora.store.protocol.messages import Want
+    from vllm_multilora.store.protocol.messages import LoadRequest
 
     world = World()
     world.registry.clients[1] = Client(1, "engine", "s", 1)
     world.said[1] = []
-    world.registry.want(1, Want(1, "a", "/a", ticket=1), 0.0)
+    world.registry.request_load(1, LoadRequest(1, "a", "/a", ticket=1), 0.0)
     assert "not configured" in world.answer(1, 1).message
     world.client(2)
     assert isinstance(world.load(2), Loaded)
 
 
-def test_a_ticket_is_for_one_want(world):
-    ticket = world.want(1)
+def test_a_ticket_is_for_one_load_request(world):
+    ticket = world.request_load(1)
     world.tickets -= 1
-    world.want(1, 2)
+    world.request_load(1, 2)
     assert f"using ticket {ticket}" in world.answer(1, ticket).message
     world.settle()
     assert isinstance(world.answers(1, ticket)[1], Loaded)
 
 
-def test_a_want_that_is_over_can_be_taken_back(world):
-    ticket = world.want(1)
+def test_a_load_request_that_is_over_can_be_taken_back(world):
+    ticket = world.request_load(1)
     world.registry.cancel(1, ticket, world.now)
     world.registry.cancel(1, ticket, world.now)
     assert not world.jobs
@@ -1203,7 +1205,7 @@ class _ChoosesStrangers(LruPolicy):
 
 
 def test_a_path_that_is_no_blends_source_fails_its_adapter_alone(world):
-    failed = world.answer(1, world.want(1, path="blend:nonsense"))
+    failed = world.answer(1, world.request_load(1, path="blend:nonsense"))
     assert failed.kind is FailureKind.INVALID
     assert "not the source of a blend" in failed.message
     assert not world.jobs
@@ -1224,7 +1226,7 @@ def test_every_engine_hears_that_a_pack_has_left_whoever_has_caused_it(by):
     for client in (first, second):
         world.registry.release(client, old, world.now)
     if by == "reload":
-        ticket = world.want(first, fresh=True)
+        ticket = world.request_load(first, fresh=True)
         (job,) = world.jobs
         world.opened(job, "newer")
         world.checked(job)
@@ -1263,60 +1265,60 @@ def one_job():
 def test_one_load_of_a_tenant_waits_for_one_of_anothers_five_hundred(one_job, keep):
     world = one_job
     for adapter in range(100, 600):
-        world.want(1, adapter, owners=("flood",), keep=keep)
-    world.want(1, 7, owners=("acme",), keep=keep)
+        world.request_load(1, adapter, owners=("flood",), keep=keep)
+    world.request_load(1, 7, owners=("acme",), keep=keep)
     assert turns(world).index("/adapters/7") <= 2
 
 
 def test_a_registration_does_not_wait_behind_its_owners_requests(one_job):
     for adapter in range(10, 14):
-        one_job.want(1, adapter, owners=("acme",))
-    one_job.want(1, 7, owners=("acme",), keep=False)
+        one_job.request_load(1, adapter, owners=("acme",))
+    one_job.request_load(1, 7, owners=("acme",), keep=False)
     assert turns(one_job).index("/adapters/7") <= 2
 
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_registration_that_a_request_waits_for_too_takes_the_requests_turn(one_job, keep):
     for adapter in range(10, 20):
-        one_job.want(1, adapter, owners=("acme",), keep=False)
-    one_job.want(1, 19, owners=("acme",), keep=keep)
+        one_job.request_load(1, adapter, owners=("acme",), keep=False)
+    one_job.request_load(1, 19, owners=("acme",), keep=keep)
     assert turns(one_job).index("/adapters/19") == (2 if keep else 9)
 
 
 @pytest.mark.parametrize("by", ["a want of another engine", "the same want"])
-def test_a_load_at_the_end_of_a_flood_takes_the_turn_of_another_that_wants_it_too(one_job, by):
+def test_a_load_at_the_end_of_a_flood_takes_the_turn_of_another_that_requests_it_too(one_job, by):
     world = one_job
     for adapter in range(100, 600):
-        ticket = world.want(1, adapter, owners=("flood",))
+        ticket = world.request_load(1, adapter, owners=("flood",))
     if by == "the same want":
         world.registry.share(1, ticket, "acme")
     else:
         world.client(2, jobs=1)
-        world.want(2, 599, owners=("acme",))
+        world.request_load(2, 599, owners=("acme",))
     assert turns(world).index("/adapters/599") <= 2
 
 
 def test_a_shared_load_stands_behind_what_its_owner_has_asked_for(one_job):
     for adapter in range(10, 14):
-        one_job.want(1, adapter, owners=("acme",))
+        one_job.request_load(1, adapter, owners=("acme",))
     for adapter in range(20, 24):
-        ticket = one_job.want(1, adapter, owners=("other",))
+        ticket = one_job.request_load(1, adapter, owners=("other",))
     one_job.registry.share(1, ticket, "acme")
     assert turns(one_job)[-1] == "/adapters/23"
 
 
 def test_a_load_that_is_begun_again_takes_the_turns_of_all_that_wait_for_it(one_job):
-    one_job.want(1, 1, owners=("flood",))
+    one_job.request_load(1, 1, owners=("flood",))
     (job,) = one_job.jobs
-    one_job.want(1, 1, owners=("acme",), fresh=True)
+    one_job.request_load(1, 1, owners=("acme",), fresh=True)
     for adapter in range(10, 20):
-        one_job.want(1, adapter, owners=("flood",))
+        one_job.request_load(1, adapter, owners=("flood",))
     one_job.failed(job)
     one_job.gone(job)
     assert turns(one_job).index("/adapters/1") <= 1
 
 
-def test_sharing_what_nobody_wants_any_more_is_no_matter(world):
+def test_sharing_what_nobody_requests_any_more_is_no_matter(world):
     world.registry.share(1, 99, "acme")
 
 
@@ -1368,8 +1370,8 @@ def test_an_adapter_that_was_registered_is_its_first_users(world):
 
 
 def test_a_limit_counts_what_is_read_while_a_registration_is_under_way(world):
-    world.want(1, 1, keep=False)
-    world.want(1, 1, owners=("acme",), most=1)
+    world.request_load(1, 1, keep=False)
+    world.request_load(1, 1, owners=("acme",), most=1)
     world.settle()
     release_all(world)
     world.load(1, 2, owners=("acme",), most=1)
@@ -1384,7 +1386,7 @@ def test_what_is_being_read_for_a_tenant_counts_before_anybody_else_makes_room()
         world.load(1, adapter, owners=("acme",), most=3)
     release_all(world)
     for adapter in (4, 5):
-        world.want(1, adapter, owners=("acme",), most=3)
+        world.request_load(1, adapter, owners=("acme",), most=3)
     world.settle()
     assert kept(world, "quiet") == ["/adapters/1"]
     assert kept(world, "acme") == ["/adapters/3", "/adapters/4", "/adapters/5"]
@@ -1393,8 +1395,8 @@ def test_what_is_being_read_for_a_tenant_counts_before_anybody_else_makes_room()
 def test_what_is_being_read_for_others_does_not_count_for_a_tenant(world):
     world.load(1, 1, owners=("acme",), most=2)
     release_all(world)
-    world.want(1, 2, owners=("other",))
-    world.want(1, 3, owners=("acme",), most=2)
+    world.request_load(1, 2, owners=("other",))
+    world.request_load(1, 3, owners=("acme",), most=2)
     for job in world.jobs:
         world.opened(job)
         world.checked(job)
@@ -1407,7 +1409,7 @@ def test_what_is_being_read_for_others_does_not_count_for_a_tenant(world):
 def test_the_limit_that_was_said_last_holds(world):
     for adapter in range(1, 4):
         world.load(1, adapter, owners=("acme",), most=3)
-    world.want(1, 1, owners=("acme",), most=1)
+    world.request_load(1, 1, owners=("acme",), most=1)
     release_all(world)
     assert len(kept(world, "acme")) == 1
     for adapter in range(1, 6):
@@ -1431,9 +1433,9 @@ def test_a_tenants_limit_is_that_of_its_server_and_of_all_its_engines(world, ser
 @pytest.mark.parametrize(("server", "place"), [("server", 5), ("other", 2)])
 def test_a_tenants_turn_is_that_of_its_server_and_of_all_its_engines(one_job, server, place):
     for adapter in range(10, 15):
-        one_job.want(1, adapter, owners=("acme",))
+        one_job.request_load(1, adapter, owners=("acme",))
     one_job.client(2, server, jobs=1)
-    one_job.want(2, 99, owners=("acme",))
+    one_job.request_load(2, 99, owners=("acme",))
     assert turns(one_job).index("/adapters/99") == place
 
 
@@ -1448,11 +1450,11 @@ def test_what_a_server_that_has_gone_leaves_counts_for_who_uses_it_next(world):
     assert kept(world, "acme") == ["/adapters/1"]
 
 
-def test_what_a_tenant_wants_no_more_is_not_its_own_though_others_follow_its_load(world):
+def test_what_a_tenant_requests_no_more_is_not_its_own_though_others_follow_its_load(world):
     world.registry.release(1, world.load(1, 1, owners=("acme",), most=1).pack.pack, world.now)
     world.client(2, "other")
-    ticket = world.want(1, 2, "/same", owners=("acme",), most=1)
-    followed = world.want(2, 7, "/same")
+    ticket = world.request_load(1, 2, "/same", owners=("acme",), most=1)
+    followed = world.request_load(2, 7, "/same")
     for job in list(world.jobs):
         world.opened(job)
     world.registry.cancel(1, ticket, world.now)
@@ -1467,7 +1469,10 @@ def test_a_tenant_that_follows_a_load_of_nobody_makes_room_with_its_own(world):
     world.load(1, 1, pages=4, owners=("acme",), most=1)
     release_all(world, 2)
     release_all(world)
-    tickets = world.want(2, 7, "/same"), world.want(1, 2, "/same", owners=("acme",), most=1)
+    tickets = (
+        world.request_load(2, 7, "/same"),
+        world.request_load(1, 2, "/same", owners=("acme",), most=1),
+    )
     for job in list(world.jobs):
         world.opened(job)
     world.settle(pages=4)
@@ -1499,7 +1504,9 @@ def test_an_adapter_is_its_tenants_under_whatever_names_of_its_server(world):
 
 
 def test_an_adapter_is_the_first_tenants_though_one_of_its_requests_has_ended(world):
-    first, _, _ = (world.want(1, owners=(name,), most=3) for name in ("acme", "acme", "other"))
+    first, _, _ = (
+        world.request_load(1, owners=(name,), most=3) for name in ("acme", "acme", "other")
+    )
     world.registry.cancel(1, first, world.now)
     world.settle()
     assert kept(world, "acme") == ["/adapters/1"]
@@ -1512,16 +1519,16 @@ def test_an_adapter_that_is_looked_at_again_stays_its_tenants(world):
     assert kept(world, "acme") == ["/adapters/1"]
 
 
-def test_limits_are_kept_of_the_tenants_that_have_wanted_something_last(world):
-    for number in range(2 * MOST_LIMITS):
+def test_limits_are_kept_of_the_tenants_that_have_requested_something_last(world):
+    for number in range(2 * MAX_LIMITS):
         limited, unlimited = (
-            world.want(1, number, owners=(f"{kind}-{number}",), most=most)
+            world.request_load(1, number, owners=(f"{kind}-{number}",), most=most)
             for kind, most in (("limited", 2), ("unlimited", None))
         )
         for ticket in (limited, unlimited):
             world.registry.cancel(1, ticket, world.now)
     tenants = [owner.of for _, owner in world.memory.tenant_limits]
-    assert tenants == [f"limited-{number}" for number in range(MOST_LIMITS, 2 * MOST_LIMITS)]
+    assert tenants == [f"limited-{number}" for number in range(MAX_LIMITS, 2 * MAX_LIMITS)]
 
 
 def test_a_tenants_limit_is_for_each_model(world):
@@ -1563,8 +1570,8 @@ def test_a_store_that_is_kept_keeps_what_servers_leave_until_its_room_is_needed(
 
 def test_what_a_server_that_has_gone_had_begun_is_counted_for_its_followers(world):
     world.client(2, "other")
-    world.want(2, 1, "/adapters/1", owners=("acme",), most=1)
-    ticket = world.want(1, 1, "/adapters/1", owners=("acme",), most=1)
+    world.request_load(2, 1, "/adapters/1", owners=("acme",), most=1)
+    ticket = world.request_load(1, 1, "/adapters/1", owners=("acme",), most=1)
     for job in list(world.jobs):
         world.opened(job)
     world.registry.client_gone(2, world.now)

@@ -55,12 +55,12 @@ class RegistryMachine(RuleBasedStateMachine):
         fresh=st.booleans(),
         tenant=TENANTS,
     )
-    def want(self, which, adapter, keep, fresh, tenant):
+    def request_load(self, which, adapter, keep, fresh, tenant):
         client = self.connected[which % len(self.connected)]
         # Adapters 4 and 5 are in one folder: they are the same files.
         path = f"/adapters/{min(adapter, 4)}"
         options = {"owners": (tenant,), "most": LIMITS[tenant]} if tenant else {}
-        ticket = self.world.want(client, adapter, path, keep=keep, fresh=fresh, **options)
+        ticket = self.world.request_load(client, adapter, path, keep=keep, fresh=fresh, **options)
         self.open[ticket] = client
 
     @precondition(lambda self: self.open)
@@ -82,7 +82,7 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @rule(adapter=ADAPTERS, which=st.integers(0, 2), keep=st.booleans(), pages=st.integers(1, 4))
     def load(self, adapter, which, keep, pages):
-        self.want(which, adapter, keep, False, None)
+        self.request_load(which, adapter, keep, False, None)
         self.world.settle(pages)
 
     @rule(pages=st.integers(1, 4))

@@ -18,7 +18,7 @@ from vllm_multilora.store.memory.arena import (
     Run,
     pages_of,
 )
-from vllm_multilora.store.protocol.channel import MOST_DESCRIPTORS
+from vllm_multilora.store.protocol.channel import MAX_DESCRIPTORS
 
 MIB = 1 << 20
 
@@ -176,8 +176,8 @@ def test_a_pack_goes_into_gaps_where_no_run_is_long_enough():
 def test_a_pack_lies_in_no_more_segments_than_a_message_carries(monkeypatch):
     monkeypatch.setattr(arenas, "_SMALLEST_SEGMENT", 2 * PAGE)
     monkeypatch.setattr(arenas, "_LARGEST_SEGMENT", 2 * PAGE)
-    monkeypatch.setattr(arenas, "_MOST_SEGMENTS", 1000)
-    count = MOST_DESCRIPTORS + 10
+    monkeypatch.setattr(arenas, "_MAX_SEGMENTS", 1000)
+    count = MAX_DESCRIPTORS + 10
     arena = Arena(FakeSegments(), 2 * count * PAGE)
     packs = [arena.allocate(blocks(PAGE)) for _ in range(2 * count)]
     assert len({pack.segments for pack in packs}) == count
@@ -188,11 +188,11 @@ def test_a_pack_lies_in_no_more_segments_than_a_message_carries(monkeypatch):
     assert arena.allocate(needed) is None
     for _ in range(10):
         arena.free(next(leaving))
-    assert len(arena.allocate(needed).segments) <= MOST_DESCRIPTORS
+    assert len(arena.allocate(needed).segments) <= MAX_DESCRIPTORS
 
 
 def test_a_pack_lies_in_no_more_extents_than_a_job_can_map(monkeypatch):
-    monkeypatch.setattr(arenas, "_MOST_EXTENTS", 3)
+    monkeypatch.setattr(arenas, "_MAX_EXTENTS", 3)
     arena = Arena(FakeSegments(), 8 * PAGE)
     packs = [arena.allocate(blocks(PAGE)) for _ in range(8)]
     for pack in packs[::2]:

@@ -80,8 +80,8 @@ def report(*arguments: str) -> list[dict]:
 )
 def asked_for(request) -> tuple[list[LaunchCase], tuple[str, ...]]:
     """The cases and the architectures."""
-    wanted, architectures = request.param
-    return [c for c in CASES if wanted is None or c.title.startswith(wanted)], architectures
+    requested, architectures = request.param
+    return [c for c in CASES if requested is None or c.title.startswith(requested)], architectures
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ from tools.kernels.measure.environment import Environment
 from tools.kernels.measure.tuned import trials
 from tools.kernels.measure.tuned.candidates import (
     CHANGES,
-    MOST,
+    LIMIT,
     expand_candidates,
     shrink_candidates,
 )
@@ -84,7 +84,7 @@ def test_candidates_are_different_valid_and_near_the_default(layer, tokens, max_
         (shrink_candidates(shrink, SHARED_MEMORY), default_shrink(shrink)),
         (expand_candidates(expand, SHARED_MEMORY), default_expand(expand)),
     ):
-        assert 20 < len(candidates) <= MOST == 30
+        assert 20 < len(candidates) <= LIMIT == 30
         values = {config.per_processor for config in candidates}
         assert values > {default.per_processor}
         assert len(set(candidates)) == len(candidates)
@@ -369,7 +369,7 @@ def test_a_dry_run_lists_candidates_and_timings(capsys):
         shrink, expand, calls = (int(cell) for cell in row.split("|")[2:5])
         total += calls
         assert calls == sum(Effort().timed_calls(half, 4, 4) for half in (shrink, expand))
-        assert max(shrink, expand) <= MOST
+        assert max(shrink, expand) <= LIMIT
         compiled += shrink + expand
     assert f"{total} timed calls at most" in printed
     assert f"{compiled} candidates to be compiled, at most 30 for each half" in printed

@@ -94,7 +94,7 @@ def test_memory_comes_in_whole_sectors(batch):
     assert (traffic.touched, traffic.sectors) == (80, 96)
 
 
-def test_lanes_of_an_instruction_that_want_the_same_are_served_together(batch):
+def test_lanes_of_an_instruction_that_read_the_same_are_served_together(batch):
     assert add_row(batch).traffic["intermediate"].stored == 3 * 4
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[3]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FENCED = re.compile(r"^```.*?^```", re.M | re.S)
 HEADING = re.compile(r"^#+ (.+)$", re.M)
-MOST_LINES = 120  # of the README
+MAX_LINES = 120  # of the README
 
 
 def written() -> list[Path]:
@@ -112,12 +112,12 @@ def test_flags_that_messages_and_pages_name_exist(flags_of_vllm: set[str]) -> No
     assert {each for each in named if each[0] not in known} == set()
 
 
-def test_flags_that_migrants_are_told_of_exist(flags_of_vllm: set[str]) -> None:
+def test_flags_in_the_guide_for_migration_exist(flags_of_vllm: set[str]) -> None:
     """Flags in the right-hand columns, which are this server's."""
     rows = re.findall(r"^\|.*\|(.*)\|$", (pages.DOCS / "migrating.md").read_text(), re.M)
-    told = {flag for row in rows for flag in re.findall(r"--[a-z][a-z-]*", row)}
-    assert len(told) > 15
-    assert {flag for flag in told if "multilora" not in flag} <= flags_of_vllm
+    reported = {flag for row in rows for flag in re.findall(r"--[a-z][a-z-]*", row)}
+    assert len(reported) > 15
+    assert {flag for flag in reported if "multilora" not in flag} <= flags_of_vllm
 
 
 def test_the_site_has_every_page() -> None:
@@ -137,7 +137,7 @@ def test_the_site_has_every_page() -> None:
 
 def test_the_readme_names_every_page() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert len(readme.splitlines()) <= MOST_LINES
+    assert len(readme.splitlines()) <= MAX_LINES
     missing = [page.name for page in pages.DOCS.glob("*.md") if f"(docs/{page.name})" not in readme]
     assert not missing
 

@@ -17,7 +17,7 @@ import yaml
 
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.integration.settings.flags import add_flags, merge_flags
-from vllm_multilora.metrics.definitions import WANTED
+from vllm_multilora.metrics.definitions import REQUESTED
 from vllm_multilora.routing.routes_file import parse_routes
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -130,7 +130,7 @@ def test_what_is_applied_together_is_there() -> None:
 def test_replicas_are_scaled_by_metrics_that_there_are() -> None:
     (scaler,) = (found for _, found in OBJECTS if found["kind"] == "HorizontalPodAutoscaler")
     names = {metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]}
-    assert names - {"vllm:num_requests_waiting"} == {WANTED.name}
+    assert names - {"vllm:num_requests_waiting"} == {REQUESTED.name}
 
 
 def test_only_inference_is_routed() -> None:

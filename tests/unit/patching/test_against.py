@@ -140,7 +140,7 @@ def changed(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def told(changed: Path) -> tuple[int, str]:
+def reported(changed: Path) -> tuple[int, str]:
     """The command's exit status for it, and what it prints."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         status = main(["doctor", "--against", str(changed)])
@@ -162,14 +162,18 @@ def told(changed: Path) -> tuple[int, str]:
         pytest.param("there is no module", id="module"),
     ],
 )
-def test_what_differs_in_another_vllm_is_told(told: tuple[int, str], difference: str) -> None:
-    status, printed = told
+def test_what_differs_in_another_vllm_is_reported(
+    reported: tuple[int, str], difference: str
+) -> None:
+    status, printed = reported
     assert status == 1
     assert "DIFFERS" in printed
     assert difference in printed
 
 
-def test_a_path_without_vllm_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_without_vllm_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["doctor", "--against", str(tmp_path / "nothing")]) == 2
     assert "/nothing does not exist: expected a wheel" in capsys.readouterr().err
     assert main(["doctor", "--against", str(tmp_path)]) == 2

@@ -58,7 +58,7 @@ def test_one_line_is_logged_of_a_request_whose_adapter_fails(
         assert "Traceback" in other
 
 
-def test_a_missing_invocation_is_told_where_the_tokenizer_does_not_know_the_tokens() -> None:
+def test_a_missing_invocation_is_reported_where_the_tokenizer_lacks_the_tokens() -> None:
     """The exception would end the task that hears the engine, and the whole server with it."""
 
     def decode(tokens: list[int]) -> str:

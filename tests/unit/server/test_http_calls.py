@@ -13,7 +13,7 @@ pytest.importorskip("starlette")
 
 from vllm_multilora.gateway.answers import HttpCallMiddleware
 from vllm_multilora.integration.patching.tables.gateway_seams import GATEWAY_SEAMS
-from vllm_multilora.integration.server.requests.http_calls import MOST_ERROR, current_call
+from vllm_multilora.integration.server.requests.http_calls import MAX_ERROR, current_call
 
 DIGEST = "0123456789abcdef" * 4
 OTHER = "fedcba9876543210" * 4
@@ -196,7 +196,7 @@ def test_an_error_that_repeats_what_a_client_has_sent_takes_no_time(part, text):
     shown = behind(lambda: vllm.sanitize_message(f"No such thing: {text} (/home/me/secret)"))
     assert time.thread_time() - begun < 1.0
     assert shown.startswith("No such thing: ")
-    assert len(shown) <= MOST_ERROR + len("...")
+    assert len(shown) <= MAX_ERROR + len("...")
 
 
 def test_an_errors_text_is_vllms_otherwise():

@@ -43,7 +43,7 @@ class Session:
         asyncio.run(gateway(scope, self._receive, self._send))
 
     @property
-    def told(self) -> list[dict[str, Any]]:
+    def reported(self) -> list[dict[str, Any]]:
         """The events that the client has got."""
         return [json.loads(each["text"]) for each in self.sent if each["type"] == "websocket.send"]
 
@@ -102,9 +102,9 @@ def test_session_that_names_another_model_is_closed(
         assert (session.begun, session.is_closed) == (2, False)
         return
     assert (session.begun, session.is_closed) == (1, True)
-    assert str(model) in session.told[-1]["error"]
+    assert str(model) in session.reported[-1]["error"]
     if model == ADAPTER:
-        assert f"found the model `{ADAPTER}`, expected `{BASE}`" in session.told[-1]["error"]
+        assert f"found the model `{ADAPTER}`, expected `{BASE}`" in session.reported[-1]["error"]
 
 
 @pytest.mark.parametrize(
@@ -126,4 +126,4 @@ def test_a_long_name_of_a_model_takes_no_time() -> None:
     begun = time.thread_time()
     session = Session(name("/a" * 4_096), {"type": "/a" * 4_096})
     assert time.thread_time() - begun < 1.0
-    assert "does not exist" in session.told[-1]["error"]
+    assert "does not exist" in session.reported[-1]["error"]

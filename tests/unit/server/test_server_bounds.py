@@ -28,7 +28,7 @@ from vllm_multilora.integration.server.names.refusals import (
     LONGEST_PAUSE_S,
     Refusals,
 )
-from vllm_multilora.integration.server.requests import engine_door, http_calls, metering
+from vllm_multilora.integration.server.requests import engine_admission, http_calls, metering
 from vllm_multilora.integration.server.requests.http_calls import HttpCall, current_call
 from vllm_multilora.integration.server.requests.metering import METER, ServerMeter
 from vllm_multilora.metering.usage_log import Status
@@ -406,7 +406,7 @@ def test_a_registration_touches_no_path_here_and_leaves_nothing_in_other_engines
 def test_no_more_adapters_are_registered_than_a_server_may_have(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(registration, "MOST_ADAPTERS", 1)
+    monkeypatch.setattr(registration, "MAX_ADAPTERS", 1)
     monkeypatch.setattr(registration, "admit", None)  # is not asked
     models = SimpleNamespace(lora_requests={"other": LoRARequest("other", 1, "/adapters/other")})
     request = SimpleNamespace(lora_name="acme", lora_path="/adapters/acme")
@@ -502,7 +502,7 @@ def test_an_adapter_that_is_unloaded_while_a_request_is_on_its_way_does_not_stay
         registration.start(models)
         for number, lora in enumerate((None, kept, gone, lora_of("again", 9))):
             request = SimpleNamespace(request_id=str(number), lora_request=lora)
-            engine_door.add_request(add, engine.output_processor, request, None)
+            engine_admission.add_request(add, engine.output_processor, request, None)
         for _ in range(4):
             await asyncio.sleep(0)
         return engine.removed
@@ -527,7 +527,7 @@ def test_a_beam_search_does_not_go_on_with_an_adapter_that_was_removed() -> None
     async def search(_: Any, __: Any, request_id: str, *___: Any) -> Any:
         for step in range(9):
             request = SimpleNamespace(request_id=f"{request_id}-{step}", lora_request=acme)
-            engine_door.add_request(add, engine.output_processor, request, None)
+            engine_admission.add_request(add, engine.output_processor, request, None)
             if step == 2:  # reloaded: the version before stays for a while
                 models.lora_requests["acme"] = lora_of("acme", 8)
             if step == 4:
@@ -561,7 +561,7 @@ def test_an_answer_does_not_go_on_with_an_adapter_that_was_removed_while_a_tool_
 
     def ask(turn: str) -> None:
         request = SimpleNamespace(request_id=turn, lora_request=acme)
-        engine_door.add_request(add, engine.output_processor, request, None)
+        engine_admission.add_request(add, engine.output_processor, request, None)
 
     async def scenario() -> None:
         registration.start(models)
@@ -627,10 +627,12 @@ def test_a_blend_is_taken_out_of_the_routes_for_what_fails_everybody_alone(
 
 def test_a_look_that_fails_when_nobody_waits_any_more_is_no_news() -> None:
     """A thousand may end at once, when storage that has hung says that it has failed."""
-    told: list[Any] = []
+    reported: list[Any] = []
 
     async def scenario() -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: reported.append(context)
+        )
         answers, looks = asyncio.Event(), PendingLooks(0.001)
 
         async def look() -> None:
@@ -648,7 +650,7 @@ def test_a_look_that_fails_when_nobody_waits_any_more_is_no_news() -> None:
             await looks.wait(look)
 
     asyncio.run(scenario())
-    assert not told
+    assert not reported
 
 
 def test_looks_that_storage_never_ends_are_a_thousand_at_most() -> None:

@@ -107,22 +107,22 @@ def test_torch_on_a_gpu_needs_eager_mode():
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "reported"),
     [
         ({"backend": "torch", "dora": False}, ["--multilora-backend, --no-multilora-dora"]),
         ({"enabled": False}, []),
         ({}, []),
     ],
 )
-def test_without_lora_settings_that_were_to_do_something_are_told_of(given, told, monkeypatch):
+def test_settings_without_effect_when_lora_is_off_are_reported(given, reported, monkeypatch):
     warnings = []
     monkeypatch.setattr(activation.logger, "warning", lambda *args: warnings.extend(args[1:]))
     additional = {"multilora": given}
     activation.announce(SimpleNamespace(lora_config=None, additional_config=additional))
-    assert warnings == told
+    assert warnings == reported
 
 
-def test_with_vllms_kernels_settings_that_only_the_plugins_code_heeds_are_told_of(monkeypatch):
+def test_settings_without_effect_with_vllms_kernels_are_reported(monkeypatch):
     warnings = []
     monkeypatch.setattr(activation.logger, "warning", lambda *args: warnings.extend(args[1:]))
     monkeypatch.setattr(activation, "kernel_backend", lambda config: "vllm")

@@ -125,7 +125,7 @@ def test_every_kind_of_rename_is_applied_in_vllms_order():
     ],
     ids=["two-sources", "group", "prefix-added", "prefix-removed"],
 )
-def test_transformers_renames_are_told_as_data(renaming, scope, caplog):
+def test_transformers_renames_are_reported_as_data(renaming, scope, caplog):
     renaming = renaming()
     renaming.scope_prefix, renaming.base_model_prefix = scope, "model"
     mapper = WeightsMapper(orig_to_new_renaming=[renaming])

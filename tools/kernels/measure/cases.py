@@ -106,7 +106,7 @@ def choose_cases(filters: Sequence[str], *, quick: bool) -> list[Case]:
         quick: Only some of each group.
     """
 
-    def wanted(case: Case) -> bool:
+    def requested(case: Case) -> bool:
         if quick and not (
             case.layer.name in _QUICK_LAYERS
             and case.popularity in _QUICK_POPULARITIES
@@ -119,4 +119,4 @@ def choose_cases(filters: Sequence[str], *, quick: bool) -> list[Case]:
             for each in filters
         )
 
-    return [case for case in CASES if wanted(case)]
+    return [case for case in CASES if requested(case)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm_multilora.adapters.problems import Code, Problem, shown_name
 
-_MOST_OF_A_CODE = 8
+_MAX_OF_A_CODE = 8
 
 
 class ProblemList:
@@ -45,7 +45,7 @@ class ProblemList:
         `found` and `expected` differ from tensor to tensor.
         """
         key: tuple[str, ...] = (code, found, expected) if cause is None else (code, cause)
-        if key not in self._first and self._groups_of.get(code, 0) >= _MOST_OF_A_CODE:
+        if key not in self._first and self._groups_of.get(code, 0) >= _MAX_OF_A_CODE:
             key = self._last_of[code]
         if key in self._first:
             self._counts[key] += 1

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from vllm_multilora.adapters.adapter_errors import AdapterFormatError
 from vllm_multilora.adapters.config.patterns import (
-    MOST_PATTERNS,
+    MAX_PATTERNS,
     Budget,
     PatternError,
     PatternMatcher,
@@ -20,7 +20,7 @@ from vllm_multilora.adapters.config.patterns import (
 from vllm_multilora.adapters.files.json_text import JsonTooLargeError, parse_json
 from vllm_multilora.adapters.model.tensor_names import FUSED_EXPERTS, WRAPPED, is_of
 from vllm_multilora.adapters.problems import (
-    MOST_PROBLEMS,
+    MAX_PROBLEMS,
     Code,
     Problem,
     more_problems,
@@ -30,11 +30,11 @@ from vllm_multilora.adapters.problems import (
 
 _Value = TypeVar("_Value")
 
-_MOST_RANK = 1 << 20  # more than any model is wide; keeps scalings within floats
-_MOST_TOKEN = (1 << 31) - 1
-_MOST_PARTS = 200_000  # of lists, objects and values; 20,000 patterns with a rank each have 40,000
+_MAX_RANK = 1 << 20  # more than any model is wide; keeps scalings within floats
+_MAX_TOKEN = (1 << 31) - 1
+_MAX_PARTS = 200_000  # of lists, objects and values; 20,000 patterns with a rank each have 40,000
 
-MOST_INVOCATION_TOKENS = 64
+MAX_INVOCATION_TOKENS = 64
 """Tokens of the text that activates an adapter; a chat template's generation prompt has three."""
 
 
@@ -178,7 +178,7 @@ class _Reader:
         return [*self._problems, *([more_problems(self._where, self._more)] if self._more else [])]
 
     def _note(self, problem: Problem) -> None:
-        if len(self._problems) < MOST_PROBLEMS:
+        if len(self._problems) < MAX_PROBLEMS:
             self._problems.append(problem)
         else:
             self._more += 1
@@ -227,10 +227,10 @@ class _Reader:
         return self._raw[key]
 
     def _rank(self, key: str, value: Any, at: str = "") -> int:
-        if type(value) is int and 0 < value <= _MOST_RANK:
+        if type(value) is int and 0 < value <= _MAX_RANK:
             return value
-        large = type(value) is int and value > _MOST_RANK
-        expected = f"at most {_MOST_RANK}" if large else "a positive whole number"
+        large = type(value) is int and value > _MAX_RANK
+        expected = f"at most {_MAX_RANK}" if large else "a positive whole number"
         self._refuse(key, expected, at=at, found=shown(value))
         return 1
 
@@ -266,13 +266,13 @@ class _Reader:
         if not isinstance(value, list):
             self._refuse(key, "a list of token ids, or null for a LoRA adapter")
             return ()
-        if not 0 < len(value) <= MOST_INVOCATION_TOKENS:
+        if not 0 < len(value) <= MAX_INVOCATION_TOKENS:
             found = f"a list of {len(value)}"
-            expected = f"1 to {MOST_INVOCATION_TOKENS} token ids, or null for a LoRA adapter"
+            expected = f"1 to {MAX_INVOCATION_TOKENS} token ids, or null for a LoRA adapter"
             self._refuse(key, expected, found=found)
             return ()
         for place, token in enumerate(value):
-            if type(token) is not int or not 0 <= token <= _MOST_TOKEN:
+            if type(token) is not int or not 0 <= token <= _MAX_TOKEN:
                 self._refuse(key, "a token id", at=str(place), found=shown(token))
                 return ()
         return tuple(value)
@@ -331,8 +331,8 @@ class _Reader:
         if not isinstance(value, dict):
             self._refuse(key, f"an object from patterns of module names to one {what} each")
             return {}
-        if len(value) > MOST_PATTERNS:
-            self._refuse(key, f"at most {MOST_PATTERNS}", found=f"{len(value)} patterns")
+        if len(value) > MAX_PATTERNS:
+            self._refuse(key, f"at most {MAX_PATTERNS}", found=f"{len(value)} patterns")
             return {}
         found = {}
         with self._budget.spending():
@@ -370,7 +370,7 @@ def read_object(text: str | bytes, where: str) -> dict[str, Any] | Problem:
     # As PEFT and vLLM read it; `json` alone would take other encodings of bytes too.
     content = text.encode(errors="surrogatepass") if isinstance(text, str) else text
     try:
-        raw = parse_json(content, parts=_MOST_PARTS, values=_MOST_PARTS)
+        raw = parse_json(content, parts=_MAX_PARTS, values=_MAX_PARTS)
     except JsonTooLargeError as error:
         most = f"at most {error.most}"
         return Problem.at(Code.FILE_TOO_LARGE, where, "", error.found, most, verb="has")

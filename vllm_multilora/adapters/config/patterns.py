@@ -24,11 +24,11 @@ from vllm_multilora.adapters.model.tensor_names import ends_of
 
 _Value = TypeVar("_Value")
 
-MOST_CHARACTERS = 2000
-MOST_CHOICES = 1 << 20
-MOST_PATTERNS = 10_000
-MOST_EXPRESSIONS = 64
-MOST_SECONDS = 2.0
+MAX_CHARACTERS = 2000
+MAX_CHOICES = 1 << 20
+MAX_PATTERNS = 10_000
+MAX_EXPRESSIONS = 64
+MAX_SECONDS = 2.0
 
 _LITERAL = re.compile(r"[A-Za-z0-9_.-]*")
 _QUANTIFIER = re.compile(r"[*+?]|\{\d*(?:,\d*)?\}")
@@ -47,7 +47,7 @@ class Budget:
 
     def __init__(self) -> None:
         self._expressions = 0
-        self._left = MOST_SECONDS
+        self._left = MAX_SECONDS
         self._end: float | None = None
 
     @contextmanager
@@ -67,9 +67,9 @@ class Budget:
             PatternError: There are too many already, or no time is left.
         """
         self._expressions += 1
-        if self._expressions > MOST_EXPRESSIONS:
+        if self._expressions > MAX_EXPRESSIONS:
             raise PatternError(
-                f"is one of more than {MOST_EXPRESSIONS} regular expressions in the file; plain "
+                f"is one of more than {MAX_EXPRESSIONS} regular expressions in the file; plain "
                 "module names do not count"
             )
         self.require_left()
@@ -82,7 +82,7 @@ class Budget:
         """
         if self._end is not None and time.thread_time() > self._end:
             raise PatternError(
-                f"matching module names takes more than {MOST_SECONDS:g} s of processor time"
+                f"matching module names takes more than {MAX_SECONDS:g} s of processor time"
             )
 
 
@@ -203,7 +203,7 @@ def check_pattern(pattern: str, budget: Budget) -> None:
     if _is_literal(pattern):
         return
     budget.count_expression()
-    if _Scan(pattern).choices > MOST_CHOICES:
+    if _Scan(pattern).choices > MAX_CHOICES:
         raise PatternError("has too many repetitions and alternatives")
     _compile(pattern)
 
@@ -217,14 +217,14 @@ def check_expression(pattern: str) -> None:
         PatternError: It is not.
     """
     # Compiling sets of characters takes milliseconds for each where case is ignored.
-    if len(pattern) <= MOST_CHARACTERS and not _IGNORES_CASE.search(pattern):
+    if len(pattern) <= MAX_CHARACTERS and not _IGNORES_CASE.search(pattern):
         _compile(pattern)
 
 
 def _check_length(pattern: str) -> None:
-    if len(pattern) > MOST_CHARACTERS:
+    if len(pattern) > MAX_CHARACTERS:
         raise PatternError(
-            f"has {len(pattern)} characters, and at most {MOST_CHARACTERS} are allowed"
+            f"has {len(pattern)} characters, and at most {MAX_CHARACTERS} are allowed"
         )
 
 

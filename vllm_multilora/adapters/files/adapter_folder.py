@@ -25,8 +25,8 @@ TENSORS_NAME = "adapter_model.safetensors"
 PICKLED_NAMES = ("adapter_model.bin", "adapter_model.pt")
 """What `torch.save` is used for; read only where the settings allow it."""
 
-_MOST_LISTED = 1000
-_MOST_NESTED = 16
+_MAX_LISTED = 1000
+_MAX_NESTED = 16
 _ANYWHERE = AllowedRoots(())
 
 
@@ -117,8 +117,8 @@ class AdapterFolder(OpenDescriptor):
             ".", dir_fd=self._descriptor, onerror=self._raise
         ):
             parent = "" if where == "." else f"{where.removeprefix('./')}/"
-            if parent.count("/") > _MOST_NESTED:
-                found, expected = "folders nested too deeply", f"at most {_MOST_NESTED}"
+            if parent.count("/") > _MAX_NESTED:
+                found, expected = "folders nested too deeply", f"at most {_MAX_NESTED}"
                 path = str(self.path)
                 raise AdapterFormatError.at(Code.NOT_ALLOWED, path, found, expected, verb="has")
             for name in folders:
@@ -147,7 +147,7 @@ class AdapterFolder(OpenDescriptor):
             return no_file(str(self.path), name, entries, nested)
         try:
             with os.scandir(listing) as found:
-                for entry in islice(found, _MOST_LISTED):
+                for entry in islice(found, _MAX_LISTED):
                     entries.append(entry.name)
                     if entry.is_dir(follow_symlinks=False) and self._is_adapter(entry.name):
                         nested.append(entry.name)

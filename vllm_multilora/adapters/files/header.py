@@ -22,10 +22,10 @@ from vllm_multilora.wording import counted
 
 LENGTH_BYTES = 8
 
-_MOST_DIMENSIONS = 64  # bounds the time that multiplying a hostile shape takes
-_MOST_NAME = 256  # characters; real ones have about a hundred. Bounds what patterns cost
-_MOST_DOTS = 32  # real ones have a dozen; bounds the time that models' own renames take
-_MOST_ENTRY_PROBLEMS = 20
+_MAX_DIMENSIONS = 64  # bounds the time that multiplying a hostile shape takes
+_MAX_NAME = 256  # characters; real ones have about a hundred. Bounds what patterns cost
+_MAX_DOTS = 32  # real ones have a dozen; bounds the time that models' own renames take
+_MAX_ENTRY_PROBLEMS = 20
 # An object and two lists; up to eight numbers in them and its three keys.
 _PARTS_OF_A_TENSOR, _VALUES_OF_A_TENSOR = 3, 12
 _METADATA_PARTS = 1 << 18  # `__metadata__` holds texts, which may be JSON themselves
@@ -103,7 +103,7 @@ def read_header(
             tensors[name] = found
         else:
             problems.append(found)
-            if len(problems) == _MOST_ENTRY_PROBLEMS:
+            if len(problems) == _MAX_ENTRY_PROBLEMS:
                 break
     if not problems:
         tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
@@ -208,13 +208,13 @@ def _tensor(name: str, entry: Any, start: int, file: str) -> TensorInfo | Proble
         message = f"{file}: the header's entry of {shown_name(name)}: {found}, expected {expected}"
         return Problem(Code.HEADER_ENTRY, file, shown_name(name), found, expected, message)
 
-    if len(name) > _MOST_NAME:
-        return wrong(f"a name of {len(name)} characters", f"at most {_MOST_NAME}")
+    if len(name) > _MAX_NAME:
+        return wrong(f"a name of {len(name)} characters", f"at most {_MAX_NAME}")
     # JSON can spell what UTF-8 cannot.
     if not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name):
         return wrong("a name with half of a pair of surrogates", "one that UTF-8 can encode")
-    if name.count(".") > _MOST_DOTS:
-        return wrong(f"a name with {name.count('.')} dots", f"at most {_MOST_DOTS}")
+    if name.count(".") > _MAX_DOTS:
+        return wrong(f"a name with {name.count('.')} dots", f"at most {_MAX_DOTS}")
     if not isinstance(entry, dict):
         return wrong(f"found {shown(entry)}", "an object")
     dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
@@ -235,7 +235,7 @@ def _tensor(name: str, entry: Any, start: int, file: str) -> TensorInfo | Proble
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
-    if not isinstance(value, list) or len(value) > _MOST_DIMENSIONS:
+    if not isinstance(value, list) or len(value) > _MAX_DIMENSIONS:
         return False
     # Without a generator: a file has two of these lists for each tensor.
     if not set(map(type, value)) <= {int}:

@@ -13,7 +13,7 @@ from vllm_multilora.adapters.problems import Code, Problem, shown_name
 EXPECTED = "an adapter folder that holds adapter_config.json and adapter_model.safetensors"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{1,15}://")
 _SHARD = re.compile(r".*-\d+-of-\d+\.safetensors|.*\.safetensors\.index\.json")
-_MOST_NAMED = 5
+_MAX_NAMED = 5
 # Files of other formats than PEFT's, and whose they are.
 _FOREIGN = {
     "adapters.safetensors": "an adapter in MLX-LM's format",
@@ -108,4 +108,4 @@ def _instead(
 
 
 def _names(names: Collection[str]) -> str:
-    return shown_name(", ".join(sorted(names)[:_MOST_NAMED]))
+    return shown_name(", ".join(sorted(names)[:_MAX_NAMED]))

@@ -11,7 +11,7 @@ from typing import Self
 from vllm_multilora.adapters.adapter_errors import AdapterReadError
 from vllm_multilora.adapters.problems import Code, Problem
 
-_MOST_HOLES = 1000
+_MAX_HOLES = 1000
 RENAME_HINT = "write adapters under another name, and rename them into place"
 
 
@@ -140,7 +140,7 @@ class RegularFile(OpenDescriptor):
         """
         holes, at, size = 0, 0, self.fingerprint.size
         try:
-            for _ in range(_MOST_HOLES):
+            for _ in range(_MAX_HOLES):
                 if at >= size:
                     break
                 hole = os.lseek(self.fileno(), at, os.SEEK_HOLE)

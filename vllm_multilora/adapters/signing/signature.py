@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
 SIGNATURE_NAME = "model.sig"
 
-MOST_FILES = 10_000
+MAX_FILES = 10_000
 """Files in a signed folder."""
 
 _MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _PAYLOAD_TYPE = "application/vnd.in-toto+json"
 _STATEMENT = "https://in-toto.io/Statement/v1"
 _PREDICATE = "https://model_signing/signature/v1.0"
-_MOST_PARTS, _MOST_VALUES = 2 * MOST_FILES, 8 * MOST_FILES
-_MOST_CERTIFICATES = 8
+_MAX_PARTS, _MAX_VALUES = 2 * MAX_FILES, 8 * MAX_FILES
+_MAX_CERTIFICATES = 8
 
 
 class SignatureError(ValueError):
@@ -129,8 +129,8 @@ def _keys(material: _Json, signers: Signers, now: datetime) -> list[EllipticCurv
             one.base64("rawBytes")
             for one in material.object("x509CertificateChain").objects("certificates")
         ]
-        if not 0 < len(chain) <= _MOST_CERTIFICATES:
-            raise SignatureError(f"{len(chain)} certificates", f"1 to {_MOST_CERTIFICATES}")
+        if not 0 < len(chain) <= _MAX_CERTIFICATES:
+            raise SignatureError(f"{len(chain)} certificates", f"1 to {_MAX_CERTIFICATES}")
         try:
             return [signers.key_of(chain, now)]
         except UntrustedError as error:
@@ -223,7 +223,7 @@ class _Json:
     @classmethod
     def of(cls, content: bytes, what: str) -> _Json:
         try:
-            value = parse_json(content, parts=_MOST_PARTS, values=_MOST_VALUES, unique=True)
+            value = parse_json(content, parts=_MAX_PARTS, values=_MAX_VALUES, unique=True)
         except ValueError as error:
             raise SignatureError(
                 f"{what} that is not JSON ({error})", "a Sigstore bundle"

@@ -11,7 +11,7 @@ from vllm_multilora.adapters.files.adapter_folder import AdapterFolder
 from vllm_multilora.adapters.files.regular_file import RENAME_HINT, RegularFile
 from vllm_multilora.adapters.problems import Code, Problem, shown_name
 from vllm_multilora.adapters.signing.signature import (
-    MOST_FILES,
+    MAX_FILES,
     SIGNATURE_NAME,
     Hash,
     Manifest,
@@ -20,7 +20,7 @@ from vllm_multilora.adapters.signing.signature import (
 )
 from vllm_multilora.adapters.signing.signers import Signers
 
-_MOST_BYTES = 4 << 20
+_MAX_BYTES = 4 << 20
 _CHUNK = 1 << 20
 _SIGN = "sign the folder again, with vllm-multilora sign or model_signing"
 
@@ -132,11 +132,11 @@ class SignedFiles:
 
     def _read_manifest(self) -> Manifest:
         size = self._signature.fingerprint.size
-        content = bytearray(min(size, _MOST_BYTES + 1))
+        content = bytearray(min(size, _MAX_BYTES + 1))
         count = self._signature.read_into(memoryview(content), 0)
         try:
-            if count > _MOST_BYTES:
-                raise SignatureError(f"{size} bytes", f"at most {_MOST_BYTES}")
+            if count > _MAX_BYTES:
+                raise SignatureError(f"{size} bytes", f"at most {_MAX_BYTES}")
             return read_manifest(bytes(content[:count]), self._signers, datetime.now(UTC))
         except SignatureError as error:
             raise AdapterFormatError.at(
@@ -159,11 +159,11 @@ class SignedFiles:
                     self._problem(name, "a link", "files: links were not signed")
                 )
             found.add(name)
-            if len(found) > MOST_FILES:
+            if len(found) > MAX_FILES:
                 raise AdapterFormatError.at(
                     Code.NOT_AS_SIGNED,
                     str(self._folder.path),
-                    f"more than {MOST_FILES} files",
+                    f"more than {MAX_FILES} files",
                     "an adapter",
                     verb="has",
                 )

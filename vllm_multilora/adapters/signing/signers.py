@@ -25,7 +25,7 @@ _EXPECTED = (
     f"one or more blocks of PEM, each a {KEY} on the curve P-256, P-384 or P-521, or a "
     f"{CERTIFICATE}"
 )
-_MOST_DEPTH = 8
+_MAX_DEPTH = 8
 
 
 class UntrustedError(ValueError):
@@ -149,7 +149,7 @@ class Signers:
             verification.PolicyBuilder()
             .store(verification.Store(list(self.anchors)))
             .time(now)
-            .max_chain_depth(_MOST_DEPTH)
+            .max_chain_depth(_MAX_DEPTH)
             .extension_policies(ca_policy=authorities, ee_policy=policy.permit_all())
             .build_client_verifier()
         )

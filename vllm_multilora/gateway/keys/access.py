@@ -141,7 +141,7 @@ class Access:
             await asyncio.sleep(REFRESH_S)
             try:
                 for file in self._files():
-                    await file.refresh_aside()
+                    await file.refresh_on_thread()
             except RuntimeError as error:  # no thread could be started
                 logger.error("The keys stay as they were for now: %s", error)
             if any(map(operator.is_not, self._values(), self._in_force)):

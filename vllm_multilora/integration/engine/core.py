@@ -17,9 +17,9 @@ from vllm_multilora.adapters.signing.required import RequiredDigests
 from vllm_multilora.integration import kv_blocks
 from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.engine.adapters.engine_adapters import EngineAdapters
+from vllm_multilora.integration.engine.adapters.load_requests import Store
 from vllm_multilora.integration.engine.adapters.observer import AdapterObserver
 from vllm_multilora.integration.engine.adapters.orders_under_way import Workers
-from vllm_multilora.integration.engine.adapters.wants import Store
 from vllm_multilora.integration.engine.scheduling.scheduler import AdapterAwareMixin
 from vllm_multilora.integration.engine.workers.machines import MachineStores
 from vllm_multilora.integration.engine.workers.reaching import REACHED, reach
@@ -206,10 +206,10 @@ def _connect(
         workers = WaitingWorkers(executor.collective_rpc)
         return WaitingStore(executor.collective_rpc), workers
     store = _open_stores(executor, vllm_config, server)
-    asides = scheduler.asides
-    store.say_by(asides.say, asides.flush)
+    deferred_calls = scheduler.deferred_calls
+    store.say_by(deferred_calls.say, deferred_calls.flush)
     if wake is not None:
-        asides.wait = isinstance(executor, MultiprocExecutor)
+        deferred_calls.wait = isinstance(executor, MultiprocExecutor)
         store.start_waking(wake)
         link.start_waking(wake)
     elsewhere = store.elsewhere if isinstance(store, MachineStores) else None

@@ -249,7 +249,7 @@ class AdapterExecutorMixin:
         self, adapters: EngineAdapters, call: Callable[[], Future[_T]]
     ) -> _T | Future[_T]:
         """Has a call carried out and answered; both where they hold up no step."""
-        asides = self.scheduler.asides
+        deferred_calls = self.scheduler.deferred_calls
         answer: Future[_T] = Future()
         pass_on = partial(_pass_on, answer, lambda result: result)
 
@@ -259,9 +259,9 @@ class AdapterExecutorMixin:
             except Exception as error:
                 answer.set_exception(error)
             else:
-                future.add_done_callback(lambda done: asides.say(partial(pass_on, done)))
+                future.add_done_callback(lambda done: deferred_calls.say(partial(pass_on, done)))
 
-        asides.say(carry_out)
+        deferred_calls.say(carry_out)
         if self.inputs is not None:
             return answer
         while not answer.done():

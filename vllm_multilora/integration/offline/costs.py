@@ -74,10 +74,10 @@ def offline_costs(server: ServerFlags) -> BaseModel:
     sharing = workers if server.fully_sharded_loras else 1
     with offline_manager(config) as manager:
         if not manager.modules:
-            wanted = " ".join(server.lora_target_modules or ())
+            requested = " ".join(server.lora_target_modules or ())
             raise BaseModelError(
-                f"the base model {server.model} has no layer for --lora-target-modules {wanted}: "
-                f"expected some of {', '.join(sorted(manager.supported_lora_modules))}"
+                f"the base model {server.model} has no layer for --lora-target-modules "
+                f"{requested}: expected some of {', '.join(sorted(manager.supported_lora_modules))}"
             )
         model: torch.nn.Module = manager.model
         weights = [*model.parameters(), *model.buffers()]

@@ -19,7 +19,7 @@ _EXPECTED = (
     "a wheel (from `pip download --no-deps vllm==VERSION`), or a folder with vLLM's package `vllm` "
     "in it, such as a checkout"
 )
-_MOST_HOPS = 12  # from a name that is imported to where it is defined
+_MAX_HOPS = 12  # from a name that is imported to where it is defined
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ class VllmSource:
             What it stands for; None if there is no such thing.
         """
         *owners, last = name.split(".")
-        found = self._in_module(module, owners[0] if owners else last, _MOST_HOPS)
+        found = self._in_module(module, owners[0] if owners else last, _MAX_HOPS)
         for attribute in (*owners[1:], last) if owners else ():
             where, node = found or ("", None)
             if not isinstance(node, ast.ClassDef):
                 return None
-            found = self._in_class(where, node, attribute, _MOST_HOPS)
+            found = self._in_class(where, node, attribute, _MAX_HOPS)
         return None if found is None else self._definition(*found)
 
     def has(self, module: str, name: str) -> bool:
@@ -93,8 +93,8 @@ class VllmSource:
         if self.find(module, name) is not None:
             return True
         owner, _, attribute = name.partition(".")
-        found = self._in_module(module, owner, _MOST_HOPS) if attribute else None
-        return found is not None and self._sets(*found, attribute, _MOST_HOPS)
+        found = self._in_module(module, owner, _MAX_HOPS) if attribute else None
+        return found is not None and self._sets(*found, attribute, _MAX_HOPS)
 
     def _sets(self, module: str, owner: ast.AST, attribute: str, hops: int) -> bool:
         """Whether a method of a class, or of a class that it extends, assigns an attribute."""
@@ -114,7 +114,7 @@ class VllmSource:
 
     def _definition(self, module: str, node: ast.AST) -> CodeDefinition:
         if isinstance(node, ast.ClassDef):
-            found = self._in_class(module, node, "__init__", _MOST_HOPS)
+            found = self._in_class(module, node, "__init__", _MAX_HOPS)
             return CodeDefinition(None) if found is None else self._definition(*found)
         if isinstance(node, _Function):
             return CodeDefinition(_parameters(node.args))

@@ -16,7 +16,7 @@ from vllm_multilora.integration.worker_link.remote_link import (
     dial,
     this_machine,
 )
-from vllm_multilora.store.protocol.messages import Failed, Loaded, Want
+from vllm_multilora.store.protocol.messages import Failed, Loaded, LoadRequest
 from vllm_multilora.store.protocol.store_folder import StoreUnavailableError
 from vllm_multilora.store.store_launch import store_host
 
@@ -138,9 +138,9 @@ def carry_out_now(worker: Any, orders: list[Order]) -> list[Answer]:
     return [_manager(worker).carry_out_now(order) for order in orders]
 
 
-def load_now(worker: Any, want: Want) -> Loaded | Failed:
+def load_now(worker: Any, load_request: LoadRequest) -> Loaded | Failed:
     """Loads an adapter from the worker's own store."""
-    return _manager(worker).own_store.load(want)
+    return _manager(worker).own_store.load(load_request)
 
 
 def release_now(worker: Any, pack: int) -> None:

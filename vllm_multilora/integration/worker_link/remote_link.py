@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 Purpose: TypeAlias = Literal["fills", "store"]
 
 _GREETING = struct.Struct("<8sI32s")  # purpose, rank, proof
-_MOST_SILENT = 64
+_MAX_SILENT = 64
 _SILENT_LIMIT_S = 10.0
 _CONNECT_LIMIT_S = 10.0
 
@@ -58,7 +58,7 @@ class _Caller:
     said: bytes = b""
 
 
-class RemoteDoor:
+class RemoteAcceptor:
     """The engine core's end; for its main thread only. Nothing here waits.
 
     Args:
@@ -96,7 +96,7 @@ class RemoteDoor:
                 break
             connection.setblocking(False)
             self._callers.append(_Caller(connection, time.monotonic()))
-        for caller in self._callers[:-_MOST_SILENT]:
+        for caller in self._callers[:-_MAX_SILENT]:
             self._hang_up(caller)
         for caller in list(self._callers):
             self._hear(caller)

@@ -1,26 +1,26 @@
-"""The order in which parties get tokens, by what each has had so far.
+"""The order in which flows get tokens, by what each has had so far.
 
-A party is whoever shares the engine with others: a tenant, or an adapter where nobody names one.
+A flow is whoever shares the engine with others: a tenant, or an adapter where nobody names one.
 Each has a counter of the service that it has had, divided by its weight, and the one with the least
 is served first: the virtual token counter of Sheng et al., "Fairness in Serving Large Language
 Models" (OSDI 2024). A token of a prompt costs 1 and a generated one `GENERATED_COST`; a step with
 an adapter costs those that use it what reading its weights does (`reading_cost`).
 
-- **No credit for what nobody asked for.** A party that comes (back) is lifted to the least counter
+- **No credit for what nobody asked for.** A flow that comes (back) is lifted to the least counter
   of those that are being served, and one whose requests all run to the least of those that have
   requests waiting; where none waits, nobody owes anything. Counters above it are kept, so that
   nobody gets rid of one by leaving.
-- **Work-conserving.** Only an order is decided here: a party that is alone, or beside others that
+- **Work-conserving.** Only an order is decided here: a flow that is alone, or beside others that
   have nothing to compute, is held back by nothing.
-- **Bounded.** Two parties that both have requests waiting differ by no more than one of them can be
+- **Bounded.** Two flows that both have requests waiting differ by no more than one of them can be
   given between two decisions: the requests that a batch takes in at once.
 
-Some parties are *heavy*: in the last steps (`HALF_LIFE_STEPS`) they have had more than
+Some flows are *heavy*: in the last steps (`HALF_LIFE_STEPS`) they have had more than
 `HEAVY_RATIO` times what another has had that is being served, and since then more than
-`LEAST_HEAVY_RATIO` times. The scheduler bounds what these add to a step (`StepBound`), so that the
+`MIN_HEAVY_RATIO` times. The scheduler bounds what these add to a step (`StepBound`), so that the
 others' tokens do not wait for all of theirs.
 
-A step costs a few operations for each party that has requests, and next to nothing while only one
+A step costs a few operations for each flow that has requests, and next to nothing while only one
 has any.
 """
 
@@ -36,25 +36,25 @@ GENERATED_COST = 2.0
 CONTEXT_TOKENS = 512
 """Length of the context that a generated token is taken to read."""
 
-HEAVY_RATIO, LEAST_HEAVY_RATIO = 3.0, 1.25
-"""To others' service: above the first a party gets heavy, and it is so until below the second."""
+HEAVY_RATIO, MIN_HEAVY_RATIO = 3.0, 1.25
+"""To others' service: above the first a flow gets heavy, and it is so until below the second."""
 
 HALF_LIFE_STEPS = 64
 HELD_STEPS = 8
 """Steps after which a request that could not run is worth another look, in a step that has room."""
 
-MOST_REMEMBERED = 4096
-"""Parties without requests of which the counters are kept."""
+MAX_REMEMBERED = 4096
+"""Flows without requests of which the counters are kept."""
 
-Party = Hashable
+Flow = Hashable
 
 _GROWTH = 2.0 ** (1 / HALF_LIFE_STEPS)
-_MOST_SCALE = 1e100
+_MAX_SCALE = 1e100
 
 
 @dataclass(slots=True)
 class _Account:
-    """What a party has had.
+    """What a flow has had.
 
     Attributes:
         weight: Its share in proportion to the others'.
@@ -78,71 +78,71 @@ class _Account:
 
 
 class FairShares:
-    """Counters of service by party; pure bookkeeping over parties and steps.
+    """Counters of service by flow; pure bookkeeping over flows and steps.
 
     Attributes:
-        heavy_weight: Of the parties that are heavy in this step, all together.
+        heavy_weight: Of the flows that are heavy in this step, all together.
     """
 
     def __init__(self) -> None:
         self.heavy_weight = 0.0
         self._step = 0
         self._scale = 1.0  # of `recent`: grows, instead of everybody's falling
-        self._working: dict[Party, _Account] = {}
-        self._idle: dict[Party, _Account] = {}  # those that left last are last
+        self._working: dict[Flow, _Account] = {}
+        self._idle: dict[Flow, _Account] = {}  # those that left last are last
         self._floor = 0.0
 
     @property
     def is_contended(self) -> bool:
-        """Whether more than one party has requests."""
+        """Whether more than one flow has requests."""
         return len(self._working) > 1
 
     # Requests come and go
 
-    def join(self, party: Party, weight: float = 1.0) -> None:
-        """A request of a party has arrived.
+    def join(self, flow: Flow, weight: float = 1.0) -> None:
+        """A request of a flow has arrived.
 
         Args:
-            party: The party.
+            flow: The flow.
             weight: Its share in proportion to the others'; the latest counts.
 
         Raises:
             ValueError: The weight is not above 0.
         """
         if not weight > 0:
-            raise ValueError(f"the weight of {party!r} must be above 0, got {weight!r}")
-        account = self._working.get(party)
+            raise ValueError(f"the weight of {flow!r} must be above 0, got {weight!r}")
+        account = self._working.get(flow)
         if account is None:
             if len(self._working) == 1:
                 (alone,) = self._working.values()
                 self._floor = max(self._floor, alone.served)
-            account = self._idle.pop(party, None) or _Account(weight, self._floor)
+            account = self._idle.pop(flow, None) or _Account(weight, self._floor)
             account.served = max(account.served, self._floor)
-            self._working[party] = account
+            self._working[flow] = account
         account.weight = weight
         account.requests += 1
-        self.unhold(party)
+        self.unhold(flow)
 
-    def leave(self, party: Party) -> None:
-        """A request of a party has ended, however it did."""
-        account = self._working[party]
+    def leave(self, flow: Flow) -> None:
+        """A request of a flow has ended, however it did."""
+        account = self._working[flow]
         account.requests -= 1
         if account.requests:
             return
-        del self._working[party]
-        self._idle[party] = account
-        if len(self._idle) > MOST_REMEMBERED:
+        del self._working[flow]
+        self._idle[flow] = account
+        if len(self._idle) > MAX_REMEMBERED:
             # What is not above the floor would be lifted to it anyway.
             kept = [(p, a) for p, a in self._idle.items() if a.served > self._floor]
-            self._idle = dict(kept[-MOST_REMEMBERED // 2 :])
+            self._idle = dict(kept[-MAX_REMEMBERED // 2 :])
 
     # Steps
 
-    def begin_step(self, waiting: Container[Party]) -> None:
+    def begin_step(self, waiting: Container[Flow]) -> None:
         """A step is being scheduled while `is_contended`.
 
         Args:
-            waiting: Parties that have more requests than those that run.
+            waiting: Flows that have more requests than those that run.
         """
         self._next_step()
         self.heavy_weight = 0.0
@@ -158,7 +158,7 @@ class FairShares:
         self._floor = max(self._floor, min(account.served for account in served))
         least = min(account.recent for account in served)
         for account in served:
-            ratio = LEAST_HEAVY_RATIO if account.is_heavy else HEAVY_RATIO
+            ratio = MIN_HEAVY_RATIO if account.is_heavy else HEAVY_RATIO
             account.is_heavy = account.recent > ratio * least
             if account.is_heavy:
                 self.heavy_weight += account.weight
@@ -168,15 +168,15 @@ class FairShares:
                 if self._is_held(account) and not account.waits_for_slot:
                     account.served = max(account.served, self._floor)
 
-    def _lift_satisfied(self, waiting: Container[Party]) -> None:
+    def _lift_satisfied(self, waiting: Container[Flow]) -> None:
         """Takes their credit from those that have all that they ask for."""
         wanting: list[_Account] = []
         satisfied: list[_Account] = []
-        for party, account in self._working.items():
+        for flow, account in self._working.items():
             is_held = self._is_held(account)
             if is_held and not account.waits_for_slot:
                 continue  # it is idle for the others, whatever it has waiting
-            (wanting if is_held or party in waiting else satisfied).append(account)
+            (wanting if is_held or flow in waiting else satisfied).append(account)
         if wanting:
             level = min(account.served for account in wanting)
         else:
@@ -185,9 +185,9 @@ class FairShares:
             account.served = max(account.served, level)
 
     def step_alone(self, tokens: int) -> None:
-        """A step was scheduled, with so many tokens, while no more than one party had requests.
+        """A step was scheduled, with so many tokens, while no more than one flow had requests.
 
-        Nobody has had less than a party that is alone, so what it has is no debt to those who come;
+        Nobody has had less than a flow that is alone, so what it has is no debt to those who come;
         but it may be heavy beside them.
         """
         self._next_step()
@@ -196,25 +196,25 @@ class FairShares:
             account.is_heavy = False
             account.recent += tokens * PROMPT_COST / account.weight * self._scale
 
-    def hold(self, party: Party, *, waits_for_slot: bool = False) -> None:
-        """A request of a party cannot run in this step, whatever the others do.
+    def hold(self, flow: Flow, *, waits_for_slot: bool = False) -> None:
+        """A request of a flow cannot run in this step, whatever the others do.
 
-        If nothing is computed for the party either, it is nobody that others have to spare, for
+        If nothing is computed for the flow either, it is nobody that others have to spare, for
         `HELD_STEPS` steps, or until `unhold` or another request of it comes. If it lacks nothing
         but a slot, it keeps its counter, as it waits because of the others; else it is lifted as
         if it had come just now.
         """
-        account = self._working[party]
+        account = self._working[flow]
         account.held_in = self._step
         account.waits_for_slot = waits_for_slot
 
-    def unhold(self, party: Party) -> None:
-        """A request of a party that could not run may be ready now."""
-        self._working[party].held_in = -1
+    def unhold(self, flow: Flow) -> None:
+        """A request of a flow that could not run may be ready now."""
+        self._working[flow].held_in = -1
 
-    def charge(self, party: Party, cost: float) -> None:
-        """Something is computed for a party in this step; to one that has left it is no matter."""
-        account = self._working.get(party)
+    def charge(self, flow: Flow, cost: float) -> None:
+        """Something is computed for a flow in this step; to one that has left it is no matter."""
+        account = self._working.get(flow)
         if account is not None:
             worth = cost / account.weight
             account.served += worth
@@ -223,22 +223,22 @@ class FairShares:
 
     # What follows from it
 
-    def served(self, party: Party) -> float:
-        """What a party has had, by its weight: the least goes first."""
-        account = self._working.get(party)
+    def served(self, flow: Flow) -> float:
+        """What a flow has had, by its weight: the least goes first."""
+        account = self._working.get(flow)
         return self._floor if account is None else account.served
 
-    def ranks(self) -> dict[Party, tuple[float, float]]:
-        """What each party with requests has had by its weight, and, among equals, of late."""
-        return {party: (each.served, each.recent) for party, each in self._working.items()}
+    def ranks(self) -> dict[Flow, tuple[float, float]]:
+        """What each flow with requests has had by its weight, and, among equals, of late."""
+        return {flow: (each.served, each.recent) for flow, each in self._working.items()}
 
-    def worth(self, party: Party, cost: float) -> float:
-        """By how much a cost would raise what a party with requests has had."""
-        return cost / self._working[party].weight
+    def worth(self, flow: Flow, cost: float) -> float:
+        """By how much a cost would raise what a flow with requests has had."""
+        return cost / self._working[flow].weight
 
-    def is_heavy(self, party: Party) -> bool:
-        """Whether a party with requests has had much more of late than another."""
-        return self._working[party].is_heavy
+    def is_heavy(self, flow: Flow) -> bool:
+        """Whether a flow with requests has had much more of late than another."""
+        return self._working[flow].is_heavy
 
     def _is_held(self, account: _Account) -> bool:
         since = self._step - account.held_in
@@ -247,7 +247,7 @@ class FairShares:
     def _next_step(self) -> None:
         self._step += 1
         self._scale *= _GROWTH
-        if self._scale > _MOST_SCALE:
+        if self._scale > _MAX_SCALE:
             for account in (*self._working.values(), *self._idle.values()):
                 account.recent /= self._scale
             self._scale = 1.0

@@ -17,9 +17,9 @@ that wanted the slot was aborted, say, has it no more: that is asked when others
 it for `patience` steps.
 
 With fair shares the slots that are kept for the overdue go, of all that wait, to those whose
-parties have had least of the engine, and those are closed whose parties have had most, but for
+flows have had least of the engine, and those are closed whose flows have had most, but for
 nobody who has had more: many adapters of one tenant count as one. The bound is then that of the
-shares: a party waits while others have had less.
+shares: a flow waits while others have had less.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Literal
 from vllm_multilora.documents import read_file, read_json
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.slots.budget import GIB, MIB
-from vllm_multilora.slots.simulation.traces import MOST
+from vllm_multilora.slots.simulation.traces import LIMIT
 
 DEFAULT_MIB_PER_RANK = 5.0
 """An adapter of all linear layers of an 8-billion Llama 3 in 16 bits: 2,621,440 weights a rank."""
@@ -26,7 +26,7 @@ def size_in(unit: Literal["MiB", "GiB"], count: float, what: str) -> int:
         ConfigError: They are less than a byte, or too many; the message names `what`.
     """
     size = count * _UNITS[unit]
-    if not 1 <= size < MOST:  # nor NaN
+    if not 1 <= size < LIMIT:  # nor NaN
         raise ConfigError(f"{what} must be a positive number of {unit}, got {count:g}")
     return round(size)
 
@@ -64,7 +64,7 @@ def parse_rank_mix(text: str) -> dict[int, float]:
             raise ConfigError(
                 f"a rank mix must be like 8=70,64=30 (rank=weight), got {part!r} in {text!r}"
             ) from None
-    if not all(0 < number < MOST for number in (*mix, *mix.values())):
+    if not all(0 < number < LIMIT for number in (*mix, *mix.values())):
         raise ConfigError(
             f"a rank mix must have positive ranks and weights below 2^63, got {reprlib.repr(text)}"
         )

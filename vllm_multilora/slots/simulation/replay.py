@@ -262,13 +262,13 @@ def optimal_hits(requests: Sequence[Hashable], capacity: int) -> int:
     # Heap of (-next use, position). Entries are not taken out when their adapter is asked for
     # again, but their next use is past by then, so the farthest entry is always a current one.
     farthest: list[tuple[int, int]] = []
-    for position, wanted in enumerate(requests):
-        if wanted in cached:
+    for position, requested in enumerate(requests):
+        if requested in cached:
             hits += 1
         elif len(cached) == capacity:
             _, asked = heapq.heappop(farthest)
             cached.remove(requests[asked])
-        cached.add(wanted)
+        cached.add(requested)
         heapq.heappush(farthest, (-next_use[position], position))
     return hits
 

@@ -11,8 +11,8 @@ from itertools import accumulate
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.slots.simulation.traces import Trace
 
-_MOST = 10_000_000  # all requests and adapters are in memory
-_MOST_EXPONENT = 10
+_LIMIT = 10_000_000  # all requests and adapters are in memory
+_MAX_EXPONENT = 10
 """With which the second adapter has a thousandth of the first one's requests."""
 
 
@@ -42,13 +42,13 @@ class Traffic:
 
     def __post_init__(self) -> None:
         for name in ("requests", "adapters", "burst_length", "scan_every"):
-            if not 1 <= getattr(self, name) <= _MOST:
+            if not 1 <= getattr(self, name) <= _LIMIT:
                 raise ConfigError(
-                    f"{name} must be at least 1 and at most {_MOST}, got {getattr(self, name)}"
+                    f"{name} must be at least 1 and at most {_LIMIT}, got {getattr(self, name)}"
                 )
-        if not 0 <= self.zipf_exponent <= _MOST_EXPONENT:
+        if not 0 <= self.zipf_exponent <= _MAX_EXPONENT:
             raise ConfigError(
-                f"zipf_exponent must be 0 or more, at most {_MOST_EXPONENT}, got "
+                f"zipf_exponent must be 0 or more, at most {_MAX_EXPONENT}, got "
                 f"{self.zipf_exponent}"
             )
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from vllm_multilora.errors import MultiLoRAError
 
-MOST = 2**63
+LIMIT = 2**63
 """Numbers of bytes and tokens are below it, so that their sums and quotients are floats."""
 
 LONGEST_S = 2**32
@@ -222,9 +222,9 @@ def _positive(row: Mapping[str, Any], name: str, where: str) -> int:
         number = 0 if found is None or isinstance(found, bool | float) else int(found)
     except (TypeError, ValueError):
         number = 0
-    if not 1 <= number < MOST:
-        wanted = "a positive integer" if number < 1 else "below 2^63"
-        raise TraceError(f"{where}: {name} must be {wanted}, got {reprlib.repr(found)}")
+    if not 1 <= number < LIMIT:
+        requested = "a positive integer" if number < 1 else "below 2^63"
+        raise TraceError(f"{where}: {name} must be {requested}, got {reprlib.repr(found)}")
     return number
 
 

@@ -31,6 +31,7 @@ from vllm_multilora.store.protocol.messages import (
     FromStore,
     Hello,
     Loaded,
+    LoadRequest,
     Message,
     Reading,
     Refused,
@@ -41,7 +42,6 @@ from vllm_multilora.store.protocol.messages import (
     StoreSettings,
     ToUser,
     Used,
-    Want,
 )
 from vllm_multilora.store.protocol.store_folder import StoreUnavailableError
 from vllm_multilora.store.protocol.waking import Waker
@@ -50,7 +50,7 @@ from vllm_multilora.store.store_launch import FIRST_PAUSE_S, LONGEST_PAUSE_S, St
 logger = logging.getLogger(__name__)
 
 _NUMBERS_END = 1 << 63  # steps' adapters are in arrays of int64
-_CONFIGURE_S, _MOST_LOSSES = 60.0, 3  # before `configure` gives a store up
+_CONFIGURE_S, _MAX_LOSSES = 60.0, 3  # before `configure` gives a store up
 _NO_STORE = "the server's store of adapters cannot be started; the server's log says why"
 
 
@@ -75,7 +75,7 @@ class StoreClient:
         self._hello = Hello(PROTOCOL, role, server, os.getpid())
         self._configure: Configure | None = None
         # Until their answers are taken; None: the store cannot be told of it.
-        self._wants: dict[int, Want | None] = {}
+        self._load_requests: dict[int, LoadRequest | None] = {}
         self._tickets = itertools.count(1)
         self._inbox: deque[ToUser] = deque()
         self._answer: Configured | Refused | None = None
@@ -120,7 +120,7 @@ class StoreClient:
         self._send(self._configure)
         deadline = time.monotonic() + _CONFIGURE_S
         self._losses = 0
-        while self._answer is None and self._losses < _MOST_LOSSES:
+        while self._answer is None and self._losses < _MAX_LOSSES:
             if (left := deadline - time.monotonic()) <= 0:
                 break
             self._pump(left)
@@ -128,13 +128,13 @@ class StoreClient:
             return self._answer.notes
         if self._answer is not None:
             reason = self._answer.reason
-        elif self._losses < _MOST_LOSSES:
+        elif self._losses < _MAX_LOSSES:
             reason = f"no answer within {_CONFIGURE_S:g} seconds"
         else:
             reason = f"it has ended {self._losses} times; it says: {self._host.last_words()}"
         raise StoreUnavailableError(f"the store at {self.address} does not serve: {reason}")
 
-    def want(self, want: Want) -> int:
+    def request_load(self, load_request: LoadRequest) -> int:
         """Asks for an adapter; a relative path is one of this process's.
 
         Returns:
@@ -143,29 +143,30 @@ class StoreClient:
         """
         ticket = next(self._tickets)
         try:
-            path = located(want.path)
-            sent = msgspec.structs.replace(want, path=path, ticket=ticket)
+            path = located(load_request.path)
+            sent = msgspec.structs.replace(load_request, path=path, ticket=ticket)
             _check(sent)
         except (TypeError, ValueError) as error:
-            message = f"adapter {want.name!a} cannot be asked for from {want.path!a}: {error}"
-            self._wants[ticket] = None
+            adapter = f"adapter {load_request.name!a}"
+            message = f"{adapter} cannot be asked for from {load_request.path!a}: {error}"
+            self._load_requests[ticket] = None
             self._inbox.append(Failed(ticket, FailureKind.INVALID, message, []))
             return ticket
-        self._wants[ticket] = sent
+        self._load_requests[ticket] = sent
         self._send(sent)
         return ticket
 
     def share(self, ticket: int, owner: str) -> None:
         """Says that another owner waits for what a want has asked for; arguments as of `Share`."""
-        want = self._wants.get(ticket)
-        if want is not None and owner not in want.owners:
-            owners = (*want.owners, owner)
-            self._wants[ticket] = msgspec.structs.replace(want, owners=owners)
+        load_request = self._load_requests.get(ticket)
+        if load_request is not None and owner not in load_request.owners:
+            owners = (*load_request.owners, owner)
+            self._load_requests[ticket] = msgspec.structs.replace(load_request, owners=owners)
             self._send(Share(ticket, owner))
 
     def cancel(self, ticket: int) -> None:
         """Takes a want back: nothing comes for its ticket any more, and no lease stays."""
-        if self._wants.pop(ticket, None) is not None:
+        if self._load_requests.pop(ticket, None) is not None:
             self._send(Cancel(ticket))
 
     def release(self, pack: int) -> None:
@@ -268,11 +269,11 @@ class StoreClient:
     def _is_awaited(self, message: ToUser) -> bool:
         """Whether it is for the user; an answer ends its want, or comes after its `cancel`."""
         if isinstance(message, Reading):
-            return message.ticket in self._wants
+            return message.ticket in self._load_requests
         if not isinstance(message, Loaded | Failed):
             return True
-        if message.ticket in self._wants:
-            del self._wants[message.ticket]
+        if message.ticket in self._load_requests:
+            del self._load_requests[message.ticket]
             return True
         if isinstance(message, Loaded) and message.leased:
             self._send(Release(message.pack.pack))
@@ -301,7 +302,7 @@ class StoreClient:
         self._poller.register(channel, select.POLLIN)
         if self._waker is not None:
             self._waker.watch(channel.fileno())
-        for message in (self._hello, self._configure, *self._wants.values()):
+        for message in (self._hello, self._configure, *self._load_requests.values()):
             if message is not None:
                 self._send_on(channel, message)
 
@@ -320,9 +321,9 @@ class StoreClient:
         """Fails what is wanted where stores have not come up for long; others may be wanted."""
         if self._pause < LONGEST_PAUSE_S:
             return
-        for ticket, want in self._wants.items():
-            if want is not None:
-                self._wants[ticket] = None
+        for ticket, load_request in self._load_requests.items():
+            if load_request is not None:
+                self._load_requests[ticket] = None
                 kind = FailureKind.UNREADABLE
                 self._inbox.append(Failed(ticket, kind, _NO_STORE, []))
 
@@ -339,7 +340,9 @@ class StoreClient:
         if self._waker is not None:
             self._waker.watch(-1)
         own = (
-            m for m in self._inbox if isinstance(m, Failed) and self._wants.get(m.ticket) is None
+            m
+            for m in self._inbox
+            if isinstance(m, Failed) and self._load_requests.get(m.ticket) is None
         )
         self._inbox = deque([*own, Restarted()])
         self._losses += 1
@@ -361,8 +364,8 @@ def _refusal(channel: Channel[FromStore]) -> Refused | None:
     return None
 
 
-def _check(want: Want) -> None:
+def _check(load_request: LoadRequest) -> None:
     """Raises `TypeError` or `ValueError` for what a request may name and no message can hold."""
-    if not 0 <= want.adapter < _NUMBERS_END:
-        raise ValueError(f"its number is {want.adapter}, expected one below 2^63")
-    msgspec.msgpack.encode(want)
+    if not 0 <= load_request.adapter < _NUMBERS_END:
+        raise ValueError(f"its number is {load_request.adapter}, expected one below 2^63")
+    msgspec.msgpack.encode(load_request)

@@ -23,12 +23,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from vllm_multilora.store.memory import syscalls
-from vllm_multilora.store.protocol.channel import MOST_DESCRIPTORS
+from vllm_multilora.store.protocol.channel import MAX_DESCRIPTORS
 
-MOST_MEMORY = 1 << 30
+MAX_MEMORY = 1 << 30
 """Bytes of its own that a job may take beside what the store had; the pack is not counted."""
 
-_MOST_FILES = MOST_DESCRIPTORS + 64  # the segments that a pack lies in; and its own
+_MAX_FILES = MAX_DESCRIPTORS + 64  # the segments that a pack lies in; and its own
 
 _FILES_IN_MEMORY = ("memfd_create",)  # system calls that making such files takes
 
@@ -62,7 +62,7 @@ def enter(allowed_roots: Sequence[str], timeout_s: float, *, files_in_memory: bo
     # that, which cannot be started, by way of a file, which cannot be written.
     os.environ["PATH"] = ""
     syscalls.libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    _limit(timeout_s, MOST_MEMORY if files_in_memory else 0)
+    _limit(timeout_s, MAX_MEMORY if files_in_memory else 0)
     with contextlib.suppress(OSError):  # no Linux
         # Where memory is used up, of a container say, the kernel ends a job, and none who serve.
         Path("/proc/self/oom_score_adj").write_text("1000")
@@ -118,10 +118,10 @@ def _limit(timeout_s: float, file_bytes: int) -> None:
     # The signal of the lower limit says why the job ended; that of the upper one does not, and
     # cannot be ignored.
     _lower(resource.RLIMIT_CPU, cpu_limit_s(timeout_s), cpu_limit_s(timeout_s) + 1)
-    _lower(resource.RLIMIT_DATA, _own_memory() + MOST_MEMORY)
+    _lower(resource.RLIMIT_DATA, _own_memory() + MAX_MEMORY)
     _lower(resource.RLIMIT_FSIZE, file_bytes)
     _lower(resource.RLIMIT_CORE, 0)
-    _lower(resource.RLIMIT_NOFILE, _MOST_FILES)
+    _lower(resource.RLIMIT_NOFILE, _MAX_FILES)
 
 
 def cpu_limit_s(timeout_s: float) -> int:

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from vllm_multilora.adapters.blend import title
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.loads.load_answers import Answers, Effects
-from vllm_multilora.store.loads.queue import Lane, LoadQueue, Room
+from vllm_multilora.store.loads.queue import LoadQueue, Purpose, Room
 from vllm_multilora.store.memory.arena import Allocation
 from vllm_multilora.store.memory.entries import Binding, Client, Load, Owner, Pack, Ticket
 from vllm_multilora.store.memory.held_packs import HostMemory
 from vllm_multilora.store.protocol.job_messages import CheckOnly, Failure, Place
 from vllm_multilora.store.protocol.messages import Contents, PackInfo
 
-MOST_FAILURES = 1024
+MAX_FAILURES = 1024
 
 RETRY_AFTER_S = 2.0
 """Seconds for which a failure is the answer to further wants."""
@@ -178,8 +178,8 @@ class Loads:
         )
         self._loads[number] = load
         self._by_adapter[binding, path] = load
-        lane = Lane.REQUEST if load.keep() else Lane.REGISTRATION
-        self.queue.add(number, binding.server, owners, lane, client.settings.timeout_s)
+        purpose = Purpose.REQUEST if load.keep() else Purpose.REGISTRATION
+        self.queue.add(number, binding.server, owners, purpose, client.settings.timeout_s)
         return load
 
     def share(self, load: Load, owners: Iterable[Owner]) -> None:
@@ -295,7 +295,7 @@ class Loads:
         leader = load.leader or load
         if leader.number not in self._loads:
             return
-        if not leader.wanted():
+        if not leader.requested():
             for one in leader.family():
                 self._end(one)
         elif not leader.keep() and self._room.leave(leader):
@@ -333,7 +333,7 @@ class RecentFailures:
     def remember(self, binding: Binding, path: str, failure: Failure, now: float) -> None:
         self._failures.pop(binding, None)
         self._failures[binding] = path, now + RETRY_AFTER_S, failure
-        if len(self._failures) > MOST_FAILURES:
+        if len(self._failures) > MAX_FAILURES:
             self._failures.popitem(last=False)
 
     def find(self, binding: Binding, path: str, now: float) -> Failure | None:

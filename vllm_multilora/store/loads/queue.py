@@ -21,11 +21,11 @@ IDLE_S = 0.05
 LONG_IDLE_S = 2.0
 """Seconds without work after which it may be killed for others."""
 
-MOST_OLD_JOBS = 64
+MAX_OLD_JOBS = 64
 """Jobs that may go on beside those that have a place."""
 
 
-class Lane(enum.Enum):
+class Purpose(enum.Enum):
     """Why somebody wants an adapter."""
 
     REQUEST = "request"
@@ -54,7 +54,7 @@ class _Job:
 
 @dataclass
 class _Waiting:
-    lane: Lane
+    purpose: Purpose
     server: str
     owners: list[Hashable]
     timeout_s: float
@@ -70,7 +70,7 @@ class LoadQueue:
     while it works: the next one starts beside it when it has not wanted the processor for `IDLE_S`.
     So loads whose storage hangs hold up others for a moment each. One that wants the processor and
     does not get it works: where the model has all of them, more jobs at once would only take
-    longer, all of them. When `MOST_OLD_JOBS` go on without a place and somebody waits, the one that
+    longer, all of them. When `MAX_OLD_JOBS` go on without a place and somebody waits, the one that
     has been idle for longest is to be killed.
 
     While a job waits for room in memory its clock stands still and it has no place; meanwhile no
@@ -84,7 +84,7 @@ class LoadQueue:
     def __init__(self, places: int = 2) -> None:
         self.places = places
         # Of lanes, and of each lane's owners, those whose turn comes first are first.
-        self._lanes: OrderedDict[tuple[Lane, str], OrderedDict[Hashable, deque[int]]] = (
+        self._queues: OrderedDict[tuple[Purpose, str], OrderedDict[Hashable, deque[int]]] = (
             OrderedDict()
         )
         self._where: dict[int, _Waiting] = {}
@@ -96,10 +96,15 @@ class LoadQueue:
         return len(self._where)
 
     def add(
-        self, number: int, server: str, owners: Iterable[Hashable], lane: Lane, timeout_s: float
+        self,
+        number: int,
+        server: str,
+        owners: Iterable[Hashable],
+        purpose: Purpose,
+        timeout_s: float,
     ) -> None:
         """Puts a load at the end of its owners' lines; its job may work for so many seconds."""
-        self._where[number] = _Waiting(lane, server, [], timeout_s)
+        self._where[number] = _Waiting(purpose, server, [], timeout_s)
         for owner in owners:
             self.share(number, owner)
 
@@ -108,15 +113,15 @@ class LoadQueue:
         where = self._where.get(number)
         if where is not None:
             where.owners.append(owner)
-            lane = self._lanes.setdefault((where.lane, where.server), OrderedDict())
-            lane.setdefault(owner, deque()).append(number)
+            purpose = self._queues.setdefault((where.purpose, where.server), OrderedDict())
+            purpose.setdefault(owner, deque()).append(number)
 
     def promote(self, number: int) -> None:
         """A request has come to wait for a load that was queued for a registration."""
         where = self._where[number]
-        if where.lane is not Lane.REQUEST:
+        if where.purpose is not Purpose.REQUEST:
             self.remove(number)
-            self.add(number, where.server, where.owners, Lane.REQUEST, where.timeout_s)
+            self.add(number, where.server, where.owners, Purpose.REQUEST, where.timeout_s)
 
     def remove(self, number: int) -> None:
         """Nobody wants the load any more, or its job has ended."""
@@ -124,21 +129,21 @@ class LoadQueue:
         where = self._where.pop(number, None)
         if where is None:
             return
-        lane = self._lanes[where.lane, where.server]
+        purpose = self._queues[where.purpose, where.server]
         for owner in where.owners:
-            lane[owner].remove(number)
-            if not lane[owner]:
-                del lane[owner]
-        if not lane:
-            del self._lanes[where.lane, where.server]
+            purpose[owner].remove(number)
+            if not purpose[owner]:
+                del purpose[owner]
+        if not purpose:
+            del self._queues[where.purpose, where.server]
 
     def start_next(self, now: float) -> int | None:
         """Takes the next load that may be started now, and gives its job a place."""
         placed = sum(job.has_place(now) for job in self._jobs.values())
-        if placed >= self.places or len(self._old(now)) >= MOST_OLD_JOBS:
+        if placed >= self.places or len(self._old(now)) >= MAX_OLD_JOBS:
             return None
-        for (lane, server), owners in self._lanes.items():
-            if lane is Lane.REQUEST and self.waits_for_room(server):
+        for (purpose, server), owners in self._queues.items():
+            if purpose is Purpose.REQUEST and self.waits_for_room(server):
                 continue
             owner, line = next(iter(owners.items()))
             number = line[0]
@@ -147,7 +152,7 @@ class LoadQueue:
             if owner in owners:
                 owners.move_to_end(owner)
             if owners:
-                self._lanes.move_to_end((lane, server))
+                self._queues.move_to_end((purpose, server))
             self._jobs[number] = _Job(server, now + timeout_s, now)
             return number
         return None
@@ -191,7 +196,7 @@ class LoadQueue:
             if job.waiting_since is None and now >= job.deadline
         ]
         old = self._old(now)
-        if self._where and not late and len(old) >= MOST_OLD_JOBS:
+        if self._where and not late and len(old) >= MAX_OLD_JOBS:
             number = min(old, key=lambda number: self._jobs[number].worked)
             if now - self._jobs[number].worked >= LONG_IDLE_S:
                 late.append(number)

@@ -17,7 +17,7 @@ from vllm_multilora.store.loads.loads import Loads
 from vllm_multilora.store.memory.entries import Binding, Client, Owner, Scope, Ticket
 from vllm_multilora.store.memory.held_packs import HostMemory
 from vllm_multilora.store.protocol.job_messages import Failure
-from vllm_multilora.store.protocol.messages import Failed, Forgotten, StoreSettings, Want
+from vllm_multilora.store.protocol.messages import Failed, Forgotten, LoadRequest, StoreSettings
 
 
 class Registry:
@@ -61,58 +61,60 @@ class Registry:
         self._unbind_unused()
         self._apply_settings(now)
 
-    def want(self, number: int, want: Want, now: float) -> None:
+    def request_load(self, number: int, load_request: LoadRequest, now: float) -> None:
         """A client asks for an adapter."""
         client = self.clients[number]
-        fresh = want.fresh
-        if number in self._leaving.get((client.server, want.adapter), ()):
+        fresh = load_request.fresh
+        if number in self._leaving.get((client.server, load_request.adapter), ()):
             # It has forgotten what it wants again. Others have that still; its files may have
             # changed since.
-            del self._leaving[client.server, want.adapter]
+            del self._leaving[client.server, load_request.adapter]
             fresh = True
-        ticket = Ticket(number, want.ticket, want.keep, now)
-        if client.scope is None or want.ticket in client.loads:
-            found = "not configured" if client.scope is None else f"using ticket {want.ticket}"
-            message = f"the engine asked the store for {want.name!r} while {found}"
+        ticket = Ticket(number, load_request.ticket, load_request.keep, now)
+        if client.scope is None or load_request.ticket in client.loads:
+            found = (
+                "not configured" if client.scope is None else f"using ticket {load_request.ticket}"
+            )
+            message = f"the engine asked the store for {load_request.name!r} while {found}"
             kind = FailureKind.INTERNAL
-            self._effects.send(number, Failed(want.ticket, kind, message, []))
+            self._effects.send(number, Failed(load_request.ticket, kind, message, []))
             return
         try:
-            Blend.read(want.path)
+            Blend.read(load_request.path)
         except BlendError as error:
             failure = Failure(FailureKind.INVALID, str(error), [])
             self._answers.failed(ticket, failure)
             return
-        binding = Binding(client.server, client.scope, want.adapter)
-        tenant = Owner(client.server, want.owners[0]) if want.owners else None
+        binding = Binding(client.server, client.scope, load_request.adapter)
+        tenant = Owner(client.server, load_request.owners[0]) if load_request.owners else None
         if tenant is not None:
-            self.memory.limit(client.scope, tenant, want.most)
+            self.memory.limit(client.scope, tenant, load_request.most)
         if not fresh:
-            pack = self.memory.of_adapter(binding, want.path)
+            pack = self.memory.of_adapter(binding, load_request.path)
             if pack is not None:
                 self._answers.loaded(ticket, pack.info, now, was_read=False)
                 self.memory.own(pack, tenant)
                 return
-            known = self.loads.failures.find(binding, want.path, now)
+            known = self.loads.failures.find(binding, load_request.path, now)
             if known is not None:
                 self._answers.failed(ticket, known)
                 return
-        owners = [Owner(client.server, of) for of in want.owners or (want.adapter,)]
-        load = self.loads.of_adapter(binding, want.path)
+        owners = [Owner(client.server, of) for of in load_request.owners or (load_request.adapter,)]
+        load = self.loads.of_adapter(binding, load_request.path)
         if load is None:
-            load = self.loads.add(binding, want.path, owners, client, [ticket])
+            load = self.loads.add(binding, load_request.path, owners, client, [ticket])
         elif fresh and load.has_begun:
             load.later.append(ticket)
         else:
             load.tickets.append(ticket)
             if load.has_begun:
                 self._answers.reading(ticket)
-            elif want.keep:
+            elif load_request.keep:
                 self.loads.queue.promote(load.number)
         self.loads.share(load, owners)
         if load.tenant is None:
             load.tenant = tenant
-        client.loads[want.ticket] = load
+        client.loads[load_request.ticket] = load
 
     def share(self, number: int, ticket: int, owner: str) -> None:
         """Another owner waits for what a client's want has asked for."""

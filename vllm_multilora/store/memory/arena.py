@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_multilora.store.memory.segments import SharedSegments
-from vllm_multilora.store.protocol.channel import MOST_DESCRIPTORS
+from vllm_multilora.store.protocol.channel import MAX_DESCRIPTORS
 
 PAGE = 4096
 PLACE_BITS = 40
@@ -20,8 +20,8 @@ OFFSET_MASK = (1 << PLACE_BITS) - 1
 
 _SMALLEST_SEGMENT = 64 << 20
 _LARGEST_SEGMENT = 1 << 30
-_MOST_SEGMENTS = 256  # each is a descriptor, here and in every worker
-_MOST_EXTENTS = 1 << 14  # each is a mapping in the pack's job; Linux allows 65,530
+_MAX_SEGMENTS = 256  # each is a descriptor, here and in every worker
+_MAX_EXTENTS = 1 << 14  # each is a mapping in the pack's job; Linux allows 65,530
 _GIVEN_BACK = 2 << 20  # free runs of this many bytes go back to the system
 
 
@@ -201,7 +201,7 @@ class Arena:
             first, begin = last, int(ends[last - 1])
             if first == len(ends):
                 segments = {part.run.segment for part in parts}
-                can_be_mapped = len(segments) <= MOST_DESCRIPTORS and len(parts) <= _MOST_EXTENTS
+                can_be_mapped = len(segments) <= MAX_DESCRIPTORS and len(parts) <= _MAX_EXTENTS
                 return parts if can_be_mapped else None
         return None
 
@@ -239,7 +239,7 @@ class Arena:
         if self.budget is None:
             return _LARGEST_SEGMENT // 4
         size = min(max(self.budget // 16, _SMALLEST_SEGMENT), _LARGEST_SEGMENT)
-        return _pages(max(size, self.budget // _MOST_SEGMENTS))
+        return _pages(max(size, self.budget // _MAX_SEGMENTS))
 
     def _close_empty(self, spare: int) -> bool:
         """Closes segments that hold nothing, but for so many of them; whether any was closed."""

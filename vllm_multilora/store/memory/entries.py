@@ -176,7 +176,7 @@ class Load:
         """Whether somebody wants it in memory."""
         return any(ticket.keep for load in self.family() for ticket in load.tickets)
 
-    def wanted(self) -> bool:
+    def requested(self) -> bool:
         """Whether anybody still waits for it."""
         return any(load.is_awaited for load in self.family())
 

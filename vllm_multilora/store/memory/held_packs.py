@@ -15,10 +15,10 @@ from vllm_multilora.store.memory.arena import Allocation, Arena, pages_of
 from vllm_multilora.store.memory.entries import Binding, Owner, Pack, Scope
 from vllm_multilora.store.protocol.messages import PackInfo, Totals
 
-MOST_VERSIONS = 16
+MAX_VERSIONS = 16
 """Versions of files that one pack is known to be equal to; those before are read again."""
 
-MOST_LIMITS = 4096
+MAX_LIMITS = 4096
 """Tenants whose limits are known; tenants come and go while a store runs."""
 
 
@@ -188,7 +188,7 @@ class HostMemory:
         self.tenant_limits.pop((scope, tenant), None)
         if most is not None:
             self.tenant_limits[scope, tenant] = most
-        if len(self.tenant_limits) > MOST_LIMITS:
+        if len(self.tenant_limits) > MAX_LIMITS:
             del self.tenant_limits[next(iter(self.tenant_limits))]  # said again when it wants more
 
     def keep_within(self, scope: Scope, tenant: Owner | None, coming: int = 0) -> None:
@@ -236,7 +236,7 @@ class HostMemory:
         pack.versions.pop(version, None)
         pack.versions[version] = None  # the newest is the last
         self._by_version[pack.scope, version] = pack
-        if len(pack.versions) > MOST_VERSIONS:
+        if len(pack.versions) > MAX_VERSIONS:
             self._forget_version(pack, next(iter(pack.versions)))
 
     def _forget_version(self, pack: Pack, version: str) -> None:

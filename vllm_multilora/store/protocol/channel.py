@@ -22,10 +22,10 @@ Incoming = TypeVar("Incoming")
 LARGEST_MESSAGE = 64 << 20
 """Bytes of the largest message that is taken: the layouts of a large model are some MiB."""
 
-MOST_PENDING = 16 << 20
+MAX_PENDING = 16 << 20
 """Bytes that may wait for a reader, beside one message, before it is given up."""
 
-MOST_DESCRIPTORS = 250
+MAX_DESCRIPTORS = 250
 """Descriptors of one message; Linux carries 253."""
 
 _FRAME = struct.Struct("<IB")
@@ -81,17 +81,17 @@ class Channel(Generic[Incoming]):
 
         Args:
             message: What to say.
-            descriptors: At most `MOST_DESCRIPTORS`, sent along as copies; the caller keeps its own.
+            descriptors: At most `MAX_DESCRIPTORS`, sent along as copies; the caller keeps its own.
 
         Raises:
             ChannelClosedError: The other side has gone, or has not read for too long.
             OSError: This process is at its limit of open files; nothing of the message is sent.
         """
         data = self._encode(message)
-        if self.pending > MOST_PENDING:
+        if self.pending > MAX_PENDING:
             raise ChannelClosedError(
                 f"the other side does not read: {self.pending} bytes wait to be sent, at most "
-                f"{MOST_PENDING} may"
+                f"{MAX_PENDING} may"
             )
         frame = memoryview(_FRAME.pack(len(data), len(descriptors)) + data)
         copies: list[int] = []
@@ -162,7 +162,7 @@ class Channel(Generic[Incoming]):
     def _read(self) -> bytes:
         if not self._take_descriptors:
             return self._socket.recv(_READ_BYTES)
-        room = socket.CMSG_SPACE(MOST_DESCRIPTORS * array("i").itemsize)
+        room = socket.CMSG_SPACE(MAX_DESCRIPTORS * array("i").itemsize)
         data, ancillary, _, _ = self._socket.recvmsg(_READ_BYTES, room, socket.MSG_CMSG_CLOEXEC)
         for level, kind, content in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

@@ -8,9 +8,9 @@ from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.protocol.messages import Contents, Message
 
 LONGEST_MESSAGE = 4096
-MOST_PROBLEMS = 101  # a hundred, and one that counts the others: see `adapters.problems.bounded`
+MAX_PROBLEMS = 101  # a hundred, and one that counts the others: see `adapters.problems.bounded`
 LONGEST_FIELD = 2000
-MOST_CHARACTERS = 65_536
+MAX_CHARACTERS = 65_536
 
 
 class Opened(Message, frozen=True):
@@ -62,18 +62,18 @@ class Failure(Message, frozen=True):
 
     def bounded(self) -> Failure:
         """The same in a length that may be kept and sent for every request."""
-        problems, left = [], MOST_CHARACTERS
-        for problem in self.problems[:MOST_PROBLEMS]:
-            told = {
+        problems, left = [], MAX_CHARACTERS
+        for problem in self.problems[:MAX_PROBLEMS]:
+            reported = {
                 _cut(str(key), LONGEST_FIELD): value
                 if isinstance(value, int)
                 else _cut(str(value), LONGEST_FIELD)
                 for key, value in problem.items()
             }
-            left -= sum(len(key) + len(str(value)) for key, value in told.items())
+            left -= sum(len(key) + len(str(value)) for key, value in reported.items())
             if left < 0:
                 break
-            problems.append(told)
+            problems.append(reported)
         return Failure(self.kind, _cut(self.message, LONGEST_MESSAGE), problems)
 
 

@@ -16,7 +16,7 @@ import msgspec
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.wording import adapter_kind
 
-PROTOCOL = 9
+PROTOCOL = 10
 
 Role: TypeAlias = Literal["engine", "worker", "server", "observer"]
 
@@ -145,7 +145,7 @@ class Configure(Message, frozen=True):
     settings: StoreSettings
 
 
-class Want(Message, frozen=True):
+class LoadRequest(Message, frozen=True):
     """Asks for an adapter; answered by `Loaded` or `Failed` with the same ticket.
 
     Attributes:
@@ -401,7 +401,7 @@ class ClientRow(msgspec.Struct, frozen=True, array_like=True):
     role: str
     server: str
     pid: int
-    wants: int
+    load_requests: int
     leases: int
 
 
@@ -441,7 +441,7 @@ class Restarted(Message, frozen=True):
 FromClient: TypeAlias = (
     Hello
     | Configure
-    | Want
+    | LoadRequest
     | Share
     | Cancel
     | Release

@@ -45,7 +45,7 @@ def slots_needed(seen: Observations) -> int:
     """How large `--max-loras` should be."""
     # In whole numbers: 1.2 times 5 is not 6 in floating point.
     steady = -(-max(seen.active, 0) * (100 + HEADROOM_PERCENT) // 100)
-    return max(steady, seen.peak_wanted + BURST_SLOTS if seen.peak_wanted else 0, 1)
+    return max(steady, seen.peak_requested + BURST_SLOTS if seen.peak_requested else 0, 1)
 
 
 def _slots(seen: Observations) -> Iterator[Finding]:
@@ -87,23 +87,24 @@ def _evictions(seen: Observations) -> Iterator[Finding]:
 def _cpu_tier(seen: Observations) -> Iterator[Finding]:
     rate = seen.cpu_evictions / seen.window_s
     host = seen.host
-    wanted = -(-max(seen.active, seen.slots) * (100 + HEADROOM_PERCENT) // 100)
+    requested = -(-max(seen.active, seen.slots) * (100 + HEADROOM_PERCENT) // 100)
     mean = host.bytes / host.adapters if host.adapters else 0.0
-    is_short = (host.adapters_limit is not None and wanted > host.adapters_limit) or (
-        host.bytes_limit is not None and wanted * mean > host.bytes_limit
+    is_short = (host.adapters_limit is not None and requested > host.adapters_limit) or (
+        host.bytes_limit is not None and requested * mean > host.bytes_limit
     )
     if rate <= EVICTIONS_PER_S and not (seen.cpu_evictions and is_short):
         return
     changes = []
     if host.bytes_limit is not None:
-        needed = max(wanted * mean, (1 + HEADROOM_PERCENT / 100) * host.bytes_limit)
+        needed = max(requested * mean, (1 + HEADROOM_PERCENT / 100) * host.bytes_limit)
         changes.append(
             f"--multilora-cpu-cache-gib from {host.bytes_limit / GIB:.2f} to "
             f"{math.ceil(needed / GIB * 100) / 100:.2f}"
         )
     if host.adapters_limit is not None:
         changes.append(
-            f"--max-cpu-loras from {host.adapters_limit} to {max(wanted, host.adapters_limit + 1)}"
+            f"--max-cpu-loras from {host.adapters_limit} to "
+            f"{max(requested, host.adapters_limit + 1)}"
         )
     yield Finding(
         FindingCode.CPU_TIER_SMALL,
@@ -264,7 +265,7 @@ def _active(seen: Observations) -> str:
 def demand(seen: Observations) -> str:
     """How many adapters were active, and in which time."""
     window = min(seen.window_s, ACTIVITY_WINDOW_S)
-    return f"{_active(seen)} active within {window:.0f} s, {seen.peak_wanted} at the same time"
+    return f"{_active(seen)} active within {window:.0f} s, {seen.peak_requested} at the same time"
 
 
 def _rate(count: float, seen: Observations) -> str:

@@ -92,7 +92,7 @@ class Observations:
         model: The base model's served name.
         max_rank: `--max-lora-rank`; None if the server does not say.
         active: Most adapters of an engine with a request in some five minutes of the window.
-        peak_wanted: Most adapters of an engine with unfinished requests at one time.
+        peak_requested: Most adapters of an engine with unfinished requests at one time.
         gpu_evictions: Adapters of an engine that lost their slot to others in the window.
         cpu_evictions: Adapters of an engine that left host memory in the window.
         host: Host memory of the store that holds most.
@@ -110,7 +110,7 @@ class Observations:
     model: str = ""
     max_rank: int | None = None
     active: int = 0
-    peak_wanted: int = 0
+    peak_requested: int = 0
     gpu_evictions: float = 0.0
     cpu_evictions: float = 0.0
     host: HostMemoryUse = HostMemoryUse()

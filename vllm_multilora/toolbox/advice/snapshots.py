@@ -16,7 +16,7 @@ from vllm_multilora.toolbox.clients.http_client import UnreachableError, get_jso
 # What the advice rests on. One is vLLM's own: all requests that finished, the base model's too.
 SLOTS = metrics.SLOTS.name
 MAX_RANK = metrics.MAX_RANK.name
-WANTED = metrics.WANTED.name
+REQUESTED = metrics.REQUESTED.name
 REQUESTS = metrics.REQUESTS.name
 FINISHED = "vllm:request_success_total"
 LOADS = metrics.LOADS.name
@@ -31,7 +31,7 @@ INFO = metrics.INFO.name
 
 NAMES = frozenset(
     {
-        *(SLOTS, MAX_RANK, WANTED, REQUESTS, FINISHED, LOADS, EVICTIONS, FAILURES),
+        *(SLOTS, MAX_RANK, REQUESTED, REQUESTS, FINISHED, LOADS, EVICTIONS, FAILURES),
         LOAD_TIME_BUCKETS,
         *(CACHE_ADAPTERS, CACHE_ADAPTERS_LIMIT, CACHE_BYTES, CACHE_BYTES_LIMIT, INFO),
     }
@@ -39,9 +39,9 @@ NAMES = frozenset(
 """The names of all samples that are looked at; others are skipped."""
 
 _GOOD_STEPS = 240
-_LEAST_STEP_S = 15.0
+_MIN_STEP_S = 15.0
 # Two steps are the five minutes within which an adapter is active.
-_MOST_STEP_S = 150.0
+_MAX_STEP_S = 150.0
 LONGEST_HISTORY_S = 86_400.0
 """Seconds in the longest past window: longer ones have too many samples at that step."""
 
@@ -126,16 +126,16 @@ def history(url: str, window_s: float, matching: str = "", *, now: float) -> lis
     Raises:
         UnreachableError: Prometheus gives no answer, or one that says what is wrong.
     """
-    step = max(_LEAST_STEP_S, min(window_s / _GOOD_STEPS, _MOST_STEP_S))
+    step = max(_MIN_STEP_S, min(window_s / _GOOD_STEPS, _MAX_STEP_S))
     steps = max(1, round(window_s / step))
     times = [now - step * (steps - i) for i in range(steps + 1)]
-    names = "|".join(sorted(NAMES - {WANTED}))
+    names = "|".join(sorted(NAMES - {REQUESTED}))
     selector = f'{{__name__=~"{names}",{matching}}}'
     # What a gauge was at its highest between two steps, not what it happens to be at a step.
-    peaks = f"max_over_time({WANTED}{{{matching}}}[{step:.0f}s])"
+    peaks = f"max_over_time({REQUESTED}{{{matching}}}[{step:.0f}s])"
     rows = _range_query(url, selector, times, step)
     rows += [
-        (labels | {"__name__": WANTED}, values)
+        (labels | {"__name__": REQUESTED}, values)
         for labels, values in _range_query(url, peaks, times, step)
     ]
     if steps > 2 and rows and all(len(values) < 2 for _, values in rows):

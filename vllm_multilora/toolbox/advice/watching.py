@@ -51,8 +51,8 @@ def observe(seen: Sequence[Snapshot]) -> Observations:
         slots=max(int(_value(snap, names.SLOTS)) for snap in last.values()),
         max_rank=max((int(_value(s, names.MAX_RANK)) for s in last.values()), default=0) or None,
         active=max(map(_most_active, engines.values())),
-        peak_wanted=max(
-            int(_value(snap, names.WANTED)) for watched in engines.values() for snap in watched
+        peak_requested=max(
+            int(_value(snap, names.REQUESTED)) for watched in engines.values() for snap in watched
         ),
         gpu_evictions=max(_grown(growth, names.EVICTIONS, "gpu") for growth in growths.values()),
         cpu_evictions=max(_grown(growth, names.EVICTIONS, "cpu") for growth in growths.values()),

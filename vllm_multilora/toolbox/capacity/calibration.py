@@ -15,7 +15,7 @@ from vllm_multilora.slots.budget import MIB
 from vllm_multilora.toolbox.capacity.step_cost import TERMS
 
 FORMAT = 3
-_LEAST_S = 1e-6
+_MIN_S = 1e-6
 
 # What a file's numbers must be; JSON has no NaN and no infinity.
 _Cost = Annotated[float, msgspec.Meta(ge=0)]
@@ -89,8 +89,8 @@ class LoadCosts(msgspec.Struct, frozen=True, kw_only=True):
     def seconds(self, size: int, *, computing: bool) -> float:
         """Seconds of a load of so many bytes, while the engine computes or is idle."""
         if computing:
-            return max(_LEAST_S, self.beside_fixed_s + self.beside_s_per_mib * size / MIB)
-        return max(_LEAST_S, self.fixed_s + self.s_per_mib * size / MIB)
+            return max(_MIN_S, self.beside_fixed_s + self.beside_s_per_mib * size / MIB)
+        return max(_MIN_S, self.fixed_s + self.s_per_mib * size / MIB)
 
     def copy_seconds(self, size: int) -> float:
         """Seconds of a copy of so many bytes into a slot."""

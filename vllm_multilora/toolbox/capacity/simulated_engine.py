@@ -135,7 +135,7 @@ class Engine:
             self._served.cpu_hits += 1
         else:
             self._served.cpu_hits += adapter in self._memory
-            self._memory.want(adapter)
+            self._memory.request_load(adapter)
 
     def _accept(self) -> None:
         """Has requests come whose adapters have been read for the first time.
@@ -222,7 +222,7 @@ class Engine:
     def _may_run(self, adapter: int) -> bool:
         """Whether a waiting request may join the batch; brings its adapter nearer if not."""
         if not self._is_at_hand(adapter):
-            self._memory.want(adapter)
+            self._memory.request_load(adapter)
             return False
         if not self._turns.admit(adapter):
             self._waits_for_slot = True

@@ -68,7 +68,7 @@ class SimulatedMemory:
         """Tells the adapters of the running batch, when they have changed."""
         self._tier.used(adapters)
 
-    def want(self, adapter: int) -> None:
+    def request_load(self, adapter: int) -> None:
         """Has an adapter read that is neither there nor wanted already; leases one that is."""
         if adapter in self:
             self._leased.add(adapter)

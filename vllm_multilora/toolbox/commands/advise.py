@@ -18,8 +18,8 @@ from vllm_multilora.toolbox.commands.arguments.api_key import add_api_key
 from vllm_multilora.wording import counted
 
 HEALTHY, ADVICE = 0, 1
-_MOST_INTERVAL_S = 5.0
-_LEAST_SCRAPES = 5
+_MAX_INTERVAL_S = 5.0
+_MIN_SCRAPES = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +91,7 @@ def _snapshots(arguments: argparse.Namespace) -> list[Snapshot]:
 
 def _watch(url: str, window_s: float, api_key: str | None) -> list[Snapshot]:
     """Scrapes a server from now until the window is over."""
-    interval = min(_MOST_INTERVAL_S, window_s / _LEAST_SCRAPES)
+    interval = min(_MAX_INTERVAL_S, window_s / _MIN_SCRAPES)
     seen = [scrape(url, api_key=api_key)]
     if sys.stderr.isatty():
         print(f"watching {url} for {window_s:.0f} s ...", file=sys.stderr)
@@ -116,7 +116,7 @@ def _as_json(seen: Observations, findings: list[Finding]) -> dict[str, object]:
         "max_loras": seen.slots,
         "max_lora_rank": seen.max_rank,
         "active": seen.active,
-        "peak_wanted": seen.peak_wanted,
+        "peak_requested": seen.peak_requested,
         "requests": sum(seen.requests.values()),
         "findings": [finding.as_dict() for finding in findings],
     }

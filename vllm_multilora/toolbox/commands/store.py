@@ -122,7 +122,7 @@ def table(found: Description, path: str) -> list[str]:
         f"{found.stuck} killed that do not end",
     ]
     rows = [
-        (one.role, one.server, str(one.pid), str(one.wants), str(one.leases))
+        (one.role, one.server, str(one.pid), str(one.load_requests), str(one.leases))
         for one in found.clients
     ]
     return [*lines, "", *aligned([_HEADER, *rows], right=_RIGHT)]

@@ -52,10 +52,10 @@ class MemoryPlan:
     @property
     def compared_ranks(self) -> tuple[int, ...]:
         """The settings of `max_lora_rank` to compare."""
-        wanted = {*COMMON_RANKS, self.max_lora_rank}
+        requested = {*COMMON_RANKS, self.max_lora_rank}
         if self.advice:
-            wanted.add(self.advice.max_lora_rank)
-        return tuple(rank for rank in self.model.ranks if rank in wanted)
+            requested.add(self.advice.max_lora_rank)
+        return tuple(rank for rank in self.model.ranks if rank in requested)
 
     @property
     def budget(self) -> int | None:

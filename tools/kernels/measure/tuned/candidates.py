@@ -4,7 +4,7 @@ All combinations would be thousands, and each has to be compiled. A candidate di
 computed default in at most `CHANGES` values, has no more rows, columns or ranks in a block than
 the workload can fill, and fits the card's shared memory and registers as far as that can be said
 without compiling it. The rest is said by the compiler: see `trials`. Of those there are, the ones
-with a single change come first, then the nearest ones, and `MOST` are taken.
+with a single change come first, then the nearest ones, and `LIMIT` are taken.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from multilora_kernels.plan import DEFAULT_TILE_ROWS
 CHANGES = 2
 """Values in which a candidate may differ from the default."""
 
-MOST = 30
+LIMIT = 30
 """Candidates of a workload; each has to be compiled for every shape of a layer."""
 
 _BLOCKS = (16, 32, 64, 128, 256)
@@ -133,12 +133,12 @@ def _fits_processor(config: ShrinkConfig, staged: int, shared_memory: int) -> bo
 def _nearest(
     default: _Config, values: dict[str, tuple[int, ...]], fits: Callable[[_Config], bool]
 ) -> list[_Config]:
-    """The first `MOST` of all that fit; of equally near ones they are spread evenly."""
+    """The first `LIMIT` of all that fit; of equally near ones they are spread evenly."""
     found = [each for each in _around(default, values) if fits(each[1])]
     chosen: list[_Config] = []
     for _, equals in groupby(sorted(found, key=lambda each: each[0]), lambda each: each[0]):
         group = [config for _, config in equals]
-        room = min(MOST - len(chosen), len(group))
+        room = min(LIMIT - len(chosen), len(group))
         chosen += [group[i * len(group) // room] for i in range(room)]
     return chosen
 

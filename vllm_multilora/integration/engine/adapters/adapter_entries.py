@@ -40,7 +40,7 @@ class AdapterEntry:
         is_outdated: Whether a newer version is to serve: one that was checked, and found no room,
             or a blend of what its parts are now.
         is_reload_asked: Whether a request has asked for its files to be looked at again.
-        is_wanted: Whether requests wait for it.
+        is_requested: Whether requests wait for it.
         owners: Tenants whose requests do, each with its limit of adapters in host memory.
         failure: Why the last want failed; until the next one.
         reload_failure: Why the last reload that requests asked for failed, with the version before
@@ -66,7 +66,7 @@ class AdapterEntry:
     times_gone: int = 0
     is_outdated: bool = False
     is_reload_asked: bool = False
-    is_wanted: bool = False
+    is_requested: bool = False
     owners: dict[str, int | None] = field(default_factory=dict)
     failure: LoadFailure | None = None
     reload_failure: LoadFailure | None = None
@@ -151,7 +151,7 @@ class AdapterEntry:
         return (
             self.state(slots) in (AdapterState.ABSENT, AdapterState.FAILED)
             and self.ticket is None
-            and not (self.is_wanted or self.is_being_checked or self.registrations)
+            and not (self.is_requested or self.is_being_checked or self.registrations)
             and self.number not in slots.pins
             and slots.slot_of(self.number) is None
         )

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from vllm_multilora.adapters.signing.required import RequiredDigests
 from vllm_multilora.failures import FailureKind, LoadFailure
 from vllm_multilora.integration.engine.adapters.adapter_entries import AdapterEntry
+from vllm_multilora.integration.engine.adapters.load_requests import LoadRequests
 from vllm_multilora.integration.engine.adapters.orders_under_way import OrdersUnderWay, UnderWay
 from vllm_multilora.integration.engine.adapters.registrations import Registrations
-from vllm_multilora.integration.engine.adapters.wants import Wants
 from vllm_multilora.integration.worker_link.fill_link import Filled, FillFailed, Missing
 from vllm_multilora.integration.worker_link.orders import Fill
 from vllm_multilora.slots.assignment import AWAITED_BYTES, SlotAssignment
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MOST_TIMES_GONE = 8
+MAX_TIMES_GONE = 8
 """Loads in a row of an adapter that a worker cannot fetch although its store seems to be alive. The
 engine core soon learns that a store has died, so this number is only reached otherwise."""
 
@@ -47,7 +47,7 @@ class Arrivals:
 
     Args:
         registrations: The known adapters.
-        wants: What the store was asked.
+        load_requests: What the store was asked.
         orders: What the workers were told.
         slots: Who has which.
         observer: Told of everything that is counted or shown.
@@ -61,7 +61,7 @@ class Arrivals:
     def __init__(
         self,
         registrations: Registrations,
-        wants: Wants,
+        load_requests: LoadRequests,
         orders: OrdersUnderWay,
         slots: SlotAssignment,
         observer: AdapterObserver,
@@ -69,7 +69,7 @@ class Arrivals:
         required: RequiredDigests | None,
     ) -> None:
         self._registrations = registrations
-        self._wants = wants
+        self._load_requests = load_requests
         self._orders = orders
         self._slots = slots
         self._observer = observer
@@ -88,11 +88,11 @@ class Arrivals:
         """Takes in what the store and the workers have said.
 
         Args:
-            lease_s: Seconds to wait for leases; see `Wants.hear`.
+            lease_s: Seconds to wait for leases; see `LoadRequests.hear`.
             copy_s: Seconds to wait for a worker.
         """
         answers = self._orders.poll(copy_s)
-        self._wants.hear(self._take, lease_s)
+        self._load_requests.hear(self._take, lease_s)
         # After what the store says: that it has gone explains why copies have failed.
         for rank, answer in answers:
             if isinstance(answer, Missing):
@@ -126,7 +126,7 @@ class Arrivals:
         if isinstance(message, Loaded):
             self._take_loaded(message)
         elif isinstance(message, Reading):
-            if (waiting := self._wants.find(message.ticket)) is not None:
+            if (waiting := self._load_requests.find(message.ticket)) is not None:
                 waiting.is_reading = True
         elif isinstance(message, Failed):
             self._take_failed(message)
@@ -134,7 +134,7 @@ class Arrivals:
             for entry in self._registrations.known.lose_pack(message.pack):
                 self._observer.evicted_from_host(entry.request)
         elif isinstance(message, Forgotten):
-            self._wants.forgotten(message.adapter)
+            self._load_requests.forgotten(message.adapter)
         elif isinstance(message, Totals):
             self._observer.totals(message)
         elif isinstance(message, Restarted):
@@ -149,7 +149,7 @@ class Arrivals:
         elif answer.order == under_way.entry.check_order:
             self._take_check(rank, answer, under_way)
         if not under_way.unanswered and under_way.is_leased:
-            self._wants.release_pack(under_way.order.pack.pack)
+            self._load_requests.release_pack(under_way.order.pack.pack)
 
     def settle(self, entry: AdapterEntry) -> None:
         """Answers those who wait for an adapter to be there, if it is."""
@@ -158,8 +158,8 @@ class Arrivals:
         if entry.failure is not None or entry.pack is None or entry.ticket is not None:
             return
         self._registrations.succeed(entry)
-        if not entry.is_wanted:
-            self._wants.release(entry)
+        if not entry.is_requested:
+            self._load_requests.release(entry)
         self._observer.arrived(entry.number)
 
     def _start_over(self) -> None:
@@ -169,26 +169,26 @@ class Arrivals:
         stores still hold their part, and a new store does not mind.
         """
         for entry in list(self._registrations.known.leased):
-            self._wants.release(entry)
+            self._load_requests.release(entry)
         self._registrations.known.lose_all_packs()
         self._orders.store_lost()
-        self._wants.store_lost()
+        self._load_requests.store_lost()
 
     def _take_loaded(self, message: Loaded) -> None:
-        entry = self._wants.find(message.ticket)
+        entry = self._load_requests.find(message.ticket)
         if entry is None:  # what came before this, in the same call, has had its want taken back
             if message.leased:
-                self._wants.release_pack(message.pack.pack)
+                self._load_requests.release_pack(message.pack.pack)
             return
         is_check = message.ticket == entry.check_ticket
-        entry.checked_under = self._wants.end(entry, message.ticket)
+        entry.checked_under = self._load_requests.end(entry, message.ticket)
         entry.failure = None
         self._observer.loaded(entry.request, message)
         if message.was_read and not is_check:
             self._slots.read_on_demand(entry.number)
         if (refusal := self._refusal(entry, message.pack)) is not None:
             if message.leased:
-                self._wants.release_pack(message.pack.pack)
+                self._load_requests.release_pack(message.pack.pack)
             self._refuse(entry, refusal, [], is_check=is_check)
             return
         if is_check and self._registrations.ask_workers(entry, message):
@@ -201,7 +201,7 @@ class Arrivals:
     ) -> None:
         """Notes the newest version of an adapter, as it lies in host memory or was only checked."""
         known = entry.pack
-        if not (is_check and entry.is_wanted):
+        if not (is_check and entry.is_requested):
             # A check may have looked at the files before requests asked; they have their own want.
             entry.is_reload_asked = False
         if known is None or known.digest != pack.digest:
@@ -210,12 +210,12 @@ class Arrivals:
             # These weights are in the slot already, from whichever copy they came.
             entry.is_outdated = False
             if has_lease:
-                self._wants.release_pack(pack.pack)
+                self._load_requests.release_pack(pack.pack)
         elif pack.pack == 0 and known is not None:
             entry.is_outdated = known.digest != pack.digest
         else:
             if has_lease or known is None or known.pack != pack.pack:
-                self._wants.release(entry)
+                self._load_requests.release(entry)
             self._registrations.known.note_pack(entry, pack)
             entry.is_leased |= has_lease
             entry.is_outdated = False
@@ -229,17 +229,17 @@ class Arrivals:
             entry.is_outdated = True
             # What is under way for it may have read the part before.
             if entry.ticket is not None:
-                self._wants.cancel(entry)
-                self._wants.ask(entry)
+                self._load_requests.cancel(entry)
+                self._load_requests.ask(entry)
             if entry.is_being_checked:
-                self._wants.check(entry, fresh=True)
+                self._load_requests.check(entry, fresh=True)
 
     def _take_failed(self, message: Failed) -> None:
-        entry = self._wants.find(message.ticket)
+        entry = self._load_requests.find(message.ticket)
         if entry is None:
             return
         is_check = message.ticket == entry.check_ticket
-        self._wants.end(entry, message.ticket)
+        self._load_requests.end(entry, message.ticket)
         failure = LoadFailure(message.kind, message.message)
         self._refuse(entry, failure, message.problems, is_check=is_check)
 
@@ -297,7 +297,7 @@ class Arrivals:
         if failure is not None:
             self._fail(entry, failure, [])
         elif under_way.is_lost or isinstance(answer, FillFailed):
-            self._wants.check(entry, fresh=False)
+            self._load_requests.check(entry, fresh=False)
         else:
             entry.times_gone = 0
             under_way.is_leased = False  # it is the adapter's now
@@ -316,7 +316,7 @@ class Arrivals:
             return LoadFailure(answer.kind, answer.message)
         entry = under_way.entry
         entry.times_gone += 1
-        if entry.times_gone <= MOST_TIMES_GONE:
+        if entry.times_gone <= MAX_TIMES_GONE:
             return None
         logger.error(
             "Adapter %r: worker %d could not have it from the store: %s",
@@ -329,7 +329,7 @@ class Arrivals:
     ) -> None:
         entry.failure = failure
         self._observer.failed(entry.request, failure)
-        if not entry.is_wanted:
-            self._wants.release(entry)
+        if not entry.is_requested:
+            self._load_requests.release(entry)
         if not entry.is_being_checked:  # else registrations get the check's answer
             self._registrations.fail(entry, problems)

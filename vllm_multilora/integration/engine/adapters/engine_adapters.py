@@ -10,9 +10,9 @@ and copies of small adapters are waited for, a few milliseconds in a step.
                     └─► Failed                                             └─► Filled: lease back
 ```
 
-What is known of an adapter is its `AdapterEntry`. `Registrations` holds the entries, `Wants` what
-the store was asked, and `OrdersUnderWay` what the workers were told; `Arrivals` handles the answers
-of both.
+What is known of an adapter is its `AdapterEntry`. `Registrations` holds the entries, `LoadRequests`
+what the store was asked, and `OrdersUnderWay` what the workers were told; `Arrivals` handles the
+answers of both.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from vllm_multilora.adapters.signing.required import RequiredDigests
 from vllm_multilora.failures import LoadFailure
 from vllm_multilora.integration.engine.adapters.adapter_entries import AdapterEntry, Entries
 from vllm_multilora.integration.engine.adapters.arrivals import Arrivals
+from vllm_multilora.integration.engine.adapters.load_requests import LoadRequests, Store
 from vllm_multilora.integration.engine.adapters.orders_under_way import OrdersUnderWay, Workers
 from vllm_multilora.integration.engine.adapters.quarantine import Quarantine
 from vllm_multilora.integration.engine.adapters.registrations import KnownBlends, Registrations
-from vllm_multilora.integration.engine.adapters.wants import Store, Wants
 from vllm_multilora.integration.failed_requests import AdapterRefusedError
 from vllm_multilora.slots.assignment import SlotAssignment
 from vllm_multilora.states import AdapterState
@@ -85,11 +85,11 @@ class EngineAdapters:
         self.store_address = store_address
         self.observer = observer
         self.quarantine = Quarantine()
-        self._wants = Wants(store, signing_keys)
+        loads = self._load_requests = LoadRequests(store, signing_keys)
         self._orders = OrdersUnderWay(workers, slots, ranks)
-        self._registrations = Registrations(self._wants, self._orders, slots, observer)
+        self._registrations = Registrations(self._load_requests, self._orders, slots, observer)
         self._arrivals = Arrivals(
-            self._registrations, self._wants, self._orders, slots, observer, copy_s, required
+            self._registrations, loads, self._orders, slots, observer, copy_s, required
         )
         self._known = self._registrations.known
         self._blends = KnownBlends(self._registrations, most_blends)
@@ -97,7 +97,7 @@ class EngineAdapters:
 
     # What the scheduler asks
 
-    def want(self, request: LoRARequest, tenant: Seal | None = None) -> LoadFailure | None:
+    def request_load(self, request: LoRARequest, tenant: Seal | None = None) -> LoadFailure | None:
         """A request for an adapter has arrived.
 
         Args:
@@ -115,14 +115,14 @@ class EngineAdapters:
         entry = self._registrations.find(request)
         if is_new:
             entry.blend_owner = owner
-        entry.is_wanted = True
+        entry.is_requested = True
         if tenant is not None and tenant.tenant not in entry.owners:
             entry.owners[tenant.tenant] = tenant.resident
-            self._wants.share(entry, tenant.tenant)
+            self._load_requests.share(entry, tenant.tenant)
         entry.failure = None  # a new request is a new try
         if request.load_inplace:
             if not entry.is_reload_asked:
-                self._wants.cancel(entry)  # it need not look at the files
+                self._load_requests.cancel(entry)  # it need not look at the files
             entry.is_reload_asked, entry.reload_failure = True, None
         if not self.asks_late:
             self._ask(entry)
@@ -195,7 +195,9 @@ class EngineAdapters:
         """
         if adapters != self._running:
             found = [e for i in sorted(adapters) if (e := self._known.find(i)) is not None]
-            self._wants.used([e.pack.pack for e in found if e.pack is not None and e.in_host])
+            self._load_requests.used(
+                [e.pack.pack for e in found if e.pack is not None and e.in_host]
+            )
             self._running = adapters
         self.slots.running(adapters)
         if computes:
@@ -236,11 +238,11 @@ class EngineAdapters:
         entry = self._known.find(adapter_id)
         if entry is None:
             return
-        entry.is_wanted = False
+        entry.is_requested = False
         entry.owners.clear()
         if not entry.registrations:
-            self._wants.cancel(entry)
-        self._wants.release(entry)
+            self._load_requests.cancel(entry)
+        self._load_requests.release(entry)
 
     # What operators ask
 
@@ -307,7 +309,7 @@ class EngineAdapters:
     def yield_host_memory(self) -> None:
         """Gives back what waits there for a slot; the scheduler asks for it again."""
         for entry in list(self._known.leased):
-            self._wants.release(entry)
+            self._load_requests.release(entry)
 
     def known(self) -> Entries:
         """All adapters."""
@@ -316,7 +318,7 @@ class EngineAdapters:
     # The exchange with the store and the workers
 
     def poll(self, lease_s: float = 0.0) -> None:
-        """Takes in what has happened since, and sends what there is to say; see `Wants.hear`."""
+        """Takes in what has happened since, and sends what is due; see `LoadRequests.hear`."""
         self._arrivals.poll(lease_s)
         self._orders.send()
         self.observer.settle(self)
@@ -329,12 +331,12 @@ class EngineAdapters:
         return future
 
     def _ask(self, entry: AdapterEntry) -> None:
-        """Wants an adapter from the store, unless it is there, in a slot, or wanted already."""
+        """Requests an adapter from the store, unless it is there, in a slot, or wanted already."""
         if entry.ticket is None and not entry.is_at_hand(self.slots):
             if self.asks_late:  # all wait for the store, and so what waits for slots makes room
                 self.yield_host_memory()
-            self._wants.release(entry)  # of a stale version; the new one may need its room
-            self._wants.ask(entry)
+            self._load_requests.release(entry)  # of a stale version; the new one may need its room
+            self._load_requests.ask(entry)
 
 
 def _done(*, error: Exception | None = None) -> Future[bool]:

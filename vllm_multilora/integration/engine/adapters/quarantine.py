@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 RELOADS = ("reload_weights", "update_weights", "finish_weight_update")
 """Methods of vLLM's workers that give the base model other weights."""
 
-_MOST_REMEMBERED = 4096
+_MAX_REMEMBERED = 4096
 
 
 class Quarantine:
@@ -120,7 +120,7 @@ class Quarantine:
                     "Adapter %r is quarantined: its numbers are not finite in use.", lora.lora_name
                 )
                 digests[digest] = None
-                if len(digests) > _MOST_REMEMBERED:
+                if len(digests) > _MAX_REMEMBERED:
                     del digests[next(iter(digests))]
         return dict.fromkeys(guilty, _FAILURE)
 

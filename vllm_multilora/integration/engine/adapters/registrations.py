@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from vllm_multilora.adapters.blend import is_blend
 from vllm_multilora.failures import FailureKind, LoadFailure, RequestFailure
 from vllm_multilora.integration.engine.adapters.adapter_entries import AdapterEntry, Entries
+from vllm_multilora.integration.engine.adapters.load_requests import LoadRequests
 from vllm_multilora.integration.engine.adapters.orders_under_way import OrdersUnderWay
-from vllm_multilora.integration.engine.adapters.wants import Wants
 from vllm_multilora.integration.failed_requests import AdapterRefusedError
 from vllm_multilora.slots.assignment import SlotAssignment
 from vllm_multilora.states import AT_HAND
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vllm_multilora.integration.engine.adapters.observer import AdapterObserver
 
 
-MOST_KNOWN = 65_536
+MAX_KNOWN = 65_536
 """Adapters above which those that are nowhere and that nobody waits for are forgotten."""
 
 _TRIES = 64  # for each new adapter; those that cannot be forgotten go to the end of the line
@@ -33,7 +33,7 @@ class Registrations:
     """The known adapters, and those who are told when one has been checked.
 
     Args:
-        wants: Has the store check.
+        load_requests: Has the store check.
         orders: Has workers check what vLLM fills in itself.
         slots: Know which adapters are pinned.
         observer: Told of everything that is counted or shown.
@@ -44,13 +44,13 @@ class Registrations:
 
     def __init__(
         self,
-        wants: Wants,
+        load_requests: LoadRequests,
         orders: OrdersUnderWay,
         slots: SlotAssignment,
         observer: AdapterObserver,
     ) -> None:
         self.known = Entries()
-        self._wants = wants
+        self._load_requests = load_requests
         self._orders = orders
         self._slots = slots
         self._observer = observer
@@ -58,7 +58,7 @@ class Registrations:
     def clash(self, request: LoRARequest) -> LoadFailure | None:
         """Why a request's adapter cannot have its number: another one's requests use it."""
         entry = self.known.find(request.lora_int_id)
-        if entry is None or not entry.is_wanted:
+        if entry is None or not entry.is_requested:
             return None
         if entry.request.lora_path == request.lora_path:
             return None
@@ -86,7 +86,7 @@ class Registrations:
 
     def withdraw(self, entry: AdapterEntry) -> Future[bool]:
         """Forgets an adapter, here and in the store; done when nothing of it is left there."""
-        gone = self._wants.withdraw(entry)
+        gone = self._load_requests.withdraw(entry)
         self._forget(entry)
         entry.registrations += entry.later
         entry.later = []
@@ -96,7 +96,7 @@ class Registrations:
     def _make_room(self) -> None:
         """Forgets adapters that are only known by name; the store is not told to."""
         for entry in list(itertools.islice(self.known, _TRIES)):
-            if len(self.known) < MOST_KNOWN:
+            if len(self.known) < MAX_KNOWN:
                 return
             if entry.is_idle(self._slots):
                 self._forget(entry)
@@ -127,7 +127,7 @@ class Registrations:
         entry.registrations.append(future)
         is_there = entry.state(self._slots) in AT_HAND
         if not entry.is_being_checked and (fresh or not is_there):
-            self._wants.check(entry, fresh=fresh)
+            self._load_requests.check(entry, fresh=fresh)
         return future
 
     def pin(self, entry: AdapterEntry) -> Future[bool]:
@@ -166,7 +166,7 @@ class Registrations:
         if message.leased:
             self._orders.check(entry, pack)
         else:
-            self._wants.check(entry, fresh=False, keep=True)
+            self._load_requests.check(entry, fresh=False, keep=True)
         return True
 
     def succeed(self, entry: AdapterEntry) -> None:
@@ -187,7 +187,7 @@ class Registrations:
             return
         if entry.pack is not None or entry.is_being_checked:
             entry.failure = None
-        elif not entry.is_wanted:
+        elif not entry.is_requested:
             self.withdraw(entry)
 
     def _refuse(
@@ -204,7 +204,7 @@ class Registrations:
         """Takes what a finished check answers, and starts a check for later registrations."""
         registrations, entry.registrations, entry.later = entry.registrations, entry.later, []
         if entry.registrations:
-            self._wants.check(entry, fresh=True)
+            self._load_requests.check(entry, fresh=True)
         return registrations
 
 
@@ -244,7 +244,7 @@ class KnownBlends:
         if len(own) < self._most:
             return None
         for entry in own:  # those longest not asked for first
-            if not entry.is_wanted and not entry.registrations:
+            if not entry.is_requested and not entry.registrations:
                 self._registrations.withdraw(entry)
                 return None
         counts = Counter(entry.blend_owner for entry in blends)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_multilora.integration.blends import label_of
-from vllm_multilora.integration.engine.adapters.registrations import MOST_KNOWN
+from vllm_multilora.integration.engine.adapters.registrations import MAX_KNOWN
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -101,7 +101,7 @@ class AdapterUsers:
 
     def forget_accepted(self, known: Iterable[int]) -> None:
         """Forgets how many have come for adapters that are not known any more, if it is time to."""
-        if len(self.accepted) > 2 * MOST_KNOWN:
+        if len(self.accepted) > 2 * MAX_KNOWN:
             kept = {*known}
             self.accepted = Counter({i: n for i, n in self.accepted.items() if i in kept})
 

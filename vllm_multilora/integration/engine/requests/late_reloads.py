@@ -29,7 +29,7 @@ class ReloadedAdapters(Protocol):
     def failure(self, adapter_id: int, *, reload: bool = False) -> LoadFailure | None:
         """Why an adapter cannot be had, or its reload."""
 
-    def want(self, request: LoRARequest, tenant: Seal | None = None) -> LoadFailure | None:
+    def request_load(self, request: LoRARequest, tenant: Seal | None = None) -> LoadFailure | None:
         """A request for an adapter has arrived; returns why it cannot be served."""
 
 
@@ -98,7 +98,7 @@ class LateReloads:
             for request in filter(None, map(requests.get, held)):
                 lora = request.lora_request
                 assert lora is not None
-                if (failure := adapters.want(lora, tenant_of(request))) is not None:
+                if (failure := adapters.request_load(lora, tenant_of(request))) is not None:
                     failing[request.request_id] = to_stop_reason(failure, lora)
         return failing
 

@@ -31,10 +31,10 @@ class Announcements:
     def step(self) -> None:
         """A step's outputs have been made: what has had one is told."""
         if self._untold:
-            self._untold = [request for request in self._untold if not _told(request)]
+            self._untold = [request for request in self._untold if not _reported(request)]
 
 
-def _told(request: Request) -> bool:
+def _reported(request: Request) -> bool:
     if not (request.num_output_tokens or request.is_finished()):
         return False
     headers = {key: value for key, value in (request.trace_headers or {}).items() if key != KEY}

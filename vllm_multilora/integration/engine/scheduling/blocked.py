@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vllm_multilora.integration.engine.adapters.engine_adapters import EngineAdapters
 
 
-_MOST_STEPS = 16  # that an engine has under way at once, and more: one, two, or a pipeline's depth
+_MAX_STEPS = 16  # that an engine has under way at once, and more: one, two, or a pipeline's depth
 
 
 class BlockedAdapters:
@@ -73,7 +73,7 @@ class FreedBlocks:
     """
 
     def __init__(self) -> None:
-        self._steps: deque[defaultdict[int, set[int]]] = deque(maxlen=_MOST_STEPS)
+        self._steps: deque[defaultdict[int, set[int]]] = deque(maxlen=_MAX_STEPS)
         self.step()
 
     def step(self) -> None:

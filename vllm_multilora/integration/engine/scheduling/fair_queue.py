@@ -1,9 +1,9 @@
-"""vLLM's queue of waiting requests, with the request of the party served least at its head.
+"""vLLM's queue of waiting requests, with the request of the flow served least at its head.
 
-Each party's requests are in the order of vLLM's own queue, that of their arrival or their priority,
-and with one party for all of them it is that queue. The first party is determined anew in each
+Each flow's requests are in the order of vLLM's own queue, that of their arrival or their priority,
+and with one flow for all of them it is that queue. The first flow is determined anew in each
 step, and within a step a request that was taken, and not passed over, counts as computed. So if
-several parties have had the same, each of them gets a place, and not one of them all places.
+several flows have had the same, each of them gets a place, and not one of them all places.
 
 A step examines one request after the other, and puts back what cannot run. Tens of thousands may
 wait for the same adapter. When one of them could not run for its sake, the others are passed over.
@@ -26,32 +26,32 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.request_queue import PriorityRequestQueue, RequestQueue
 from vllm.v1.request import RequestStatus
 
-from vllm_multilora.slots.fairness.fair_shares import PROMPT_COST, FairShares, Party
+from vllm_multilora.slots.fairness.fair_shares import PROMPT_COST, FairShares, Flow
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-    Lane = list[tuple[Any, Request]]
+    Subqueue = list[tuple[Any, Request]]
     Key = tuple[int | None, bool]
     """What a lane is for: an adapter, and whether its requests wait for something of their own."""
 
 
 class _Line:
-    """A party's requests, each with its place in the queue, in lanes by adapter.
+    """A flow's requests, each with its place in the queue, in lanes by adapter.
 
     Those that wait for something of their own have lanes of their own.
 
     Attributes:
-        lanes: In the order of their places; none is empty.
+        subqueues: In the order of their places; none is empty.
         hidden: Lanes that are not shown in this step.
         new: By lane that is shown, those beside its first that have come since it was hidden last,
             at least.
     """
 
-    __slots__ = ("_heads", "hidden", "lanes", "new")
+    __slots__ = ("_heads", "hidden", "new", "subqueues")
 
     def __init__(self) -> None:
-        self.lanes: dict[Key, Lane] = {}
+        self.subqueues: dict[Key, Subqueue] = {}
         self.hidden: set[Key] = set()
         self.new: defaultdict[Key, set[Request]] = defaultdict(set)
         # The first places in the lanes that are shown; None until the step needs them.
@@ -61,10 +61,14 @@ class _Line:
         """The first request that is shown; None where none is."""
         heads = self._heads
         if heads is None:
-            shown = ((key, lane) for key, lane in self.lanes.items() if key not in self.hidden)
-            heads = self._heads = [(lane[0][0], key) for key, lane in shown]
+            shown = (
+                (key, subqueue)
+                for key, subqueue in self.subqueues.items()
+                if key not in self.hidden
+            )
+            heads = self._heads = [(subqueue[0][0], key) for key, subqueue in shown]
             heapq.heapify(heads)
-        return self.lanes[heads[0][1]][0][1] if heads else None
+        return self.subqueues[heads[0][1]][0][1] if heads else None
 
     def pop(self, *, hides: bool) -> tuple[Any, Key]:
         """Takes the request that `first` has just returned; hides the rest of its lane, or not.
@@ -74,27 +78,27 @@ class _Line:
         """
         assert self._heads
         key = self._heads[0][1]
-        lane = self.lanes[key]
-        place, request = lane.pop(0)
+        subqueue = self.subqueues[key]
+        place, request = subqueue.pop(0)
         if key in self.new:
             self.new[key].discard(request)
-        if lane and not hides:
-            heapq.heapreplace(self._heads, (lane[0][0], key))
+        if subqueue and not hides:
+            heapq.heapreplace(self._heads, (subqueue[0][0], key))
         else:
             heapq.heappop(self._heads)
-        if not lane:
+        if not subqueue:
             self._drop(key)
         return place, key
 
     def take_out(self, key: Key, leaves: Callable[[Request], bool]) -> list[tuple[Any, Request]]:
         """Takes requests of a lane out, with their places."""
-        lane = self.lanes.get(key, [])
-        gone = [each for each in lane if leaves(each[1])]
+        subqueue = self.subqueues.get(key, [])
+        gone = [each for each in subqueue if leaves(each[1])]
         if gone:
-            self.lanes[key] = [each for each in lane if not leaves(each[1])]
+            self.subqueues[key] = [each for each in subqueue if not leaves(each[1])]
             if key in self.new:
                 self.new[key].difference_update(request for _, request in gone)
-            if not self.lanes[key]:
+            if not self.subqueues[key]:
                 self._drop(key)
             self.changed()
         return gone
@@ -108,7 +112,7 @@ class _Line:
         if shown:
             self.hidden.difference_update(shown)
             self.changed()
-        return sum(len(self.lanes.get(key, ())) for key in shown)
+        return sum(len(self.subqueues.get(key, ())) for key in shown)
 
     def changed(self) -> None:
         """Something has come, gone, or been hidden or shown."""
@@ -116,7 +120,7 @@ class _Line:
 
     def _drop(self, key: Key) -> None:
         """A lane is empty."""
-        del self.lanes[key]
+        del self.subqueues[key]
         self.new.pop(key, None)
 
 
@@ -124,9 +128,9 @@ class FairQueue(RequestQueue):
     """Requests that wait, for a scheduler that examines them one after another.
 
     Args:
-        shares: Say who has had least; where there are several parties, they know the party of every
+        shares: Say who has had least; where there are several flows, they know the flow of every
             request in the queue.
-        party_of: A request's party: always the same, also when the request has ended.
+        flow_of: A request's flow: always the same, also when the request has ended.
         skipped: Those that the scheduler has examined in vain, where it notes that; gets all that
             are passed over.
         rank: A request's place among all others, the least first; None: they are in the order in
@@ -137,44 +141,44 @@ class FairQueue(RequestQueue):
     def __init__(
         self,
         shares: FairShares,
-        party_of: Callable[[Request], Party],
+        flow_of: Callable[[Request], Flow],
         skipped: set[Request] | None = None,
         rank: Callable[[Request], Any] | None = None,
         awaited: Callable[[Request], Future[Any] | None] = lambda request: None,
     ) -> None:
         self._shares = shares
-        self._party_of = party_of
+        self._flow_of = flow_of
         self._skipped = skipped
         self._rank = rank
         self._awaited = awaited
-        self._lines: dict[Party, _Line] = {}
-        self._emptied: dict[Party, _Line] = {}  # in this step, which puts most requests back
+        self._lines: dict[Flow, _Line] = {}
+        self._emptied: dict[Flow, _Line] = {}  # in this step, which puts most requests back
         self._length = 0
         # Places of the requests that came in last, at either end.
         self._front = self._back = 0
-        # The parties by what they have had and would have; None until the step needs it.
-        self._order: list[tuple[float, float, int, Party]] | None = None
+        # The flows by what they have had and would have; None until the step needs it.
+        self._order: list[tuple[float, float, int, Flow]] | None = None
         self._numbers = count()
         # What was taken in this step, with its place; and a request that others are hidden with.
         self._taken: dict[Request, Any] = {}
         self._passing: tuple[Request, bool] | None = None
-        self._with_hidden: set[Party] = set()
+        self._with_hidden: set[Flow] = set()
         self._came: deque[Request] = deque()  # who has what it has waited for; from any thread
         self._hidden = 0
 
     @property
-    def parties(self) -> Collection[Party]:
-        """Parties that have requests in the queue."""
+    def flows(self) -> Collection[Flow]:
+        """Flows that have requests in the queue."""
         return self._lines.keys()
 
-    def adapters_of(self, party: Party) -> set[int | None]:
-        """Adapters of a party's requests, without requests that wait for something of their own."""
-        return {adapter for adapter, waits in self._lines[party].lanes if not waits}
+    def adapters_of(self, flow: Flow) -> set[int | None]:
+        """Adapters of a flow's requests, without requests that wait for something of their own."""
+        return {adapter for adapter, waits in self._lines[flow].subqueues if not waits}
 
-    def hidden_parties(self) -> list[Party]:
-        """Parties none of whose requests is shown."""
-        found = ((party, self._lines[party]) for party in self._with_hidden & self._lines.keys())
-        return [party for party, line in found if line.lanes.keys() <= line.hidden]
+    def hidden_flows(self) -> list[Flow]:
+        """Flows none of whose requests is shown."""
+        found = ((flow, self._lines[flow]) for flow in self._with_hidden & self._lines.keys())
+        return [flow for flow, line in found if line.subqueues.keys() <= line.hidden]
 
     def begin_step(self, kept: Container[int | None] = ()) -> None:
         """Counters have changed: another step is being scheduled.
@@ -186,27 +190,27 @@ class FairQueue(RequestQueue):
         self._taken.clear()
         self._emptied.clear()
         self._with_hidden &= self._lines.keys()
-        for party in list(self._with_hidden):
-            self._hidden -= self._lines[party].show(kept)
-            if not self._lines[party].hidden:
-                self._with_hidden.remove(party)
+        for flow in list(self._with_hidden):
+            self._hidden -= self._lines[flow].show(kept)
+            if not self._lines[flow].hidden:
+                self._with_hidden.remove(flow)
         came = {self._came.popleft() for _ in range(len(self._came))}
-        for party, adapter in self._owners(came):
-            line = self._lines.get(party)
+        for flow, adapter in self._owners(came):
+            line = self._lines.get(flow)
             for place, request in line.take_out((adapter, True), came.__contains__) if line else ():
                 self._length -= 1
                 self._put(request, place)
 
-    def pass_over(self, request: Request, *, whole_party: bool = False) -> None:
-        """Shows no more of a party's requests for an adapter in this step.
+    def pass_over(self, request: Request, *, whole_flow: bool = False) -> None:
+        """Shows no more of a flow's requests for an adapter in this step.
 
         Those that wait for something of their own are apart from the others.
 
         Args:
             request: One of them, which is being examined, and is about to be taken.
-            whole_party: Whether that is for all adapters.
+            whole_flow: Whether that is for all adapters.
         """
-        self._passing = request, whole_party
+        self._passing = request, whole_flow
 
     def add_request(self, request: Request) -> None:
         if (awaited := self._awaited(request)) is not None:
@@ -215,7 +219,7 @@ class FairQueue(RequestQueue):
         self._put(request, self._back if self._rank is None else self._rank(request))
 
     def prepend_request(self, request: Request) -> None:
-        """Puts a request before all others of its party, where they have no rank."""
+        """Puts a request before all others of its flow, where they have no rank."""
         self._front -= 1
         self._put(request, self._front if self._rank is None else self._rank(request))
 
@@ -238,20 +242,20 @@ class FairQueue(RequestQueue):
     def pop_request(self) -> Request:
         if not self:
             raise IndexError("pop from an empty queue")
-        party = self._first()
-        line = self._lines[party]
+        flow = self._first()
+        line = self._lines[flow]
         request = line.first()
         assert request is not None
         is_passed = self._passing is not None and self._passing[0] is request
-        self._taken[request], lane = line.pop(hides=is_passed)
+        self._taken[request], subqueue = line.pop(hides=is_passed)
         self._length -= 1
-        if not line.lanes:
-            self._emptied[party] = self._lines.pop(party)
+        if not line.subqueues:
+            self._emptied[flow] = self._lines.pop(flow)
         if is_passed:
-            self._with_hidden.add(party)
-            self._hide(line, lane)
+            self._with_hidden.add(flow)
+            self._hide(line, subqueue)
             if self._passing is not None and self._passing[1]:
-                for key in line.lanes:
+                for key in line.subqueues:
                     self._hide(line, key)
                 line.changed()
         if self._order:
@@ -259,8 +263,8 @@ class FairQueue(RequestQueue):
             heapq.heappop(self._order)
             if (following := line.first()) is not None:
                 tokens = 0 if is_passed else request.num_tokens - request.num_computed_tokens
-                had += self._shares.worth(party, PROMPT_COST * tokens)
-                self._place(party, had, following)
+                had += self._shares.worth(flow, PROMPT_COST * tokens)
+                self._place(flow, had, following)
         return request
 
     def remove_request(self, request: Request) -> None:
@@ -269,16 +273,16 @@ class FairQueue(RequestQueue):
     def remove_requests(self, requests: Iterable[Request]) -> None:
         """Removes those of the requests that are in the queue."""
         leaving = set(requests)
-        for party, adapter in self._owners(leaving):
-            line = self._lines.get(party)
+        for flow, adapter in self._owners(leaving):
+            line = self._lines.get(flow)
             if line is None:
                 continue
             for key in ((adapter, False), (adapter, True)):
                 gone = len(line.take_out(key, leaving.__contains__))
                 self._length -= gone
                 self._hidden -= gone if key in line.hidden else 0
-            if not line.lanes:
-                del self._lines[party]
+            if not line.subqueues:
+                del self._lines[flow]
         self._order = None
 
     def __bool__(self) -> bool:
@@ -290,64 +294,66 @@ class FairQueue(RequestQueue):
 
     def __iter__(self) -> Iterator[Request]:
         """All requests, in the order of their places."""
-        lanes = [lane for line in self._lines.values() for lane in line.lanes.values()]
-        return iter([each for _, each in heapq.merge(*lanes, key=itemgetter(0))])
+        subqueues = [
+            subqueue for line in self._lines.values() for subqueue in line.subqueues.values()
+        ]
+        return iter([each for _, each in heapq.merge(*subqueues, key=itemgetter(0))])
 
-    def _owners(self, requests: Iterable[Request]) -> set[tuple[Party, int | None]]:
-        """The parties of requests, each with the adapters of its."""
-        return {(self._party_of(each), adapter_of(each)) for each in requests}
+    def _owners(self, requests: Iterable[Request]) -> set[tuple[Flow, int | None]]:
+        """The flows of requests, each with the adapters of its."""
+        return {(self._flow_of(each), adapter_of(each)) for each in requests}
 
     def _put(self, request: Request, place: Any) -> None:
         waits = self._awaited(request) is not None
-        party, key = self._party_of(request), (adapter_of(request), waits)
-        line = self._lines.get(party)
+        flow, key = self._flow_of(request), (adapter_of(request), waits)
+        line = self._lines.get(flow)
         if line is None:
-            line = self._emptied.pop(party) if party in self._emptied else _Line()
-            self._lines[party] = line
+            line = self._emptied.pop(flow) if flow in self._emptied else _Line()
+            self._lines[flow] = line
             self._order = None
         self._length += 1
-        lane = line.lanes.setdefault(key, [])
+        subqueue = line.subqueues.setdefault(key, [])
         if key in line.hidden:
             self._hidden += 1
             if self._skipped is not None:
                 self._skipped.add(request)
         else:
             line.changed()
-            if lane:
-                line.new[key].update((request, lane[0][1]))
-        insort(lane, (place, request), key=itemgetter(0))
+            if subqueue:
+                line.new[key].update((request, subqueue[0][1]))
+        insort(subqueue, (place, request), key=itemgetter(0))
 
     def _hide(self, line: _Line, key: Key) -> None:
         if key in line.hidden:
             return
         line.hidden.add(key)
-        if lane := line.lanes.get(key):
-            self._hidden += len(lane)
+        if subqueue := line.subqueues.get(key):
+            self._hidden += len(subqueue)
             if self._skipped is not None:
-                self._skipped.update((lane[0][1],), line.new.pop(key, ()))
+                self._skipped.update((subqueue[0][1],), line.new.pop(key, ()))
 
-    def _first(self) -> Party:
+    def _first(self) -> Flow:
         if len(self._lines) == 1:
             return next(iter(self._lines))
         if not self._order:
             self._order = []
-            for party, line in self._lines.items():
+            for flow, line in self._lines.items():
                 if (request := line.first()) is not None:
-                    self._place(party, self._shares.served(party), request)
+                    self._place(flow, self._shares.served(flow), request)
         return self._order[0][-1]
 
-    def _place(self, party: Party, had: float, first: Request) -> None:
+    def _place(self, flow: Flow, had: float, first: Request) -> None:
         assert self._order is not None
         # Among equals the longest waiting comes first, as without shares.
-        heapq.heappush(self._order, (had, first.arrival_time, next(self._numbers), party))
+        heapq.heappush(self._order, (had, first.arrival_time, next(self._numbers), flow))
 
 
-def queue_of(scheduler: Any, shares: FairShares, party_of: Callable[[Request], Party]) -> FairQueue:
+def queue_of(scheduler: Any, shares: FairShares, flow_of: Callable[[Request], Flow]) -> FairQueue:
     """What one of vLLM's schedulers can have for its queue, in the order of that."""
     skipped = getattr(scheduler, "deferred_waiting", None)
     is_ranked = isinstance(scheduler.waiting, PriorityRequestQueue)
     rank = _rank if is_ranked else None
-    return FairQueue(shares, party_of, skipped, rank, awaited_grammar)
+    return FairQueue(shares, flow_of, skipped, rank, awaited_grammar)
 
 
 def awaited_grammar(request: Request) -> Future[Any] | None:

@@ -4,17 +4,17 @@ vLLM takes waiting requests in the order of their arrival, and computes as much 
 step as there is room for. So a tenant with many clients and long prompts is served before all
 others, and their tokens wait for its prompts. The mixin, over `AdapterAwareMixin`,
 
-- puts the request of the party served least at the head of the queue (`FairQueue`) and of the
-  running requests, so that the party served most is preempted first;
-- bounds what all *heavy* parties (`FairShares`) together add to a step while others take part in it
+- puts the request of the flow served least at the head of the queue (`FairQueue`) and of the
+  running requests, so that the flow served most is preempted first;
+- bounds what all *heavy* flows (`FairShares`) together add to a step while others take part in it
   (`StepBound`): prompts are computed in smaller chunks, and the latest running requests beyond the
   bound are left out of the step;
-- charges each party for what is computed, but only once: tokens that a preempted request computes
+- charges each flow for what is computed, but only once: tokens that a preempted request computes
   again are free, and so are tokens from the prefix cache. An adapter's weights are read in every
   step that it is in, and charged to those that use it: a large rank slows everybody's tokens.
 
 Places in the batch and slots are given in the queue's order, so the same counters share them. While
-only one party has requests, nothing is reordered or limited.
+only one flow has requests, nothing is reordered or limited.
 
 A request that waits for an adapter, a grammar or more input is in nobody's way, and does not limit
 anybody's prompts either.
@@ -38,7 +38,7 @@ from vllm_multilora.slots.fairness.fair_shares import (
     GENERATED_COST,
     PROMPT_COST,
     FairShares,
-    Party,
+    Flow,
     cost_of,
     reading_cost,
 )
@@ -48,21 +48,21 @@ from vllm_multilora.states import AT_HAND
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-BASE_MODEL: Party = ("base model", "")
-"""The party of all requests that name neither a tenant nor an adapter."""
+BASE_MODEL: Flow = ("base model", "")
+"""The flow of all requests that name neither a tenant nor an adapter."""
 
-_LEAST_SHARE = 1.5
-"""Heavy parties may always have this multiple of the others' token cost, weighted, however long the
+_MIN_SHARE = 1.5
+"""Heavy flows may always have this multiple of the others' token cost, weighted, however long the
 step takes. The others' prompts come on top."""
 
-_MOST_UNDER_WAY = 16
+_MAX_UNDER_WAY = 16
 """Steps whose results may be awaited at a time; older ones never had any."""
 
-BLENDS: Party = ("blends", "")
-"""The party of all requests for blends that name no tenant: there are as many as one likes."""
+BLENDS: Flow = ("blends", "")
+"""The flow of all requests for blends that name no tenant: there are as many as one likes."""
 
 
-def party_of(request: Request) -> Party:
+def flow_of(request: Request) -> Flow:
     """Who a request is charged to: its tenant, else its adapter, else the base model's users."""
     tenant = tenant_of(request)
     if tenant is not None:
@@ -82,12 +82,12 @@ def token_bytes(kv_cache_config: Any) -> float:
 
 @dataclass(frozen=True)
 class _BoundStep:
-    """A step under way whose time says how much heavy parties may have of others.
+    """A step under way whose time says how much heavy flows may have of others.
 
     Attributes:
         output: The scheduler's.
         began: When it was scheduled, by `time.perf_counter`.
-        added: The cost of what heavy parties have of it.
+        added: The cost of what heavy flows have of it.
     """
 
     output: Any
@@ -96,25 +96,25 @@ class _BoundStep:
 
 
 class FairSharesMixin(AdapterAwareMixin):
-    """A scheduler in which parties have equal shares, or shares by their weights."""
+    """A scheduler in which flows have equal shares, or shares by their weights."""
 
     def __init__(self, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
         scheduler_config = vllm_config.scheduler_config
         step_tokens: int = scheduler_config.max_num_batched_tokens
         self._shares = FairShares()
-        self._parties: dict[str, Party] = {}  # by request
+        self._flows: dict[str, Flow] = {}  # by request
         self._computed: dict[str, int] = {}  # by request that was preempted: tokens it had once
-        self.waiting = queue_of(self, self._shares, party_of)
+        self.waiting = queue_of(self, self._shares, flow_of)
         # Where vLLM alone chooses the pieces of prompts, nothing is limited.
         is_divisible = scheduler_config.enable_chunked_prefill and not getattr(
             self, "need_mamba_block_aligned_split", False
         )
         slowdown = settings_of(vllm_config).fair_slowdown
         self._bound = StepBound(slowdown, step_tokens) if is_divisible else None
-        # The cost of what heavy parties may still have of the step; None: as much as there is.
+        # The cost of what heavy flows may still have of the step; None: as much as there is.
         self._heavy_left: float | None = None
-        self._heavy_reads: set[int] = set()  # the adapters of heavy parties in the step
+        self._heavy_reads: set[int] = set()  # the adapters of heavy flows in the step
         # What they may have more in the next step: a request that costs more than they may have of
         # one has its turn when enough has been saved.
         self._saved = 0.0
@@ -122,7 +122,7 @@ class FairSharesMixin(AdapterAwareMixin):
         # By weight, what the one of the others had that had least when they generated last.
         self._light_had = 0.0
         self._is_spared_in_vain = False  # nothing of theirs could be computed in the last step
-        self._under_way: deque[_BoundStep] = deque(maxlen=_MOST_UNDER_WAY)
+        self._under_way: deque[_BoundStep] = deque(maxlen=_MAX_UNDER_WAY)
         self._last_result = 0.0
         # Of all workers, as an adapter's bytes are.
         workers = vllm_config.parallel_config.world_size
@@ -133,12 +133,12 @@ class FairSharesMixin(AdapterAwareMixin):
         """Takes a request in, or more input for one."""
         if request.request_id in self.requests:
             # One that has ended is nobody's, and may be kept until a connector has sent its blocks.
-            if (known := self._parties.get(request.request_id)) is not None:
+            if (known := self._flows.get(request.request_id)) is not None:
                 self._shares.unhold(known)
         else:
-            party, tenant = party_of(request), tenant_of(request)
-            self._parties[request.request_id] = party
-            self._shares.join(party, tenant.weight if tenant is not None else 1.0)
+            flow, tenant = flow_of(request), tenant_of(request)
+            self._flows[request.request_id] = flow
+            self._shares.join(flow, tenant.weight if tenant is not None else 1.0)
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
@@ -151,10 +151,10 @@ class FairSharesMixin(AdapterAwareMixin):
             return output
         began = time.perf_counter()
         self._hold_hidden()
-        shares.begin_step(self.waiting.parties)
-        parties, ranks = self._parties, shares.ranks()
-        # Python's sort keeps the order of those that are equal: within a party nothing changes.
-        self.running.sort(key=lambda request: ranks[parties[request.request_id]])
+        shares.begin_step(self.waiting.flows)
+        flows, ranks = self._flows, shares.ranks()
+        # Python's sort keeps the order of those that are equal: within a flow nothing changes.
+        self.running.sort(key=lambda request: ranks[flows[request.request_id]])
         self._heavy_left = allowed = self._allowance()
         self._heavy_reads.clear()
         self._is_saving = False
@@ -180,74 +180,74 @@ class FairSharesMixin(AdapterAwareMixin):
         return super().update_from_output(scheduler_output, *args, **kwargs)
 
     def _hold_hidden(self) -> None:
-        """Says of parties that nothing of them could run in the last step, looked at or not."""
+        """Says of flows that nothing of them could run in the last step, looked at or not."""
         loading = self._blocked.unready - self._turns.waiting
-        for party in self.waiting.hidden_parties():
-            adapters = self.waiting.adapters_of(party)
+        for flow in self.waiting.hidden_flows():
+            adapters = self.waiting.adapters_of(flow)
             if adapters <= self._blocked.numbers:  # else it was passed over as a whole
-                self._shares.hold(party, waits_for_slot=not adapters <= loading)
+                self._shares.hold(flow, waits_for_slot=not adapters <= loading)
 
     def _allowance(self) -> float | None:
-        """What heavy parties may have of this step; None: whatever there is."""
+        """What heavy flows may have of this step; None: whatever there is."""
         weight = self._shares.heavy_weight
         if self._bound is None or not weight:
             return None
         is_full = len(self.running) >= self.max_num_active_reqs  # type: ignore[attr-defined]
         if (is_full or self._is_spared_in_vain) and all(map(self._is_heavy, self.running)):
             return None  # the others wait for a place or memory, which they get the sooner
-        allowed = self._bound.next(_LEAST_SHARE * weight * self._light_had)
+        allowed = self._bound.next(_MIN_SHARE * weight * self._light_had)
         return allowed + self._saved if allowed else 0.0
 
     def _charge(self, scheduled: dict[str, int]) -> bool:
-        """Charges parties for a step.
+        """Charges flows for a step.
 
         Returns:
-            Whether others than heavy parties generate in it, and have no prompts.
+            Whether others than heavy flows generate in it, and have no prompts.
         """
-        costs: defaultdict[Party, float] = defaultdict(float)
-        with_prompts: set[Party] = set()
-        users: defaultdict[int, list[Party]] = defaultdict(list)
-        requests, parties, computed = self.requests, self._parties, self._computed
+        costs: defaultdict[Flow, float] = defaultdict(float)
+        with_prompts: set[Flow] = set()
+        users: defaultdict[int, list[Flow]] = defaultdict(list)
+        requests, flows, computed = self.requests, self._flows, self._computed
         for request_id, tokens in scheduled.items():
             request = requests[request_id]
             if request.lora_request is not None:
-                users[request.lora_request.lora_int_id].append(parties[request_id])
+                users[request.lora_request.lora_int_id].append(flows[request_id])
             end, prompt = request.num_computed_tokens, request.num_prompt_tokens
             if tokens == 1 and end > prompt and request_id not in computed:  # nearly all
-                costs[parties[request_id]] += GENERATED_COST
+                costs[flows[request_id]] += GENERATED_COST
                 continue
             begin = min(end, max(end - tokens, computed.get(request_id, 0)))
-            costs[parties[request_id]] += cost_of(prompt, begin, end)
+            costs[flows[request_id]] += cost_of(prompt, begin, end)
             if end - tokens < prompt:
-                with_prompts.add(parties[request_id])
+                with_prompts.add(flows[request_id])
         for adapter, using in users.items():
             if cost := self._reading_cost(adapter):
-                for party in using:
-                    costs[party] += cost / len(using)
+                for flow in using:
+                    costs[flow] += cost / len(using)
         shares, is_timed = self._shares, False
         if shares.heavy_weight:
-            light = [party for party in costs if not shares.is_heavy(party)]
+            light = [flow for flow in costs if not shares.is_heavy(flow)]
             self._is_spared_in_vain = not light
             is_timed = bool(light) and with_prompts.isdisjoint(light)
             if is_timed:
-                self._light_had = min(shares.worth(party, costs[party]) for party in light)
-        for party, cost in costs.items():
-            shares.charge(party, cost)
+                self._light_had = min(shares.worth(flow, costs[flow]) for flow in light)
+        for flow, cost in costs.items():
+            shares.charge(flow, cost)
         return is_timed
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         left = self._heavy_left
         if left is not None:
             if left < 1 and self._is_heavy(request):
-                self.waiting.pass_over(request, whole_party=True)
+                self.waiting.pass_over(request, whole_flow=True)
                 return False
             if self.adapters is None and self._is_one_more(request):
                 return False
         may_run = super()._handle_blocked_waiting_request(request)
         if may_run or not self._shares.is_contended:
             return may_run
-        party = self._parties[request.request_id]
-        self._shares.hold(party, waits_for_slot=self._lacks_slot(request))
+        flow = self._flows[request.request_id]
+        self._shares.hold(flow, waits_for_slot=self._lacks_slot(request))
         return False
 
     def _lacks_slot(self, request: Request) -> bool:
@@ -261,7 +261,7 @@ class FairSharesMixin(AdapterAwareMixin):
         return adapters.state(lora.lora_int_id) in AT_HAND
 
     def _slot_order(self) -> Callable[[int], float] | None:
-        shares, queue, parties = self._shares, self.waiting, self._parties
+        shares, queue, flows = self._shares, self.waiting, self._flows
         if not shares.is_contended:
             return None
         least: dict[int | None, float] = {}
@@ -271,16 +271,16 @@ class FairSharesMixin(AdapterAwareMixin):
             if not least:  # asked only where somebody has to make room
                 for request in reversed(self.running):
                     if request.lora_request is not None:
-                        party = parties[request.request_id]
-                        least[request.lora_request.lora_int_id] = shares.served(party)
-                wanted = [(party, queue.adapters_of(party)) for party in queue.parties]
+                        flow = flows[request.request_id]
+                        least[request.lora_request.lora_int_id] = shares.served(flow)
+                requested = [(flow, queue.adapters_of(flow)) for flow in queue.flows]
                 # Those that hold blocks, as sessions with new input do, wait in a queue of vLLM's.
                 apart = (r for r in self.kv_holding_waiting if r.status in COULD_RUN)  # type: ignore[attr-defined]
-                wanted += [(parties[each.request_id], {adapter_of(each)}) for each in apart]
-                for party, adapters in sorted(
-                    wanted, key=lambda each: shares.served(each[0]), reverse=True
+                requested += [(flows[each.request_id], {adapter_of(each)}) for each in apart]
+                for flow, adapters in sorted(
+                    requested, key=lambda each: shares.served(each[0]), reverse=True
                 ):
-                    least.update(dict.fromkeys(adapters, shares.served(party)))
+                    least.update(dict.fromkeys(adapters, shares.served(flow)))
             return least.get(adapter, math.inf)
 
         return had
@@ -330,7 +330,7 @@ class FairSharesMixin(AdapterAwareMixin):
         return lora is not None and len(running | {lora.lora_int_id}) > self._slots
 
     def _is_heavy(self, request: Request) -> bool:
-        return self._shares.is_heavy(self._parties[request.request_id])
+        return self._shares.is_heavy(self._flows[request.request_id])
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         before = self._computed.get(request.request_id, 0)
@@ -339,8 +339,8 @@ class FairSharesMixin(AdapterAwareMixin):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         freed = super()._free_request(request, *args, **kwargs)
-        party = self._parties.pop(request.request_id, None)
-        if party is not None:
-            self._shares.leave(party)
+        flow = self._flows.pop(request.request_id, None)
+        if flow is not None:
+            self._shares.leave(flow)
         self._computed.pop(request.request_id, None)
         return freed

@@ -79,7 +79,7 @@ class Executor(Protocol):
         """Attaches the engine's adapters to the scheduler, if that has not happened yet."""
 
 
-class Asides:
+class DeferredCalls:
     """What an engine core has to say to the store, and to those who wait for its answers.
 
     Whoever hears something goes to work. Where processors are few, that would take them from the
@@ -112,7 +112,7 @@ class AdapterAwareMixin:
     """A scheduler that knows which adapters are ready and who has slots.
 
     Attributes:
-        asides: What waits for a step to be with the workers.
+        deferred_calls: What waits for a step to be with the workers.
         users: The requests of each adapter.
         recorder: Records the engine core's metrics; None where they are off.
         request_metrics: Those of requests; None likewise.
@@ -138,7 +138,7 @@ class AdapterAwareMixin:
         self._quarantines = settings_of(vllm_config).quarantine
         self._failing: dict[str, str] = {}  # by request: its stop reason
         self._is_holding = self._has_polled = False  # polled: at the last step's end, nothing since
-        self.asides = Asides()
+        self.deferred_calls = DeferredCalls()
         self.users = AdapterUsers()
         self.recorder = engine_recorder(vllm_config)
         self.request_metrics = None if self.recorder is None else RequestMetrics(self.recorder)
@@ -183,7 +183,7 @@ class AdapterAwareMixin:
         if super().has_requests() or self.users.overdue:  # type: ignore[misc]
             return True
         if self.adapters is not None:
-            _settle(self.adapters, self.asides, self.pause_state)
+            _settle(self.adapters, self.deferred_calls, self.pause_state)
         return False
 
     def add_request(self, request: Request) -> None:
@@ -218,7 +218,7 @@ class AdapterAwareMixin:
             prefix_keys.use_stock_keys(request)
         elif not (is_new and self._late_reloads.hold(request, adapters)):
             self._fail_earlier(known, lora_id, adapters)
-            if (failure := adapters.want(lora, tenant_of(request))) is not None:
+            if (failure := adapters.request_load(lora, tenant_of(request))) is not None:
                 self._failing[request.request_id] = to_stop_reason(failure, lora)
 
     def _fail_earlier(self, latest: Request, lora_id: int, adapters: EngineAdapters) -> None:
@@ -286,14 +286,14 @@ class AdapterAwareMixin:
         computes = output.total_num_scheduled_tokens > 0
         adapters.running(_adapters_of(self.running), computes=computes)
         if not computes and (self._is_holding or self._blocked.unready):
-            self.asides.flush()
+            self.deferred_calls.flush()
             time.sleep(_IDLE_S)  # else workers answer empty steps as fast as they can
         return output
 
     def get_grammar_bitmask(self, *args: Any, **kwargs: Any) -> Any:
         """What vLLM asks for, as a rule, once a step is with its workers."""
         bitmask = super().get_grammar_bitmask(*args, **kwargs)  # type: ignore[misc]
-        self.asides.flush()
+        self.deferred_calls.flush()
         return bitmask
 
     def _slot_order(self) -> Callable[[int], float] | None:
@@ -363,7 +363,7 @@ class AdapterAwareMixin:
         self, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """Takes in a step's results; requests whose adapter has failed end without them."""
-        self.asides.flush()  # of a step for which no bitmask was asked
+        self.deferred_calls.flush()  # of a step for which no bitmask was asked
         failed = self._end_failed(model_runner_output)
         outputs = super().update_from_output(  # type: ignore[misc]
             scheduler_output, model_runner_output, *args, **kwargs
@@ -426,17 +426,17 @@ def as_sent(lora: LoRARequest) -> LoRARequest:
     return msgspec.structs.replace(lora, lora_int_id=number, lora_path=path)
 
 
-def _settle(adapters: EngineAdapters, asides: Asides, pause: PauseState) -> None:
+def _settle(adapters: EngineAdapters, deferred_calls: DeferredCalls, pause: PauseState) -> None:
     """Leaves nothing unsaid and nothing unread, since the engine takes no step for a while.
 
     What has been read wakes nobody any more. In a pause, other engines' loads may need the host
     memory that adapters wait in.
     """
-    asides.flush()  # workers are sent now what it orders
+    deferred_calls.flush()  # workers are sent now what it orders
     adapters.poll()
     if pause is not PauseState.UNPAUSED:
         adapters.yield_host_memory()
-    asides.flush()
+    deferred_calls.flush()
 
 
 def _begin_step(queue: Any, blocked: Container[int | None] = ()) -> None:

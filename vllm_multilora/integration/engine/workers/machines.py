@@ -26,28 +26,28 @@ from vllm_multilora.store.protocol.messages import (
     Failed,
     Forgotten,
     Loaded,
+    LoadRequest,
     PackInfo,
     Reading,
     Restarted,
     Totals,
     ToUser,
-    Want,
 )
 
 
 @dataclass(eq=False)
-class _Want:
+class _LoadRequest:
     """One want of the engine core's, and what each machine has to say.
 
     Attributes:
-        want: What is asked of each machine.
+        load_request: What is asked of each machine.
         tickets: Of the machines' own wants; None where an answer is not waited for.
         loaded: What has come so far; None where nothing has, or where its lease was given back.
         seconds: The longest that a machine has taken for an answer.
         was_read: Whether a machine has read files for it.
     """
 
-    want: Want
+    load_request: LoadRequest
     tickets: list[int | None]
     loaded: list[Loaded | None]
     seconds: float = 0.0
@@ -81,7 +81,7 @@ class MachineStores:
         self._clients = list(clients)
         self._tickets = itertools.count(1)
         self._numbers = itertools.count(1)
-        self._wants: dict[int, _Want] = {}
+        self._load_requests: dict[int, _LoadRequest] = {}
         self._own_ticket: list[dict[int, int]] = [{} for _ in clients]
         self._packs: dict[int, _Pack] = {}
         self._own_pack: dict[tuple[int, ...], int] = {}
@@ -99,28 +99,30 @@ class MachineStores:
         known = self._packs.get(pack)
         return () if known is None else known.parts[1:]
 
-    def want(self, want: Want) -> int:
+    def request_load(self, load_request: LoadRequest) -> int:
         ticket = next(self._tickets)
         count = len(self._clients)
-        asked = self._wants[ticket] = _Want(want, [None] * count, [None] * count)
+        asked = self._load_requests[ticket] = _LoadRequest(
+            load_request, [None] * count, [None] * count
+        )
         for machine in range(count):
             self._ask(machine, ticket, asked)
         # What is asked for again has been looked at since it was wanted.
-        asked.want = msgspec.structs.replace(want, fresh=False)
+        asked.load_request = msgspec.structs.replace(load_request, fresh=False)
         return ticket
 
     def share(self, ticket: int, owner: str) -> None:
-        asked = self._wants.get(ticket)
-        if asked is None or owner in asked.want.owners:
+        asked = self._load_requests.get(ticket)
+        if asked is None or owner in asked.load_request.owners:
             return
-        owners = (*asked.want.owners, owner)
-        asked.want = msgspec.structs.replace(asked.want, owners=owners)
+        owners = (*asked.load_request.owners, owner)
+        asked.load_request = msgspec.structs.replace(asked.load_request, owners=owners)
         for client, part in zip(self._clients, asked.tickets, strict=True):
             if part is not None:
                 client.share(part, owner)
 
     def cancel(self, ticket: int) -> None:
-        asked = self._wants.pop(ticket, None)
+        asked = self._load_requests.pop(ticket, None)
         if asked is not None:
             self._take_back(asked)
 
@@ -166,18 +168,18 @@ class MachineStores:
         for client in self._clients:
             client.say_by(say, say_all)
 
-    def _ask(self, machine: int, ticket: int, asked: _Want) -> None:
-        part = asked.tickets[machine] = self._clients[machine].want(asked.want)
+    def _ask(self, machine: int, ticket: int, asked: _LoadRequest) -> None:
+        part = asked.tickets[machine] = self._clients[machine].request_load(asked.load_request)
         self._own_ticket[machine][part] = ticket
 
-    def _take_back(self, asked: _Want) -> None:
+    def _take_back(self, asked: _LoadRequest) -> None:
         for machine, part in enumerate(asked.tickets):
             if part is not None:
                 self._own_ticket[machine].pop(part, None)
                 self._clients[machine].cancel(part)
         self._give_back(asked, 0)
 
-    def _give_back(self, asked: _Want, first: int) -> None:
+    def _give_back(self, asked: _LoadRequest, first: int) -> None:
         """Leases of this machine and of those after it."""
         for machine in range(first, len(self._clients)):
             loaded = asked.loaded[machine]
@@ -185,9 +187,9 @@ class MachineStores:
                 self._clients[machine].release(loaded.pack.pack)
                 asked.loaded[machine] = None
 
-    def _keep_order(self, ticket: int, asked: _Want) -> None:
+    def _keep_order(self, ticket: int, asked: _LoadRequest) -> None:
         """No machine after the first that has not loaded an adapter holds a lease on it."""
-        if asked.want.keep and None in asked.loaded:
+        if asked.load_request.keep and None in asked.loaded:
             machine = asked.loaded.index(None)
             self._give_back(asked, machine + 1)
             if asked.tickets[machine] is None:
@@ -198,7 +200,7 @@ class MachineStores:
         match message:
             case Loaded(part):
                 ticket = self._own_ticket[machine].pop(part)
-                asked = self._wants[ticket]
+                asked = self._load_requests[ticket]
                 asked.tickets[machine], asked.loaded[machine] = None, message
                 asked.seconds = max(asked.seconds, message.seconds)
                 asked.was_read |= message.was_read
@@ -222,12 +224,12 @@ class MachineStores:
                 return self._start_over(machine)
         return []
 
-    def _merge(self, ticket: int, asked: _Want) -> list[ToUser]:
-        want = asked.want
+    def _merge(self, ticket: int, asked: _LoadRequest) -> list[ToUser]:
+        load_request = asked.load_request
         found = [loaded for loaded in asked.loaded if loaded is not None]
         if len(found) < len(self._clients):
             return []
-        del self._wants[ticket]
+        del self._load_requests[ticket]
         digests = {loaded.pack.digest for loaded in found}
         if len(digests) > 1:
             self._take_back(asked)
@@ -235,7 +237,8 @@ class MachineStores:
                 Failed(
                     ticket,
                     FailureKind.INVALID,
-                    f"adapter {want.name!r}: the files at {want.path} are not the same on all "
+                    f"adapter {load_request.name!r}: the files at {load_request.path} are not the "
+                    "same on all "
                     f"machines of this server (BLAKE3 {', '.join(sorted(digests))}): serve "
                     "adapters from one shared folder, or copy the same files everywhere",
                     [],
@@ -277,7 +280,7 @@ class MachineStores:
 
     def _forget_checked(self, machine: int, pack: int) -> None:
         """A pack without a lease has gone before all machines had theirs: it was checked only."""
-        for asked in self._wants.values():
+        for asked in self._load_requests.values():
             loaded = asked.loaded[machine]
             if loaded is not None and loaded.pack.pack == pack:
                 gone = msgspec.structs.replace(loaded.pack, pack=0)
@@ -315,7 +318,7 @@ class MachineStores:
         """A machine's store is a new one: no adapter is on all machines any more."""
         self._totals[machine] = None
         self._lose(lambda _: True)
-        for ticket, asked in self._wants.items():
+        for ticket, asked in self._load_requests.items():
             if asked.loaded[machine] is not None:
                 asked.loaded[machine] = None
                 self._ask(machine, ticket, asked)

@@ -15,7 +15,7 @@ from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.worker import worker_calls
 from vllm_multilora.integration.worker_link.fill_link import FillLink
-from vllm_multilora.integration.worker_link.remote_link import Purpose, RemoteDoor
+from vllm_multilora.integration.worker_link.remote_link import Purpose, RemoteAcceptor
 from vllm_multilora.store.protocol.store_folder import StoreUnavailableError
 
 if TYPE_CHECKING:
@@ -33,20 +33,22 @@ class RemoteStore:
     """The store of another machine, as a `StoreHost`: a worker there brings it here.
 
     Args:
-        door: Where the worker connects.
+        acceptor: Where the worker connects.
         rank: Which worker.
         address: Where the store listens, on its own machine.
         first: The worker's first connection.
     """
 
-    def __init__(self, door: RemoteDoor, rank: int, address: str, first: socket.socket) -> None:
-        self._door = door
+    def __init__(
+        self, acceptor: RemoteAcceptor, rank: int, address: str, first: socket.socket
+    ) -> None:
+        self._acceptor = acceptor
         self._rank = rank
         self._first: socket.socket | None = first
         self.path = Path(address.removeprefix("unix:"))
 
     def connect(self) -> socket.socket:
-        connection, self._first = self._first or self._door.take("store", self._rank), None
+        connection, self._first = self._first or self._acceptor.take("store", self._rank), None
         if connection is None:
             raise StoreUnavailableError(
                 f"worker {self._rank} has not connected the store of its machine"
@@ -87,50 +89,52 @@ def reach(
         Their machines; None, and nothing is connected, where one cannot be reached.
     """
     try:
-        door = RemoteDoor(get_ip())  # where vLLM's own messages between machines go
+        acceptor = RemoteAcceptor(get_ip())  # where vLLM's own messages between machines go
     except OSError as error:
         logger.warning("Other machines cannot connect to this one: %s", error)
         return None
     machines = None
     try:
-        machines = _connect(executor, link, ranks, door, settings_of(vllm_config).store)
+        machines = _connect(executor, link, ranks, acceptor, settings_of(vllm_config).store)
     except OSError as error:
         logger.warning("Workers on other machines are not heard: %s", error)
     finally:
         if machines is None:
-            door.close()
+            acceptor.close()
     return machines
 
 
 def _connect(
-    executor: Any, link: FillLink, ranks: list[int], door: RemoteDoor, mode: str
+    executor: Any, link: FillLink, ranks: list[int], acceptor: RemoteAcceptor, mode: str
 ) -> list[RemoteMachine] | None:
-    found = executor.collective_rpc(worker_calls.reach_engine_core, args=(door.address,))
+    found = executor.collective_rpc(worker_calls.reach_engine_core, args=(acceptor.address,))
     if any(found[rank] is None for rank in ranks):
         return None
     members: dict[str, list[int]] = {}
     for rank in ranks:
         members.setdefault(found[rank], []).append(rank)
     leads = [workers[0] for workers in members.values()]
-    addresses = executor.collective_rpc(worker_calls.relay_store, args=(door.address, leads, mode))
+    addresses = executor.collective_rpc(
+        worker_calls.relay_store, args=(acceptor.address, leads, mode)
+    )
     if any(addresses[lead] is None for lead in leads):
         return None
-    fills = {rank: _await(door, "fills", rank) for rank in ranks}
-    stores = {lead: _await(door, "store", lead) for lead in leads}
+    fills = {rank: _await(acceptor, "fills", rank) for rank in ranks}
+    stores = {lead: _await(acceptor, "store", lead) for lead in leads}
     for rank, connection in fills.items():
         link.adopt(rank, connection)
     return [
         RemoteMachine(
-            workers, addresses[lead], RemoteStore(door, lead, addresses[lead], stores[lead])
+            workers, addresses[lead], RemoteStore(acceptor, lead, addresses[lead], stores[lead])
         )
         for workers, lead in zip(members.values(), leads, strict=True)
     ]
 
 
-def _await(door: RemoteDoor, purpose: Purpose, rank: int) -> socket.socket:
+def _await(acceptor: RemoteAcceptor, purpose: Purpose, rank: int) -> socket.socket:
     """A connection that a worker has made; its greeting may still be on its way."""
     deadline = time.monotonic() + _ARRIVAL_LIMIT_S
-    while (connection := door.take(purpose, rank)) is None:
+    while (connection := acceptor.take(purpose, rank)) is None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"worker {rank} has connected but sent nothing")
         time.sleep(0.01)

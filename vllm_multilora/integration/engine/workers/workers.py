@@ -18,7 +18,14 @@ import msgspec
 from vllm_multilora.integration.worker import worker_calls
 from vllm_multilora.integration.worker_link.fill_link import Answer, FillLink
 from vllm_multilora.integration.worker_link.orders import Order
-from vllm_multilora.store.protocol.messages import Failed, Forgotten, Loaded, PackInfo, ToUser, Want
+from vllm_multilora.store.protocol.messages import (
+    Failed,
+    Forgotten,
+    Loaded,
+    LoadRequest,
+    PackInfo,
+    ToUser,
+)
 
 Call = Callable[..., Any]
 """`collective_rpc` of vLLM's executor."""
@@ -28,7 +35,7 @@ Call = Callable[..., Any]
 # step's reply has read all before it: what can be unread is what was sent since the oldest step
 # under way was, and the replies of the steps under way, two for each. This many leave room for a
 # pipeline of eight stages.
-_MOST_UNREAD = 4
+_MAX_UNREAD = 4
 
 
 class LinkedWorkers:
@@ -60,7 +67,7 @@ class LinkedWorkers:
         # passing; while there are none the workers are idle and answer at once. Only where more
         # was sent than that during the steps under way does this wait, for the oldest of these,
         # which the engine core would wait for next: the worst is that one step does not overlap.
-        if len(self._sent) > _MOST_UNREAD:
+        if len(self._sent) > _MAX_UNREAD:
             self._sent.popleft().result()
 
     def poll(self, seconds: float = 0.0) -> list[tuple[int, Answer]]:
@@ -101,13 +108,13 @@ class WaitingStore:
         self._tickets = itertools.count(1)
         self._inbox: list[ToUser] = []
 
-    def want(self, want: Want) -> int:
+    def request_load(self, load_request: LoadRequest) -> int:
         ticket = next(self._tickets)
-        sent = msgspec.structs.replace(want, ticket=ticket)
+        sent = msgspec.structs.replace(load_request, ticket=ticket)
         answers: list[Loaded | Failed] = self._call(worker_calls.load_now, args=(sent,))
         # Workers of one model agree on all that is looked at here; a failure of one is enough.
         failure = next((answer for answer in answers if isinstance(answer, Failed)), None)
-        if failure is not None and want.keep:
+        if failure is not None and load_request.keep:
             self.release(ticket)  # some may have it
         self._inbox.append(failure or answers[0])
         return ticket

@@ -28,16 +28,16 @@ _PATCHES: tuple[patch.Patch, ...] = (
         target="vllm.v1.engine.output_processor:OutputProcessor._finish_request",
         takes=("self, req_state",),
         handler="server.requests.metering:finish_request",
-        why="As engine-door.",
-        until="As engine-door.",
+        why="As engine-admission.",
+        until="As engine-admission.",
     ),
     Patch(
         name="meter-abort",
         target="vllm.v1.engine.output_processor:OutputProcessor.abort_requests",
         takes=("self, request_ids, internal",),
         handler="server.requests.metering:abort_requests",
-        why="As engine-door.",
-        until="As engine-door.",
+        why="As engine-admission.",
+        until="As engine-admission.",
     ),
     Patch(
         name="meter-shutdown",
@@ -59,7 +59,7 @@ _PATCHES: tuple[patch.Patch, ...] = (
         ),
         handler="server.requests.metering:beam_search",
         why="A beam search is many requests to the engine. Counts it as what its answer says.",
-        until="As engine-door.",
+        until="As engine-admission.",
     ),
     Patch(
         name="error-texts",
@@ -80,10 +80,10 @@ _PATCHES: tuple[patch.Patch, ...] = (
         until="As error-texts.",
     ),
     Patch(
-        name="engine-door",
+        name="engine-admission",
         target="vllm.v1.engine.output_processor:OutputProcessor.add_request",
         takes=("self, request, prompt, parent_req=None, request_index=0, queue=None",),
-        handler="server.requests.engine_door:add_request",
+        handler="server.requests.engine_admission:add_request",
         why="All requests come by here on their way to the engine, in their client's context. "
         "Refuses what no check of the model's name has granted, and follows each prompt to its "
         "end: vLLM counts tokens of whole servers.",

@@ -39,18 +39,18 @@ logger = logging.getLogger(__name__)
 SCAN_S = 2.0
 """Time between two looks at the directories."""
 
-_MOST_BUSY = 0.2  # share of the time that looking may take, however slow the storage is
+_MAX_BUSY = 0.2  # share of the time that looking may take, however slow the storage is
 _FIND_LIMIT_S = 5.0  # for one folder
 # Other API servers may know an old version by name for as long as it takes them to see the new.
 _GRACE_S = http_calls.GRACE_S + 4 * SCAN_S
-_MOST_NAMED = 5
+_MAX_NAMED = 5
 
 _T = TypeVar("_T")
 
 DIRECTORY: Attached[DirectoryServer] = Attached("directory")
 """What serves the adapter directories for vLLM's `OpenAIServingModels`."""
 
-_MOST = 1_024
+_LIMIT = 1_024
 
 _T = TypeVar("_T")
 
@@ -116,7 +116,7 @@ class DirectoryServer:
                 logger.exception("The adapter directories could not be looked at.")
             took_s = time.monotonic() - began
             # Not after a single slow one: storage may have hung for minutes, and is back.
-            pause = max(SCAN_S, min(took_s, last_s) / _MOST_BUSY)
+            pause = max(SCAN_S, min(took_s, last_s) / _MAX_BUSY)
             last_s = took_s
 
     async def prepare(self, name: str) -> ErrorResponse | None:
@@ -172,9 +172,9 @@ class DirectoryServer:
             if name not in self._served and self._serve(folder) is not None:
                 come.append(name)
         if come:
-            logger.info("Adapter directories: serving %s", listed(come, _MOST_NAMED))
+            logger.info("Adapter directories: serving %s", listed(come, _MAX_NAMED))
         if gone:
-            logger.info("Adapter directories: no longer there: %s", listed(gone, _MOST_NAMED))
+            logger.info("Adapter directories: no longer there: %s", listed(gone, _MAX_NAMED))
         changed = [
             (served, adapters[name])
             for name, served in self._served.items()
@@ -327,8 +327,8 @@ def _is_by_its_files(refusal: ErrorResponse) -> bool:
 def _beginning(message: str) -> str:
     """The first problems of an adapter: a new version may have a hundred others every time."""
     problems = message.splitlines()
-    told = "\n".join(problems[:_MOST_NAMED])
-    return told if len(problems) <= _MOST_NAMED else f"{told}\n(requests for it are told all)"
+    rest = "" if len(problems) <= _MAX_NAMED else "\n(requests for it are told all)"
+    return "\n".join(problems[:_MAX_NAMED]) + rest
 
 
 class PendingLooks:
@@ -351,7 +351,7 @@ class PendingLooks:
         Raises:
             TimeoutError: It has not ended in time, or too many others have not.
         """
-        if len(self._looks) >= _MOST:
+        if len(self._looks) >= _LIMIT:
             raise TimeoutError("too many looks at storage have not ended")
         look = asyncio.ensure_future(begin())
         self._looks.add(look)

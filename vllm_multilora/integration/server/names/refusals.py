@@ -16,7 +16,7 @@ REFUSALS: Attached[Refusals] = Attached("refusals")
 
 FIRST_PAUSE_S = 2.0
 LONGEST_PAUSE_S = 60.0
-_MOST = 1024
+_LIMIT = 1024
 
 
 def next_pause(pause_s: float) -> float:
@@ -63,7 +63,7 @@ class Refusals:
         before = self._refusals.pop(adapter, None)
         pause_s = next_pause(before.pause_s) if before else FIRST_PAUSE_S
         self._refusals[adapter] = _Refusal(answer, pause_s, self._clock() + pause_s)
-        if len(self._refusals) > _MOST:
+        if len(self._refusals) > _LIMIT:
             self._refusals.popitem(last=False)
 
     def forget(self, adapter: Hashable) -> None:

@@ -30,8 +30,8 @@ from vllm_multilora.integration.server.names import shared_names
 from vllm_multilora.integration.server.names.public_names import is_reserved, public_names
 from vllm_multilora.integration.server.requests import metering
 from vllm_multilora.integration.server.requests.callers import TYPES
+from vllm_multilora.integration.server.requests.engine_admission import SEE_OFF
 from vllm_multilora.integration.server.requests.engine_calls import answer_of
-from vllm_multilora.integration.server.requests.engine_door import SEE_OFF
 from vllm_multilora.integration.server.requests.http_calls import GRACE_S
 from vllm_multilora.integration.server.settings.gateway_activation import manages_adapters_behind
 
@@ -47,7 +47,7 @@ ROUTE_NAMES: Attached[Container[str]] = Attached("route-names")
 
 _LOCKS: Attached[LocksInUse] = Attached("locks")
 
-MOST_ADAPTERS = 65_536
+MAX_ADAPTERS = 65_536
 """Adapters that an API server serves at a time: as many as an engine can know."""
 
 LATE_GRACE_S = 3 * GRACE_S
@@ -273,11 +273,11 @@ def name_refusal(models: Any, name: str) -> AdapterErrorResponse | None:
 
 def one_too_many(models: Any, name: str, param: str) -> AdapterErrorResponse | None:
     """The answer where the server has as many adapters as it can, and a name is none of theirs."""
-    if name in public_names(models) or len(public_names(models)) < MOST_ADAPTERS:
+    if name in public_names(models) or len(public_names(models)) < MAX_ADAPTERS:
         return None
     return error_response(
         HTTPStatus.BAD_REQUEST,
-        f"adapter {name!r}: this server has {MOST_ADAPTERS} adapters, and serves no more; "
+        f"adapter {name!r}: this server has {MAX_ADAPTERS} adapters, and serves no more; "
         f"unload one first",
         param=param,
     )

@@ -73,7 +73,7 @@ RETRY_S = 5.0
 LOOK_LIMIT_S = 5.0
 """For one look at the file: storage that hangs must not keep requests for ever."""
 
-_MOST_LED = 1_024
+_MAX_LED = 1_024
 
 
 class ServerRoutes:
@@ -172,7 +172,7 @@ class ServerRoutes:
 
     def _note_led(self, blend: int) -> None:
         """A route has led to a blend; every new version of a part makes it another one."""
-        if len(self._led) >= _MOST_LED:
+        if len(self._led) >= _MAX_LED:
             self._led.clear()
         self._led.add(blend)
 
@@ -290,7 +290,7 @@ class ServerRoutes:
         return self._refreshing
 
     async def _read_again(self) -> None:
-        if await self._file.refresh_aside():
+        if await self._file.refresh_on_thread():
             self.tell_unknown()
         self._due = time.monotonic() + REFRESH_S
 

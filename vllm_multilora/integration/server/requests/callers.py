@@ -29,17 +29,17 @@ if TYPE_CHECKING:
     from vllm_multilora.tenants.tenant import Tenant
 
 
-MOST_ANSWERS = 2_048
+MAX_ANSWERS = 2_048
 """Answers in flight per call of a tenant. Starting one costs the event loop about 0.1 ms."""
 
-MOST_SCORES = 65_536
+MAX_SCORES = 65_536
 """Log probabilities that a tenant's call may want to be told in one piece; each takes the event
 loop up to fifteen microseconds."""
 
-MOST_RESULTS = 64 << 20
+MAX_RESULTS = 64 << 20
 """Numbers that the engine may send for a tenant's pooling call: of embeddings of tokens, say."""
 
-MOST_RESULTS_AS = {
+MAX_RESULTS_AS = {
     "float": 1 << 20,
     **dict.fromkeys(("base64", "bytes", "bytes_only"), 16 << 20),
 }
@@ -89,7 +89,7 @@ class Caller:
     retry_after_s: int | None = None
     has_turn: bool = False
     body_bytes: int = 0
-    most_results: int = MOST_RESULTS
+    most_results: int = MAX_RESULTS
     seal_secret: str = ""
     _text: int = 0
     _answers: int = 0
@@ -154,22 +154,22 @@ class Caller:
         """
         if self.account is None:
             return
-        wanted, limit = self._answers + count, self.account.most_answers
-        most = MOST_ANSWERS if limit is None else min(limit, MOST_ANSWERS)
-        self._bound(wanted, most, "answers at a time, those to all of its prompts together.")
+        requested, limit = self._answers + count, self.account.most_answers
+        most = MAX_ANSWERS if limit is None else min(limit, MAX_ANSWERS)
+        self._bound(requested, most, "answers at a time, those to all of its prompts together.")
         try:
-            self.account.want(count)
+            self.account.reserve_answers(count)
         except LimitReachedError as error:
             self.retry_after_s = error.retry_after_s
             raise GracefulHTTPError(str(error), HTTPStatus.TOO_MANY_REQUESTS) from error
-        self._answers = wanted
+        self._answers = requested
 
     def answered(self, count: int = 1) -> None:
         """So many of them have ended: others may have their places before the call ends."""
         if self.account is not None:
             ended = min(count, self._answers)  # none are left where the call has ended before
             self._answers -= ended
-            self.account.unwant(ended)
+            self.account.release_answers(ended)
 
     def count_scores(self, count: int) -> None:
         """The call is told so many log probabilities in one piece, more than before.
@@ -179,7 +179,7 @@ class Caller:
         """
         self._scores += count
         what = "log probabilities at a time at most, of answers that are not streamed."
-        self._bound(self._scores, MOST_SCORES, what)
+        self._bound(self._scores, MAX_SCORES, what)
 
     def expect_results(self, form: str | None) -> None:
         """Says how a pooling call has its results told.
@@ -187,7 +187,7 @@ class Caller:
         Args:
             form: The call's `encoding_format`; None for an endpoint that has none.
         """
-        self.most_results = MOST_RESULTS_AS.get(form or "", MOST_RESULTS)
+        self.most_results = MAX_RESULTS_AS.get(form or "", MAX_RESULTS)
 
     def count_results(self, count: int) -> None:
         """The engine has sent so many numbers more for a pooling call.
@@ -200,8 +200,8 @@ class Caller:
         hint = "send fewer prompts at a time, or ask for `encoding_format` base64."
         self._bound(self._results, self.most_results, f"numbers in its answer at most: {hint}")
 
-    def _bound(self, wanted: int, most: int, what: str) -> None:
-        if self.account is not None and wanted > most:
+    def _bound(self, requested: int, most: int, what: str) -> None:
+        if self.account is not None and requested > most:
             raise GracefulHTTPError(f"One call may want {most} {what}", HTTPStatus.BAD_REQUEST)
 
     def seal(self, own: str | None) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-from vllm_multilora.adapters.served_names import MOST_NAME_BYTES
+from vllm_multilora.adapters.served_names import MAX_NAME_BYTES
 from vllm_multilora.integration.api_server.registered_versions import Version, find
 from vllm_multilora.integration.server.requests.callers import error_response
 
@@ -26,7 +26,7 @@ GRACE_S = 5.0
 """How long a request may be on its way from its adapter's name to the engine."""
 
 _ASKS = re.compile(r"(?s)(.+)@([0-9a-f]{8,64})")
-_MOST_CHARACTERS = MOST_NAME_BYTES + 1 + 64
+_MAX_CHARACTERS = MAX_NAME_BYTES + 1 + 64
 
 SHOWN_DIGITS = 16
 """Digits of a digest in answers."""
@@ -34,7 +34,7 @@ SHOWN_DIGITS = 16
 BLEND_FIELD = "lora_blend"
 """Field of request bodies: a weight for each adapter of a blend."""
 
-MOST_ERROR = 16_384
+MAX_ERROR = 16_384
 """Characters of an error's text, which may repeat what its request holds."""
 _LONG_RUN = re.compile(r"(\S{256})\S++|(\s{64})\s++")
 
@@ -52,7 +52,7 @@ def split(
     Returns:
         The name, and the digits that were asked for; none where any version will do.
     """
-    is_short = len(model) <= _MOST_CHARACTERS  # nobody is answered while it is looked at
+    is_short = len(model) <= _MAX_CHARACTERS  # nobody is answered while it is looked at
     found = _ASKS.fullmatch(model) if is_short and "@" in model else None
     if found is None or model in served or is_name(model):
         return model, ""
@@ -147,5 +147,5 @@ def sanitize_message(original: Callable[[str], str], message: str) -> str:
     """
     if current_call.get() is None:  # the plugin does not act
         return original(message)
-    shown = message if len(message) <= MOST_ERROR else f"{message[:MOST_ERROR]}..."
+    shown = message if len(message) <= MAX_ERROR else f"{message[:MAX_ERROR]}..."
     return original(_LONG_RUN.sub(r"\1\2...", shown))

@@ -127,9 +127,9 @@ class ServerMeter:
         """
         # How much of the prompt another engine had in its cache: the request says so, and vLLM
         # believes it, whoever has sent it and whatever the number is.
-        if (told := getattr(state, "remote_prefill_cached_tokens", None)) is not None:
+        if (reported := getattr(state, "remote_prefill_cached_tokens", None)) is not None:
             state.remote_prefill_cached_tokens = (
-                min(max(told, 0), state.prompt_len) if self._takes_prefills else None
+                min(max(reported, 0), state.prompt_len) if self._takes_prefills else None
             )
         parent = state.parent_req
         prompt = None if parent is None else PROMPT.get(parent)

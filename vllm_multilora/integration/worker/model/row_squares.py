@@ -23,7 +23,7 @@ ROW_SQUARES: Attached[torch.Tensor] = Attached("row-squares")
 """The squared lengths of the rows of a linear layer whose weights vLLM has repacked."""
 
 _ELEMENTS = 1 << 20  # of each block
-_LEAST_SQUARE = 1e-6  # of the base row's; a shorter row has no length that float32 could tell
+_MIN_SQUARE = 1e-6  # of the base row's; a shorter row has no length that float32 could tell
 
 
 class RowSquares:
@@ -112,7 +112,7 @@ class RowSquares:
         out.add_(base)
         # What is left of a row that an update takes away is rounding, another on each machine.
         least = self._least[: len(out)]
-        torch.sub(out, base, alpha=_LEAST_SQUARE, out=least)
+        torch.sub(out, base, alpha=_MIN_SQUARE, out=least)
         out.mul_(least.gt_(0))
 
     def _of_base(self, number: int) -> torch.Tensor:

@@ -180,7 +180,7 @@ class SlotFiller:
 
     def _carry_out(self, order: Order, queued: Any, known: torch.Tensor | None) -> Answer:
         begin = time.perf_counter()
-        step_aside()
+        yield_processor()
         try:
             if queued is None:
                 self._fill_or_check(order, known)
@@ -294,14 +294,14 @@ class Registered:
     def add(self, number: int, address: int, size: int) -> None:
         """Page-locks a segment."""
         self._parts[number] = []
-        self._aside(self._add, number, address, size)
+        self._on_thread(self._add, number, address, size)
 
     def drop(self, number: int) -> None:
         """Lets go of it, before it is unmapped."""
-        self._aside(self._drop, number)
+        self._on_thread(self._drop, number)
 
-    def _aside(self, call: Callable[..., None], *args: int) -> None:
-        name, device = "multilora-fill-aside", (self._device,)
+    def _on_thread(self, call: Callable[..., None], *args: int) -> None:
+        name, device = "multilora-fill-memory", (self._device,)
         with ThreadPoolExecutor(1, name, torch.cuda.set_device, device) as thread:
             thread.submit(call, *args).result()
 
@@ -325,7 +325,7 @@ class Registered:
             torch.cuda.cudart().cudaHostUnregister(begin)
 
 
-def step_aside() -> None:
+def yield_processor() -> None:
     """Takes the calling thread out of the way of the model's own threads.
 
     It may use the processors that its process is not bound to, too (`processors`), at a lower

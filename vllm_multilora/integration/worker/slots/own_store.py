@@ -13,11 +13,11 @@ from vllm_multilora.store.clients.client import StoreClient
 from vllm_multilora.store.protocol.messages import (
     Failed,
     Loaded,
+    LoadRequest,
     PackInfo,
     Restarted,
     StoreSettings,
     ToUser,
-    Want,
 )
 
 _MARGIN_S = 10.0  # beyond the store's own limit for one adapter: others may be before it
@@ -51,14 +51,14 @@ class OwnStore:
         self._limit_s = settings.timeout_s + _MARGIN_S
         self._packs: dict[int, PackInfo] = {}
 
-    def load(self, want: Want) -> Loaded | Failed:
+    def load(self, load_request: LoadRequest) -> Loaded | Failed:
         """Loads an adapter; returns the store's answer, with the engine core's numbers in it.
 
         Args:
-            want: With the engine core's ticket.
+            load_request: With the engine core's ticket.
         """
-        ticket = want.ticket
-        own = self._client.want(want)
+        ticket = load_request.ticket
+        own = self._client.request_load(load_request)
         deadline = time.monotonic() + self._limit_s
         while (left := deadline - time.monotonic()) > 0:
             answer = self._take(self._client.poll(left), own)

@@ -10,7 +10,7 @@ from vllm_multilora.toolbox.planning.memory_plan import MemoryPlan
 from vllm_multilora.toolbox.planning.plan_hints import Advice
 from vllm_multilora.wording import counted, listed
 
-_MOST_NAMED = 5
+_MAX_NAMED = 5
 
 
 def advice_lines(plan: MemoryPlan) -> Iterator[str]:
@@ -54,7 +54,7 @@ def _notes(plan: MemoryPlan) -> Iterator[str]:
         left_out = [a.name for a in survey.adapters if a.rank > plan.max_lora_rank]
         yield (
             f"--max-lora-rank {plan.max_lora_rank} is too small for "
-            f"{listed(left_out, _MOST_NAMED)}: --max-lora-rank {highest} serves all"
+            f"{listed(left_out, _MAX_NAMED)}: --max-lora-rank {highest} serves all"
         )
     elif highest < plan.max_lora_rank:
         saved = plan.total - plan.model.by_rank[highest].total(plan.max_loras)
@@ -63,7 +63,7 @@ def _notes(plan: MemoryPlan) -> Iterator[str]:
         below, top = advice.outliers
         if len(below.left_out) * 2 <= len(survey.adapters):
             yield (
-                f"{listed(below.left_out, _MOST_NAMED)} alone "
+                f"{listed(below.left_out, _MAX_NAMED)} alone "
                 f"need{'s' * (len(below.left_out) == 1)} rank {top.rank}, which costs "
                 f"{_worth(top.bytes - below.bytes, plan)}: train at rank {below.rank}, or serve "
                 "elsewhere"

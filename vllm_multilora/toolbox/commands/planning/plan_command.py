@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_multilora.errors import ConfigError
-from vllm_multilora.slots.assignment import MOST_SLOTS
+from vllm_multilora.slots.assignment import MAX_SLOTS
 from vllm_multilora.slots.budget import GIB
 from vllm_multilora.toolbox.commands.arguments import server_flags
 from vllm_multilora.toolbox.commands.output import plots
@@ -144,7 +144,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.calibration is not None:
         raise ConfigError("--calibration is for --traffic, which is not given")
     for flag, value, most in (
-        ("--max-loras", arguments.max_loras, MOST_SLOTS),
+        ("--max-loras", arguments.max_loras, MAX_SLOTS),
         ("--max-lora-rank", arguments.max_lora_rank, math.inf),
         ("--tensor-parallel-size", arguments.tensor_parallel_size, math.inf),
         ("--max-model-len", arguments.max_model_len, math.inf),

@@ -18,13 +18,13 @@ from vllm_multilora.store.protocol.messages import (
     Failed,
     Forgotten,
     Loaded,
+    LoadRequest,
     PackInfo,
     Reading,
     Restarted,
-    Want,
 )
 
-MOST_BLENDS = 3
+MAX_BLENDS = 3
 
 
 def lora(number: int, *, path: str | None = None, inplace: bool = False) -> LoRARequest:
@@ -52,7 +52,7 @@ class FakeStore:
     """Answers what the test says; takes note of leases."""
 
     def __init__(self) -> None:
-        self.wants: dict[int, Want] = {}
+        self.load_requests: dict[int, LoadRequest] = {}
         self.leases: Counter[int] = Counter()
         self.forgotten: list[int] = []
         self.used_packs: list[list[int]] = []
@@ -63,17 +63,21 @@ class FakeStore:
 
     # What the engine core asks
 
-    def want(self, want):
+    def request_load(self, load_request):
         self.tickets += 1
-        self.wants[self.tickets] = msgspec.structs.replace(want, ticket=self.tickets)
+        self.load_requests[self.tickets] = msgspec.structs.replace(
+            load_request, ticket=self.tickets
+        )
         return self.tickets
 
     def share(self, ticket, owner):
-        if (asked := self.wants.get(ticket)) is not None:  # else the answer is on its way
-            self.wants[ticket] = msgspec.structs.replace(asked, owners=(*asked.owners, owner))
+        if (asked := self.load_requests.get(ticket)) is not None:  # else the answer is on its way
+            self.load_requests[ticket] = msgspec.structs.replace(
+                asked, owners=(*asked.owners, owner)
+            )
 
     def cancel(self, ticket):
-        self.wants.pop(ticket, None)
+        self.load_requests.pop(ticket, None)
         for message in self.inbox:
             if isinstance(message, Loaded) and message.ticket == ticket and message.leased:
                 self.release(message.pack.pack)
@@ -100,27 +104,32 @@ class FakeStore:
 
     # What the test says
 
-    def only(self) -> Want:
-        (want,) = self.wants.values()
-        return want
+    def only(self) -> LoadRequest:
+        (load_request,) = self.load_requests.values()
+        return load_request
 
-    def loaded(self, pack: PackInfo, want: Want | None = None, *, was_read: bool = True) -> None:
-        want = want or self.only()
-        del self.wants[want.ticket]
-        leased = want.keep
+    def loaded(
+        self, pack: PackInfo, load_request: LoadRequest | None = None, *, was_read: bool = True
+    ) -> None:
+        load_request = load_request or self.only()
+        del self.load_requests[load_request.ticket]
+        leased = load_request.keep
         assert not leased or pack.pack
         self.leases[pack.pack] += leased
-        self.inbox.append(Loaded(want.ticket, pack, 0.1, was_read, leased))
+        self.inbox.append(Loaded(load_request.ticket, pack, 0.1, was_read, leased))
 
     def reading(self) -> None:
         self.inbox.append(Reading(self.only().ticket))
 
     def failed(
-        self, want: Want | None = None, kind=FailureKind.INVALID, problems: tuple = ()
+        self,
+        load_request: LoadRequest | None = None,
+        kind=FailureKind.INVALID,
+        problems: tuple = (),
     ) -> None:
-        want = want or self.only()
-        del self.wants[want.ticket]
-        self.inbox.append(Failed(want.ticket, kind, "it is bad", list(problems)))
+        load_request = load_request or self.only()
+        del self.load_requests[load_request.ticket]
+        self.inbox.append(Failed(load_request.ticket, kind, "it is bad", list(problems)))
 
     def evict(self, pack: int) -> None:
         assert not self.leases[pack]
@@ -206,7 +215,7 @@ class Engine:
         required=None,
         signing_keys=None,
         recorder=None,
-        most_blends=MOST_BLENDS,
+        most_blends=MAX_BLENDS,
         copy_s=0.0,
     ) -> None:
         self.store = FakeStore()
@@ -239,7 +248,7 @@ class Engine:
 
     def host(self, number: int, pack: int | None = None, **content) -> None:
         """A request has come for an adapter, and the store has it."""
-        self.adapters.want(lora(number))
+        self.adapters.request_load(lora(number))
         self.store.loaded(pack_info(pack or number, **content))
         self.poll()
 
@@ -256,8 +265,8 @@ class Engine:
 
     def answer(self) -> None:
         """The store and the workers answer everything."""
-        for want in list(self.store.wants.values()):
-            self.store.loaded(pack_info(want.adapter), want)
+        for load_request in list(self.store.load_requests.values()):
+            self.store.loaded(pack_info(load_request.adapter), load_request)
         for order in list(self.workers.orders):
             self.workers.filled(order)
 

@@ -10,25 +10,25 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from tests.engine.executors import StartedExecutor
-from tests.engine.parties import FakeStore, lora, pack_info
+from tests.engine.fake_engine import FakeStore, lora, pack_info
 from tests.engine.scheduling.test_scheduler import Server, config
 from vllm_multilora.integration.engine import core
 from vllm_multilora.integration.engine.core import SERVER
 from vllm_multilora.integration.engine.scheduling import scheduler
-from vllm_multilora.integration.engine.scheduling.scheduler import Asides
+from vllm_multilora.integration.engine.scheduling.scheduler import DeferredCalls
 from vllm_multilora.integration.worker_link.fill_link import LINK
 
 
 def test_it_is_said_in_order_and_what_follows_from_it_too():
-    asides, said = Asides(), []
-    asides.say(lambda: said.append("at once"))
-    asides.wait = True
-    asides.say(lambda: asides.say(lambda: said.append("third")))
-    asides.say(lambda: said.append("second"))
+    deferred_calls, said = DeferredCalls(), []
+    deferred_calls.say(lambda: said.append("at once"))
+    deferred_calls.wait = True
+    deferred_calls.say(lambda: deferred_calls.say(lambda: said.append("third")))
+    deferred_calls.say(lambda: said.append("second"))
     assert said == ["at once"]
-    asides.flush()
+    deferred_calls.flush()
     assert said == ["at once", "second", "third"]
-    asides.flush()
+    deferred_calls.flush()
     assert len(said) == 3
 
 
@@ -40,13 +40,13 @@ def test_only_other_processes_compute_while_something_is_said(monkeypatch, kind,
     SERVER.set(executor, "server")
     store = SimpleNamespace(say_by=lambda say, say_all: None, start_waking=lambda wake: None)
     monkeypatch.setattr(core, "_open_stores", lambda *arguments: store)
-    asides = Asides()
+    deferred_calls = DeferredCalls()
     executor.vllm_config = None
-    core._connect(executor, SimpleNamespace(asides=asides), lambda: None)
-    assert asides.wait is waits
+    core._connect(executor, SimpleNamespace(deferred_calls=deferred_calls), lambda: None)
+    assert deferred_calls.wait is waits
 
 
-class Aside(FakeStore):
+class Deferred(FakeStore):
     """A store that hears what is said of requests' adapters when it is called."""
 
     def __init__(self) -> None:
@@ -55,9 +55,9 @@ class Aside(FakeStore):
         self.say: Callable = lambda call: call()
         self.say_all: Callable = lambda: None
 
-    def want(self, want):
-        self.say(lambda: self.heard.append(want.adapter))
-        return super().want(want)
+    def request_load(self, load_request):
+        self.say(lambda: self.heard.append(load_request.adapter))
+        return super().request_load(load_request)
 
     def poll(self, seconds=0.0):
         if seconds:
@@ -67,12 +67,12 @@ class Aside(FakeStore):
 
 @pytest.fixture
 def server(monkeypatch) -> Server:
-    monkeypatch.setattr("tests.engine.parties.FakeStore", Aside)
+    monkeypatch.setattr("tests.engine.fake_engine.FakeStore", Deferred)
     monkeypatch.setattr(scheduler, "engine_recorder", lambda config: None)
     server = Server()
-    asides = server.scheduler.asides
-    server.engine.store.say, server.engine.store.say_all = asides.say, asides.flush
-    asides.wait = True
+    deferred_calls = server.scheduler.deferred_calls
+    server.engine.store.say, server.engine.store.say_all = deferred_calls.say, deferred_calls.flush
+    deferred_calls.wait = True
     return server
 
 
@@ -97,7 +97,7 @@ def test_a_request_whose_adapter_is_in_memory_has_its_slot_filled_in_the_next_st
     """Its lease takes a moment, and a step all the longer."""
     server.engine.host(1, 7)
     server.engine.adapters.drop(1)
-    server.scheduler.asides.flush()
+    server.scheduler.deferred_calls.flush()
     server.ask("base")
     server.ask("a", 1)
     server.engine.store.answers = lambda: server.engine.store.loaded(pack_info(7))
@@ -116,10 +116,10 @@ def test_calls_are_carried_out_and_answered_when_the_step_is_with_the_workers(se
     server.step()
     good, bad = (executor.add_lora(lora(number)) for number in (1, 2))
     output = server.scheduler.schedule()
-    assert server.engine.store.wants == {}
+    assert server.engine.store.load_requests == {}
     server.scheduler.get_grammar_bitmask(output)
     assert server.engine.store.heard == [1, 2]
-    one, other = list(server.engine.store.wants.values())
+    one, other = list(server.engine.store.load_requests.values())
     server.engine.store.failed(other)
     server.engine.store.loaded(pack_info(1), one)
     output = server.scheduler.schedule()

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 from tests.store.loads.registries import CONTENTS, PAGE, World, digest_of
-from vllm_multilora.adapters.blend import MOST_PARTS, Blend, BlendPart
+from vllm_multilora.adapters.blend import MAX_PARTS, Blend, BlendPart
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.store.jobs import desk as desks
-from vllm_multilora.store.jobs.desk import BRIEF_S, MOST_STUCK, Desk
+from vllm_multilora.store.jobs import job_pool as job_pools
+from vllm_multilora.store.jobs.job_pool import BRIEF_S, MAX_STUCK, JobPool
 from vllm_multilora.store.jobs.runner import End, Use
 from vllm_multilora.store.protocol.channel import Channel
 from vllm_multilora.store.protocol.job_messages import (
     LONGEST_FIELD,
     LONGEST_MESSAGE,
-    MOST_CHARACTERS,
-    MOST_PROBLEMS,
+    MAX_CHARACTERS,
+    MAX_PROBLEMS,
     Checked,
     Done,
     Failure,
@@ -68,15 +68,15 @@ class PlayedJob:
         return self.yields > self.refused_yields
 
 
-class DeskWorld(World):
-    """A registry with a desk, at which the test plays the jobs and not what the desk does."""
+class JobPoolWorld(World):
+    """A registry with a pool, at which the test plays the jobs and not what the pool does."""
 
     def __init__(self) -> None:
-        super().__init__(StoreSettings(budget_bytes=100 * PAGE, jobs=MOST_STUCK + 1))
+        super().__init__(StoreSettings(budget_bytes=100 * PAGE, jobs=MAX_STUCK + 1))
         self.now = time.monotonic()
         self.started: dict[str, PlayedJob] = {}
         self.selector = selectors.DefaultSelector()
-        self.desk = Desk(self.Runner(self.started), None, self.selector)
+        self.job_pool = JobPool(self.Runner(self.started), None, self.selector)
 
     class Runner:
         def __init__(self, started: dict[str, PlayedJob]) -> None:
@@ -88,16 +88,16 @@ class DeskWorld(World):
 
     def start(self, load):
         self.loads[load.number] = load
-        self.desk.start(load)
+        self.job_pool.start(load)
 
     def tell(self, job, message, segments):
-        self.desk.tell(job, message, [])
+        self.job_pool.tell(job, message, [])
 
     def kill(self, job):
-        self.desk.kill(job)
+        self.job_pool.kill(job)
 
     def refusal(self, path):
-        return self.desk.refusal(path)
+        return self.job_pool.refusal(path)
 
     def number(self, path: str) -> int:
         return max(number for number, load in self.loads.items() if load.path == path)
@@ -107,24 +107,24 @@ class DeskWorld(World):
         job = self.started[path]
         for message in messages:
             job.channel.send(message)
-        self.desk.hear(self.number(path), self.registry.loads)
+        self.job_pool.hear(self.number(path), self.registry.loads)
         if job.is_killed:
             return []
         return [message for message, _ in job.channel.receive()]
 
     def look(self) -> None:
-        self.desk.look(self.registry.loads)
+        self.job_pool.look(self.registry.loads)
         self.registry.loads.tick(self.now)
 
 
 @pytest.fixture
-def world() -> DeskWorld:
-    return DeskWorld()
+def world() -> JobPoolWorld:
+    return JobPoolWorld()
 
 
 def test_a_job_that_says_what_it_should_is_heard(world):
     client = world.client(-1)
-    ticket = world.want(client, 1)
+    ticket = world.request_load(client, 1)
     assert world.say("/adapters/1", OPENED) == []
     (place,) = world.say("/adapters/1", CHECKED)
     assert isinstance(place, Place)
@@ -134,7 +134,7 @@ def test_a_job_that_says_what_it_should_is_heard(world):
 
 def test_job_of_known_files_when_it_has_gone_on_is_killed_unheard(world):
     client = world.client(-1)
-    first, second = world.want(client, 1), world.want(client, 2)
+    first, second = world.request_load(client, 1), world.request_load(client, 2)
     for message in (OPENED, CHECKED, DONE):
         world.say("/adapters/1", message)
     assert isinstance(world.answer(client, first), Loaded)
@@ -147,7 +147,7 @@ def test_job_of_known_files_when_it_has_gone_on_is_killed_unheard(world):
 def test_what_a_socket_cannot_hold_is_said_bit_by_bit(world):
     count = 100_000  # as many as a mixture of experts may have
     world.client(-1, budget_bytes=PAGE * count)
-    world.want(-1, 1)
+    world.request_load(-1, 1)
     world.say("/adapters/1", OPENED)
     job = world.started["/adapters/1"].channel
     job.send(Checked(CONTENTS, blocks(*[64] * count)))
@@ -156,12 +156,12 @@ def test_what_a_socket_cannot_hold_is_said_bit_by_bit(world):
     while not said:
         job.flush()
         due = world.selector.select(10.0)
-        assert due, "the desk waits for nothing, and the job for its place"
+        assert due, "the pool waits for nothing, and the job for its place"
         for key, _ in due:
             if key.fileobj is job:
                 said += job.receive()
             else:
-                world.desk.hear(key.data, world.registry.loads)
+                world.job_pool.hear(key.data, world.registry.loads)
     ((place, _),) = said
     assert len(place.places) == 8 * count
     assert {key.events for key in world.selector.get_map().values()} == {selectors.EVENT_READ}
@@ -170,7 +170,7 @@ def test_what_a_socket_cannot_hold_is_said_bit_by_bit(world):
 def test_a_place_that_a_job_has_waited_for_is_said_bit_by_bit_too(world, monkeypatch):
     count = 5000
     world.client(-1, budget_bytes=PAGE * count)
-    world.want(-1, 1)
+    world.request_load(-1, 1)
     world.say("/adapters/1", OPENED)
     world.started["/adapters/1"].ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
     with monkeypatch.context() as no_room:
@@ -183,9 +183,9 @@ def test_a_place_that_a_job_has_waited_for_is_said_bit_by_bit_too(world, monkeyp
 
 def test_a_job_that_hangs_up_is_killed_and_its_adapter_fails(world):
     client = world.client(-1)
-    ticket = world.want(client, 1)
+    ticket = world.request_load(client, 1)
     world.started["/adapters/1"].channel.close()
-    world.desk.hear(world.number("/adapters/1"), world.registry.loads)
+    world.job_pool.hear(world.number("/adapters/1"), world.registry.loads)
     assert world.started["/adapters/1"].is_killed
     assert world.started["/adapters/1"].ours.fileno() == -1
     world.look()
@@ -193,7 +193,7 @@ def test_a_job_that_hangs_up_is_killed_and_its_adapter_fails(world):
 
 
 def test_job_yields_processors_once_it_has_used_more_than_a_brief_time(world):
-    world.want(world.client(-1), 1)
+    world.request_load(world.client(-1), 1)
     job = world.started["/adapters/1"]
     job.processor_s = BRIEF_S / 2
     world.look()
@@ -205,7 +205,7 @@ def test_job_yields_processors_once_it_has_used_more_than_a_brief_time(world):
 
 
 def test_job_is_asked_again_to_yield_processors_where_the_system_was_busy(world):
-    world.want(world.client(-1), 1)
+    world.request_load(world.client(-1), 1)
     job = world.started["/adapters/1"]
     job.processor_s, job.refused_yields = BRIEF_S, 2
     for _ in range(5):
@@ -217,11 +217,11 @@ def test_what_jobs_do_is_looked_at_while_others_wait(world, monkeypatch):
     seen, queue = [], world.registry.loads.queue
     monkeypatch.setattr(queue, "looked_at", lambda number, *use, **state: seen.append(number))
     client = world.client(-1)
-    world.want(client, 1)
+    world.request_load(client, 1)
     world.look()
     assert not seen
     queue.places = 1
-    world.want(client, 2)
+    world.request_load(client, 2)
     world.look()
     assert seen == [world.number("/adapters/1")]
 
@@ -237,12 +237,12 @@ def test_what_jobs_do_is_looked_at_while_others_wait(world, monkeypatch):
     ],
 )
 def test_what_hangs_is_the_nearest_mount(path, source):
-    assert desks._source_of(path, ["/", "/slow", "/slow/deep"]) == source
+    assert job_pools._source_of(path, ["/", "/slow", "/slow/deep"]) == source
 
 
 def test_a_job_that_waits_for_room_has_nothing_to_say(world, monkeypatch):
     client = world.client(-1)
-    ticket = world.want(client, 1)
+    ticket = world.request_load(client, 1)
     world.say("/adapters/1", OPENED)
     monkeypatch.setattr(world.memory, "room", lambda blocks, *, evict: None)
     assert world.say("/adapters/1", CHECKED) == []
@@ -253,14 +253,14 @@ def test_a_job_that_waits_for_room_has_nothing_to_say(world, monkeypatch):
 @pytest.mark.parametrize("is_noticed", [True, False])
 def test_room_for_a_job_that_has_hung_up_is_given_back(world, monkeypatch, is_noticed):
     client = world.client(-1)
-    ticket = world.want(client, 1)
+    ticket = world.request_load(client, 1)
     world.say("/adapters/1", OPENED)
     with monkeypatch.context() as no_room:
         no_room.setattr(world.memory, "room", lambda blocks, *, evict: None)
         world.say("/adapters/1", CHECKED)
     world.started["/adapters/1"].channel.close()
     if is_noticed:
-        world.desk.hear(world.number("/adapters/1"), world.registry.loads)
+        world.job_pool.hear(world.number("/adapters/1"), world.registry.loads)
     world.registry.loads.give_room(world.now)
     assert world.started["/adapters/1"].is_killed
     assert world.memory.totals().bytes == PAGE  # until it has ended
@@ -271,7 +271,7 @@ def test_room_for_a_job_that_has_hung_up_is_given_back(world, monkeypatch, is_no
 
 def test_a_job_may_fail_at_any_time(world):
     client = world.client(-1)
-    ticket = world.want(client, 1)
+    ticket = world.request_load(client, 1)
     world.say("/adapters/1", Failure(FailureKind.INVALID, "it is broken", []))
     assert world.answer(client, ticket).message == "it is broken"
 
@@ -284,18 +284,18 @@ def test_a_failure_is_kept_in_bounded_length():
     assert first["count"] == 3
     assert len(first["message"]) <= LONGEST_FIELD
     length = sum(len(key) + len(str(value)) for key, value in first.items())
-    assert kept.problems == [first] * (MOST_CHARACTERS // length)
+    assert kept.problems == [first] * (MAX_CHARACTERS // length)
 
 
 def test_a_failure_of_that_length_is_kept_as_it_is():
-    problems = [{"message": "m", "count": number} for number in range(MOST_PROBLEMS)]
+    problems = [{"message": "m", "count": number} for number in range(MAX_PROBLEMS)]
     failure = Failure(FailureKind.INVALID, "x" * LONGEST_MESSAGE, problems)
     assert failure.bounded() == failure
 
 
 def test_what_a_job_says_of_its_failure_is_cut_to_what_may_be_kept(world):
     client = world.client(-1)
-    ticket = world.want(client, 1)
+    ticket = world.request_load(client, 1)
     world.say("/adapters/1", Failure(FailureKind.INVALID, "x" * 2 * LONGEST_MESSAGE, []))
     assert len(world.answer(client, ticket).message) <= LONGEST_MESSAGE
 
@@ -312,9 +312,9 @@ def test_what_a_job_says_of_its_failure_is_cut_to_what_may_be_kept(world):
 )
 def test_a_job_that_speaks_out_of_turn_fails_alone(world, said):
     client = world.client(-1)
-    hostile, honest = world.want(client, 1), world.want(client, 2)
+    hostile, honest = world.request_load(client, 1), world.request_load(client, 2)
     world.say("/adapters/1", *said, OPENED, CHECKED)  # and goes on speaking
-    world.desk.hear(world.number("/adapters/1"), world.registry.loads)
+    world.job_pool.hear(world.number("/adapters/1"), world.registry.loads)
     failed = world.answer(client, hostile)
     assert isinstance(failed, Failed)
     assert failed.kind is FailureKind.INTERNAL
@@ -354,12 +354,12 @@ def test_a_job_that_speaks_out_of_turn_fails_alone(world, said):
         pytest.param(Done(DIGEST, -1, ()), "size", id="a negative size"),
         pytest.param(Done(DIGEST, 1 << 50, ()), "size", id="a huge size"),
         pytest.param(Done(DIGEST, 64, ("short",)), "digest", id="no digest of a part"),
-        pytest.param(Done(DIGEST, 64, (DIGEST,) * (MOST_PARTS + 1)), "parts", id="too many parts"),
+        pytest.param(Done(DIGEST, 64, (DIGEST,) * (MAX_PARTS + 1)), "parts", id="too many parts"),
     ],
 )
 def test_numbers_that_no_honest_job_gives_fail_its_adapter(world, said, reason):
     client = world.client(-1)
-    ticket = world.want(client, 1)
+    ticket = world.request_load(client, 1)
     world.say("/adapters/1", OPENED)
     if isinstance(said, Done):
         world.say("/adapters/1", CHECKED)
@@ -370,15 +370,15 @@ def test_numbers_that_no_honest_job_gives_fail_its_adapter(world, said, reason):
 
 
 def test_jobs_that_hang_on_one_mount_stop_new_ones_there_and_nowhere_else(world, monkeypatch):
-    monkeypatch.setattr(desks, "_mount_points", lambda: ["/slow", "/sound"])
+    monkeypatch.setattr(job_pools, "_mount_points", lambda: ["/slow", "/sound"])
     client = world.client(-1)
-    for number in range(MOST_STUCK):
-        world.want(client, number, path=f"/slow/{number}")
+    for number in range(MAX_STUCK):
+        world.request_load(client, number, path=f"/slow/{number}")
         world.started[f"/slow/{number}"].can_end = False
         world.kill(world.number(f"/slow/{number}"))
-    assert world.desk.stuck == 0  # they may end yet
-    monkeypatch.setattr(desks, "_now", lambda: time.monotonic() + 60)
-    assert world.desk.stuck == MOST_STUCK
+    assert world.job_pool.stuck == 0  # they may end yet
+    monkeypatch.setattr(job_pools, "_now", lambda: time.monotonic() + 60)
+    assert world.job_pool.stuck == MAX_STUCK
     refusal = world.refusal("/slow/another")
     assert refusal is not None
     assert "/slow do not end" in refusal
@@ -387,5 +387,5 @@ def test_jobs_that_hang_on_one_mount_stop_new_ones_there_and_nowhere_else(world,
     assert world.refusal(Blend.of(parts).source) is not None
     world.started["/slow/0"].can_end = True
     world.look()
-    assert world.desk.stuck == MOST_STUCK - 1
+    assert world.job_pool.stuck == MAX_STUCK - 1
     assert world.refusal("/slow/another") is None

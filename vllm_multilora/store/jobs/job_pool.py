@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vllm_multilora.adapters.blend import MOST_PARTS, folders_of, title
+from vllm_multilora.adapters.blend import MAX_PARTS, folders_of, title
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.jobs.adapter_reader import AdapterReader
 from vllm_multilora.store.jobs.runner import End, Runner, RunningJob
@@ -27,7 +27,7 @@ from vllm_multilora.store.protocol.job_messages import (
     ToJob,
 )
 
-MOST_STUCK = 16
+MAX_STUCK = 16
 """Killed jobs of one source that may be stuck before no more are started for it."""
 
 BRIEF_S = 0.1
@@ -53,7 +53,7 @@ class _Job:
     is_brief: bool = True
 
 
-class Desk:
+class JobPool:
     """Starts jobs, passes on what they say, and waits for their ends.
 
     Args:
@@ -158,7 +158,7 @@ class Desk:
     def refusal(self, path: str) -> str | None:
         """Why no job is to be started for a folder: too many hang there already."""
         stuck = self._stuck()
-        if len(stuck) < MOST_STUCK:
+        if len(stuck) < MAX_STUCK:
             return None
         mounts = _mount_points()
         hanging = Counter(source for job in stuck for source in _sources_of(job.load.path, mounts))
@@ -166,7 +166,7 @@ class Desk:
             ((source, hanging[source]) for source in _sources_of(path, mounts)),
             key=lambda item: item[1],
         )
-        if count < MOST_STUCK:
+        if count < MAX_STUCK:
             return None
         return (
             f"{title(path)}: {count} checks of adapters below {source} do not end, even when "
@@ -222,7 +222,7 @@ def _pass_on(number: int, message: FromJob, loads: Loads) -> None:
         case Done(digest, nbytes, parts):
             if any(len(each) != 64 for each in (digest, *parts)) or not 0 <= nbytes < 1 << 50:
                 raise ValueError("digest or size")
-            if len(parts) > MOST_PARTS:
+            if len(parts) > MAX_PARTS:
                 raise ValueError("parts")
             loads.done(number, digest, nbytes, _now(), parts)
         case Failure():

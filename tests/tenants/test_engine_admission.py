@@ -23,10 +23,10 @@ from vllm_multilora.gateway.table import MAX_ITEMS
 from vllm_multilora.integration.api_server.failure_delivery import HIDDEN_FOLDERS
 from vllm_multilora.integration.server.requests import metering
 from vllm_multilora.integration.server.requests.callers import (
-    MOST_ANSWERS,
+    MAX_ANSWERS,
     Caller,
 )
-from vllm_multilora.integration.server.requests.engine_door import add_request
+from vllm_multilora.integration.server.requests.engine_admission import add_request
 from vllm_multilora.integration.server.requests.metering import METER, ServerMeter
 from vllm_multilora.metering.usage_log import Usage
 from vllm_multilora.tenants.limits import Account
@@ -141,9 +141,9 @@ def test_several_answers_share_a_prompt_and_count_each():
     assert account._bucket.wait_s() > 0
 
 
-def test_a_tenants_call_wants_few_enough_answers_to_begin_them_in_a_moment():
+def test_a_tenants_call_requests_few_enough_answers_to_begin_them_in_a_moment():
     """A call may have many prompts or many answers each; those of a beam search come in turn."""
-    parent = SimpleNamespace(sampling_params=SimpleNamespace(n=MOST_ANSWERS - 1))
+    parent = SimpleNamespace(sampling_params=SimpleNamespace(n=MAX_ANSWERS - 1))
 
     def begin(who: Caller | None, number: int, parent: Any = None) -> None:
         request, add = Request(request_id=str(number)), Processor.add
@@ -164,7 +164,7 @@ def test_a_tenants_call_wants_few_enough_answers_to_begin_them_in_a_moment():
         assert list(processor.request_states) == ["0", "1", "3"]
 
 
-def test_a_tenants_running_calls_want_no_more_answers_than_it_may_have_at_a_time():
+def test_a_tenants_running_calls_request_no_more_answers_than_it_may_have_at_a_time():
     """A call that wants many is one, but takes as many places and as much of the KV cache."""
     account = Account(Tenant("acme", limits=TenantLimits(running=2, answers=8)))
     processor = Processor()

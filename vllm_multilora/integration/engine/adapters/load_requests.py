@@ -11,7 +11,7 @@ from typing import Protocol
 
 from vllm_multilora.adapters.files.regular_file import Fingerprint
 from vllm_multilora.integration.engine.adapters.adapter_entries import AdapterEntry
-from vllm_multilora.store.protocol.messages import ToUser, Want
+from vllm_multilora.store.protocol.messages import LoadRequest, ToUser
 
 BLENDS = "\0blends"
 """The owner of loads of blends that no tenant asks for: in the store's queue they share a turn."""
@@ -20,7 +20,7 @@ BLENDS = "\0blends"
 class Store(Protocol):
     """What is asked of the store; `StoreClient` is one. Nothing but `poll` ever waits."""
 
-    def want(self, want: Want) -> int:
+    def request_load(self, load_request: LoadRequest) -> int:
         """Asks for an adapter; returns the ticket that the answer names."""
 
     def share(self, ticket: int, owner: str) -> None:
@@ -42,8 +42,8 @@ class Store(Protocol):
         """What the store has said since; waits at most so long for something, if it can."""
 
 
-class Wants:
-    """Outstanding wants, each with the entry that its answer is for.
+class LoadRequests:
+    """Outstanding load requests, each with the entry that its answer is for.
 
     An entry has one want of requests and one of registrations at a time.
 
@@ -66,8 +66,8 @@ class Wants:
         return self._tickets.get(ticket)
 
     def ask(self, entry: AdapterEntry) -> None:
-        """Wants an adapter for requests."""
-        entry.ticket = self._want(entry, keep=True, fresh=entry.is_stale)
+        """Requests an adapter for requests."""
+        entry.ticket = self._request_load(entry, keep=True, fresh=entry.is_stale)
 
     def hear(self, take: Callable[[ToUser], None], patience_s: float) -> None:
         """Takes in what the store has said; waits so long for leases on what is in host memory."""
@@ -86,14 +86,16 @@ class Wants:
             self._store.share(entry.ticket, tenant)
 
     def check(self, entry: AdapterEntry, *, fresh: bool, keep: bool = False) -> None:
-        """Wants an adapter for registrations; what is under way for them counts no more.
+        """Requests an adapter for registrations; what is under way for them counts no more.
 
         Others leave memory for it if `keep`, or if a request will want it as soon as it is
         registered: it would be read twice.
         """
         self._cancel(entry, entry.check_ticket)
         entry.check_order = None
-        entry.check_ticket = self._want(entry, keep=keep or entry.is_read_on_request, fresh=fresh)
+        entry.check_ticket = self._request_load(
+            entry, keep=keep or entry.is_read_on_request, fresh=fresh
+        )
 
     def end(self, entry: AdapterEntry, ticket: int) -> Fingerprint | None:
         """A want of an entry is over.
@@ -152,14 +154,14 @@ class Wants:
         for future in itertools.chain.from_iterable(leaving.values()):
             future.set_result(True)
 
-    def _want(self, entry: AdapterEntry, *, keep: bool, fresh: bool) -> int:
+    def _request_load(self, entry: AdapterEntry, *, keep: bool, fresh: bool) -> int:
         request = entry.request
         keys = None
         if self._signing_keys is not None:
             keys = Fingerprint.at(self._signing_keys)
             # What one key has signed may be in memory after the key has gone.
             fresh = fresh or keys is None or keys != entry.checked_under
-        want = Want(
+        load_request = LoadRequest(
             entry.number,
             request.lora_name,
             request.lora_path,
@@ -168,7 +170,7 @@ class Wants:
             keep=keep,
             fresh=fresh,
         )
-        ticket = self._store.want(want)
+        ticket = self._store.request_load(load_request)
         self._tickets[ticket], self._asked_under[ticket] = entry, keys
         if keep and entry.in_host and not fresh:
             self._leases.add(ticket)
