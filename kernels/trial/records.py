@@ -1,7 +1,7 @@
 """Choices on disk, so that a server that starts again need not try its kernels again.
 
-A record is for one card, driver, set of libraries, source of the kernels and set of layer kinds: it
-is found by a hash of all of these, and says in plain JSON what they were.
+A record is for one card, driver, set of libraries, source of the kernels, tables of their blocks
+and set of layer kinds: it is found by a hash of all of these. It names the facts in plain JSON.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from multilora_kernels.cache_folder import default_cache_folder
+from multilora_kernels.configs.config_table import DIRECTORY_VARIABLE
 from multilora_kernels.native.trust import distrust
 from multilora_kernels.trial.choices import Choice
 
@@ -83,17 +84,24 @@ def path_of(folder: Path, facts: Mapping[str, str], kinds: Sequence[Any]) -> Pat
         facts: As of `Record`.
         kinds: The kinds, as JSON takes them.
     """
-    text = json.dumps([dict(facts), kinds, source_digest()], sort_keys=True)
+    digest = source_digest(os.environ.get(DIRECTORY_VARIABLE))
+    text = json.dumps([dict(facts), kinds, digest], sort_keys=True)
     return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
 
 
-@lru_cache(maxsize=1)
-def source_digest() -> str:
-    """A hash of this package's sources, which decide what its kernels compute and how fast."""
+@lru_cache(maxsize=4)
+def source_digest(tables: str | None) -> str:
+    """A hash of sources and tables, which decide what kernels compute and how fast.
+
+    Args:
+        tables: The folder whose tables come before those of this package; None or empty: none.
+    """
     root = Path(__file__).parents[1]
+    found = sorted((*root.rglob("*.py"), *root.rglob("*.json")))
+    found += sorted(Path(tables).glob("*.json")) if tables else []
     digest = hashlib.sha256()
-    for path in sorted((*root.rglob("*.py"), *root.rglob("*.json"))):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    for path in found:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

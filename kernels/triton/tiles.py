@@ -42,6 +42,7 @@ _TILES = tl.constexpr(PLAN_TILES)
 _TOKENS = tl.constexpr(PLAN_TOKENS)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _PLANES = tl.constexpr(8)  # of one block of h that are all asked for at once, at most
+_FEW_BLOCKS = tl.constexpr(4)  # of h, whose planes the compiler may ask for all at once
 
 
 def store_grain(h: torch.Tensor) -> int:
@@ -174,10 +175,13 @@ def sum_planes(
             at += plane
             totals = _add_plane(totals, at, live, rank, GRAIN, BLOCK, BLOCKS)
     else:
-        # The compiler must not see how many groups there are, or it asks for all planes at once
-        # and has no registers for them. Loads of single elements take more by themselves.
         GROUP: tl.constexpr = _group(GRAIN, h.shape[0], BLOCKS)
-        for first in tl.range(1, rank * 0 + SPLIT_K, GROUP, num_stages=1):
+        end = rank * 0 + SPLIT_K  # a tensor in the interpreter, too
+        if BLOCKS > _FEW_BLOCKS:
+            # The compiler must not see how many groups there are, or it asks for all planes at
+            # once and has no registers for them. It does not know that there are tokens.
+            end = tl.minimum(tokens, 1) * SPLIT_K
+        for first in tl.range(1, end, GROUP, num_stages=1):
             for i in tl.static_range(GROUP):
                 at += plane
                 there = tl.where(first + i < SPLIT_K, rank, 0)
@@ -187,7 +191,10 @@ def sum_planes(
 
 @triton.constexpr_function
 def _group(grain, rows, blocks):
-    """Planes that are asked for at once: fewer of several blocks, for registers are few."""
+    """Planes that are asked for at once: fewer of several blocks, for registers are few.
+
+    Loads of single elements take more by themselves.
+    """
     if grain == 1:
         return 1
     return 6 if blocks == 1 else max(1, (8 if rows <= 16 else 4) // blocks)

@@ -292,6 +292,18 @@ class TestRecords:
         }
         assert len(paths) == 3
 
+    def test_kernels_tuned_by_other_tables_have_other_records(self, tmp_path, monkeypatch):
+        """Tables decide which blocks a kernel has, and so which kernels are faster."""
+        facts, kinds = {"card": "H100"}, [LINEAR.as_json()]
+        paths = {records.path_of(tmp_path, facts, kinds)}
+        for number in range(2):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            (folder / "sm_90.json").write_text(f'{{"architecture": "sm_9{number}"}}')
+            monkeypatch.setenv("MULTILORA_CONFIG_DIR", str(folder))
+            paths.add(records.path_of(tmp_path, facts, kinds))
+        assert len(paths) == 3
+
     def test_a_record_that_others_may_write_or_nobody_can_read_is_none(self, tmp_path):
         path = tmp_path / "x.json"
         records.save(path, self.record())

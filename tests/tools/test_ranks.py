@@ -1,4 +1,4 @@
-"""The README's table of the expand kernel is the compiler's, and only what is known spills."""
+"""The README's table of the expand kernel is the compiler's, and nothing in it spills."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from tools.kernels.ranks import ARCHITECTURES, MAX_RANKS, rows_in_page
 
 ROOT = Path(__file__).parents[2]
 FAST = "90", (16, 64)
-SPILLED = {("sm_90", 320)}  # 8 bytes, with 64 tokens
+VERSIONS = "3.6.0", "3.9.0"  # of Triton: the ends of the range in pyproject.toml
 
 
 def made(architecture: str, max_ranks: tuple[int, ...]) -> list[str]:
@@ -50,11 +50,11 @@ def test_the_table_is_what_the_compiler_makes(architecture):
     assert made(architecture, MAX_RANKS) == list(shown(architecture).values())
 
 
-def test_nothing_in_the_table_spills_but_what_is_known():
-    found = {
-        (card, rank)
-        for (_, card), cells in rows_in_page().items()
-        for rank, cell in zip(MAX_RANKS, cells, strict=True)
-        if "spilled" in cell
+def test_nothing_in_the_table_spills():
+    found = rows_in_page()
+    assert {(version, card) for version, card in found} >= {
+        (version, table_name(architecture))
+        for version in VERSIONS
+        for architecture in ARCHITECTURES
     }
-    assert found == SPILLED
+    assert not [key for key, cells in found.items() if any("spilled" in each for each in cells)]
