@@ -149,14 +149,19 @@ def test_a_loaded_adapter_serves_at_once_and_an_unloaded_one_no_more(
 def test_equal_loads_at_once_all_succeed_and_load_once(deployment: Deployment) -> None:
     """As Ray sends them: one for each request that comes before a cold adapter is loaded."""
     path = deployment.put(NAMES[0], "burst")
-    with ThreadPoolExecutor(6) as clients:
-        answers = [*clients.map(lambda _: deployment.load("burst", path), range(6))]
-    assert {(answer.status_code, answer.text) for answer in answers} == {
-        (200, "Success: LoRA adapter 'burst' added successfully.")
-    }
-    deployment.assert_serves("burst", deployment.case(NAMES[0]))
-    assert deployment.load("burst", path).status_code == 400, "did not wait for any"
-    assert deployment.unload("burst").status_code == 200
+    for attempt in range(3):  # on a busy machine a client may come when the load has ended
+        name = f"burst-{attempt}"
+        with ThreadPoolExecutor(6) as clients:
+            answers = [*clients.map(lambda _, n=name: deployment.load(n, path), range(6))]
+        success = 200, f"Success: LoRA adapter '{name}' added successfully."
+        if {(answer.status_code, answer.text) for answer in answers} == {success}:
+            break
+    else:
+        pytest.fail(f"not all have succeeded: {[answer.text for answer in answers]}")
+    deployment.assert_serves(name, deployment.case(NAMES[0]))
+    assert deployment.load(name, path).status_code == 400, "did not wait for any"
+    for number in range(attempt + 1):
+        assert deployment.unload(f"burst-{number}").status_code == 200
 
 
 def test_loads_of_other_files_at_once_do_not_pass_for_each_other(deployment: Deployment) -> None:
