@@ -52,8 +52,6 @@ DIRECTORY: Attached[DirectoryServer] = Attached("directory")
 
 _LIMIT = 1_024
 
-_T = TypeVar("_T")
-
 
 @dataclass
 class _Served:
