@@ -56,7 +56,7 @@ def test_it_says_where_it_listens_and_goes_on_between_servers(by_hand, store_fol
         "role": "engine",
         "server": "a server",
         "pid": os.getpid(),
-        "wants": 0,
+        "load_requests": 0,
         "leases": 0,
     } in (found["clients"])
     client.close()

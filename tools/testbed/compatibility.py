@@ -121,6 +121,7 @@ ROWS = (
     Row("DP 2", SAME_PATH, "With two API servers."),
     Row("several API servers", SAME_PATH, "With two engines."),
     Row("registration over HTTP"),
+    Row("which weights answer a name", SAME_PATH, "The gateway reads names before vLLM does."),
     Row("chat completions, responses and messages"),
     Row(
         "transcriptions and translations",

@@ -62,7 +62,7 @@ def make_layer(kind: str, a: Any, b: Any, **attributes: Any) -> Any:
     layer = object.__new__(getattr(layers, kind))
     torch.nn.Module.__init__(layer)
     layer.lora_a_stacked, layer.lora_b_stacked = a, b
-    layer._enable_aux_cuda_stream = attributes.pop("aside", False)
+    layer._enable_aux_cuda_stream = attributes.pop("aux_stream", False)
     layer.base_layer = SimpleNamespace(params_dtype=torch.bfloat16)
     vars(layer).update(attributes)
     layer.output_slices = tuple(each.size(-2) for each in b) if isinstance(b, tuple) else ()
@@ -78,7 +78,7 @@ def make_layers() -> dict[str, Any]:
         "qkv": make_layer("QKVParallelLinearWithLoRA", *linear(96, 32, 32)),
         "qkv of the next layer": make_layer("QKVParallelLinearWithLoRA", *linear(96, 32, 32)),
         "odd": make_layer("RowParallelLinearWithLoRA", *linear(51, k=75)),
-        "aside": make_layer("ColumnParallelLinearWithLoRA", *linear(160), prepared=True),
+        "aside": make_layer("ColumnParallelLinearWithLoRA", *linear(160), aux_stream=True),
         "sharded": make_layer("ColumnParallelLinearWithShardedLoRA", *linear(80, a_rank=8)),
         "second of sharded rows": make_layer(
             "RowParallelLinearWithShardedLoRA", *linear(40), tp_rank=1

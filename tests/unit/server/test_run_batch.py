@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -15,7 +16,7 @@ from vllm_multilora.integration.flag_values import from_cli_args
 def start(batch: str) -> None:
     parser = make_arg_parser(FlexibleArgumentParser())
     args = parser.parse_args(["--input-file", batch, "--output-file", "out", "--enable-lora"])
-    from_cli_args(lambda cls, args: AsyncEngineArgs(), AsyncEngineArgs, args)
+    from_cli_args(lambda cls, args: SimpleNamespace(additional_config={}), AsyncEngineArgs, args)
 
 
 def line(**body: object) -> str:
