@@ -125,8 +125,11 @@ def test_adapter_is_found_however_the_body_is_written(server, body):
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"[]", b"{", b'{"model": "acme"', b"[" * 99_999, b'{"prompt": "acme"}', b"\xff"],
-    ids=["empty", "list", "broken", "cut-off", "deep", "no-model", "no-text"],
+    [
+        *(b"", b"[]", b"{", b'{"model": "acme"', b"[" * 99_999, b'{"prompt": "acme"}', b"\xff"),
+        b'{"model": ' + b"9" * 5_000 + b"}",
+    ],
+    ids=["empty", "list", "broken", "cut-off", "deep", "no-model", "no-text", "long-number"],
 )
 def test_body_that_names_no_model_passes_as_it_is(server, body):
     assert server.post(body)[0] == 200

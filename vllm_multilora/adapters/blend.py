@@ -22,6 +22,9 @@ from blake3 import blake3
 from vllm_multilora.adapters.problems import shown, shown_name
 from vllm_multilora.errors import MultiLoRAError
 
+BLEND_FIELD = "lora_blend"
+"""Field of request bodies: a weight for each adapter of a blend."""
+
 MAX_PARTS = 8
 MAX_WEIGHT = 100.0
 """Magnitude of a weight; useful ones are about 1."""

@@ -148,8 +148,8 @@ def _require_few_repeats(content: dict[str, Any], size: int) -> None:
     is_few = isinstance(scores, int) and 0 <= scores < MAX_ECHOED_SCORES // size
     if not (scores is None or is_few):
         raise FieldError(
-            f"`logprobs`: found {str(scores)[:20]} with `echo` in a body of {size} bytes, expected "
-            f"fewer than {MAX_ECHOED_SCORES // size}.",
+            f"`logprobs` with `echo`: found {str(scores)[:20]} in a body of {size} bytes; of "
+            f"(`logprobs` + 1) times the bytes, expected {MAX_ECHOED_SCORES} at most.",
             "logprobs",
         )
 

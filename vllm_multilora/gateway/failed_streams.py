@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
-from vllm_multilora.gateway.endpoints import route_path
 from vllm_multilora.gateway.refused_answers import error_answer
-from vllm_multilora.integration.server.requests.http_calls import current_call
+from vllm_multilora.integration.server.requests.http_calls import HttpCall, current_call
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -45,7 +44,9 @@ class FailedStreamsMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        stream = _Stream(scope, receive, send)
+        call = current_call.get()
+        assert call is not None  # set by what is in front of this
+        stream = _Stream(call, scope, receive, send)
         try:
             await self._app(scope, receive, stream.send)
         except Exception as error:
@@ -57,10 +58,10 @@ class FailedStreamsMiddleware:
 class _Stream:
     """An answer on its way; one that is no stream of an adapter's passes as it is."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, call: HttpCall, scope: Scope, receive: Receive, send: Send) -> None:
+        self._call = call
         self._answer_to = scope, receive, send
         self._send = send
-        self._is_responses = route_path(scope).rstrip("/") == _RESPONSES
         self._held: list[Message] = []  # the start, and events without a result
         self._is_ours = self._has_failed = False
         self._created: bytes | None = None  # the first event of a response
@@ -70,13 +71,13 @@ class _Stream:
         if self._has_failed:
             return
         if message["type"] == "http.response.start":
-            self._is_ours = _is_adapters_stream(message)
+            self._is_ours = self._call.lora is not None and _is_stream(message)
             if self._is_ours:
                 self._held.append(message)
                 return
         elif self._is_ours and (event := message.get("body", b"")):
             self._events += 1
-            if self._is_responses and self._created is None:
+            if self._call.path == _RESPONSES and self._created is None:
                 self._created = event
             if self._held:
                 if event.startswith(_WITHOUT_RESULT):
@@ -97,8 +98,7 @@ class _Stream:
         if not self._is_ours:
             return False
         if self._held:
-            scope, receive, send = self._answer_to
-            await error_answer(status, message, path=route_path(scope))(scope, receive, send)
+            await error_answer(status, message, path=self._call.path)(*self._answer_to)
         elif self._created is not None:
             event = _failed_event(self._created, self._events, status, message)
             await self._send({"type": "http.response.body", "body": event})
@@ -107,11 +107,9 @@ class _Stream:
         return True
 
 
-def _is_adapters_stream(start: Message) -> bool:
-    call = current_call.get()
+def _is_stream(start: Message) -> bool:
     kind = Headers(raw=start["headers"]).get("content-type", "")
-    is_stream = start["status"] == HTTPStatus.OK and kind.startswith("text/event-stream")
-    return is_stream and call is not None and call.lora is not None
+    return bool(start["status"] == HTTPStatus.OK) and kind.startswith("text/event-stream")
 
 
 def _with_status(error: BaseException | None) -> Any:

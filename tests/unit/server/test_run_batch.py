@@ -40,3 +40,12 @@ def test_batch_that_only_speaks_of_blends_when_it_starts_is_taken(tmp_path: Path
     batch.write_text(line(prompt='what is "lora_blend"?'))
     start(str(batch))
     start("https://example.com/batch.jsonl")
+
+
+@pytest.mark.parametrize("content", ["[1]", "null", '{"body": null}', "{", '"lora_blend"'])
+def test_batch_with_lines_that_are_no_requests_when_it_starts_is_left_to_vllm(
+    tmp_path: Path, content: str
+) -> None:
+    batch = tmp_path / "batch.jsonl"
+    batch.write_text(f'{content}\n{content} lora_blend "\\u"\n')
+    start(str(batch))

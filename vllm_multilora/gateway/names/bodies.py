@@ -36,7 +36,7 @@ class JsonBody(dict[str, Any]):
             return default
         try:
             return json.loads(bytes(self[name]))
-        except RecursionError:
+        except (ValueError, RecursionError):  # a number of too many digits, or too many levels
             return default  # vLLM cannot read it either
 
     async def written(self, model: str, without: str) -> tuple[bytes, bytes | None]:

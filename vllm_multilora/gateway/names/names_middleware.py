@@ -17,18 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
 
-from vllm_multilora.gateway.endpoints import endpoint_of, route_path
+from vllm_multilora.adapters.blend import BLEND_FIELD
+from vllm_multilora.gateway.endpoints import endpoint_of
 from vllm_multilora.gateway.names.bodies import MODEL, FormBody, JsonBody, again, read_body
 from vllm_multilora.gateway.names.realtime import only_base_model
 from vllm_multilora.gateway.refused_answers import error_answer, refusal_answer
 from vllm_multilora.gateway.replaced_text import ReplacedText
 from vllm_multilora.integration.server.names.model_names import TAKE_DEFAULTS, Chosen, choose
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller
-from vllm_multilora.integration.server.requests.http_calls import (
-    BLEND_FIELD,
-    HttpCall,
-    current_call,
-)
+from vllm_multilora.integration.server.requests.http_calls import HttpCall, current_call
 from vllm_multilora.tenants.rules import INVOCATIONS, Endpoint
 
 if TYPE_CHECKING:
@@ -41,8 +38,6 @@ SAGEMAKER_HEADER = b"x-amzn-sagemaker-adapter-identifier"
 _SHOWN_RESULTS = ("/embeddings", "/pooling", INVOCATIONS)
 """Ends of the paths whose bodies have an `encoding_format`, `float` by default."""
 _COHERE_EMBEDDINGS = "/v2/embed"
-
-
 _SECRET_BYTES = 8
 
 
@@ -155,7 +150,8 @@ class NamesMiddleware:
         if not isinstance(chosen, Chosen):
             return refusal_answer(chosen, path=call.path)
         if chosen.lora is not None:
-            return await _written(scope, receive, body, self._names.name_of(chosen.lora), chosen)
+            name = self._names.name_of(chosen.lora)
+            return await _written(call, scope, receive, body, name, chosen)
         known = chosen.name or model
         is_invoked = call.path == INVOCATIONS and not self._models.is_base_model(known)
         if not known or not (is_invoked or chosen.name):
@@ -163,7 +159,7 @@ class NamesMiddleware:
         if is_invoked and not _fits_header(known):
             message = "model: found characters that SageMaker's header cannot carry."
             return error_answer(HTTPStatus.BAD_REQUEST, message, path=call.path, param=MODEL)
-        return await _written(scope, receive, body, known, chosen)
+        return await _written(call, scope, receive, body, known, chosen)
 
 
 def _fits_header(name: str) -> bool:
@@ -175,14 +171,19 @@ def _fits_header(name: str) -> bool:
 
 
 async def _written(
-    scope: Scope, receive: Receive, body: JsonBody | FormBody, name: str, chosen: Chosen
+    call: HttpCall,
+    scope: Scope,
+    receive: Receive,
+    body: JsonBody | FormBody,
+    name: str,
+    chosen: Chosen,
 ) -> _Led:
     """A request with a name as its body's `model` and, where SageMaker reads it, in its header."""
     content, kind = await body.written(name, BLEND_FIELD)
     changed = {b"content-length": str(len(content)).encode()}
     if kind is not None:
         changed[b"content-type"] = kind
-    if route_path(scope).rstrip("/") == INVOCATIONS and _fits_header(name):
+    if call.path == INVOCATIONS and _fits_header(name):
         changed[SAGEMAKER_HEADER] = name.encode("latin-1")
     kept = [pair for pair in scope["headers"] if pair[0] not in (*changed, b"transfer-encoding")]
     scope = {**scope, "headers": [*kept, *changed.items()]}

@@ -50,7 +50,7 @@ _T = TypeVar("_T")
 DIRECTORY: Attached[DirectoryServer] = Attached("directory")
 """What serves the adapter directories for vLLM's `OpenAIServingModels`."""
 
-_LIMIT = 1_024
+_MAX_LOOKS = 1_024  # that have not ended
 
 
 @dataclass
@@ -349,7 +349,7 @@ class PendingLooks:
         Raises:
             TimeoutError: It has not ended in time, or too many others have not.
         """
-        if len(self._looks) >= _LIMIT:
+        if len(self._looks) >= _MAX_LOOKS:
             raise TimeoutError("too many looks at storage have not ended")
         look = asyncio.ensure_future(begin())
         self._looks.add(look)

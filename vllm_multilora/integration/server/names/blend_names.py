@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
+from vllm_multilora.adapters.blend import BLEND_FIELD as FIELD
 from vllm_multilora.adapters.blend import BlendError, weights_in
 from vllm_multilora.integration.blends import blended
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server.names import registration
 from vllm_multilora.integration.server.names.public_names import public_names
 from vllm_multilora.integration.server.requests import callers
-from vllm_multilora.integration.server.requests.http_calls import BLEND_FIELD as FIELD
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest

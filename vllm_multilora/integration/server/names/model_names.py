@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import GracefulHTTPError
 from vllm.lora.request import LoRARequest
 
+from vllm_multilora.adapters.blend import BLEND_FIELD
 from vllm_multilora.adapters.served_names import name_fault
 from vllm_multilora.integration.server.names import (
     blend_names,
@@ -26,7 +27,6 @@ from vllm_multilora.integration.server.requests.callers import (
     current_caller,
     error_response,
 )
-from vllm_multilora.integration.server.requests.http_calls import BLEND_FIELD
 from vllm_multilora.integration.server.requests.metering import METER
 from vllm_multilora.tenants.rules import INVOCATIONS
 
@@ -113,15 +113,17 @@ async def _choose(
     if isinstance(led, ErrorResponse):
         return _as_shown(led, caller, models, name)
     if isinstance(led, LoRARequest):
-        return _answered_by(call, models, led, asked, fields, rendered=name)
+        return _answered_by(call, models, led, asked, rendered=name)
     name = led or name
     lora, is_base = None, not name or models.is_base_model(name)
     if is_base and acts:
-        for default in _defaults(models, fields):
+        messages = fields.get("messages") if public_names.defaults_of(models) else None
+        defaults = _kinds_in(messages).intersection(public_names.defaults_of(models), served)
+        for default in defaults:
             if caller is not None and (refusal := caller.grant(default)) is not None:
                 return refusal
-        if call.path.endswith(TAKE_DEFAULTS):
-            lora = _only_default(models, fields)
+        if call.path.endswith(TAKE_DEFAULTS) and len(defaults) == 1 and _is_one_chat(messages):
+            lora = served[min(defaults)]  # which vLLM applies to it
     elif not is_base:
         refusal = await _find(models, name)
         is_unknown = refusal is not None and refusal.error.code == HTTPStatus.NOT_FOUND
@@ -138,7 +140,7 @@ async def _choose(
             return refusal
     if lora is not None:
         rendered = f"{name}@{asked}" if asked else lora.lora_name
-        return _answered_by(call, models, lora, asked, fields, rendered=rendered)
+        return _answered_by(call, models, lora, asked, rendered=rendered)
     if (refusal := http_calls.bind(call, models, name, None, asked)) is not None:
         return refusal
     return Chosen(led)
@@ -149,7 +151,6 @@ def _answered_by(
     models: Any,
     lora: LoRARequest,
     asked: str,
-    fields: Mapping[str, Any],
     *,
     rendered: str,
 ) -> Chosen | ErrorResponse:
@@ -187,7 +188,7 @@ async def _choose_blend(
     blend = blend_names.blend_now(models, weights.items())
     if blend is None:  # a part was unloaded while another one was looked for
         return unknown(models, next(name for name in weights if name not in served))
-    return _answered_by(call, models, blend, "", fields, rendered=blend.lora_name)
+    return _answered_by(call, models, blend, "", rendered=blend.lora_name)
 
 
 async def _find(models: Any, name: str) -> ErrorResponse | None:
@@ -203,21 +204,8 @@ def _lacks_language(call: HttpCall, fields: Mapping[str, Any]) -> bool:
     return call.is_form and not fields.get("language")
 
 
-def _defaults(models: Any, fields: Mapping[str, Any]) -> Set[str]:
-    """The operator's defaults that may answer a base-model request; of a batch, each chat's."""
-    defaults = public_names.defaults_of(models)
-    messages = fields.get("messages") if defaults else None
-    served = public_names.public_names(models)
-    return {name for name in defaults if name in served} & _kinds_in(messages)
-
-
-def _only_default(models: Any, fields: Mapping[str, Any]) -> LoRARequest | None:
-    """The default adapter that vLLM applies to a chat, which has to be its only one."""
-    messages = fields.get("messages") if public_names.defaults_of(models) else None
-    if not isinstance(messages, list) or any(isinstance(each, list) for each in messages):
-        return None
-    found = _defaults(models, fields)
-    return public_names.public_names(models)[min(found)] if len(found) == 1 else None
+def _is_one_chat(messages: Any) -> bool:
+    return not any(isinstance(each, list) for each in messages)
 
 
 def _kinds_in(messages: Any) -> set[str]:

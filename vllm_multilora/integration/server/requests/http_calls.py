@@ -31,9 +31,6 @@ _MAX_CHARACTERS = MAX_NAME_BYTES + 1 + 64
 SHOWN_DIGITS = 16
 """Digits of a digest in answers."""
 
-BLEND_FIELD = "lora_blend"
-"""Field of request bodies: a weight for each adapter of a blend."""
-
 MAX_ERROR = 16_384
 """Characters of an error's text, which may repeat what its request holds."""
 _LONG_RUN = re.compile(r"(\S{256})\S++|(\s{64})\s++")

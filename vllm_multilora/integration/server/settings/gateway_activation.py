@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_multilora.adapters.blend import BLEND_FIELD
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.patching.activation import (
@@ -72,12 +73,19 @@ def require_no_blends(batch: str) -> None:
         return
     with Path(batch).open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            may_blend = b"lora_blend" in line or rb"\u" in line
-            if may_blend and "lora_blend" in json.loads(line).get("body", ()):
+            if (BLEND_FIELD.encode() in line or rb"\u" in line) and _asks_for_blend(line):
                 raise ConfigError(
-                    f"{batch}, line {number}: found `lora_blend`, which vllm run-batch does not "
+                    f"{batch}, line {number}: found `{BLEND_FIELD}`, which vllm run-batch does not "
                     f"know: expected an adapter of --lora-modules as the line's `model`"
                 )
+
+
+def _asks_for_blend(line: bytes) -> bool:
+    try:
+        body = json.loads(line)["body"]
+    except (ValueError, LookupError, TypeError, RecursionError):  # vLLM refuses the line
+        return False
+    return isinstance(body, dict) and BLEND_FIELD in body
 
 
 def need_gateway() -> None:
