@@ -157,7 +157,7 @@ class StoreClient:
         return ticket
 
     def share(self, ticket: int, owner: str) -> None:
-        """Says that another owner waits for what a want has asked for; arguments as of `Share`."""
+        """Says that another owner waits for what was requested; arguments as of `Share`."""
         load_request = self._load_requests.get(ticket)
         if load_request is not None and owner not in load_request.owners:
             owners = (*load_request.owners, owner)
@@ -165,7 +165,7 @@ class StoreClient:
             self._send(Share(ticket, owner))
 
     def cancel(self, ticket: int) -> None:
-        """Takes a want back: nothing comes for its ticket any more, and no lease stays."""
+        """Takes a load request back: nothing comes for its ticket any more, and no lease stays."""
         if self._load_requests.pop(ticket, None) is not None:
             self._send(Cancel(ticket))
 
@@ -267,7 +267,7 @@ class StoreClient:
         return came
 
     def _is_awaited(self, message: ToUser) -> bool:
-        """Whether it is for the user; an answer ends its want, or comes after its `cancel`."""
+        """Whether it is for the user; an answer ends its request, or comes after its `cancel`."""
         if isinstance(message, Reading):
             return message.ticket in self._load_requests
         if not isinstance(message, Loaded | Failed):

@@ -23,7 +23,7 @@ from vllm_multilora.store.protocol.messages import Contents, PackInfo
 MAX_FAILURES = 1024
 
 RETRY_AFTER_S = 2.0
-"""Seconds for which a failure is the answer to further wants."""
+"""Seconds for which a failure is the answer to further load requests."""
 
 
 class Loads:
@@ -31,7 +31,7 @@ class Loads:
 
     Attributes:
         queue: Whose turn it is.
-        failures: Those that answer further wants for a while.
+        failures: Those that answer further load requests for a while.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Loads:
         return self._by_adapter.get((binding, path))
 
     def withdraw(self, client: int, adapter: int, now: float) -> None:
-        """A client has withdrawn an adapter: its wants fail, whatever the model and folder.
+        """A client has withdrawn an adapter: its load requests fail, whatever the model and folder.
 
         Without others that wait for a load, nothing that becomes of it is for its adapter any more.
         """
@@ -337,7 +337,7 @@ class RecentFailures:
             self._failures.popitem(last=False)
 
     def find(self, binding: Binding, path: str, now: float) -> Failure | None:
-        """The failure that answers a want of this adapter now."""
+        """The failure that answers a load request of this adapter now."""
         known = self._failures.get(binding)
         if known is None:
             return None

@@ -124,7 +124,7 @@ class Registry:
             self.loads.share(load, (Owner(client.server, owner),))
 
     def cancel(self, number: int, ticket: int, now: float) -> None:
-        """A client takes a want back."""
+        """A client takes a load request back."""
         load = self.clients[number].loads.pop(ticket, None)
         if load is None:
             return

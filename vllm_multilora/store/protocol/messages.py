@@ -159,7 +159,7 @@ class LoadRequest(Message, frozen=True):
             leave for it. Otherwise it is read and checked, and kept only where room is free.
         fresh: Whether its files are looked at again even if it is in memory.
         ticket: The client's number for this want, unique among its outstanding ones: the client
-            gives it when it sends the want.
+            gives it when it sends the load request.
     """
 
     adapter: int
@@ -173,20 +173,20 @@ class LoadRequest(Message, frozen=True):
 
 
 class Share(Message, frozen=True):
-    """Another owner waits for what a want has asked for: its load may take that one's turn too."""
+    """Another owner waits for what was requested: its load may take that one's turn too."""
 
     ticket: int
     owner: str
 
 
 class Cancel(Message, frozen=True):
-    """Takes a want back; an answer may be on its way already, with a lease."""
+    """Takes a load request back; an answer may be on its way already, with a lease."""
 
     ticket: int
 
 
 class Release(Message, frozen=True):
-    """Gives one lease back; each `Loaded` of a want with `keep` gave one."""
+    """Gives one lease back; each `Loaded` of a load request with `keep` gave one."""
 
     pack: int
 
@@ -285,7 +285,7 @@ class Refused(Message, frozen=True):
 
 
 class Reading(Message, frozen=True):
-    """The adapter of a want has got its turn and is being read."""
+    """The adapter of a load request has got its turn and is being read."""
 
     ticket: int
 
@@ -294,11 +294,11 @@ class Loaded(Message, frozen=True):
     """A want is fulfilled.
 
     Attributes:
-        ticket: Of the want.
+        ticket: Of the load request.
         pack: The adapter as it is in memory.
-        seconds: From the want's arrival to now.
+        seconds: From the load request's arrival to now.
         was_read: Whether the files' bytes were read for it, rather than found in memory.
-        leased: Whether the client has a lease on the pack for it: the want had `keep`.
+        leased: Whether the client has a lease on the pack for it: the load request had `keep`.
     """
 
     ticket: int

@@ -69,7 +69,7 @@ class SimulatedMemory:
         self._tier.used(adapters)
 
     def request_load(self, adapter: int) -> None:
-        """Has an adapter read that is neither there nor wanted already; leases one that is."""
+        """Has an adapter read that is neither there nor requested already; leases one that is."""
         if adapter in self:
             self._leased.add(adapter)
         elif adapter not in self._left and adapter not in self._queue:

@@ -176,7 +176,7 @@ class Arrivals:
 
     def _take_loaded(self, message: Loaded) -> None:
         entry = self._load_requests.find(message.ticket)
-        if entry is None:  # what came before this, in the same call, has had its want taken back
+        if entry is None:  # taken back by what came before this, in the same call
             if message.leased:
                 self._load_requests.release_pack(message.pack.pack)
             return
@@ -265,7 +265,7 @@ class Arrivals:
         *,
         is_check: bool,
     ) -> None:
-        """What a want has brought cannot be served."""
+        """What a load request has brought cannot be served."""
         if is_check or entry.pack is None or entry.is_outdated or not entry.is_reload_asked:
             self._fail(entry, failure, problems)
         else:

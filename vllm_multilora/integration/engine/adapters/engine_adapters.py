@@ -331,7 +331,7 @@ class EngineAdapters:
         return future
 
     def _ask(self, entry: AdapterEntry) -> None:
-        """Requests an adapter from the store, unless it is there, in a slot, or wanted already."""
+        """Requests an adapter from the store, unless it is there, in a slot, or requested."""
         if entry.ticket is None and not entry.is_at_hand(self.slots):
             if self.asks_late:  # all wait for the store, and so what waits for slots makes room
                 self.yield_host_memory()

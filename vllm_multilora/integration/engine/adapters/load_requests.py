@@ -24,10 +24,10 @@ class Store(Protocol):
         """Asks for an adapter; returns the ticket that the answer names."""
 
     def share(self, ticket: int, owner: str) -> None:
-        """Another owner waits for what a want has asked for."""
+        """Another owner waits for what a load request has asked for."""
 
     def cancel(self, ticket: int) -> None:
-        """Takes a want back."""
+        """Takes a load request back."""
 
     def release(self, pack: int) -> None:
         """Gives the lease on a pack back."""
@@ -45,7 +45,7 @@ class Store(Protocol):
 class LoadRequests:
     """Outstanding load requests, each with the entry that its answer is for.
 
-    An entry has one want of requests and one of registrations at a time.
+    An entry has one load request of requests and one of registrations at a time.
 
     Args:
         store: Answers.
@@ -62,7 +62,7 @@ class LoadRequests:
         self._leaving: defaultdict[int, deque[Future[bool]]] = defaultdict(deque)
 
     def find(self, ticket: int) -> AdapterEntry | None:
-        """The entry whose want has this ticket; None if that want is over."""
+        """The entry whose load request has this ticket; None if that load request is over."""
         return self._tickets.get(ticket)
 
     def ask(self, entry: AdapterEntry) -> None:

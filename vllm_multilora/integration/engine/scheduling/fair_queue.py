@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class _Line:
-    """A flow's requests, each with its place in the queue, in lanes by adapter.
+    """A flow's requests, each with its place in the queue, in subqueues by adapter.
 
     Those that wait for something of their own have lanes of their own.
 

@@ -79,7 +79,7 @@ class OwnStore:
         )
 
     def _take(self, messages: Iterable[ToUser], own: int = 0) -> Loaded | Failed | None:
-        """Takes in what the store says; returns the answer to a want, if it is there.
+        """Takes in what the store says; returns the answer to a load request, if it is there.
 
         A store that was started again has none of the packs; wants go on.
         """
