@@ -82,6 +82,8 @@ class Fleet:
         path = self.folder.parent / f"first-adapter-{rank}"
         if not path.exists():
             write_random_adapter(path, self._model, rank, rank, self._projections)
+            # By which vLLM's resolver knows whose it is: the name that servers give the base model.
+            _change(path, base_model_name_or_path="base")
         return path
 
     def add(self, name: str, folder: Path | None = None, rank: int | None = None) -> Path:
