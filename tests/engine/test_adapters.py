@@ -306,7 +306,7 @@ def test_an_aborted_request_takes_back_an_answer_that_nobody_has_looked_at(engin
 
 
 def test_what_the_store_says_of_a_load_request_that_was_taken_back_is_no_matter(engine):
-    """It may come in one go with what has had the want taken back."""
+    """It may come in one go with what has taken the load request back."""
     engine.adapters.request_load(lora(1))
     load_request = engine.store.only()
     engine.adapters.drop(1)
@@ -1010,7 +1010,7 @@ def test_a_copy_of_an_old_pack_that_has_gone_says_nothing_of_the_new_one(engine)
 
 
 def test_a_registration_gets_the_answer_of_its_own_check(engine):
-    """A request's want of what was there before the files changed may fail beside it."""
+    """A request's load of what was there before the files changed may fail beside it."""
     engine.adapters.request_load(lora(1))
     first_request = engine.store.only()
     future = engine.adapters.register(lora(1, inplace=True))

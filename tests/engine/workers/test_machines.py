@@ -230,7 +230,7 @@ def test_after_a_restart_everything_is_loaded_again_and_leases_end_when_given_ba
     assert parts[1].leases[70] == 1
     stores.release(held)
     assert parts[1].leases[70] == 0
-    # What the new store had loaded for a want is wanted from it again.
+    # What the new store had loaded for a load request is asked of it again.
     assert parts[0].load_requests[3].path == "/adapters/2"
     parts[0].inbox.append(loaded(parts[0], 3, 1031))
     parts[1].inbox.append(loaded(parts[1], 2, 71))

@@ -173,7 +173,7 @@ class Machines(RuleBasedStateMachine):
                 assert not still_there or part.leases[info.pack] > 0
 
     def teardown(self):
-        """In the end every want has its answer, and every lease has been given back."""
+        """In the end every load request has its answer, and every lease has been given back."""
         for _ in range(10 + 10 * len(self.asked)):
             for part in self.parts:
                 for ticket in part.answerable()[:1]:

@@ -202,7 +202,8 @@ class Arrivals:
         """Notes the newest version of an adapter, as it lies in host memory or was only checked."""
         known = entry.pack
         if not (is_check and entry.is_requested):
-            # A check may have looked at the files before requests asked; they have their own want.
+            # A check may have looked at the files before requests asked, which have a load of their
+            # own.
             entry.is_reload_asked = False
         if known is None or known.digest != pack.digest:
             self._outdate_blends(entry, pack.digest)

@@ -1,4 +1,4 @@
-"""The engine core's adapters: wants them from the store, gives them slots, has workers fill these.
+"""The engine core's adapters: has the store load them, gives them slots, has workers fill these.
 
 The store owns files and host memory and reports what it has; workers report when an order has been
 carried out; slots are decided here. The scheduler asks in each step, and holds requests back until
@@ -6,8 +6,8 @@ their adapter is in its slot. Nothing blocks but for what is short: leases on wh
 and copies of small adapters are waited for, a few milliseconds in a step.
 
 ```
- want ──► store: QUEUED, READING ──► Loaded, with a lease ──► bring ──► workers: Fill
-                    └─► Failed                                             └─► Filled: lease back
+ request_load ─► store: QUEUED, READING ─► Loaded, with a lease ─► bring ─► workers: Fill
+                          └─► Failed                                          └─► Filled: lease back
 ```
 
 What is known of an adapter is its `AdapterEntry`. `Registrations` holds the entries, `LoadRequests`
