@@ -67,7 +67,7 @@ test-fast: $(STAMP) ## tests without vLLM engines: two minutes
 $(VENV)-vllm-%/.installed: $(STAMP) $(shell find tools/testbed/make_env.sh tools/testbed/interpreter tools/testbed/recorder -name '*.sh' -o -name '*.py' -o -name '*.toml')
 	tools/testbed/make_env.sh $(VENV) $(VENV)-vllm-$* $*
 
-test-vllm: $(VENV)-vllm-$(VLLM)/.installed ## smoke tests with a vLLM and a model runner: VLLM=0.31|0.32|0.33 [RUNNER=2]
+test-vllm: $(VENV)-vllm-$(VLLM)/.installed ## smoke tests with a vLLM and a model runner: VLLM=0.29|0.30|0.31|0.32|0.33 [RUNNER=2]
 	$(VENV)-vllm-$(VLLM)/bin/python -m tools.testbed --runner $(RUNNER)
 
 check-newest: $(STAMP) ## what the newest vLLM on the package index changes of what the plugin uses
@@ -76,7 +76,7 @@ check-newest: $(STAMP) ## what the newest vLLM on the package index changes of w
 	$(BIN)/vllm-multilora doctor --against build/newest/vllm-*.whl
 
 test-all: test ## all tests, and the smoke tests with every vLLM and both model runners
-	for vllm in 0.31 0.32 0.33; do for runner in 1 2; do \
+	for vllm in 0.29 0.30 0.31 0.32 0.33; do for runner in 1 2; do \
 	  $(MAKE) test-vllm VLLM=$$vllm RUNNER=$$runner || exit; done; done
 
 coverage: $(STAMP) ## which lines and branches the tests without vLLM engines run

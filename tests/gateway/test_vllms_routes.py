@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 import vllm
 from pydantic import BaseModel
 
+from tests.serving.engine import SCALE_OUT
 from vllm_multilora.gateway.endpoints import endpoint_of
 from vllm_multilora.gateway.table import REFUSED_ROUTES, TENANT_ROUTES
 from vllm_multilora.tenants.rules import Endpoint
@@ -44,7 +45,7 @@ def paths_in_app():
     from vllm.entrypoints.launchers.app import build_app
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--enable-scale-out"])
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args([*SCALE_OUT])
     level = logging.root.level
     try:
         app = build_app(args, ("generate", "transcription", "realtime"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from vllm_multilora.integration.patching.version import installed_version
+from vllm_multilora.integration.patching.version import installed_version, minor_of
 from vllm_multilora.store.protocol.store_folder import FOLDER_VARIABLE
 
 from . import template
@@ -50,15 +50,20 @@ _SETTINGS: dict[str, Any] = {
 
 _EXIT_LIMIT_S = 30.0
 
-IS_0_31 = str(installed_version()).startswith("0.31.")
-"""Whether vLLM is 0.31."""
+_MINOR = minor_of(installed_version()) or (0, 99)
 
-IS_0_33 = str(installed_version()).startswith("0.33.")
+SCALE_OUT = () if _MINOR < (0, 30) else ("--enable-scale-out",)
+"""The flag that adds vLLM's routes for tokens, which 0.29 has without it."""
+
+BEFORE_0_31, BEFORE_0_32 = _MINOR < (0, 31), _MINOR < (0, 32)
+"""Whether vLLM is older than 0.31, and than 0.32."""
+
+IS_0_33 = _MINOR == (0, 33)
 """Whether vLLM is 0.33."""
 
 needs_ngram_drafts = pytest.mark.skipif(
-    IS_0_31 and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1",
-    reason="vLLM 0.31's second model runner refuses drafts by n-grams",
+    BEFORE_0_32 and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1",
+    reason="vLLM's second model runner refuses drafts by n-grams before 0.32",
 )
 
 
@@ -81,7 +86,7 @@ def running_engine(model: Path, *, in_process: bool = False, **overrides: Any) -
     import zmq
     from vllm import LLM
 
-    if IS_0_31:
+    if BEFORE_0_32:
         # Collected, a context of its clients may wait for ever for what nobody takes any more.
         zmq.Context.__del__ = lambda context: None
     before = _children()

@@ -7,10 +7,10 @@ from typing import Any
 
 import httpx
 
-from .engine import IS_0_33
+from .engine import IS_0_33, SCALE_OUT
 from .server import VllmServer
 
-ARGUMENTS = ("--enable-scale-out",)
+ARGUMENTS = SCALE_OUT
 """Arguments of a server that has all of the endpoints."""
 
 _TOKENS = [7, 8]

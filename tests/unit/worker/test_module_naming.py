@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from transformers.core_model_loading import GroupWeightRename, PrefixChange, WeightRenaming
+from transformers.core_model_loading import PrefixChange, WeightRenaming
 from vllm.lora.layers import BaseLayerWithLoRA, FusedMoEWithLoRA
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.utils import is_in_target_modules, parse_fine_tuned_lora_name
@@ -136,6 +136,8 @@ def test_transformers_renames_are_reported_as_data(renaming, scope, caplog):
 
 
 def test_a_rename_that_remembers_other_names_is_warned_of_once(caplog):
+    from transformers.core_model_loading import GroupWeightRename  # only newer ones have it
+
     group = GroupWeightRename(["norm0", "norm1"], ["norm1", "norm2"])
     mapper = WeightsMapper(orig_to_new_renaming=[group], orig_to_new_prefix={"a.": "b."})
     assert renames_of(mapper).sources == ()

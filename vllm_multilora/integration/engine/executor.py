@@ -24,6 +24,7 @@ from vllm_multilora.integration.engine.adapters.quarantine import RELOADS
 from vllm_multilora.integration.engine.core import make_adapters, starting_workers
 from vllm_multilora.integration.engine.requests.tenant_wall import TenantWallMixin, has_wall
 from vllm_multilora.integration.engine.scheduling.fair_scheduler import FairSharesMixin
+from vllm_multilora.integration.engine.scheduling.older_scheduler import with_newer_parts
 from vllm_multilora.integration.engine.scheduling.scheduler import AdapterAwareMixin, as_sent
 from vllm_multilora.integration.failed_requests import (
     AdapterRefusedError,
@@ -313,6 +314,7 @@ def scheduler_over(
     if loads_adapters(vllm_config):
         is_fair = _shares_fairly(scheduler, vllm_config)
         mixins.append(FairSharesMixin if is_fair else AdapterAwareMixin)
+        scheduler = with_newer_parts(scheduler)
     beside = {} if executor is None else {"executor": proxy(executor)}
     return type(scheduler)(f"MultiLoRA{scheduler.__name__}", (*mixins, scheduler), beside)
 

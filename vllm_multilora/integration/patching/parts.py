@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vllm_multilora.integration.patching.version import minor_of
+
 
 @dataclass(frozen=True)
 class Part:
@@ -12,7 +14,7 @@ class Part:
     Attributes:
         name: Short name, unique.
         what: What it does, in words.
-        first: The oldest minor version of vLLM that it was tested with, such as `(0, 31)`.
+        first: The oldest minor version of vLLM that it was tested with, such as `(0, 29)`.
         last: The newest one.
         modules: Modules and packages below `vllm_multilora` that belong to it.
     """
@@ -30,12 +32,12 @@ class Part:
 
     def is_tested(self, version: str | None) -> bool:
         """Whether this part was tested with a version of vLLM."""
-        minor = _minor(version)
+        minor = minor_of(version)
         return minor is not None and self.first <= minor <= self.last
 
     def is_newer(self, version: str | None) -> bool:
         """Whether a version of vLLM is newer than those that this part was tested with."""
-        minor = _minor(version)
+        minor = minor_of(version)
         return minor is not None and minor > self.last
 
     def has_module(self, module: str) -> bool:
@@ -43,12 +45,12 @@ class Part:
         return part_of(module) is self
 
 
-CORE = Part("core", "LoRA serving", (0, 31), (0, 33))
+CORE = Part("core", "LoRA serving", (0, 29), (0, 33))
 
 GATEWAY = Part(
     "gateway",
     "the gateway (HTTP, names, keys, tenants)",
-    (0, 31),
+    (0, 29),
     (0, 33),
     modules=(
         "gateway",
@@ -63,7 +65,7 @@ GATEWAY = Part(
 TOOLS = Part(
     "tools",
     "what the commands do without an engine",
-    (0, 31),
+    (0, 29),
     (0, 33),
     modules=(
         "cli",
@@ -89,11 +91,3 @@ def part_of(module: str) -> Part:
         if any(name == each or name.startswith(f"{each}.") for each in part.modules):
             return part
     return CORE
-
-
-def _minor(version: str | None) -> tuple[int, int] | None:
-    try:
-        major, minor = (int(number) for number in (version or "").split(".")[:2])
-    except ValueError:
-        return None
-    return major, minor

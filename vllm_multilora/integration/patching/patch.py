@@ -15,11 +15,11 @@ from typing import Any
 
 from vllm_multilora.integration.patching.parts import CORE, Part
 from vllm_multilora.integration.patching.post_import import when_imported
-from vllm_multilora.integration.patching.version import installed_version
+from vllm_multilora.integration.patching.version import installed_version, is_expected
 
 logger = logging.getLogger(__name__)
 
-RUNS = ("0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2")
+RUNS = ("0.29", "0.29/2", "0.30", "0.30/2", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2")
 """The vLLM versions that are tested, and with `/2` their second model runners."""
 
 _MARK = "__multilora_patch__"
@@ -100,9 +100,12 @@ class Patch:
         """Replaces the target now, importing its module, if that has not happened yet.
 
         Returns:
-            Whether the patch is in place. If the target is missing, or is another one in a vLLM
-            that is not tested, vLLM stays as it is and one line in the log says so, once.
+            Whether the patch is in place, or not needed: this vLLM never had the target. If the
+            target is missing, or is another one in a vLLM that is not tested, vLLM stays as it is
+            and one line in the log says so, once.
         """
+        if not is_expected(self.target, installed_version()):
+            return True
         try:
             # Outside the lock: an import may wait for another thread's, and that one patches.
             owner, attribute = self._owner()

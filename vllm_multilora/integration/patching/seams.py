@@ -15,6 +15,7 @@ import vllm_multilora.integration
 from vllm_multilora.integration.patching.parts import Part
 from vllm_multilora.integration.patching.patch import Patch
 from vllm_multilora.integration.patching.source import VllmSource, is_vllms
+from vllm_multilora.integration.patching.version import is_expected
 
 _FOLDER = Path(vllm_multilora.integration.__file__).parent
 
@@ -60,7 +61,7 @@ class Seams:
         return [
             SeamFinding(each.name, each.target, _problem(source, each.target, each.takes))
             for each in self.patches
-            if is_vllms(each.module)
+            if is_vllms(each.module) and is_expected(each.target, source.version)
         ]
 
     def other_findings(self, source: VllmSource) -> list[SeamFinding]:
@@ -80,6 +81,8 @@ class Seams:
         for target, methods in self.overrides.items():
             owner = target.partition(":")[2]
             for method, parameters in methods.items():
+                if not is_expected(f"{target}.{method}", source.version):
+                    continue
                 problem = _problem(source, f"{target}.{method}", (parameters,))
                 yield SeamFinding(owner, f"{target}.{method}", problem)
 

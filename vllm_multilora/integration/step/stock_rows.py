@@ -13,11 +13,15 @@ from vllm.lora.layers import BaseLayerWithLoRA, VocabParallelEmbeddingWithLoRA
 
 from vllm_multilora.integration.step.staged_rows import StagedRows
 
-# Until 0.32 there is one kind, whose rows are requests; 0.33 adds one whose rows are tokens.
+# vLLM has none before 0.31. Until 0.32 there is one kind, whose rows are requests; 0.33 adds one
+# whose rows are tokens.
+_NONE = ()  # nothing is an instance of it
 ClassificationHead: Any = getattr(
-    layers, "BaseClassificationHeadWithLoRA", layers.ClassificationHeadWithLoRA
+    layers,
+    "BaseClassificationHeadWithLoRA",
+    getattr(layers, "ClassificationHeadWithLoRA", _NONE),
 )
-TokenHead: Any = getattr(layers, "TokenClassificationHeadWithLoRA", ())  # (): nothing is one
+TokenHead: Any = getattr(layers, "TokenClassificationHeadWithLoRA", _NONE)
 
 
 class StockRows:

@@ -13,6 +13,8 @@ OVERRIDES: dict[str, dict[str, str]] = {
         "update_from_output": "self, scheduler_output, model_runner_output",
         "finish_requests": "self, request_ids, finished_status",
         "_handle_blocked_waiting_request": "self, request",
+        "_is_blocked_waiting_status": "status",  # in 0.29 and 0.30, as the next one
+        "_try_promote_blocked_waiting_request": "self, request",
         "_preempt_request": "self, request, timestamp, drop_stale_output=False",
         "_free_request": "self, request, delay_free_blocks=False",
     },
@@ -40,8 +42,6 @@ OVERRIDES: dict[str, dict[str, str]] = {
         "_get_punica_wrapper": "self, module_name",
         "_create_lora_modules": "self",
         "set_adapter_mapping": "self, mapping",
-        "_get_lora_layer_weights": "self, lora_model, module_name",
-        "_get_module_to_save_weights": "self, lora_model, module_name",
     },
     "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase": {
         "__init__": "self, max_num_batched_tokens, max_batches, device, **kwargs",
@@ -58,4 +58,4 @@ OVERRIDES: dict[str, dict[str, str]] = {
         "_select_full_linear_output": "self, y, adapter_y, bias_stacked, module_enabled",
     },
 }
-"""By class, its methods and their parameters in all supported versions."""
+"""By class, its methods and their parameters, in all supported versions that have them."""

@@ -30,6 +30,7 @@ from vllm.model_executor.models import supports_multimodal
 
 from multilora_kernels.dtypes import of_torch
 from vllm_multilora.adapters.model.layout import LinearShape, ModelLayout, SliceLayout, SpecialShape
+from vllm_multilora.adapters.model.tensor_names import HEADS
 from vllm_multilora.integration.step.stock_rows import ClassificationHead
 from vllm_multilora.integration.worker.model.experts import experts_left_alone
 from vllm_multilora.integration.worker.model.module_naming import module_naming, refused_layers
@@ -252,6 +253,9 @@ def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
         if isinstance(module, FusedMoEWithLoRA) and not _has_the_experts_that_are_filled(module):
             for source in (name, f"{name}.base_layer", *manager.packed_modules.get(name, ())):
                 yield source, "vLLM fills slots for other experts than those that a rank has"
+    if not ClassificationHead:  # it wraps them as linear layers, and maps tokens to their rows
+        heads = [name for name in manager.modules if name.rpartition(".")[2] in HEADS]
+        yield from _with_sources(manager, heads, "vLLM adapts no classification heads before 0.31")
     for name in experts_left_alone(manager.model):
         parent, _, kind = name.rpartition(".")
         parts = (f"{parent}.{part}" for part in manager.packed_modules_mapping.get(kind, ()))

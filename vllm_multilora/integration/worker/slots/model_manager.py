@@ -304,12 +304,12 @@ class MultiLoRAModelManager(LoRAModelManager):
     def _fill_special(
         self, slot: int, name: str, module: BaseLayerWithLoRA, special: LoRAModel | None
     ) -> LoRALayerWeights | None:
-        weights = self._get_lora_layer_weights(special, name) if special else None
+        weights = special.get_lora(name) if special else None
         if weights is None and name in self._ranked:
             return None  # rank 0: whatever lies there is not read
         head = None
         if isinstance(module, ClassificationHead) and special:
-            head = self._get_module_to_save_weights(special, name)
+            head = special.get_module_to_save(name)
         if weights is None and head is None and (name, slot) not in self._filled:
             return None
         if isinstance(module, ClassificationHead):
