@@ -12,7 +12,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.serving import template
-from tests.serving.engine import answer, lora_request, needs_ngram_drafts, running_engine
+from tests.serving.engine import (
+    answer,
+    lora_request,
+    needs_drafts,
+    needs_ngram_drafts,
+    running_engine,
+)
 from tests.serving.models.cases import Case, Scenario
 
 if TYPE_CHECKING:
@@ -128,6 +134,7 @@ NGRAM = {
 }
 
 
+@needs_drafts
 @needs_ngram_drafts
 @pytest.mark.smoke("quarantine", "speculative decoding (ngram)")
 def test_with_drafted_tokens_nobody_else_is_blamed(fleet: Scenario, tmp_path: Path) -> None:

@@ -61,6 +61,11 @@ BEFORE_0_31, BEFORE_0_32 = _MINOR < (0, 31), _MINOR < (0, 32)
 IS_0_33 = _MINOR == (0, 33)
 """Whether vLLM is 0.33."""
 
+needs_drafts = pytest.mark.skipif(
+    _MINOR == (0, 30) and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1",
+    reason="vLLM 0.30's first model runner ends with the first draft on CPUs",
+)
+
 needs_ngram_drafts = pytest.mark.skipif(
     BEFORE_0_32 and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1",
     reason="vLLM's second model runner refuses drafts by n-grams before 0.32",

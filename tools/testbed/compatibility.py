@@ -47,7 +47,12 @@ ROWS = (
     Row("structured outputs"),
     Row("priorities"),
     Row("preemption"),
-    Row("speculative decoding (ngram)", NO, "vLLM's second model runner refuses it before 0.32."),
+    Row(
+        "speculative decoding (ngram)",
+        NO,
+        "vLLM's second model runner refuses it before 0.32, and the first one of 0.30 takes no "
+        "drafts on CPUs.",
+    ),
     Row(
         "speculative decoding (draft model)",
         SAME_PATH,

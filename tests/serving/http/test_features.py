@@ -17,7 +17,14 @@ from safetensors.torch import load_file
 
 from tests.attacks.poison import poisoned
 
-from ..engine import BLOCK_SIZE, assert_as_peft, lora_request, needs_ngram_drafts, running_engine
+from ..engine import (
+    BLOCK_SIZE,
+    assert_as_peft,
+    lora_request,
+    needs_drafts,
+    needs_ngram_drafts,
+    running_engine,
+)
 from ..models.cases import NEW_TOKENS, Case, Scenario
 from ..models.peft_reference import PeftReference
 from ..models.recipes import EMBEDDING_RECIPE, LINEAR_RECIPES
@@ -385,6 +392,7 @@ def eagle(llama: Scenario, path: Path) -> dict[str, Any]:
     return {"method": "eagle", "model": str(write_eagle(path, llama.base))}
 
 
+@needs_drafts
 @pytest.mark.parametrize(
     "drafter",
     [

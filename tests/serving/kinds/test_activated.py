@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from ..engine import lora_request, needs_ngram_drafts, prompt_logprobs, running_engine
+from ..engine import lora_request, needs_drafts, needs_ngram_drafts, prompt_logprobs, running_engine
 from ..models.activated_models import CHUNK, RECIPES, TWIN, invocation_of
 from ..models.cases import NEW_TOKENS, Case, Scenario
 
@@ -225,6 +225,7 @@ def test_a_prompt_that_begins_again_is_not_activated_where_the_version_before_wa
     assert_as_peft(ask(engine, activated, [alone]), [alone])
 
 
+@needs_drafts
 @needs_ngram_drafts
 @pytest.mark.smoke("activated LoRA with TP 2 and drafted tokens")
 def test_two_ranks_verify_drafted_tokens_as_peft(activated: Scenario) -> None:
