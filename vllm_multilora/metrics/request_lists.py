@@ -68,7 +68,7 @@ def newest_lists(folder: Path) -> Iterator[Metric]:
         OSError: The engine is ending.
     """
     newest: dict[str, list[Any]] = {}
-    for path in folder.glob(f"*{_SUFFIX}"):
+    for path in sorted(folder.glob(f"*{_SUFFIX}")):  # in any order, each would be another series
         if (reported := _reported(path)) is not None:
             engine = path.name.partition("-")[0]
             newest[engine] = max(reported, newest.get(engine, reported))
