@@ -222,7 +222,7 @@ REFUSED_ROUTES = _words(
     "/weight_checker /scale_elastic_ep /is_scaling_elastic_ep /start_profile /stop_profile",
     "/fault_tolerance/apply /fault_tolerance/status",
 )
-"""Paths of vLLM 0.31 to 0.33 that tenants may not call, so that a new one is noticed.
+"""Paths of vLLM 0.29 to 0.33 that tenants may not call, so that a new one is noticed.
 
 Nothing reads this at run time: a path that is in neither list is refused as well.
 """

@@ -150,7 +150,7 @@ def test_keys_are_refused_where_vllm_lacks_what_the_gateway_needs(monkeypatch):
         return SimpleNamespace(additional_config={"multilora": {"tenants": "file"}})
 
     flag_values.from_cli_args(made, SimpleNamespace, SimpleNamespace())
-    monkeypatch.setattr(decision, "installed_version", lambda: "0.30.0")
+    monkeypatch.setattr(decision, "installed_version", lambda: "0.28.0")
     with pytest.raises(ConfigError, match="protect nothing here"):
         flag_values.from_cli_args(made, SimpleNamespace, SimpleNamespace())
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
+from weakref import proxy
 
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request, RequestStatus
@@ -55,7 +56,9 @@ class _PutBack(RequestQueue):
     """
 
     def __init__(self, scheduler: Any) -> None:
-        self._scheduler = scheduler
+        self._scheduler = proxy(
+            scheduler
+        )  # no circle: the scheduler goes when its engine core does
 
     def add_request(self, request: Request) -> None:
         self._scheduler.waiting.add_request(request)
