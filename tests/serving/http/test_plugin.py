@@ -56,8 +56,8 @@ def vllm_version(tmp_path, monkeypatch):
         pytest.param(None, {"enabled": False}, {}, STOCK, id="switched-off"),
         pytest.param(None, {"backend": "vllm"}, {}, STOCK, id="vllms-kernels"),
         pytest.param("0.99.0+cpu", {}, {}, OURS, id="newer-vllm-that-fits"),
-        pytest.param("0.30.0+cpu", {}, {}, STOCK, id="older-vllm"),
-        pytest.param("0.30.0+cpu", {"enabled": True}, {}, OURS, id="older-vllm-forced"),
+        pytest.param("0.28.0+cpu", {}, {}, STOCK, id="older-vllm"),
+        pytest.param("0.28.0+cpu", {"enabled": True}, {}, OURS, id="older-vllm-forced"),
     ],
 )
 def test_the_plugin_acts_when_it_should(
