@@ -2,7 +2,7 @@
 
 Kernels of vLLM's samplers call `.to(...)` on the counter of a loop over `tl.range`, a plain int in
 the interpreter; load with masks that `&` has made of several types, which numpy refuses; and ask
-`libdevice.isnan`, which only compilers know.
+`libdevice.isnan` and `log1p`, which only compilers know.
 """
 
 from __future__ import annotations
@@ -56,6 +56,13 @@ def _mend_interpreter(interpreter: Any) -> None:
 
 def _mend_libdevice(libdevice: Any) -> None:
     libdevice.isnan = lambda x: x != x
+    libdevice.log1p = _log1p
+
+
+def _log1p(x: Any) -> Any:
+    language: Any = sys.modules["triton.language"]
+    # Where 1 + x rounds to 1, its logarithm is lost.
+    return language.where(language.abs(x) < 1e-4, x - x * x / 2, language.log(1.0 + x))
 
 
 _MEND = {_INTERPRETER: _mend_interpreter, _LIBDEVICE: _mend_libdevice}
