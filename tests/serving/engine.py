@@ -61,13 +61,20 @@ BEFORE_0_31, BEFORE_0_32 = _MINOR < (0, 31), _MINOR < (0, 32)
 IS_0_33 = _MINOR == (0, 33)
 """Whether vLLM is 0.33."""
 
+_HAS_SECOND_RUNNER = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+
+refused_by_second_runner_of_0_29 = pytest.mark.skipif(
+    _MINOR < (0, 30) and _HAS_SECOND_RUNNER,
+    reason="vLLM 0.29's second model runner refuses it",
+)
+
 needs_drafts = pytest.mark.skipif(
-    _MINOR == (0, 30) and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1",
+    _MINOR == (0, 30) and not _HAS_SECOND_RUNNER,
     reason="vLLM 0.30's first model runner ends with the first draft on CPUs",
 )
 
 needs_ngram_drafts = pytest.mark.skipif(
-    BEFORE_0_32 and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1",
+    BEFORE_0_32 and _HAS_SECOND_RUNNER,
     reason="vLLM's second model runner refuses drafts by n-grams before 0.32",
 )
 

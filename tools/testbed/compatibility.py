@@ -56,7 +56,8 @@ ROWS = (
     Row(
         "speculative decoding (draft model)",
         SAME_PATH,
-        "Drafts are the base model's own; adapters verify them.",
+        "Drafts are the base model's own; adapters verify them. 0.29's second model runner refuses "
+        "draft models.",
     ),
     Row("speculative decoding (EAGLE)", SAME_PATH, "As above."),
     Row(

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 from tests.attacks.poison import poisoned
 from vllm_multilora.adapters.validation import validate
 
-from ..engine import running_engine
+from ..engine import refused_by_second_runner_of_0_29, running_engine
 from ..models.recipes import (
     IDEFICS3_RECIPES,
     LANGUAGE_RECIPES,
@@ -241,6 +241,7 @@ def test_validate_refuses_adapters_of_towers_alone_as_a_server_does(tmp_path: Pa
     assert refused == {"tower-r16", "connector-r8"}
 
 
+@refused_by_second_runner_of_0_29
 @pytest.mark.smoke
 def test_fast_prefill_with_adapters_is_refused_at_start(tmp_path: Path) -> None:
     """Its last layers compute the last token of each prompt only, by whichever adapter."""

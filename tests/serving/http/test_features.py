@@ -23,6 +23,7 @@ from ..engine import (
     lora_request,
     needs_drafts,
     needs_ngram_drafts,
+    refused_by_second_runner_of_0_29,
     running_engine,
 )
 from ..models.cases import NEW_TOKENS, Case, Scenario
@@ -399,7 +400,13 @@ def eagle(llama: Scenario, path: Path) -> dict[str, Any]:
         pytest.param(
             ngram, marks=[needs_ngram_drafts, pytest.mark.smoke("speculative decoding (ngram)")]
         ),
-        pytest.param(small_model, marks=pytest.mark.smoke("speculative decoding (draft model)")),
+        pytest.param(
+            small_model,
+            marks=[
+                refused_by_second_runner_of_0_29,
+                pytest.mark.smoke("speculative decoding (draft model)"),
+            ],
+        ),
         pytest.param(eagle, marks=pytest.mark.smoke("speculative decoding (EAGLE)")),
     ],
 )

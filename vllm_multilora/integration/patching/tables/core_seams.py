@@ -15,7 +15,7 @@ PUNICA_WRAPPER = Patch(
     handler="step.punica:get_punica_wrapper",
     why="The wrapper class is the platform's choice; an out-of-tree wrapper has no way in. "
     "Returns ours when the plugin is active and has kernels for the platform.",
-    checked=("0.29", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+    checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
     until="vLLM selects punica wrappers through a registry.",
 )
 
@@ -26,7 +26,7 @@ _PATCHES: tuple[Patch, ...] = (
         takes=("parser",),
         handler="settings.flags:add_cli_args",
         why="vLLM has no hook for a plugin's own flags on `vllm serve`; adds the --multilora ones.",
-        checked=("0.29", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM lets plugins add arguments.",
     ),
     Patch(
@@ -36,7 +36,7 @@ _PATCHES: tuple[Patch, ...] = (
         handler="flag_values:from_cli_args",
         why="Unknown flags are dropped there; moves ours into additional_config, which reaches "
         "every process.",
-        checked=("0.29", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM lets plugins add arguments.",
     ),
     Patch(
@@ -46,7 +46,7 @@ _PATCHES: tuple[Patch, ...] = (
         handler="engine_config:create_engine_config",
         why="additional_config is not validated by vLLM; a wrong setting must be one clear "
         "sentence at start-up, for `vllm serve` and `LLM(...)` alike.",
-        checked=("0.29", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM lets plugins validate their part of additional_config.",
     ),
     PUNICA_WRAPPER,
@@ -57,7 +57,7 @@ _PATCHES: tuple[Patch, ...] = (
         handler="worker.manager:make_worker_manager",
         why="The manager class is imported by name and not configurable. Ours fills slots as the "
         "engine core orders and tells the kernels the true rank of every module and slot.",
-        checked=("0.29", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM makes the LoRA manager class configurable.",
     ),
     Patch(
@@ -105,7 +105,7 @@ _PATCHES: tuple[Patch, ...] = (
         "reload with requests in flight. Tells them apart by number. The count by which vLLM "
         "picks a captured graph still goes by name; our kernels read all adapters from the plan, "
         "and vLLM's of experts look at all slots, whatever the graph was captured with.",
-        checked=("0.31/2", "0.32/2", "0.33/2"),
+        checked=("0.29/2", "0.31/2", "0.32/2", "0.33/2"),
         until="As batch-mapping.",
     ),
     Patch(
@@ -117,7 +117,7 @@ _PATCHES: tuple[Patch, ...] = (
         ),
         handler="worker.manager:set_active_loras_from_inputs",
         why="Takes what batch-inputs makes; spells it out for stock managers.",
-        checked=("0.29", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As batch-mapping.",
     ),
     Patch(
@@ -130,7 +130,7 @@ _PATCHES: tuple[Patch, ...] = (
         ),
         handler="worker.sampling:compute_prompt_scores",
         why="As prompt-logprobs, for vLLM's second model runner.",
-        checked=("0.31/2", "0.32/2", "0.33/2"),
+        checked=("0.29/2", "0.31/2", "0.32/2", "0.33/2"),
         until="As prompt-logprobs.",
     ),
     Patch(
@@ -151,7 +151,7 @@ _PATCHES: tuple[Patch, ...] = (
         why="vLLM's second model runner maps one row a request to the output layer, though "
         "speculative decoding samples several, and takes the counts of their NaN for those of "
         "requests. Tells our wrapper how many, and adds the counts up.",
-        checked=("0.31/2", "0.32/2", "0.33/2"),
+        checked=("0.29/2", "0.31/2", "0.32/2", "0.33/2"),
         until="vLLM's LoRA mapping covers all sampled rows, and its counts go by request.",
     ),
     Patch(
@@ -195,7 +195,7 @@ _PATCHES: tuple[Patch, ...] = (
         "the class that it returns chooses the scheduler's. To name it in "
         "`distributed_executor_backend` would change what vLLM does where it compares that with "
         "`mp` and `external_launcher`, at a dozen places.",
-        checked=("0.29", "0.30"),
+        checked=("0.29", "0.29/2", "0.30"),
         until="vLLM asks for no name where a class was given.",
     ),
     Patch(
@@ -205,7 +205,7 @@ _PATCHES: tuple[Patch, ...] = (
         handler="engine.executor:process_input_sockets",
         why="An executor cannot wake the engine core that waits for requests, though an adapter "
         "has been read meanwhile. Hands it the engine core's queue.",
-        checked=("0.29", "0.30"),
+        checked=("0.29", "0.29/2", "0.30"),
         until="vLLM's executors can wake their engine core.",
     ),
     Patch(
@@ -218,7 +218,7 @@ _PATCHES: tuple[Patch, ...] = (
         handler="engine.requests.prefix_keys:get_request_block_hasher",
         why="A request's blocks are hashed as it arrives, when its adapter's digest may not be "
         "known yet. Hashes them once it is.",
-        checked=("0.29", "0.30"),
+        checked=("0.29", "0.29/2", "0.30"),
         until="As prefix-cache-keys.",
     ),
     Patch(
@@ -228,7 +228,7 @@ _PATCHES: tuple[Patch, ...] = (
         handler="api_server.registered_versions:add_lora",
         why="Notes the digest that the engine answers a registration with, and raises its refusal "
         "as an exception with fields: vLLM sends the text of one alone.",
-        checked=("0.29", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM tells what it has loaded.",
     ),
     Patch(
@@ -238,7 +238,7 @@ _PATCHES: tuple[Patch, ...] = (
         handler="step.mapping:init_lora_state",
         why="vLLM's second model runner keeps adapters' numbers in 32 bits; those of adapter "
         "directories, which servers find without asking each other, need more.",
-        checked=("0.31/2", "0.32/2", "0.33/2"),
+        checked=("0.29/2", "0.31/2", "0.32/2", "0.33/2"),
         until="vLLM keeps them in 64 bits, as its first model runner does.",
     ),
     Patch(
@@ -249,7 +249,7 @@ _PATCHES: tuple[Patch, ...] = (
         why="Cached prefixes are found by an adapter's name and path, so that new weights at the "
         "same path get blocks of the old ones, and equal weights elsewhere get none. Has the "
         "digest of the weights in their place.",
-        checked=("0.29", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's keys go by what adapters contain.",
     ),
     Patch(
@@ -259,7 +259,7 @@ _PATCHES: tuple[Patch, ...] = (
         handler="engine.requests.prefix_keys:block_hash_keys",
         why="All blocks of a request with an adapter are its adapter's. Leaves those that an "
         "activated adapter does not act on to the base model, which has computed them.",
-        checked=("0.29", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM serves activated LoRA.",
     ),
     Patch(
@@ -270,7 +270,7 @@ _PATCHES: tuple[Patch, ...] = (
         why="What one tenant's adapter leaves in a block of the KV cache, NaN for instance, is "
         "multiplied by zero for the next one who has the block, and is NaN there. Has blocks "
         "emptied before they are used again, as vLLM does for models with states.",
-        checked=("0.29", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's attention reads nothing beyond a request's own tokens.",
     ),
     Patch(
@@ -280,7 +280,7 @@ _PATCHES: tuple[Patch, ...] = (
         handler="worker.base_layers.base_products:attention_isa",
         why="With AMX, vLLM's attention on CPUs lets NaN of one request into the answers of others "
         "in its step. Takes the kernels that do not.",
-        checked=("0.29", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's attention with AMX reads nothing beyond a request's own tokens.",
     ),
     Patch(
@@ -293,7 +293,7 @@ _PATCHES: tuple[Patch, ...] = (
         "in turn where rows are few: multiplies these by C kernels that do both at once. "
         "Either way weights are repacked and nothing else is kept: keeps the lengths of their rows "
         "before, which DoRA adapters need.",
-        checked=("0.29", "0.30", "0.31", "0.33", "0.33/2"),
+        checked=("0.29", "0.29/2", "0.30", "0.31", "0.33", "0.33/2"),
         until="oneDNN reads no more than a row has, and multiplies few rows while it reads.",
     ),
     Patch(
@@ -308,7 +308,7 @@ _PATCHES: tuple[Patch, ...] = (
         why="vLLM answers a request that fails in the engine with HTTP 500 and no reason. Puts "
         "the status and the reason of a failed load in their place, and notes which version of "
         "its adapter each request runs on.",
-        checked=("0.29", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM carries a status and a reason with a failed request.",
     ),
 )

@@ -21,7 +21,7 @@ _PATCHES: tuple[patch.Patch, ...] = (
         takes=("self, lora_request",),
         handler="api_server.registered_versions:add_lora_offline",
         why="As registered-version, for callers of LLM's engine, who get True from vLLM.",
-        checked=("0.29", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As registered-version.",
     ),
     Patch(
@@ -30,7 +30,7 @@ _PATCHES: tuple[patch.Patch, ...] = (
         takes=("self, req_state",),
         handler="server.requests.metering:finish_request",
         why="As engine-admission.",
-        checked=("0.29", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As engine-admission.",
     ),
     Patch(
@@ -39,7 +39,7 @@ _PATCHES: tuple[patch.Patch, ...] = (
         takes=("self, request_ids, internal",),
         handler="server.requests.metering:abort_requests",
         why="As engine-admission.",
-        checked=("0.29", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As engine-admission.",
     ),
     Patch(
@@ -49,7 +49,7 @@ _PATCHES: tuple[patch.Patch, ...] = (
         handler="server.requests.metering:shutdown",
         why="Most requests that a server is stopped amidst end nowhere: their clients wait, and "
         "the server for them, until it is killed. Ends them, and counts what they have used.",
-        checked=("0.29", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM ends all requests before it stops.",
     ),
     Patch(
@@ -63,7 +63,7 @@ _PATCHES: tuple[patch.Patch, ...] = (
         ),
         handler="server.requests.metering:beam_search",
         why="A beam search is many requests to the engine. Counts it as what its answer says.",
-        checked=("0.29", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As engine-admission.",
     ),
     Patch(
@@ -74,7 +74,7 @@ _PATCHES: tuple[patch.Patch, ...] = (
         why="vLLM looks for paths in errors' texts, which may repeat what clients send, and takes "
         "the third power of their length for that: minutes for twenty kilobytes, in which nobody "
         "is answered. Shortens them before.",
-        checked=("0.29", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM bounds what an error repeats.",
     ),
     Patch(
@@ -83,7 +83,7 @@ _PATCHES: tuple[patch.Patch, ...] = (
         takes=("message",),
         handler="server.requests.http_calls:sanitize_message",
         why="As error-texts, of bodies that are wrong.",
-        checked=("0.29", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As error-texts.",
     ),
     Patch(
@@ -94,7 +94,7 @@ _PATCHES: tuple[patch.Patch, ...] = (
         why="All requests come by here on their way to the engine, in their client's context. "
         "Refuses what no check of the model's name has granted, and follows each prompt to its "
         "end: vLLM counts tokens of whole servers.",
-        checked=("0.29", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
+        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM counts tokens by adapter.",
     ),
 )
