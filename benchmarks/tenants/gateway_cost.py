@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Iterable
@@ -25,8 +24,6 @@ from vllm_multilora.tenants.keys import new_key, stored
 
 EVENTS = 100
 ADAPTER = "acme-support"
-MAX_CALL_US, MAX_EVENT_US = 100.0, 5.0
-"""The goals: microseconds of one core for a call, and for an event of a stream."""
 
 
 @benchmark(
@@ -60,10 +57,6 @@ def gateway_cost(calls: int = 300, rounds: int = 9) -> Iterable[Figure]:
         events = [(s - c) / EVENTS for s, c in zip(stream, single, strict=True)]
         yield Figure(name, "µs more for a call", single)
         yield Figure(name, "µs more for an event", events)
-        if statistics.median(single) > MAX_CALL_US or statistics.median(events) > MAX_EVENT_US:
-            raise SystemExit(
-                f"more than {MAX_CALL_US:.0f} µs a call or {MAX_EVENT_US:.0f} an event"
-            )
 
 
 def _added_us(row: dict[str, float], name: str, kind: str) -> float:
