@@ -14,6 +14,7 @@ import asyncio
 import json
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -65,13 +66,10 @@ def _added_us(row: dict[str, float], name: str, kind: str) -> float:
 
 def _gateway(tenants: str | None) -> Any:
     """The gateway of a server with an adapter, and with the tenants of a file if there is one."""
+    from fastapi import FastAPI
     from vllm.lora.request import LoRARequest
 
-    from vllm_multilora.gateway.answers import HttpCallMiddleware
-    from vllm_multilora.gateway.failed_streams import FailedStreamsMiddleware
-    from vllm_multilora.gateway.keys.access import Access
-    from vllm_multilora.gateway.keys.middleware import AccessMiddleware
-    from vllm_multilora.gateway.names.names_middleware import NamesMiddleware
+    from vllm_multilora.gateway.app import Gateway
     from vllm_multilora.integration.server.names.public_names import separate
     from vllm_multilora.integration.server.requests.metering import METER, ServerMeter
 
@@ -83,10 +81,16 @@ def _gateway(tenants: str | None) -> Any:
         lora_requests={ADAPTER: LoRARequest(ADAPTER, 1, "/adapters/acme-support")},
     )
     separate(models)
-    named = HttpCallMiddleware(FailedStreamsMiddleware(NamesMiddleware(_answer, models)))
-    if tenants is None:
-        return named
-    return AccessMiddleware(named, Access(tenants_path=tenants, secret="benchmark"))
+    server = FastAPI()
+    server.state.openai_serving_models = models
+    settings = {"multilora": {"tenants": tenants}}
+    server.state.args = Namespace(enable_lora=True, additional_config=settings, api_key=None)
+    gateway = Gateway(_answer)
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        await gateway({**scope, "app": server}, receive, send)
+
+    return answer
 
 
 async def _answer(scope: Any, receive: Any, send: Any) -> None:
