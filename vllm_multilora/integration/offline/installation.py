@@ -28,6 +28,7 @@ from vllm_multilora.integration.patching.tables import ledger
 from vllm_multilora.integration.patching.version import (
     distributions,
     installed_version,
+    is_expected,
 )
 from vllm_multilora.store.jobs import sandbox
 from vllm_multilora.store.protocol import store_folder
@@ -103,6 +104,8 @@ def _check_patches() -> list[str]:
     problems = []
     width = max(len(patch.name) for patch in ledger.PATCHES)
     for patch in ledger.PATCHES:
+        if not is_expected(patch.target, installed_version()):
+            continue
         applied = patch.apply()
         print(f"  {'in place' if applied else 'MISSING '}  {patch.name:{width}} {patch.target}")
         if not applied:
