@@ -116,6 +116,17 @@ COMMANDS = {
             "status --json",
         ),
     ),
+    "adapters": Command(
+        "vllm_multilora.toolbox.commands.adapters",
+        "load a folder's adapters on several servers, and keep them loaded",
+        "Loads every adapter of a folder on vLLM servers, or on workers of Dynamo's, which forget "
+        "what was loaded when they are started again. What is loaded already is loaded again once: "
+        "its files may have changed. Exits with 1 if a server does not answer or refuses one.",
+        (
+            "adapters sync ./adapters --workers http://localhost:8000",
+            "adapters sync ./adapters --workers http://10.0.0.7:8081 http://10.0.0.8:8081 --every",
+        ),
+    ),
     "tenants": Command(
         "vllm_multilora.toolbox.commands.tenants",
         "create and hash tenants' keys, and check a tenants file",

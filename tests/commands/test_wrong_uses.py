@@ -83,6 +83,13 @@ WRONG = [
     ("advise --prometheus {nobody}", "cannot be reached"),
     ("advise --prometheus {nobody} --window 1e9", "at most 86400 s (a day)"),
     ("advise --prometheus localhost:9090", "is not a server address"),
+    # adapters
+    ("adapters", "the following arguments are required: action, FOLDER, --workers/--url"),
+    ("adapters drop {folder} --workers {nobody}", "invalid choice: 'drop'"),
+    ("adapters sync {missing} --workers {nobody}", "No such file"),
+    ("adapters sync {empty} --workers {nobody}", "Not a directory"),
+    ("adapters sync {folder} --workers nonsense", "is not a server address"),
+    ("adapters sync {folder} --workers {nobody} --every 0", "--every must be a positive number"),
     # store and tenants
     ("store --describe", "no store of this user is running"),
     ("store describe", "unrecognized arguments: describe"),

@@ -1,5 +1,6 @@
 """A server of HTTP answers, for the commands that ask one."""
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,13 +14,14 @@ Answer = tuple[int, str]
 
 @dataclass
 class Site:
-    """Answers by path; each is called with the query and the headers."""
+    """Answers by path; each is called with the query and the headers, or with what is posted."""
 
     url: str
     server: ThreadingHTTPServer
     answers: dict[str, Callable[[dict[str, str], dict[str, str]], Answer]] = field(
         default_factory=dict
     )
+    posts: dict[str, Callable[[dict[str, object]], Answer]] = field(default_factory=dict)
 
 
 @pytest.fixture
@@ -31,7 +33,13 @@ def site() -> Iterator[Site]:
             parts = urlsplit(self.path)
             query = {key: values[0] for key, values in parse_qs(parts.query).items()}
             answer = found.answers.get(parts.path, lambda *_: (404, '{"detail":"Not Found"}'))
-            status, body = answer(query, dict(self.headers))
+            self._send(*answer(query, dict(self.headers)))
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            self._send(*found.posts[self.path](body))
+
+        def _send(self, status: int, body: str) -> None:
             self.send_response(status)
             self.end_headers()
             self.wfile.write(body.encode())

@@ -20,6 +20,7 @@ import pytest
 from tests.adapters.corpus import BAD
 from tests.unit.docs.test_docs import ROOT
 from tests.unit.docs.test_documented_commands import commands
+from vllm_multilora.cli import main
 
 from .. import completions, template
 from ..engine import answer, running_engine
@@ -145,7 +146,32 @@ def test_a_loaded_adapter_serves_at_once_and_an_unloaded_one_no_more(
     deployment.unload("acme")
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.smoke("registration over HTTP")
+def test_the_adapters_command_loads_a_folder_and_what_has_changed_in_it(
+    deployment: Deployment, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = deployment.root / "synced"
+    command = ["adapters", "sync", str(folder), "--workers", deployment.server.url]
+    for place, name in enumerate(NAMES[:2]):
+        deployment.put(name, f"synced/sync-{place}")
+    assert main(command) == 0
+    for place, name in enumerate(NAMES[:2]):
+        deployment.assert_serves(f"sync-{place}", deployment.case(name))
+    deployment.put(NAMES[1], "synced/sync-0")
+    assert main(command) == 0
+    deployment.assert_serves("sync-0", deployment.case(NAMES[1]))
+    bad = deployment.put(NAMES[0], "synced/sync-bad") / "adapter_config.json"
+    bad.write_text(json.dumps(json.loads(bad.read_text()) | {"use_dora": True}))
+    capfd.readouterr()
+    assert main(command) == 1
+    said = capfd.readouterr().err
+    assert f"{deployment.server.url}: sync-bad refused: " in said
+    assert "use_dora" in said
+    assert deployment.ask("sync-bad", deployment.case(NAMES[0])).status_code == 404
+    for place in range(2):
+        assert deployment.unload(f"sync-{place}").status_code == 200
+
+
 def test_equal_loads_at_once_all_succeed_and_load_once(deployment: Deployment) -> None:
     """As Ray sends them: one for each request that comes before a cold adapter is loaded."""
     path = deployment.put(NAMES[0], "burst")
@@ -174,6 +200,7 @@ def test_loads_of_other_files_at_once_do_not_pass_for_each_other(deployment: Dep
     assert deployment.unload("rival").status_code == 200
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_calls_of_the_docs_load_an_adapter_ask_it_and_unload_it(deployment: Deployment) -> None:
     """Word for word, but for the address and the folder."""
     pages = ("docs/adapters.md", "README.md")

@@ -1,4 +1,4 @@
-"""GET requests to servers and to Prometheus, with errors that an operator understands."""
+"""Requests to servers and to Prometheus, with errors that an operator understands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,17 @@ _UNKNOWN_AUTHORITY = range(18, 22)
 
 
 class UnreachableError(MultiLoRAError):
-    """A server gave no usable answer."""
+    """A server gave no usable answer.
+
+    Attributes:
+        status: What it answered with; None where it did not.
+        answer: What its answer says, in one line; empty where there was none.
+    """
+
+    def __init__(self, message: str, status: int | None = None, answer: str = "") -> None:
+        super().__init__(message)
+        self.status = status
+        self.answer = answer
 
 
 def base_url(text: str) -> str:
@@ -61,25 +71,46 @@ def get_text(url: str, query: dict[str, str] | None = None, *, api_key: str | No
             carry the key.
     """
     full = f"{url}?{urlencode(query)}" if query else url
-    request = urllib.request.Request(full)
+    return _answer(urllib.request.Request(full), url, api_key, TIMEOUT_S)
+
+
+def send(
+    method: str,
+    url: str,
+    body: Any = None,
+    *,
+    api_key: str | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> str:
+    """The answer to a request with a JSON body, or without one; otherwise as `get_text`."""
+    request = urllib.request.Request(url, method=method)
+    if body is not None:
+        request.data = json.dumps(body).encode()
+        request.add_header("Content-Type", "application/json")
+    return _answer(request, url, api_key, timeout_s)
+
+
+def _answer(
+    request: urllib.request.Request, url: str, api_key: str | None, timeout_s: float
+) -> str:
     if api_key:
         if not (api_key.isascii() and api_key.isprintable()):
             raise UnreachableError(
                 "HTTP cannot carry the API key: expected printable ASCII characters in one line"
             )
         request.add_header("Authorization", f"Bearer {api_key}")
-    proxy = _proxy_for(parts := urlsplit(full))
+    proxy = _proxy_for(parts := urlsplit(request.full_url))
     handler = urllib.request.ProxyHandler({parts.scheme: proxy} if proxy else {})
     try:
-        with urllib.request.build_opener(handler).open(request, timeout=TIMEOUT_S) as response:
+        with urllib.request.build_opener(handler).open(request, timeout=timeout_s) as response:
             body: bytes = response.read()
     except urllib.error.HTTPError as error:
-        answer = _message(error.read().decode(errors="replace"))[:_SHOWN]
-        what = f": {answer}" if answer else ""
+        answer = _message(error.read().decode(errors="replace"))
+        what = f": {answer[:_SHOWN]}" if answer else ""
         if error.code == http.HTTPStatus.UNAUTHORIZED:
             hint = "give a key in $VLLM_API_KEY or with --api-key"
             what = f"{what.removesuffix('.')}; {hint}"
-        raise UnreachableError(f"{url} answers {error.code}{what}") from error
+        raise UnreachableError(f"{url} answers {error.code}{what}", error.code, answer) from error
     # URLError, a time limit, a broken connection, something that is not HTTP
     except (OSError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
@@ -118,11 +149,12 @@ def _proxy_for(parts: SplitResult) -> str | None:
 
 
 def _message(answer: str) -> str:
-    """What an error of vLLM's or Prometheus' says, in one line; other answers whole."""
+    """What an error of vLLM's, Prometheus' or Dynamo's says, in one line; other answers whole."""
     try:
-        error = json.loads(answer)["error"]
+        content = json.loads(answer)
+        error = content.get("error", content)
         said = error if isinstance(error, str) else str(error["message"])
-    except (ValueError, RecursionError, KeyError, TypeError):
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         said = answer
     return " ".join(said.split())
 

@@ -1,0 +1,134 @@
+"""Loads and unloads adapters on running servers: vLLM's with this plugin, and Dynamo's workers."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import quote
+
+from vllm_multilora.errors import MultiLoRAError
+from vllm_multilora.tenants.rules import STATUS
+from vllm_multilora.toolbox.clients.http_client import UnreachableError, base_url, get_json, send
+
+LOAD_TIMEOUT_S = 600.0
+"""A load waits for those before it, and a worker of Dynamo's for running answers."""
+
+_DYNAMO = "/v1/loras"
+
+
+class RefusedError(MultiLoRAError):
+    """A server does not take an adapter, and says why."""
+
+
+class AdapterServer(ABC):
+    """One server or worker.
+
+    Args:
+        url: Its address.
+        api_key: A key that may load adapters; None where the server has no keys.
+    """
+
+    def __init__(self, url: str, api_key: str | None) -> None:
+        self._url = url
+        self._api_key = api_key
+
+    @abstractmethod
+    def loaded(self) -> set[str]:
+        """The adapters that it has names for.
+
+        Raises:
+            UnreachableError: It does not say.
+        """
+
+    @abstractmethod
+    def load(self, name: str, folder: str, *, is_new: bool) -> bool:
+        """Has it serve what a folder has now.
+
+        Args:
+            name: The adapter's.
+            folder: Where its files are, as the server can read them.
+            is_new: Whether the server has nothing of this name yet.
+
+        Returns:
+            False if it keeps the version that it has, whatever is in the folder.
+
+        Raises:
+            RefusedError: It cannot serve the adapter.
+            UnreachableError: It does not answer.
+        """
+
+    @abstractmethod
+    def unload(self, name: str) -> None:
+        """Takes an adapter away; raises as `load`."""
+
+    def _send(self, method: str, path: str, body: Any = None) -> str:
+        key, limit = self._api_key, LOAD_TIMEOUT_S
+        try:
+            return send(method, f"{self._url}{path}", body, api_key=key, timeout_s=limit)
+        except UnreachableError as error:
+            if error.status is None or error.status == HTTPStatus.UNAUTHORIZED:
+                raise
+            raise RefusedError(error.answer or str(error)) from error
+
+
+class _VllmServer(AdapterServer):
+    def loaded(self) -> set[str]:
+        listing = get_json(f"{self._url}{STATUS}", api_key=self._api_key)
+        return {row["id"] for row in listing["data"]}
+
+    def load(self, name: str, folder: str, *, is_new: bool) -> bool:
+        body = {"lora_name": name, "lora_path": folder, "load_inplace": not is_new}
+        self._send("POST", "/v1/load_lora_adapter", body)
+        return True
+
+    def unload(self, name: str) -> None:
+        self._send("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+
+
+class _DynamoWorker(AdapterServer):
+    def loaded(self) -> set[str]:
+        return set(get_json(f"{self._url}{_DYNAMO}", api_key=self._api_key)["loras"])
+
+    def load(self, name: str, folder: str, *, is_new: bool) -> bool:
+        body = {"lora_name": name, "source": {"uri": f"file://{folder}"}}
+        answer = json.loads(self._send("POST", _DYNAMO, body))
+        return is_new or bool(answer.get("hot_swap"))
+
+    def unload(self, name: str) -> None:
+        self._send("DELETE", f"{_DYNAMO}/{quote(name, safe='')}")
+
+
+def connect(url: str, api_key: str | None) -> AdapterServer:
+    """Finds out what answers at an address.
+
+    Args:
+        url: Of a vLLM server, or of the system port of a worker of Dynamo's.
+        api_key: As for `AdapterServer`.
+
+    Raises:
+        UnreachableError: Nothing there loads adapters.
+    """
+    url = base_url(url)
+    worker = _DynamoWorker(url, api_key)
+    try:
+        worker.loaded()
+    except UnreachableError as error:
+        if error.status is None or error.status == HTTPStatus.UNAUTHORIZED:
+            raise
+    except (KeyError, TypeError):
+        pass  # some other answer
+    else:
+        return worker
+    server = _VllmServer(url, api_key)
+    try:
+        server.loaded()
+    except (UnreachableError, KeyError, TypeError) as error:
+        if isinstance(error, UnreachableError) and error.status == HTTPStatus.UNAUTHORIZED:
+            raise
+        raise UnreachableError(
+            f"{url} loads no adapters: expected a vLLM server with vllm-multilora and "
+            "--enable-lora, or the system port of a Dynamo worker with DYN_LORA_ENABLED=true"
+        ) from error
+    return server
