@@ -18,7 +18,7 @@ export VLLM_NO_USAGE_STATS := 1
 VLLM ?= 0.32
 RUNNER ?= 1
 
-.PHONY: help install demo test pytest ruff words mypy test-fast test-vllm test-all check-newest lint bench bench-kernels coverage docs metadata dist dist-check clean
+.PHONY: help install demo test pytest ruff words mypy test-fast test-vllm dynamo test-dynamo test-all check-newest lint bench bench-kernels coverage docs metadata dist dist-check clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -74,6 +74,19 @@ check-newest: $(STAMP) ## what the newest vLLM on the package index changes of w
 	rm -rf build/newest
 	$(BIN)/pip download --quiet --no-deps --pre --only-binary :all: --dest build/newest vllm
 	$(BIN)/vllm-multilora doctor --against build/newest/vllm-*.whl
+
+# Dynamo 1.6 is made for vLLM 0.31. Its planner does not build here, and nothing here uses it.
+$(VENV)-dynamo/.dynamo: $(STAMP) tools/testbed/make_env.sh
+	tools/testbed/make_env.sh $(VENV) $(VENV)-dynamo 0.31
+	$(VENV)-dynamo/bin/pip install --quiet --no-deps ai-dynamo==1.6.1 ai-dynamo-runtime==1.6.1
+	$(VENV)-dynamo/bin/pip install --quiet "kubernetes>=32.0.1,<33" "redis<9" zstandard
+	@touch $@
+
+dynamo: $(VENV)-dynamo/.dynamo ## the demo's adapters on two workers behind Dynamo's frontend
+	$(VENV)-dynamo/bin/python examples/dynamo/fleet.py
+
+test-dynamo: $(VENV)-dynamo/.dynamo ## the same, as tests
+	$(VENV)-dynamo/bin/python -m pytest examples/dynamo
 
 test-all: test ## all tests, and the smoke tests with every vLLM and both model runners
 	for vllm in 0.29 0.30 0.31 0.32 0.33; do for runner in 1 2; do \
