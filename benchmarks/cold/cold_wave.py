@@ -115,7 +115,7 @@ def _served(arm: str, sizes: Sequence[int], adapters: int) -> Found:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         projections = ("q_proj", "k_proj", "v_proj", "o_proj")
-        fleet = Fleet(scratch / "adapters", model_config(), RANK, projections)
+        fleet = Fleet(scratch / "adapters", model_config(), RANK, projections, base_model())
         fleet.add(STREAM_ADAPTER)
         waves = {
             size: [fleet.add(f"cold-{size}-{n}").name for n in range(adapters)]

@@ -59,6 +59,7 @@ class Fleet:
         model: The base model's configuration.
         rank: Theirs, where no other is asked for.
         projections: That they adapt.
+        base: The server's `--model`, by which vLLM's resolver knows whose they are.
     """
 
     def __init__(
@@ -67,10 +68,12 @@ class Fleet:
         model: dict[str, Any],
         rank: int,
         projections: Sequence[str] = PROJECTIONS,
+        base: Path | None = None,
     ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._model, self._rank, self._projections = model, rank, projections
+        self._base = base
         self._count = 0
 
     @property
@@ -82,8 +85,8 @@ class Fleet:
         path = self.folder.parent / f"first-adapter-{rank}"
         if not path.exists():
             write_random_adapter(path, self._model, rank, rank, self._projections)
-            # By which vLLM's resolver knows whose it is: the name that servers give the base model.
-            _change(path, base_model_name_or_path="base")
+            if self._base is not None:
+                _change(path, base_model_name_or_path=str(self._base))
         return path
 
     def add(self, name: str, folder: Path | None = None, rank: int | None = None) -> Path:
