@@ -147,6 +147,15 @@ def test_seal_of_a_route_without_salts_is_in_its_id_and_not_in_its_answer(access
     assert text not in repr((start, body))
 
 
+@pytest.mark.parametrize("path", ["/score", "/v1/rerank"])
+def test_call_that_vllm_ends_by_its_id_has_its_tenants_seal_there_too(access, path):
+    """Else another tenant's ends it, whose client has chosen the same id and goes."""
+    server, _ = ask(access, path, ACME, b'{"model": "acme-a"}', **{"x-request-id": "mine"})
+    own_id, text, _ = server.id.split("~")
+    assert own_id == "mine"
+    assert opened(SECRET, text).tenant == seal_of(server).tenant == "acme"
+
+
 def test_without_tenants_no_call_has_a_seal(tmp_path):
     access = Access(api_keys=[CLIENT], secret=SECRET)
     for path in ("/v1/completions", COHERE):

@@ -3,9 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,17 +29,11 @@ from vllm.v1.outputs import LogprobsLists
 from vllm_multilora.gateway.names.names_middleware import expect_results
 from vllm_multilora.integration.api_server.failure_delivery import process_outputs
 from vllm_multilora.integration.engine.requests.weight_versions import KEY as VERSION_KEY
-from vllm_multilora.integration.server.requests import metering
+from vllm_multilora.integration.server.requests import engine_admission, metering
 from vllm_multilora.integration.server.requests.callers import MAX_SCORES, Caller
 from vllm_multilora.integration.server.requests.http_calls import HttpCall, current_call
-from vllm_multilora.integration.server.requests.metering import (
-    METER,
-    ServerMeter,
-    abort_requests,
-    beam_search,
-    shutdown,
-)
 from vllm_multilora.integration.server.requests.metering import PROMPT as PROMPT_OF
+from vllm_multilora.integration.server.requests.metering import ServerMeter, beam_search
 from vllm_multilora.metering.usage_log import Status, Usage
 from vllm_multilora.metrics import server_counts
 from vllm_multilora.tenants.limits import Account
@@ -84,20 +76,24 @@ def request_for_acme(request: CompletionRequest) -> EngineCoreRequest:
     )
 
 
+def follow(processor: OutputProcessor, meter: ServerMeter) -> None:
+    """Has a meter follow the requests that come, as a server does when it starts."""
+    engine_admission.follow(processor)
+    metering.attach(processor, meter)
+
+
 def metered(reported: Any, *, takes_prefills: bool) -> tuple[Usage, RequestState]:
     """A request that says something of its prefill, and has a token generated."""
     request = CompletionRequest(model="acme", prompt=PROMPT, kv_transfer_params=reported)
     log, processor = Log(), OutputProcessor(None, log_stats=False)
-    meter = ServerMeter(log, takes_prefills=takes_prefills)
+    follow(processor, ServerMeter(log, takes_prefills=takes_prefills))
     processor.add_request(request_for_acme(request), None)
     (state,) = processor.request_states.values()
-    meter.begin(state)
     prefill = PrefillStats(num_prompt_tokens=len(PROMPT), num_cached_tokens=CACHED)
     output = EngineCoreOutput(
         state.request_id, [7], finish_reason=FinishReason.LENGTH, prefill_stats=prefill
     )
-    processor.process_outputs([output])
-    meter.end(state)
+    process_outputs(STOCK_OUTPUTS, processor, [output])
     (usage,) = log.lines
     assert (usage.prompt_tokens, usage.generated_tokens) == (len(PROMPT), 1)
     return usage, state
@@ -123,16 +119,12 @@ def test_of_a_prompt_that_another_engine_has_read_no_more_was_cached_than_it_has
 def test_a_beam_search_that_was_refused_is_not_counted(parts: int) -> None:
     """One that the engine has begun is, once."""
     log, processor = Log(), OutputProcessor(None, log_stats=False)
-    meter = ServerMeter(log)
-    metering.attach(processor, meter)
+    follow(processor, ServerMeter(log))
 
     async def refused(*_: Any) -> AsyncIterator[Any]:
         for _ in range(parts):
             processor.add_request(request_for_acme(REQUEST), None)
-            (state,) = processor.request_states.values()
-            meter.begin(state)
-            processor.abort_requests([state.request_id], internal=True)
-            meter.end(state)
+            processor.abort_requests([*processor.request_states], internal=True)
         raise ValueError("The model does not exist.")
         yield
 
@@ -146,58 +138,20 @@ def test_a_beam_search_that_was_refused_is_not_counted(parts: int) -> None:
     assert [usage.request_id for usage in log.lines] == ["beams"] * bool(parts)
 
 
-@pytest.mark.parametrize("is_over", [False, True], ids=["the loop runs", "the loop is closed"])
-def test_what_runs_when_the_server_is_stopped_is_counted_as_far_as_it_got(is_over: bool) -> None:
-    """By the thread that counts all else: two could count one prompt twice."""
-    log, processor = Log(), OutputProcessor(None, log_stats=False)
-    meter = ServerMeter(log)
-    metering.attach(processor, meter)
-    answers = RequestOutputCollector(RequestOutputKind.DELTA, "one")
-    processor.add_request(request_for_acme(REQUEST), None, queue=answers)
-    (state,) = processor.request_states.values()
-    meter.begin(state)
-    processor.process_outputs([EngineCoreOutput(state.request_id, [7, 8])])
-    stopped: list[Any] = []
-    stop = partial(shutdown, lambda *arguments: stopped.append(arguments))
-
-    async def scenario() -> Any:
-        handler = asyncio.create_task(asyncio.sleep(0))
-        engine = SimpleNamespace(output_processor=processor, output_handler=handler)
-        if not is_over:
-            thread = Thread(target=stop, args=(engine, 3.0))
-            thread.start()
-            thread.join(20)  # with the event loop standing still
-            assert not log.lines
-        await handler
-        return engine
-
-    engine = asyncio.run(scenario())
-    if is_over:
-        stop(engine, 3.0)
-    assert stopped == [(engine, 3.0)]
-    abort_requests(OutputProcessor.abort_requests, processor, [state.request_id], internal=True)
-    (usage,) = log.lines  # its client has gone afterwards
-    assert (usage.prompt_tokens, usage.generated_tokens) == (len(PROMPT), 2)
-    assert usage.status is Status.ABORTED
-    shutdown(lambda engine: None, SimpleNamespace())  # one that has never started
-
-
 def test_a_request_that_is_named_twice_is_ended_once() -> None:
     log, processor = Log(), OutputProcessor(None, log_stats=False)
-    metering.attach(processor, ServerMeter(log))
+    follow(processor, ServerMeter(log))
     processor.add_request(request_for_acme(REQUEST), None)
     (state,) = processor.request_states.values()
-    METER.get(processor).begin(state)  # type: ignore[union-attr]
     asked = [state.external_req_id, "nobody's", state.external_req_id]
-    ended = abort_requests(OutputProcessor.abort_requests, processor, asked, internal=False)
-    assert ended == [state.request_id]
-    assert len(log.lines) == 1
+    assert processor.abort_requests(asked, internal=False) == [state.request_id]
+    assert [usage.status for usage in log.lines] == [Status.ABORTED]
 
 
-def test_what_runs_when_the_server_is_stopped_is_ended() -> None:
+def test_what_runs_when_the_server_is_stopped_is_ended_and_counted_as_far_as_it_got() -> None:
     """Else its client waits for the rest, and the server for its client."""
-    processor = OutputProcessor(None, log_stats=False)
-    metering.attach(processor, ServerMeter(None))
+    log, processor = Log(), OutputProcessor(None, log_stats=False)
+    follow(processor, ServerMeter(log))
 
     async def scenario() -> None:
         answers = [RequestOutputCollector(RequestOutputKind.DELTA, name) for name in "12"]
@@ -207,46 +161,23 @@ def test_what_runs_when_the_server_is_stopped_is_ended() -> None:
             request.request_id = str(number)
             processor.add_request(request, None, queue=answers[number])
 
-        ask(0)
         handler = asyncio.create_task(asyncio.Event().wait())
         engine = SimpleNamespace(output_processor=processor, output_handler=handler)
-        loop = asyncio.get_running_loop()
-        # As vLLM does, on another thread.
-        end = partial(shutdown, lambda engine: loop.call_soon_threadsafe(handler.cancel))
-        thread = Thread(target=end, args=(engine,))
-        thread.start()
-        thread.join(20)
-        assert not handler.done()
-        loop.call_soon(ask, 1)  # vLLM takes requests still
+        metering.end_all_at_shutdown(engine)
+        ask(0)
+        process_outputs(STOCK_OUTPUTS, processor, [EngineCoreOutput("0", [7, 8])])
+        await asyncio.sleep(0)
+        handler.cancel()
+        ask(1)  # vLLM takes requests still
         for each in answers:
             with pytest.raises(EngineDeadError):
                 await asyncio.wait_for(each.get(), 10)
 
     asyncio.run(scenario())
-
-
-class ByName(dict[str, Any]):
-    """States of which there are so many that nobody is to look at all."""
-
-    def __iter__(self) -> Any:
-        raise AssertionError("all states were looked at")
-
-    keys = values = items = __iter__
-
-
-@pytest.mark.parametrize("internal", [True, False], ids=["vllms", "clients"])
-def test_ending_a_request_takes_no_time_for_all_others(internal: bool) -> None:
-    """A client that goes has very many end, and others wait meanwhile."""
-    log, processor = Log(), OutputProcessor(None, log_stats=False)
-    metering.attach(processor, ServerMeter(log))
-    processor.add_request(request_for_acme(REQUEST), None)
-    (state,) = processor.request_states.values()
-    METER.get(processor).begin(state)  # type: ignore[union-attr]
-    processor.request_states = ByName(processor.request_states)
-    asked = [state.request_id if internal else "one", "nobody's"]
-    ended = abort_requests(OutputProcessor.abort_requests, processor, asked, internal=internal)
-    assert ended == [state.request_id]
-    assert [usage.status for usage in log.lines] == [Status.ABORTED]
+    assert [usage.status for usage in log.lines] == [Status.ABORTED] * 2
+    assert [usage.generated_tokens for usage in log.lines] == [2, 0]
+    processor.abort_requests(["0", "1"], internal=True)  # their clients have gone afterwards
+    assert len(log.lines) == 2
 
 
 def test_a_clock_that_was_set_back_takes_nothing_from_a_histogram(
@@ -254,16 +185,14 @@ def test_a_clock_that_was_set_back_takes_nothing_from_a_histogram(
 ) -> None:
     record = recorder(tmp_path, "server", engine="", has_latencies=True)
     monkeypatch.setattr(server_counts.COUNTS, "_recorder", record)
-    meter = ServerMeter(None, has_latencies=True)
     processor = OutputProcessor(None, log_stats=True)
+    follow(processor, ServerMeter(None, has_latencies=True))
     for latency in (0.5, -3_600.0):
         processor.add_request(request_for_acme(REQUEST), None)
         (state,) = processor.request_states.values()
-        meter.begin(state)
         state.stats.first_token_ts = 1.0
         state.stats.first_token_latency = latency
         processor.abort_requests([state.request_id], internal=True)
-        meter.end(state)
     name = "vllm:lora_time_to_first_token_seconds"
     found = shown(tmp_path)
     assert found[f"{name}_sum{{lora_name=acme}}"] == 0.5
@@ -281,8 +210,7 @@ def scored(
     """What a client gets of a request whose tokens come with a third of what may be told each."""
     kind = RequestOutputKind.DELTA if streams else RequestOutputKind.FINAL_ONLY
     processor = OutputProcessor(None, log_stats=False)
-    meter = ServerMeter(None)
-    metering.attach(processor, meter)
+    follow(processor, ServerMeter(None))
     request, queue = request_for_acme(REQUEST), RequestOutputCollector(kind, "one")
     most = MAX_SCORES // 3 - 1
     request.sampling_params = SamplingParams(
@@ -290,7 +218,6 @@ def scored(
     )
     processor.add_request(request, None, queue=queue)
     (state,) = processor.request_states.values()
-    meter.begin(state)
     prompt = PROMPT_OF.get(state)
     assert prompt is not None
     prompt.caller, prompt.is_beam = caller, is_beam
@@ -348,7 +275,7 @@ def test_a_tenants_pooling_call_has_few_enough_results_to_tell_them_in_a_moment(
     path: str, fields: dict[str, Any], most: int, who: Caller | None
 ) -> None:
     processor = OutputProcessor(None, log_stats=False)
-    metering.attach(processor, ServerMeter(None))
+    follow(processor, ServerMeter(None))
     caller = None if who is None else replace(who)
     if caller is not None:
         expect_results(caller, path, fields)
@@ -361,7 +288,6 @@ def test_a_tenants_pooling_call_has_few_enough_results_to_tell_them_in_a_moment(
         queue = RequestOutputCollector(kind, request.request_id)
         processor.add_request(request, None, queue=queue)
         state = processor.request_states[request.request_id]
-        METER.get(processor).begin(state)  # type: ignore[union-attr]
         prompt = PROMPT_OF.get(state)
         assert prompt is not None
         prompt.caller = caller
@@ -389,40 +315,36 @@ def test_a_tenants_pooling_call_has_few_enough_results_to_tell_them_in_a_moment(
 def test_an_engine_stops_at_a_request_that_began_with_another_version_than_was_asked_for() -> None:
     """vLLM aborts it, and does not let it go on for a client that has had its answer."""
     log, processor = Log(), OutputProcessor(None, log_stats=False)
-    meter = ServerMeter(log)
-    metering.attach(processor, meter)
+    follow(processor, ServerMeter(log))
     queue = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, "one")
-    processor.add_request(request_for_acme(REQUEST), None, queue=queue)
-    (state,) = processor.request_states.values()
     token = current_call.set(HttpCall({}, asked="1234"))
     try:
-        meter.begin(state)
+        processor.add_request(request_for_acme(REQUEST), None, queue=queue)
     finally:
         current_call.reset(token)
+    (state,) = processor.request_states.values()
     output = EngineCoreOutput(state.request_id, [7], trace_headers={VERSION_KEY: "5678" * 16})
     process_outputs(STOCK_OUTPUTS, processor, [output])
     with pytest.raises(InputStreamError, match="version 1234 was asked for") as error:
         queue.get_nowait()
     assert isinstance(error.value.cause, GracefulHTTPError)
     assert error.value.cause.http_status == 409
-    abort_requests(OutputProcessor.abort_requests, processor, [state.request_id], internal=True)
+    processor.abort_requests([state.request_id], internal=True)
     assert [usage.status for usage in log.lines] == [Status.FAILED]
 
 
 def test_a_call_fails_whose_parts_two_versions_of_its_adapter_have_computed() -> None:
     """Choices or prompts, between which changed files were read again."""
     processor, call = OutputProcessor(None, log_stats=False), HttpCall({})
-    meter = ServerMeter(None)
-    metering.attach(processor, meter)
+    follow(processor, ServerMeter(None))
     queues: list[RequestOutputCollector] = []
     for number, digest in enumerate(("1234", "1234", "5678")):
         request = request_for_acme(REQUEST)
         request.request_id = str(number)
         queues.append(RequestOutputCollector(RequestOutputKind.FINAL_ONLY, request.request_id))
-        processor.add_request(request, None, queue=queues[-1])
         token = current_call.set(call)
         try:
-            meter.begin(processor.request_states[request.request_id])
+            processor.add_request(request, None, queue=queues[-1])
         finally:
             current_call.reset(token)
         reported = {VERSION_KEY: digest * 16}

@@ -40,13 +40,18 @@ from vllm_multilora.gateway.keys.middleware import AccessMiddleware, presented_k
 from vllm_multilora.gateway.limits import tenant_turns
 from vllm_multilora.gateway.limits.tenant_turns import turn_of
 from vllm_multilora.gateway.refused_answers import error_answer
+from vllm_multilora.integration.api_server import failure_delivery
+from vllm_multilora.integration.api_server.failure_delivery import process_outputs
 from vllm_multilora.integration.engine_config import check_access
 from vllm_multilora.integration.failed_requests import without_folders
 from vllm_multilora.integration.seals import SECRET_VARIABLE
-from vllm_multilora.integration.server.requests import engine_admission
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller, turn_to_read
-from vllm_multilora.integration.server.requests.metering import METER, ServerMeter, shutdown
-from vllm_multilora.integration.server.settings import gateway_activation
+from vllm_multilora.integration.server.requests.metering import (
+    METER,
+    ServerMeter,
+    end_all_at_shutdown,
+)
+from vllm_multilora.integration.server.settings import start_checks
 from vllm_multilora.integration.server.settings.gateway_activation import mount_gateway
 from vllm_multilora.integration.server.settings.key_settings import read_admin_keys
 from vllm_multilora.store.store_launch import environment
@@ -579,9 +584,10 @@ def test_calls_that_wait_end_with_the_server(tenants, is_metered):
         waiting = asyncio.create_task(call(App(), access, "/v1/completions", ACME))
         await settled()
         assert account.waiting == 1
-        handler = asyncio.create_task(settled())
+        handler = asyncio.create_task(asyncio.Event().wait())
         engine = SimpleNamespace(output_processor=processor, output_handler=handler)
-        shutdown(lambda engine: None, engine)
+        end_all_at_shutdown(engine)
+        handler.cancel()
         assert (await asyncio.wait_for(waiting, 10))["status"] == 503
         assert (await call(App(), access, "/v1/completions", ACME))["status"] == 503
         assert (account.running, account.waiting) == (1, 0)
@@ -950,13 +956,15 @@ def test_a_server_whose_front_end_loads_no_plugins_does_not_start_with_tenants(
 def test_server_with_keys_and_without_the_gateway_answers_nobody(tenants, monkeypatch):
     """Whatever has made its application from other arguments than vLLM's."""
     sent = []
-    request = SimpleNamespace(request_id="1", lora_request=None)
-    processor = SimpleNamespace(request_states={})
+    answers = SimpleNamespace(request_outputs=[], reqs_to_abort=[])
+    processor = SimpleNamespace(request_states={}, tokenizer=None)
 
     def answer():
-        engine_admission.add_request(lambda *_: sent.append(request), processor, request, None)
+        process_outputs(lambda *_: sent.append(1) or answers, processor, [])
 
-    monkeypatch.setattr(gateway_activation, "_needed", set())
+    checks = []
+    for module in (failure_delivery, start_checks):
+        monkeypatch.setattr(module, "ANSWER_CHECKS", checks)
     monkeypatch.delitem(sys.modules, "vllm_multilora.gateway.app", raising=False)
     answer()
     check_access(engine(tenants), UsageContext.OPENAI_API_SERVER)

@@ -1,7 +1,6 @@
 """What no check has granted does not reach the engine, and what does is marked as its tenant's."""
 
 import re
-from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -26,7 +25,7 @@ from vllm_multilora.integration.server.requests.callers import (
     MAX_ANSWERS,
     Caller,
 )
-from vllm_multilora.integration.server.requests.engine_admission import add_request
+from vllm_multilora.integration.server.requests.engine_admission import follow
 from vllm_multilora.integration.server.requests.metering import METER, ServerMeter
 from vllm_multilora.metering.usage_log import Usage
 from vllm_multilora.tenants.limits import Account
@@ -34,32 +33,24 @@ from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import Tenant, TenantLimits
 
 ADAPTER = SimpleNamespace(lora_name="acme-a", lora_path="/data/acme-a")
-CONFIG = SimpleNamespace(
-    lora_config=object(),
-    additional_config={},
-    compilation_config=SimpleNamespace(cudagraph_mode=None),
-)
 
 
-@dataclass
-class Request:
-    lora_request: Any = None
-    request_id: str = "1"
-    sampling_params: Any = None
-    prompt_token_ids: Any = None
-
-
-@dataclass
 class Processor:
     """Keeps a state for each request, as vLLM's does; each has generated what it is told to."""
 
-    tokens: int = 0
-    request_states: dict[str, Any] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.request_states: dict[str, Any] = {}
+        follow(self)
 
-    def add(self, request: Request, prompt: Any, parent: Any, index: int) -> None:
-        detokenizer = SimpleNamespace(num_output_tokens=lambda: self.tokens)
-        self.request_states[request.request_id] = SimpleNamespace(
-            request_id=request.request_id, prompt_len=40, detokenizer=detokenizer
+    def add(self, adapter: Any, request_id: str = "1", index: int = 0, parent: Any = None) -> None:
+        self.request_states[request_id] = SimpleNamespace(
+            request_id=request_id,
+            prompt_len=40,
+            detokenizer=SimpleNamespace(num_output_tokens=lambda: self.tokens),
+            lora_request=adapter,
+            parent_req=parent,
+            request_index=index,
         )
 
 
@@ -90,44 +81,42 @@ def caller(*granted: str | None, **limits: Any) -> Caller:
     return Caller(Role.TENANT, ("/srv",), True, account, "secret", set(granted))
 
 
-def send(
-    who: Caller | None, processor: Processor, request: Request, index: int = 0, parent: Any = None
-) -> None:
-    as_caller(who, lambda: add_request(Processor.add, processor, request, None, parent, index))
+def send(who: Caller | None, processor: Processor, adapter: Any = None, **fields: Any) -> None:
+    as_caller(who, lambda: processor.add(adapter, **fields))
 
 
 @pytest.mark.parametrize("granted", [(), (None,), ("acme-b",)], ids=str)
 def test_what_was_not_granted_does_not_pass(granted):
     processor = Processor()
     with pytest.raises(VLLMNotFoundError):
-        send(caller(*granted), processor, Request(ADAPTER))
+        send(caller(*granted), processor, ADAPTER)
     assert not processor.request_states
 
 
 def test_the_base_model_is_granted_too():
     with pytest.raises(VLLMNotFoundError):
-        send(caller("acme-a"), Processor(), Request())
-    send(caller(None), Processor(), Request())
+        send(caller("acme-a"), Processor())
+    send(caller(None), Processor())
 
 
 def test_folders_are_hidden_from_a_tenants_request():
     processor = Processor()
-    send(caller("acme-a"), processor, Request(ADAPTER))
+    send(caller("acme-a"), processor, ADAPTER)
     assert HIDDEN_FOLDERS.get(processor.request_states["1"]) == ("/srv", "/data/acme-a")
 
 
-def test_requests_of_others_stay_as_they_are():
+def test_requests_of_others_pass():
     for who in (None, Caller(Role.OPERATOR), Caller(Role.CLIENT, ("/srv",), True)):
-        request = Request(ADAPTER)
-        send(who, Processor(), request)
-        assert request == Request(ADAPTER)
+        processor = Processor()
+        send(who, processor, ADAPTER)
+        assert list(processor.request_states) == ["1"]
 
 
 def test_several_answers_share_a_prompt_and_count_each():
     who, processor = caller("acme-a", tokens_per_minute=100, answers=3), Processor()
     parent = SimpleNamespace(sampling_params=SimpleNamespace(n=3))
     for index in range(3):
-        send(who, processor, Request(ADAPTER, request_id=str(index)), index, parent)
+        send(who, processor, ADAPTER, request_id=str(index), index=index, parent=parent)
     account = who.account
     assert account is not None
     processor.tokens = 16
@@ -146,8 +135,7 @@ def test_a_tenants_call_requests_few_enough_answers_to_begin_them_in_a_moment():
     parent = SimpleNamespace(sampling_params=SimpleNamespace(n=MAX_ANSWERS - 1))
 
     def begin(who: Caller | None, number: int, parent: Any = None) -> None:
-        request, add = Request(request_id=str(number)), Processor.add
-        as_caller(who, lambda: add_request(add, processor, request, None, parent, 0))
+        send(who, processor, request_id=str(number), parent=parent)
 
     for who in (None, Caller(Role.CLIENT), tenant("acme")):
         processor = Processor()
@@ -172,8 +160,7 @@ def test_a_tenants_running_calls_request_no_more_answers_than_it_may_have_at_a_t
     def begin(number: int, answers: int) -> Caller:
         who = Caller(Role.TENANT, account=account, granted={None})
         parent = SimpleNamespace(sampling_params=SimpleNamespace(n=answers))
-        request, add = Request(request_id=str(number)), Processor.add
-        as_caller(who, lambda: add_request(add, processor, request, None, parent, 0))
+        send(who, processor, request_id=str(number), parent=parent)
         return who
 
     def is_refused(number: int, answers: int) -> bool:
@@ -196,10 +183,8 @@ def test_a_tenants_answers_count_until_each_has_ended():
     """A call may want one after the other, when it has tools, and long ones beside short ones."""
     from vllm.v1.engine.output_processor import OutputProcessor
 
-    from vllm_multilora.plugin import register
-
-    register()
     processor = OutputProcessor(None, log_stats=False)
+    follow(processor)
     METER.set(processor, ServerMeter(None))
     account = Account(Tenant("acme", limits=TenantLimits(answers=1)))
 
@@ -226,26 +211,3 @@ def test_there_is_room_in_vllms_second_model_runner_for_what_is_let_through():
     room = {name: int(number) for name, number in found}
     assert room["LOGIT_BIAS_TOKENS"] >= MAX_ITEMS["logit_bias"]
     assert room["STOP_TOKEN_IDS"] > MAX_ITEMS["stop_token_ids"]  # the model's own are among these
-
-
-def test_a_tenant_ends_no_requests_but_its_own():
-    """vLLM ends all that clients have given an id, when a transcription's client has gone."""
-    from vllm.v1.engine.output_processor import OutputProcessor
-
-    from vllm_multilora.plugin import register
-
-    register()
-    processor = OutputProcessor(None, log_stats=False)
-    METER.set(processor, ServerMeter(None))
-    callers = {name: tenant(name) for name in ("acme", "zen")}
-    for name, who in (*callers.items(), ("client", None)):
-        request = engines_request(f"transcribe-1-{name}", "transcribe-1")
-        as_caller(who, partial(processor.add_request, request, None))
-
-    def abort(who: Caller | None) -> set[str]:
-        as_caller(who, lambda: processor.abort_requests(["transcribe-1", "other"], internal=False))
-        return {name.rpartition("-")[2] for name in processor.request_states}
-
-    assert abort(callers["zen"]) == {"acme", "client"}
-    assert abort(callers["zen"]) == {"acme", "client"}
-    assert abort(None) == set()

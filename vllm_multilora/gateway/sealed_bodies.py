@@ -31,6 +31,7 @@ _OPERATORS = frozenset(
     ("/inference/v1/generate", "/generative_scoring", "/v1/systemone", "/v1/decisions")
 )
 """Paths with the field that tenants may not call."""
+_ENDED_BY_ID = ("/score", "/rerank")
 _WRONG_CHARACTERS = frozenset("@/\\\0")
 _MAX_OWN = 128  # characters; vLLM refuses longer salts
 
@@ -40,6 +41,15 @@ def has_salt_field(path: str) -> bool:
     path = path.rstrip("/")
     route = TENANT_ROUTES.get(path)
     return path in _OPERATORS or (route is not None and SALT_FIELD in route.plain)
+
+
+def is_known_by_id(path: str) -> bool:
+    """Whether the ids of a path's calls say whose they are.
+
+    Where bodies have no `cache_salt`, and where vLLM ends all requests with a call's id when its
+    client has gone: another tenant may choose the same one.
+    """
+    return not has_salt_field(path) or path.rstrip("/").endswith(_ENDED_BY_ID)
 
 
 def with_seal(content: dict[str, Any], body: bytes, caller: Caller) -> bytes:

@@ -1,7 +1,6 @@
 """What is done around sampling: NaN by request, whose rows draw no tokens, and tokens named."""
 
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -124,74 +123,6 @@ def test_seeded_requests_amidst_their_prompts_draw_nothing_on_cpus(runner):
         bookkeeping_sync(note, runner, None, None, torch.zeros(4, 9), None)
         assert generators == seeded
     assert seen == [{0, 3}] * 4
-
-
-@pytest.mark.smoke
-@pytest.mark.parametrize("others", [None, 5], ids=["alone", "another-wants-five"])
-def test_tokens_that_a_request_names_have_their_logprobs_though_several_are_sampled(
-    runner, others, monkeypatch
-):
-    """The first of two requests has two drafted tokens, which are what the model says."""
-    from vllm.v1.sample import rejection_sampler
-    from vllm.v1.sample.logits_processor import LogitsProcessors
-    from vllm.v1.sample.metadata import SamplingMetadata
-    from vllm.v1.sample.sampler import Sampler
-    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
-
-    from vllm_multilora.integration.worker.sampling import sample_rows
-
-    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
-    expected, sampled = logits.log_softmax(dim=-1), logits.argmax(dim=-1).tolist()
-    drafts = SpecDecodeMetadata.make_dummy([sampled[:2], []], torch.device("cpu"))
-    drafts.target_logits_indices = torch.tensor([0, 1])
-    drafts.bonus_logits_indices = torch.tensor([2, 3])
-    rejected = -1
-    answers = torch.tensor([sampled[:3], [sampled[3], rejected, rejected]], dtype=torch.int32)
-    # What needs Triton: the comparison of the tokens.
-    monkeypatch.setattr(rejection_sampler, "rejection_sample", lambda *args, **kwargs: answers)
-    for kernel in ("rejection_greedy_sample", "rejection_random_sample", "expand"):
-        monkeypatch.setattr(rejection_sampler, f"_{kernel}", Mock(), raising=False)
-    monkeypatch.setattr(rejection_sampler, "_sample_recovered_tokens", Mock(), raising=False)
-    none, named = torch.empty(0), {0: [7, 3], 1: [4]}
-    metadata = SamplingMetadata(
-        temperature=None,
-        all_greedy=True,
-        all_random=False,
-        top_p=None,
-        top_k=None,
-        generators={},
-        max_num_logprobs=others,
-        no_penalties=True,
-        prompt_token_ids=None,
-        frequency_penalties=none,
-        presence_penalties=none,
-        repetition_penalties=none,
-        output_token_ids=[[], []],
-        allowed_token_ids_mask=None,
-        bad_words_token_ids={},
-        logitsprocs=LogitsProcessors(),
-        logprob_token_ids=named,
-    )
-    sampler = Sampler()
-    runner.input_batch.sampling_metadata = metadata
-    runner.rejection_sampler = rejection_sampler.RejectionSampler(sampler)
-
-    def sample(runner, logits, drafts):
-        return runner.rejection_sampler(drafts, None, logits, metadata)
-
-    answer = sample_rows(sample, runner, logits.clone(), drafts)
-    tokens, found = runner.rejection_sampler.parse_output(
-        answer.sampled_token_ids, 9, logprobs_tensors=answer.logprobs_tensors
-    )
-
-    assert tokens == [sampled[:3], sampled[3:]]
-    assert found.logprob_token_ids[:3].tolist() == [[token, 7, 3] for token in sampled[:3]]
-    assert found.logprob_token_ids[3, :2].tolist() == [sampled[3], 4]
-    for row, read in enumerate([3, 3, 3, 2]):
-        ids = found.logprob_token_ids[row, :read]
-        assert found.logprobs[row, :read] == pytest.approx(expected[row, ids].numpy())
-    assert (metadata.logprob_token_ids, metadata.max_num_logprobs) == (named, others)
-    assert "gather_logprobs" not in vars(sampler)
 
 
 @pytest.mark.smoke

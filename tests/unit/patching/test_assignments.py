@@ -66,8 +66,6 @@ FIELDS = {
     ("integration.worker.slots.model_manager", "fused.lora_b"),
     ("integration.worker.slots.model_manager", "module.lora_a_stacked"),
     ("integration.worker.slots.model_manager", "module.lora_b_stacked"),
-    ("integration.worker.sampling", "sampling.logprob_token_ids"),
-    ("integration.worker.sampling", "sampling.max_num_logprobs"),
     ("integration.worker.slots.special", "lora.lora_b"),
     ("integration.worker.slots.special", "lora.rank"),
     ("integration.worker.slots.special", "lora.scaling"),

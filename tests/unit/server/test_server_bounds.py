@@ -484,25 +484,33 @@ def test_an_unload_that_is_given_up_is_made_whole(monkeypatch: pytest.MonkeyPatc
 async def nothing(*_: Any) -> None: ...
 
 
+def followed(engine: Any) -> Any:
+    """With requests that are checked and followed, as a server's."""
+    engine.output_processor = SimpleNamespace(request_states={})
+    engine_admission.follow(engine.output_processor)
+    return engine
+
+
+def add(engine: Any, request_id: str, lora: Any) -> None:
+    engine.output_processor.request_states[request_id] = SimpleNamespace(
+        request_id=request_id, parent_req=None, external_req_id="", lora_request=lora
+    )
+
+
 def test_an_adapter_that_is_unloaded_while_a_request_is_on_its_way_does_not_stay(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Not even where the request comes after the adapter was removed, and has it read again."""
     monkeypatch.setattr(registration, "LATE_GRACE_S", 0.0)
 
-    def add(processor: Any, request: Any, *_: Any) -> None:
-        processor.request_states[request.request_id] = SimpleNamespace(request_id="1")
-
     async def scenario() -> list[int]:
-        engine, kept, gone = Engine(), lora_of("kept", 7), lora_of("gone", 8)
-        engine.output_processor = SimpleNamespace(request_states={})
+        engine, kept, gone = followed(Engine()), lora_of("kept", 7), lora_of("gone", 8)
         models = SimpleNamespace(
             engine_client=engine, lora_requests={"kept": kept, "again": lora_of("again", 10)}
         )
         registration.start(models)
         for number, lora in enumerate((None, kept, gone, lora_of("again", 9))):
-            request = SimpleNamespace(request_id=str(number), lora_request=lora)
-            engine_admission.add_request(add, engine.output_processor, request, None)
+            add(engine, str(number), lora)
         for _ in range(4):
             await asyncio.sleep(0)
         return engine.removed
@@ -512,22 +520,15 @@ def test_an_adapter_that_is_unloaded_while_a_request_is_on_its_way_does_not_stay
 
 def test_a_beam_search_does_not_go_on_with_an_adapter_that_was_removed() -> None:
     """Each of its steps would bring the adapter back, as its files are by then."""
-    engine, acme, used = Engine(), lora_of("acme", 7), []
-    engine.output_processor = SimpleNamespace(request_states={})
+    engine, acme, used = followed(Engine()), lora_of("acme", 7), []
     models: Any = SimpleNamespace(engine_client=engine, lora_requests={"acme": acme})
     registered_versions.note(engine, 7, Version("abc", 1.0, "lora"))
     log: Any = SimpleNamespace(write=used.append)
     METER.set(engine.output_processor, ServerMeter(log))
 
-    def add(processor: Any, request: Any, *_: Any) -> None:
-        processor.request_states[request.request_id] = SimpleNamespace(
-            parent_req=None, external_req_id="", lora_request=request.lora_request
-        )
-
     async def search(_: Any, __: Any, request_id: str, *___: Any) -> Any:
         for step in range(9):
-            request = SimpleNamespace(request_id=f"{request_id}-{step}", lora_request=acme)
-            engine_admission.add_request(add, engine.output_processor, request, None)
+            add(engine, f"{request_id}-{step}", acme)
             if step == 2:  # reloaded: the version before stays for a while
                 models.lora_requests["acme"] = lora_of("acme", 8)
             if step == 4:
@@ -551,28 +552,20 @@ def test_an_answer_does_not_go_on_with_an_adapter_that_was_removed_while_a_tool_
     None
 ):
     """The request after the tool's answer would bring it back, with other weights perhaps."""
-    engine, acme = Engine(), lora_of("acme", 7)
-    engine.output_processor = SimpleNamespace(request_states={})
+    engine, acme = followed(Engine()), lora_of("acme", 7)
     models: Any = SimpleNamespace(engine_client=engine, lora_requests={"acme": acme})
     registered_versions.note(engine, 7, Version("abc", 1.0, "lora"))
-
-    def add(processor: Any, request: Any, *_: Any) -> None:
-        processor.request_states[request.request_id] = request
-
-    def ask(turn: str) -> None:
-        request = SimpleNamespace(request_id=turn, lora_request=acme)
-        engine_admission.add_request(add, engine.output_processor, request, None)
 
     async def scenario() -> None:
         registration.start(models)
         current_call.set(call := HttpCall({}, lora=acme))
-        ask("first")
+        add(engine, "first", acme)
         call.ran = "abc"
         models.lora_requests["acme"] = lora_of("acme", 8)
-        ask("second")  # the version before stays for a while
+        add(engine, "second", acme)  # the version before stays for a while
         await registration.remove(models, acme)
         with pytest.raises(GracefulHTTPError, match="'acme' was reloaded or unloaded") as failed:
-            ask("third")
+            add(engine, "third", acme)
         assert failed.value.http_status == HTTPStatus.SERVICE_UNAVAILABLE
 
     asyncio.run(scenario())

@@ -24,7 +24,12 @@ from vllm_multilora.gateway.limits.tenant_turns import (
     turn_of,
 )
 from vllm_multilora.gateway.refused_answers import error_answer
-from vllm_multilora.gateway.sealed_bodies import has_salt_field, sealed_body, sealed_by_id
+from vllm_multilora.gateway.sealed_bodies import (
+    has_salt_field,
+    is_known_by_id,
+    sealed_body,
+    sealed_by_id,
+)
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller
 from vllm_multilora.metrics.server_counts import COUNTS
 from vllm_multilora.tenants.limits import (
@@ -184,7 +189,7 @@ class AccessMiddleware:
                 receive = await turn_of(account, receive)
                 caller.has_turn = True
                 receive = await read_body(receive, called_route(path), caller)
-                if not has_salt_field(path):
+                if is_known_by_id(path):
                     scope, send_on = sealed_by_id(scope, send_on, caller)
             if endpoint in _PACED:
                 await list_in_turn(self._app, account.listing[endpoint], scope, receive, send_on)

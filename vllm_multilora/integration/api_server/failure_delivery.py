@@ -7,6 +7,7 @@ an answer that says why it has failed, so that the call's other requests end as 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,13 @@ if TYPE_CHECKING:
 ON_FAILURE: Attached[Callable[[LoRARequest, LoadFailure], None] | None] = Attached("on-failure")
 """What an `OutputProcessor` calls for every request with an adapter that has failed."""
 
-ON_OUTPUTS: Attached[Callable[[Iterable[Any], dict[str, Any]], None]] = Attached("on-outputs")
-"""What an `OutputProcessor` calls first with each step's outputs and its requests' states."""
+ON_OUTPUTS: Attached[Callable[[Iterable[Any], dict[str, Any]], AbstractContextManager[None]]] = (
+    Attached("on-outputs")
+)
+"""Given a step's outputs and all requests' states, what an `OutputProcessor` works in."""
+
+ANSWER_CHECKS: list[Callable[[], None]] = []
+"""Called before a step's outputs are handed out; each raises where this process answers nobody."""
 
 HIDDEN_FOLDERS: Attached[tuple[str, ...]] = Attached("hidden-folders")
 """Folders that the client of an API server's `RequestState` may not see."""
@@ -113,15 +119,14 @@ def process_outputs(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    if (look := ON_OUTPUTS.get(processor)) is not None:
-        look(engine_core_outputs, processor.request_states)  # at failures too, as they came
-    failures, sessions = deliver_failures(
-        engine_core_outputs,
-        processor.request_states,
-        ON_FAILURE.get(processor),
-        processor.tokenizer,
-    )
-    processed = original(processor, engine_core_outputs, *args, **kwargs)
+    for check in ANSWER_CHECKS:
+        check()
+    states, look = processor.request_states, ON_OUTPUTS.get(processor)
+    with nullcontext() if look is None else look(engine_core_outputs, states):
+        failures, sessions = deliver_failures(
+            engine_core_outputs, states, ON_FAILURE.get(processor), processor.tokenizer
+        )
+        processed = original(processor, engine_core_outputs, *args, **kwargs)
     mark_failed(processed.request_outputs, failures)
     # What was on its way to the engine has begun them again there, and nobody would end that.
     processed.reqs_to_abort.extend(sessions)

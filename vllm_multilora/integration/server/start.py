@@ -13,7 +13,12 @@ from vllm_multilora.integration.server.names import (
     shared_names,
 )
 from vllm_multilora.integration.server.names.public_names import separate
-from vllm_multilora.integration.server.requests import engine_calls, metering, metrics_route
+from vllm_multilora.integration.server.requests import (
+    engine_admission,
+    engine_calls,
+    metering,
+    metrics_route,
+)
 from vllm_multilora.integration.server.settings.gateway_activation import is_active_behind
 
 _FILTERS = (RefusalsInOneLine(), PrintableLines())
@@ -32,6 +37,8 @@ async def start(models: Any) -> None:
     client: Any = getattr(models, "engine_client", None)
     if not is_active_behind(client):
         return
+    engine_admission.follow(client.output_processor)
+    metering.end_all_at_shutdown(client)
     if registration.acts_for(models):
         for lines in _FILTERS:
             add_filter(lines)

@@ -98,7 +98,7 @@ def sample_rows(
     if not drafts.max_spec_len:
         # To compare no drafts at all is more than vLLM can on CPUs where a request has `top_k`.
         return original(runner, logits, None, *args, **kwargs)
-    with _tokens_that_requests_name(runner, drafts.max_spec_len + 1), _expansion_on_cpus(logits):
+    with _expansion_on_cpus(logits):
         return original(runner, logits, drafts, *args, **kwargs)
 
 
@@ -131,38 +131,6 @@ def _expanded(
     counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
     expanded = x.repeat_interleave(counts, output_size=num_tokens)
     return expanded.masked_fill_(expanded == replace_from, replace_to)
-
-
-@contextmanager
-def _tokens_that_requests_name(runner: Any, rows: int) -> Iterator[None]:
-    """Has vLLM answer `logprob_token_ids` where it samples up to several tokens a request.
-
-    It knows them where it samples one. Here it takes the few log probabilities that it reads for
-    those of the whole vocabulary.
-
-    Args:
-        runner: vLLM's first model runner.
-        rows: How many tokens are sampled of a request at most.
-    """
-    sampling, sampler = runner.input_batch.sampling_metadata, runner.rejection_sampler.sampler
-    named, most = sampling.logprob_token_ids, sampling.max_num_logprobs
-    if not named:
-        yield
-        return
-    by_row = {
-        request * rows + row: tokens for request, tokens in named.items() for row in range(rows)
-    }
-
-    def gather(logprobs: torch.Tensor, _: int, token_ids: torch.Tensor) -> Any:
-        return sampler.gather_specific_token_logprobs(logprobs, by_row, token_ids)
-
-    sampling.logprob_token_ids, sampling.max_num_logprobs = None, most or 0
-    sampler.gather_logprobs = gather
-    try:
-        yield
-    finally:
-        del sampler.gather_logprobs
-        sampling.logprob_token_ids, sampling.max_num_logprobs = named, most
 
 
 def _take_idle_generators(runner: Any) -> dict[int, torch.Generator]:

@@ -164,13 +164,12 @@ _PATCHES: tuple[Patch, ...] = (
         "have its adapter quarantined. Looks at them before. On CPUs the engine dies of a request "
         "with a seed whose prompt takes several steps, as generators of random numbers cannot be "
         "turned back there. Has them draw nothing before the prompt's end. With speculative "
-        "decoding, the engine dies of a request with `logprob_token_ids`, and on CPUs of one with "
-        "`top_k`; other drafts are judged there by any temperature and `top_p` but the request's. "
-        "Answers them all.",
+        "decoding on CPUs, the engine dies of a request with `top_k`; other drafts are judged by "
+        "any temperature and `top_p` but the request's. Answers them all.",
         checked=("0.29", "0.30", "0.31", "0.32", "0.33"),
         until="vLLM's first model runner counts before it samples, as its second one does, seeds "
-        "work with divided prompts on CPUs, and its RejectionSampler knows `logprob_token_ids` "
-        "and, on CPUs, what requests ask for.",
+        "work with divided prompts on CPUs, and its RejectionSampler knows there what requests ask "
+        "for.",
     ),
     Patch(
         name="unsound-rows",

@@ -25,34 +25,6 @@ _PATCHES: tuple[patch.Patch, ...] = (
         until="As registered-version.",
     ),
     Patch(
-        name="meter-end",
-        target="vllm.v1.engine.output_processor:OutputProcessor._finish_request",
-        takes=("self, req_state",),
-        handler="server.requests.metering:finish_request",
-        why="As engine-admission.",
-        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As engine-admission.",
-    ),
-    Patch(
-        name="meter-abort",
-        target="vllm.v1.engine.output_processor:OutputProcessor.abort_requests",
-        takes=("self, request_ids, internal",),
-        handler="server.requests.metering:abort_requests",
-        why="As engine-admission.",
-        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As engine-admission.",
-    ),
-    Patch(
-        name="meter-shutdown",
-        target="vllm.v1.engine.async_llm:AsyncLLM.shutdown",
-        takes=("self, timeout=None",),
-        handler="server.requests.metering:shutdown",
-        why="Most requests that a server is stopped amidst end nowhere: their clients wait, and "
-        "the server for them, until it is killed. Ends them, and counts what they have used.",
-        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM ends all requests before it stops.",
-    ),
-    Patch(
         name="meter-beams",
         target="vllm.entrypoints.generate.beam_search.online:BeamSearchOnlineMixin.beam_search",
         takes=(
@@ -62,9 +34,10 @@ _PATCHES: tuple[patch.Patch, ...] = (
             "session_id=None, priority=0",
         ),
         handler="server.requests.metering:beam_search",
-        why="A beam search is many requests to the engine. Counts it as what its answer says.",
+        why="A beam search is many requests to the engine. Counts its tokens by adapter, as what "
+        "its answer says.",
         checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As engine-admission.",
+        until="vLLM counts tokens by adapter.",
     ),
     Patch(
         name="error-texts",
@@ -85,17 +58,6 @@ _PATCHES: tuple[patch.Patch, ...] = (
         why="As error-texts, of bodies that are wrong.",
         checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="As error-texts.",
-    ),
-    Patch(
-        name="engine-admission",
-        target="vllm.v1.engine.output_processor:OutputProcessor.add_request",
-        takes=("self, request, prompt, parent_req=None, request_index=0, queue=None",),
-        handler="server.requests.engine_admission:add_request",
-        why="All requests come by here on their way to the engine, in their client's context. "
-        "Refuses what no check of the model's name has granted, and follows each prompt to its "
-        "end: vLLM counts tokens of whole servers.",
-        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM counts tokens by adapter.",
     ),
 )
 

@@ -39,6 +39,13 @@ REPLACED = (
         "vLLM removes its series of what has passed.",
     ),
     Replaced(
+        "integration.server.requests.engine_admission",
+        "processor.request_states",
+        "vllm.v1.engine.output_processor:OutputProcessor.request_states",
+        "vLLM counts tokens of whole servers, and tells nobody which requests begin and end.",
+        "vLLM counts tokens by adapter, and lets plugins refuse a request to the engine.",
+    ),
+    Replaced(
         "gateway.app",
         "adapter.validator",
         "pydantic:TypeAdapter.validator",
@@ -86,13 +93,6 @@ REPLACED = (
         "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
         "On CPUs drafts have no request's `top_k`, which ends the engine, nor its temperature.",
         "vLLM's rejection sampler heeds what requests ask for on CPUs.",
-    ),
-    Replaced(
-        "integration.worker.sampling",
-        "sampler.gather_logprobs",
-        "vllm.v1.sample.sampler:Sampler.gather_logprobs",
-        "With drafts, a request with `logprob_token_ids` ends the engine.",
-        "vLLM's rejection sampler knows `logprob_token_ids`.",
     ),
 )
 """All of them, by module."""

@@ -8,9 +8,11 @@ was aborted counts as far as it got.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -118,6 +120,7 @@ class ServerMeter:
         self._log = log
         self._has_latencies = has_latencies
         self._takes_prefills = takes_prefills
+        self._is_delivering = False
 
     def begin(self, state: Any) -> None:
         """A choice begins.
@@ -158,13 +161,24 @@ class ServerMeter:
             tenant=current_tenant(),
         )
 
-    def look(self, outputs: Iterable[Any], states: dict[str, Any]) -> None:
+    @contextmanager
+    def look(self, outputs: Iterable[Any], states: dict[str, Any]) -> Iterator[None]:
         """Takes in what engines say of versions, results and ends, before vLLM does.
+
+        Requests that end within the block have ended by themselves; others are aborted.
 
         Args:
             outputs: vLLM's `EngineCoreOutput`s.
             states: vLLM's request states by internal request id.
         """
+        self._take(outputs, states)
+        self._is_delivering = True
+        try:
+            yield
+        finally:
+            self._is_delivering = False
+
+    def _take(self, outputs: Iterable[Any], states: dict[str, Any]) -> None:
         for output in outputs:
             if (
                 output.finish_reason is None
@@ -203,21 +217,22 @@ class ServerMeter:
         elif digest != first:
             _refuse(prompt, state, replaced(str(prompt.usage.adapter)))
 
-    def end(self, state: Any, status: Status | None = None) -> None:
+    def end(self, state: Any) -> None:
         """A choice has ended; ending it again is no matter.
 
         Args:
             state: vLLM's `RequestState`.
-            status: How, where no engine has said so.
         """
         prompt = PROMPT.get(state)
         if prompt is None:
             return
+        # A client may send a request's input in parts, and say late that the last one was its last.
+        is_over = state.streaming_input and state.input_chunk_queue is None
         PROMPT.set(state, None)
         prompt.choices -= 1
         usage = prompt.usage
-        if status is not None and usage.status is Status.OK:
-            usage.status = status
+        if not (self._is_delivering or is_over) and usage.status is Status.OK:
+            usage.status = Status.ABORTED
         if prompt.is_beam:
             return
         if prompt.caller is not None:
@@ -333,70 +348,34 @@ def begin(processor: Any, state: Any) -> None:
         meter.begin(state)
 
 
-# What vLLM calls
-
-
-def finish_request(original: Callable[..., None], processor: Any, state: Any) -> None:
-    original(processor, state)
+def end(processor: Any, state: Any) -> None:
+    """A request has ended, or is aborted; arguments as for `begin`."""
     if (meter := METER.get(processor)) is not None:
         meter.end(state)
 
 
-def abort_requests(
-    original: Callable[..., list[str]], processor: Any, request_ids: Iterable[str], internal: bool
-) -> list[str]:
-    meter = METER.get(processor)
-    if meter is None:
-        return original(processor, request_ids, internal)
-    # Of these alone: there may be very many others. vLLM ends a prompt's choices by another call.
-    ids = list(request_ids) if internal else _numbered(processor, request_ids)
-    known = processor.request_states
-    states = {each: known[each] for each in ids if each in known}
-    ended = original(processor, ids, True)
-    for request_id in states.keys() & ended:
-        meter.end(states[request_id], Status.ABORTED)
-    return ended
+def end_all_at_shutdown(client: Any) -> None:
+    """Has all requests end when vLLM's client stops, or its engine has died.
 
+    vLLM cancels the task that would tell their readers. These would wait for the rest, and the
+    server for them, until it is killed.
 
-def _numbered(processor: Any, request_ids: Iterable[str]) -> list[str]:
-    """The ids that vLLM gave requests, by those that clients choose (`X-Request-Id`).
-
-    For a tenant those of its own requests.
+    Args:
+        client: vLLM's `AsyncLLM`, whose task that hands out results runs.
     """
-    states, numbered = processor.request_states, processor.external_req_ids
-    ids = dict.fromkeys(request_ids)  # clients may name one twice
-    found = [each for chosen in ids for each in numbered.get(chosen, ()) if each in states]
-    if (tenant := current_tenant()) is None:
-        return found
-    prompts = ((each, PROMPT.get(states[each])) for each in found)
-    return [each for each, prompt in prompts if prompt and prompt.usage.tenant == tenant]
+    processor = client.output_processor
 
-
-def shutdown(original: Callable[..., None], engine: Any, *args: Any, **kwargs: Any) -> None:
-    original(engine, *args, **kwargs)
-    processor: Any = getattr(engine, "output_processor", None)
-    meter, handler = METER.get(processor), getattr(engine, "output_handler", None)
-    if handler is None:
-        return  # nobody has asked for anything
-
-    def count() -> None:
+    def end_all(handler: asyncio.Task[None]) -> None:
         for state in processor.request_states.values():
-            if meter is not None:
-                meter.end(state, Status.ABORTED)
-
-    def end_all(_: Any) -> None:
-        if meter is not None:
-            count()
-            # vLLM has cancelled what would tell them, and it is a matter of luck whether that has.
-            # Their clients would wait for the rest, and the server for them, until it is killed.
+            end(processor, state)
+        if handler.cancelled():  # else its error has been told
             processor.propagate_error(EngineDeadError())
-        stop_waiting()  # tenants have turns also where vLLM loads the adapters and nobody meters
+        stop_waiting()
 
-    try:
-        # This is another thread. vLLM takes requests until the task that it has cancelled is done.
-        handler.get_loop().call_soon_threadsafe(handler.add_done_callback, end_all)
-    except RuntimeError:  # the loop is closed: nobody waits, and nobody else counts
-        count()
+    client.output_handler.add_done_callback(end_all)
+
+
+# What vLLM calls
 
 
 async def beam_search(

@@ -37,8 +37,6 @@ logger = logging.getLogger(__name__)
 GATEWAY = "vllm_multilora.gateway.app.Gateway"
 """The class that vLLM's `--middleware` is given, by its name: nothing here imports it."""
 
-_needed: set[str] = set()
-
 _ITS_SETTINGS = frozenset({"adapter_dir", "routes", "usage_log"})
 """Settings that mean nothing without the gateway; keys and tenants stop the start there."""
 
@@ -88,18 +86,13 @@ def _asks_for_blend(line: bytes) -> bool:
     return isinstance(body, dict) and BLEND_FIELD in body
 
 
-def need_gateway() -> None:
-    """Requires the gateway in this process: without it, nothing would enforce the server's keys."""
-    _needed.add(GATEWAY)
-
-
 def is_gateway_missing() -> bool:
-    """Whether this process needs the gateway, and its application was made without it.
+    """Whether this process's HTTP application was made without the gateway.
 
     With several API servers vLLM reads each one's arguments before it loads its plugins, so nothing
     of ours has seen them there. vLLM imports each middleware when it makes its application.
     """
-    return bool(_needed) and GATEWAY.rpartition(".")[0] not in sys.modules
+    return GATEWAY.rpartition(".")[0] not in sys.modules
 
 
 def settings_in(args: argparse.Namespace) -> MultiLoRAConfig | None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm.exceptions import GracefulHTTPError
 from vllm.usage.usage_lib import UsageContext
 
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.integration.api_server.failure_delivery import ANSWER_CHECKS
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.seals import SECRET_VARIABLE
 from vllm_multilora.integration.server.settings.gateway_activation import (
+    GATEWAY,
+    is_gateway_missing,
     manages_adapters,
-    need_gateway,
 )
 from vllm_multilora.integration.server.settings.key_settings import COUNT_VARIABLE, read_admin_keys
 from vllm_multilora.metering.usage_log import require_writable
@@ -80,7 +84,8 @@ def read_keys(vllm_config: VllmConfig, *, is_headless: bool = False) -> None:
             the secret of the seals.
     """
     settings = settings_of(vllm_config)
-    need_gateway()
+    if require_gateway not in ANSWER_CHECKS:
+        ANSWER_CHECKS.append(require_gateway)
     read_admin_keys(settings, os.environ)
     if settings.tenants is not None:
         own = load_tenants(settings.tenants).cache_salt
@@ -91,6 +96,20 @@ def read_keys(vllm_config: VllmConfig, *, is_headless: bool = False) -> None:
         if parallel._api_process_rank < 0 or parallel._api_process_count <= 1:
             os.environ[SECRET_VARIABLE] = own or secrets.token_hex(32)
             os.environ[COUNT_VARIABLE] = str(max(1, parallel._api_process_count))
+
+
+def require_gateway() -> None:
+    """Lets nobody be answered where nothing enforces the server's keys.
+
+    Raises:
+        GracefulHTTPError: This process's application was made without the gateway.
+    """
+    if is_gateway_missing():
+        raise GracefulHTTPError(
+            f"This server has keys, and its application lacks what enforces them, the middleware "
+            f"{GATEWAY}: start it with `vllm serve`",
+            HTTPStatus.SERVICE_UNAVAILABLE,
+        )
 
 
 def check_routes(
