@@ -18,6 +18,7 @@ MAX_MODULES = 400
 """Limit of the modules that an answer imports; torch alone imports over 1,000."""
 
 WRONG = {
+    "adapters": ["burn"],
     "advise": ["--url", "http://localhost", "--prometheus", "http://localhost"],
     "calibrate": ["--max-num-seqs", "16"],
     "completion": ["cmd"],

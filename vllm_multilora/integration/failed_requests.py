@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -32,12 +32,6 @@ _UNINVOKED = "multilora-uninvoked:"
 
 _MAX_LOGGED = 1000
 """Characters of a reason that are logged."""
-
-_REFUSAL_MARK = "\nmultilora-refused:"
-"""Separates a refusal's sentences from its fields."""
-
-_CALL_FAILED = "Call to add_lora method failed: "
-"""What vLLM puts before the text of an error that it sends to another process."""
 
 STATUS = {
     FailureKind.GONE: HTTPStatus.NOT_FOUND,
@@ -214,26 +208,15 @@ class AdapterRefusedError(MultiLoRAError):
         ]
         return "\n".join(messages or [self.failure.message])
 
+    def as_dict(self) -> dict[str, Any]:
+        """What `of_dict` makes an equal one of; of plain values, as vLLM sends no others."""
+        return {"kind": self.failure.kind.value, "message": str(self), "problems": self.problems}
 
-class SentRefusalError(AdapterRefusedError):
-    """A refusal that leaves the engine core's process, of which vLLM sends the text alone.
-
-    So the text carries the fields at its end; `received_refusal` reads it.
-    """
-
-    def __str__(self) -> str:
-        fields = json.dumps({"kind": self.failure.kind.value, "problems": self.problems})
-        return super().__str__() + _REFUSAL_MARK + fields
-
-
-def received_refusal(error: Exception, adapter_id: int) -> AdapterRefusedError | None:
-    """The refusal in an error that an engine core has sent; None where it is any other error."""
-    message, mark, fields = str(error).partition(_REFUSAL_MARK)
-    if not mark:
-        return None
-    found = json.loads(fields)
-    failure = LoadFailure(FailureKind(found["kind"]), message.removeprefix(_CALL_FAILED))
-    return AdapterRefusedError(adapter_id, failure, found["problems"])
+    @classmethod
+    def of_dict(cls, adapter_id: int, sent: Mapping[str, Any]) -> AdapterRefusedError:
+        """The refusal that another process has sent."""
+        failure = LoadFailure(FailureKind(sent["kind"]), sent["message"])
+        return cls(adapter_id, failure, sent["problems"])
 
 
 def not_by_workers(verb: str) -> MultiLoRAError:

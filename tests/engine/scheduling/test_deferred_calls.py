@@ -13,9 +13,11 @@ from tests.engine.executors import StartedExecutor
 from tests.engine.fake_engine import FakeStore, lora, pack_info
 from tests.engine.scheduling.test_scheduler import Server, config
 from vllm_multilora.integration.engine import core
+from vllm_multilora.integration.engine.adapter_status import REGISTER
 from vllm_multilora.integration.engine.core import SERVER
 from vllm_multilora.integration.engine.scheduling import scheduler
 from vllm_multilora.integration.engine.scheduling.scheduler import DeferredCalls
+from vllm_multilora.integration.failed_requests import AdapterRefusedError
 from vllm_multilora.integration.worker_link.fill_link import LINK
 
 
@@ -146,17 +148,37 @@ def test_calls_are_carried_out_in_their_order(server, executor):
 
 
 @pytest.mark.parametrize(
-    ("contents", "answer"),
-    [({}, "d1"), ({"dora": True}, "d1:dora"), ({"invocation_tokens": (1, 2)}, "d1:alora:1,2")],
+    ("contents", "kind", "tokens"),
+    [
+        ({}, "lora", []),
+        ({"dora": True}, "dora", []),
+        ({"invocation_tokens": (1, 2)}, "alora", [1, 2]),
+    ],
     ids=["plain", "dora", "activated"],
 )
-def test_a_registration_is_answered_with_what_was_read(server, executor, contents, answer):
-    read = executor.add_lora(lora(1))
+def test_a_servers_registration_is_answered_with_what_was_read(
+    server, executor, contents, kind, tokens
+):
+    read = executor.collective_rpc(REGISTER, None, (fields_of(lora(1)),))
     assert not server.scheduler.has_requests()
     server.engine.store.loaded(msgspec.structs.replace(pack_info(1, "d1"), **contents))
     server.engine.poll()
     assert not server.scheduler.has_requests()
-    assert read.result(0) == answer
+    assert read.result(0) == {"digest": "d1", "kind": kind, "invocation": tokens}
+
+
+def test_a_servers_registration_that_is_refused_is_answered_with_the_reason(server, executor):
+    read = executor.collective_rpc(REGISTER, None, (fields_of(lora(1)),))
+    assert not server.scheduler.has_requests()
+    server.engine.store.failed(next(iter(server.engine.store.load_requests.values())))
+    server.engine.poll()
+    assert not server.scheduler.has_requests()
+    refusal = AdapterRefusedError.of_dict(1, read.result(0))
+    assert "it is bad" in str(refusal)
+
+
+def fields_of(request):
+    return {name: getattr(request, name) for name in request.__struct_fields__}
 
 
 def test_nobody_waits_for_a_step_where_none_will_come(server, executor):

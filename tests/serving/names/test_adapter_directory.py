@@ -51,6 +51,15 @@ class Engine:
         self.held: dict[int, str] = {}
         self.read: list[str] = []
         self.engine_core = self
+        self.core_engines = ("the only one",)
+
+    async def _call_utility_async(self, *call: Any, engine: str) -> dict[str, Any]:
+        [fields] = call[3]
+        try:
+            await self.add_lora(LoRARequest(**fields))
+        except AdapterRefusedError as error:
+            return error.as_dict()
+        return {}
 
     async def add_lora(self, lora: LoRARequest) -> bool:
         if lora.lora_int_id in self.held:

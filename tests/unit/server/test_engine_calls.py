@@ -109,7 +109,7 @@ def test_what_nobody_waits_for_fails_quietly_where_an_engine_has_died(
     asked: list[int] = []
     unheard: list[str] = []
 
-    async def refuse(request: object) -> None:
+    async def refuse(*call: object, engine: str) -> None:
         raise error
 
     async def remove(number: int) -> None:
@@ -126,9 +126,10 @@ def test_what_nobody_waits_for_fails_quietly_where_an_engine_has_died(
         gc.collect()
         return int(refusal.error.code)
 
-    client = SimpleNamespace(
-        add_lora=refuse, engine_core=SimpleNamespace(remove_lora_async=remove), vllm_config=None
+    core = SimpleNamespace(
+        remove_lora_async=remove, core_engines=("the only one",), _call_utility_async=refuse
     )
+    client = SimpleNamespace(engine_core=core, vllm_config=None)
     models: Any = SimpleNamespace(
         engine_client=client,
         lora_requests={},

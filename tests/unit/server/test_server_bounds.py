@@ -362,8 +362,15 @@ class Engine:
         self.removed: list[int] = []
         self.output_processor: Any = None
 
-    async def add_lora(self, lora: Any) -> bool:
-        self.asked.append(lora.lora_int_id)
+    core_engines = ("the only one",)
+
+    async def _call_utility_async(self, *call: Any, engine: str) -> dict[str, Any]:
+        [fields] = call[3]
+        await self.register(fields["lora_int_id"])
+        return {}
+
+    async def register(self, number: int) -> None:
+        self.asked.append(number)
         raise RuntimeError("refused")
 
     async def remove_lora_async(self, number: int) -> bool:
@@ -424,10 +431,9 @@ def test_a_registration_that_is_given_up_is_made_whole(monkeypatch: pytest.Monke
         is_asked, may_read = asyncio.Event(), asyncio.Event()
 
         class SlowEngine(Engine):
-            async def add_lora(self, lora: Any) -> bool:
+            async def register(self, number: int) -> None:
                 is_asked.set()
                 await asyncio.wait_for(may_read.wait(), 10)
-                return True
 
         models = SimpleNamespace(
             engine_client=SlowEngine(),

@@ -1,20 +1,12 @@
-"""Which version of its weights each registered adapter is, in an engine's client.
-
-The engine answers a registration with the digest of what it has read, and with the adapter's kind
-and invocation if it is not a plain one.
-"""
+"""Which version of its weights each registered adapter is, in an engine's client."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.blends import blend_of
-from vllm_multilora.integration.failed_requests import received_refusal
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -82,33 +74,3 @@ def find(client: Any, lora: LoRARequest) -> Version | None:
         return None
     loaded = max(part.loaded for part in parts)
     return Version(blend.digest([part.digest for part in parts]), loaded, "blend")
-
-
-async def add_lora(original: Callable[..., Any], client: Any, lora: LoRARequest) -> Any:
-    with _refusals_of(lora):
-        answer = await original(client, lora)
-    if not isinstance(answer, str):
-        return answer
-    if blend_of(lora) is not None:
-        return True
-    digest, kind, invocation, *_ = [*answer.split(":"), "", ""]
-    version = Version(digest, time.time(), kind or "lora", read_invocation(invocation))
-    note(client, lora.lora_int_id, version)
-    return True
-
-
-def add_lora_offline(original: Callable[..., Any], engine: Any, lora: LoRARequest) -> bool:
-    with _refusals_of(lora):
-        return bool(original(engine, lora))
-
-
-@contextmanager
-def _refusals_of(lora: LoRARequest) -> Iterator[None]:
-    """Raises an engine core's refusal of an adapter as what it is, without what carried it."""
-    try:
-        yield
-    except Exception as error:
-        refusal = received_refusal(error, lora.lora_int_id)
-        if refusal is None:
-            raise
-        raise refusal from None

@@ -18,6 +18,9 @@ from vllm_multilora.states import AdapterState
 METHOD = "multilora_adapter_status"
 """Name under which an engine core gives its report; `AdapterExecutorMixin` answers it."""
 
+REGISTER = "multilora_register"
+"""Name under which it registers an adapter for an API server, and says what it has read."""
+
 Report = dict[str, Any]
 Row = dict[str, Any]
 

@@ -17,38 +17,35 @@ from threading import Timer
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import proxy, ref
 
+from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreRequestType
 
-from vllm_multilora.integration.engine.adapter_status import METHOD, engine_report
+from vllm_multilora.integration.engine.adapter_status import METHOD, REGISTER, engine_report
 from vllm_multilora.integration.engine.adapters.quarantine import RELOADS
 from vllm_multilora.integration.engine.core import make_adapters, starting_workers
 from vllm_multilora.integration.engine.requests.tenant_wall import TenantWallMixin, has_wall
 from vllm_multilora.integration.engine.scheduling.fair_scheduler import FairSharesMixin
 from vllm_multilora.integration.engine.scheduling.older_scheduler import with_newer_parts
 from vllm_multilora.integration.engine.scheduling.scheduler import AdapterAwareMixin, as_sent
-from vllm_multilora.integration.failed_requests import (
-    AdapterRefusedError,
-    SentRefusalError,
-    not_by_workers,
-)
+from vllm_multilora.integration.failed_requests import AdapterRefusedError, not_by_workers
 from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
 from vllm_multilora.integration.worker import worker_calls
 from vllm_multilora.states import AT_HAND
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.lora.request import LoRARequest
     from vllm.v1.executor import Executor
 
     from vllm_multilora.integration.engine.adapters.engine_adapters import EngineAdapters
-    from vllm_multilora.store.protocol.messages import PackInfo
 
 logger = logging.getLogger(__name__)
 
 _IDLE_S = 0.001
 _MARK = "AdapterExecutor:"
 _OF_SINGLE_ADAPTERS = frozenset({"add_lora", "remove_lora", "pin_lora"})
-_WATCHED = frozenset({METHOD, "list_loras", "sleep", "wake_up", *RELOADS, *_OF_SINGLE_ADAPTERS})
+_WATCHED = frozenset(
+    {METHOD, REGISTER, "list_loras", "sleep", "wake_up", *RELOADS, *_OF_SINGLE_ADAPTERS}
+)
 """Calls of workers that are answered here, or have a consequence here."""
 
 _D = TypeVar("_D")
@@ -113,7 +110,7 @@ class AdapterExecutorMixin:
         *more: Any,
         **others: Any,
     ) -> Any:
-        """Calls a method of all workers; answers `METHOD` and `list_loras` itself.
+        """Calls a method of all workers; answers those that are not theirs itself.
 
         Raises:
             MultiLoRAError: Workers are to load, unload or pin an adapter: no request would use it.
@@ -123,6 +120,8 @@ class AdapterExecutorMixin:
             return ask(method, timeout, args, kwargs, *more, **others)
         if method == METHOD:
             return self._report(*args)
+        if method == REGISTER:
+            return self._register_for_server(*args)
         if method == "list_loras" and (adapters := self.connect()) is not None:
             # Workers know only what is in their slots.
             listed = (e.number for e in adapters.known() if e.state(adapters.slots) in AT_HAND)
@@ -146,14 +145,12 @@ class AdapterExecutorMixin:
             return []
         return [engine_report(adapters, self.scheduler.users.accepted, asked)]
 
-    def add_lora(self, lora_request: LoRARequest) -> bool | str | Future[bool | str]:
+    def add_lora(self, lora_request: LoRARequest) -> bool | Future[bool]:
         """Registers an adapter: vLLM's `add_lora`, with the reading done by the store.
 
         Returns:
-            What was read: its digest, and after colons its kind, if it is not a plain one, and the
-            tokens that activate it, if any do; true, as vLLM's own answer is. A future where vLLM's
-            engine core process answers a client's call with it; the result itself in an engine core
-            that is called directly.
+            True, as vLLM's own answer is. A future where vLLM's engine core process answers a
+            client's call with it; the result itself in an engine core that is called directly.
 
         Raises:
             AdapterRefusedError: The adapter cannot be served; the future holds it likewise.
@@ -164,27 +161,34 @@ class AdapterExecutorMixin:
             return added
         return self._carry_out(adapters, partial(self._register, adapters, as_sent(lora_request)))
 
-    def _register(self, adapters: EngineAdapters, request: LoRARequest) -> Future[bool | str]:
-        read: Future[bool | str] = Future()
-
-        def what(_: bool) -> bool | str:
-            version = adapters.version(request.lora_int_id)
-            return True if version is None else _as_answer(version)
-
-        def answer(registered: Future[bool]) -> None:
-            error = registered.exception()
-            if isinstance(error, AdapterRefusedError) and self.inputs is not None:
-                read.set_exception(SentRefusalError(*error.args))
-            else:
-                _pass_on(read, what, registered)
-
+    def _register(self, adapters: EngineAdapters, request: LoRARequest) -> Future[bool]:
         registered = adapters.register(request)
         if not (registered.done() and registered.exception()):
             # It may have been about to go, as one does whose folder is put back as it was.
             number = request.lora_int_id
             self.scheduler.users.keep({number, *adapters.blends_with(number)})
-        registered.add_done_callback(answer)
-        return read
+        return registered
+
+    def _register_for_server(self, fields: dict[str, Any]) -> Any:
+        """Registers an adapter as `add_lora`, and answers with what was read.
+
+        Args:
+            fields: Of the adapter's `LoRARequest`.
+
+        Returns:
+            What `registered_version` reads, or `AdapterRefusedError.as_dict`; as a future as for
+            `add_lora`.
+        """
+        adapters, request = self.connect(), LoRARequest(**fields)
+        assert adapters is not None
+
+        def register() -> Future[dict[str, Any]]:
+            answer: Future[dict[str, Any]] = Future()
+            registered = self._register(adapters, as_sent(request))
+            registered.add_done_callback(partial(_answer, answer, adapters, request.lora_int_id))
+            return answer
+
+        return self._carry_out(adapters, register)
 
     def remove_lora(self, lora_id: int) -> bool | Future[bool]:
         """Removes an adapter: vLLM's `remove_lora`, once no request uses the adapter any more.
@@ -286,11 +290,21 @@ def _pass_on(answer: Future[_T], what: Callable[[_D], _T], done: Future[_D]) -> 
         answer.set_result(what(done.result()))
 
 
-def _as_answer(version: PackInfo) -> str:
-    if version.kind == "lora":
-        return version.digest
-    tokens = ",".join(map(str, version.invocation_tokens))
-    return ":".join(filter(None, (version.digest, version.kind, tokens)))
+def _answer(
+    answer: Future[dict[str, Any]], adapters: EngineAdapters, adapter: int, done: Future[bool]
+) -> None:
+    """Answers a server's registration."""
+    error, version = done.exception(), adapters.version(adapter)
+    if isinstance(error, AdapterRefusedError):
+        logger.warning("Adapter refused: %s", error.in_one_line())
+        answer.set_result(error.as_dict())
+    elif error is not None:
+        answer.set_exception(error)
+    elif version is None:
+        answer.set_result({})
+    else:
+        tokens = list(version.invocation_tokens)
+        answer.set_result({"digest": version.digest, "kind": version.kind, "invocation": tokens})
 
 
 def _has_weights(tags: list[str] | None = None) -> bool:

@@ -12,7 +12,7 @@ from vllm_multilora.integration.server.names import (
     routes,
     shared_names,
 )
-from vllm_multilora.integration.server.names.public_names import separate
+from vllm_multilora.integration.server.names.public_names import public_names, separate
 from vllm_multilora.integration.server.requests import (
     engine_admission,
     engine_calls,
@@ -45,6 +45,8 @@ async def start(models: Any) -> None:
         separate(models)
         # The engines find their store and show their metrics now, not with their first request.
         await engine_calls.engine_reports(client.engine_core, [])
+        for lora in [*public_names(models).values()]:  # vLLM has loaded them, and knows no versions
+            await engine_calls.register(client, lora)
         registration.start(models)
         shared_names.start(models)
         metering.start(models)

@@ -18,7 +18,7 @@ LOAD_TIMEOUT_S = 600.0
 _DYNAMO = "/v1/loras"
 
 
-class RefusedError(MultiLoRAError):
+class LoadRefusedError(MultiLoRAError):
     """A server does not take an adapter, and says why."""
 
 
@@ -55,7 +55,7 @@ class AdapterServer(ABC):
             False if it keeps the version that it has, whatever is in the folder.
 
         Raises:
-            RefusedError: It cannot serve the adapter.
+            LoadRefusedError: It cannot serve the adapter.
             UnreachableError: It does not answer.
         """
 
@@ -70,7 +70,7 @@ class AdapterServer(ABC):
         except UnreachableError as error:
             if error.status is None or error.status == HTTPStatus.UNAUTHORIZED:
                 raise
-            raise RefusedError(error.answer or str(error)) from error
+            raise LoadRefusedError(error.answer or str(error)) from error
 
 
 class _VllmServer(AdapterServer):

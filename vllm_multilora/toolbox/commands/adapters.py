@@ -17,7 +17,7 @@ from vllm_multilora.adapters.directory import (
 )
 from vllm_multilora.adapters.files.allowed_roots import AllowedRoots
 from vllm_multilora.errors import ConfigError, MultiLoRAError
-from vllm_multilora.toolbox.clients.adapter_servers import AdapterServer, RefusedError, connect
+from vllm_multilora.toolbox.clients.adapter_servers import AdapterServer, LoadRefusedError, connect
 from vllm_multilora.toolbox.clients.http_client import UnreachableError, base_url
 from vllm_multilora.toolbox.commands.arguments.api_key import add_api_key
 
@@ -135,7 +135,7 @@ class _Worker:
             try:
                 server.unload(name)
                 print(f"{self._url}: {name} unloaded", flush=True)
-            except RefusedError as error:
+            except LoadRefusedError as error:
                 _say_wrong(f"{self._url}: {name} cannot be unloaded: {error}")
         return all(self._loaded.get(name) == version for name, version in versions.items())
 
@@ -147,11 +147,11 @@ class _Worker:
             return
         try:
             if not server.load(name, version.path, is_new=is_new) and name in self._loaded:
-                raise RefusedError(
+                raise LoadRefusedError(
                     "the worker keeps the version that it has; one that was started with "
                     "DYN_LORA_HOTSWAP_ENABLED=true takes changed files"
                 )
-        except RefusedError as error:
+        except LoadRefusedError as error:
             self._refused[name] = version, time.monotonic() + _RETRY_S
             if refused != version:
                 _say_wrong(f"{self._url}: {name} refused: {error}")

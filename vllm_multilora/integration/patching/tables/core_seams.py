@@ -221,14 +221,15 @@ _PATCHES: tuple[Patch, ...] = (
         until="As prefix-cache-keys.",
     ),
     Patch(
-        name="registered-version",
-        target="vllm.v1.engine.async_llm:AsyncLLM.add_lora",
-        takes=("self, lora_request",),
-        handler="api_server.registered_versions:add_lora",
-        why="Notes the digest that the engine answers a registration with, and raises its refusal "
-        "as an exception with fields: vLLM sends the text of one alone.",
-        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM tells what it has loaded.",
+        name="equal-loads",
+        target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter",
+        takes=("self, request, base_model_name=None",),
+        handler="api_server.equal_loads:load_lora_adapter",
+        why="Of several loads of one adapter at once, vLLM refuses all but the first. Ray Serve "
+        "makes one for each request that comes before the first has ended, and would answer 500 to "
+        "the others. Answers them with the first one's success.",
+        checked=(),
+        until="vLLM answers a load that has waited for an equal one with success.",
     ),
     Patch(
         name="lora-ids",

@@ -16,15 +16,6 @@ Patch = partial(patch.Patch, part=GATEWAY)
 
 _PATCHES: tuple[patch.Patch, ...] = (
     Patch(
-        name="added-offline",
-        target="vllm.v1.engine.llm_engine:LLMEngine.add_lora",
-        takes=("self, lora_request",),
-        handler="api_server.registered_versions:add_lora_offline",
-        why="As registered-version, for callers of LLM's engine, who get True from vLLM.",
-        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As registered-version.",
-    ),
-    Patch(
         name="meter-beams",
         target="vllm.entrypoints.generate.beam_search.online:BeamSearchOnlineMixin.beam_search",
         takes=(

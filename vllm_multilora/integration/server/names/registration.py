@@ -31,7 +31,7 @@ from vllm_multilora.integration.server.names.public_names import is_reserved, pu
 from vllm_multilora.integration.server.requests import metering
 from vllm_multilora.integration.server.requests.callers import TYPES
 from vllm_multilora.integration.server.requests.engine_admission import SEE_OFF
-from vllm_multilora.integration.server.requests.engine_calls import answer_of
+from vllm_multilora.integration.server.requests.engine_calls import answer_of, register
 from vllm_multilora.integration.server.requests.http_calls import GRACE_S
 from vllm_multilora.integration.server.settings.gateway_activation import manages_adapters_behind
 
@@ -301,8 +301,7 @@ def no_such_model(models: Any, name: str | None) -> str:
 async def admit(models: Any, lora: LoRARequest) -> AdapterErrorResponse | None:
     """Has the engine read and check an adapter; returns why it cannot be served."""
     try:
-        client = models.engine_client
-        await answer_of(client.engine_core, client.add_lora(lora))
+        await register(models.engine_client, lora)
     except Exception as error:
         return _refusal(lora, error)
     return None

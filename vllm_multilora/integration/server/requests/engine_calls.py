@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from vllm_multilora.integration.engine.adapter_status import METHOD, Report
+from vllm_multilora.integration.api_server.registered_versions import Version, note
+from vllm_multilora.integration.blends import blend_of
+from vllm_multilora.integration.engine.adapter_status import METHOD, REGISTER, Report
+from vllm_multilora.integration.failed_requests import AdapterRefusedError
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
 
 _STOPPING = "Server shutting down"
 """What vLLM's engine core answers all calls with once it has been told to stop."""
@@ -51,9 +58,34 @@ async def answer_of(core: Any, asked: Awaitable[Any]) -> Any:
 
 async def engine_reports(core: Any, asked: list[int]) -> list[Report]:
     """Asks each engine for its report; vLLM's own `collective_rpc` returns that of the first."""
+    return [report for answer in await _ask_all(core, METHOD, asked) for report in answer]
+
+
+async def register(client: Any, lora: LoRARequest) -> None:
+    """Has every engine read and check an adapter, and notes which version it is.
+
+    Args:
+        client: vLLM's `EngineClient` of this server.
+        lora: The adapter.
+
+    Raises:
+        AdapterRefusedError: An engine cannot serve it.
+    """
+    fields = {name: getattr(lora, name) for name in lora.__struct_fields__}
+    answers = await _ask_all(client.engine_core, REGISTER, fields)
+    for answer in answers:
+        if "problems" in answer:
+            raise AdapterRefusedError.of_dict(lora.lora_int_id, answer)
+    read = answers[0]
+    if read and blend_of(lora) is None:
+        known = read["kind"], tuple(read["invocation"])
+        note(client, lora.lora_int_id, Version(read["digest"], time.time(), *known))
+
+
+async def _ask_all(core: Any, method: str, argument: Any) -> list[Any]:
     calls = (
-        core._call_utility_async("collective_rpc", METHOD, None, (asked,), None, engine=engine)
+        core._call_utility_async("collective_rpc", method, None, (argument,), None, engine=engine)
         for engine in core.core_engines
     )
-    answers = await answer_of(core, asyncio.gather(*calls))
-    return [report for answer in answers for report in answer]
+    answers: list[Any] = await answer_of(core, asyncio.gather(*calls))
+    return answers
