@@ -5,8 +5,10 @@ import json
 import pytest
 
 from vllm_multilora.gateway.fields import MAX_DEPTH, MAX_SHORT_TEXT, FieldError, check_body
-from vllm_multilora.gateway.table import REFUSED_ROUTES, TENANT_ROUTES
+from vllm_multilora.gateway.table import TENANT_ROUTES
 from vllm_multilora.tenants.tenant import ALLOWABLE
+
+from .refused_routes import REFUSED_ROUTES
 
 ALL = frozenset(ALLOWABLE)
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -14,8 +14,10 @@ from pydantic import BaseModel
 
 from tests.serving.engine import SCALE_OUT
 from vllm_multilora.gateway.endpoints import endpoint_of
-from vllm_multilora.gateway.table import REFUSED_ROUTES, TENANT_ROUTES
+from vllm_multilora.gateway.table import TENANT_ROUTES
 from vllm_multilora.tenants.rules import Endpoint
+
+from .refused_routes import REFUSED_ROUTES
 
 pytestmark = pytest.mark.smoke
 

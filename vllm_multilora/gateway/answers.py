@@ -11,12 +11,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Awaitable
+from functools import lru_cache
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 
-from vllm_multilora.gateway.endpoints import route_path
+from vllm_multilora.gateway.endpoints import header, route_path
 from vllm_multilora.integration.server.requests.http_calls import (
     SHOWN_DIGITS,
     HttpCall,
@@ -68,32 +70,33 @@ class _Answer:
         self._start: Message | None = None  # held until the body is there
         self._is_complete = False  # nothing is to be added any more
 
-    async def send(self, message: Message) -> None:
-        if not self._is_complete:
-            if message["type"] == "http.response.start":
-                if self._begin(message):
-                    return
-            elif message["type"] == "http.response.body":
-                message = self._named(message)
-                if self._start is not None:
-                    start, self._start = self._start, None
-                    await self._send(start)
+    def send(self, message: Message) -> Awaitable[None]:
+        """Takes a message; most are passed on without a coroutine of its own."""
+        return self._send(message) if self._is_complete else self._add(message)
+
+    async def _add(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            if self._begin(message):
+                return
+        elif message["type"] == "http.response.body":
+            message = self._named(message)
+            if self._start is not None:
+                start, self._start = self._start, None
+                await self._send(start)
         await self._send(message)
 
     def _begin(self, start: Message) -> bool:
         """Adds the headers; whether they are to be held until the body is there."""
-        call, headers = self._call, MutableHeaders(scope=start)
+        call, added = self._call, []
         if call.adapter is not None:
-            # A header holds ASCII, and neither begins nor ends with spaces; other names are
-            # percent-encoded, as in a URL.
-            inner_space = " " if call.adapter == call.adapter.strip() else ""
-            headers[ADAPTER_HEADER] = quote(call.adapter, safe="/:@+*" + inner_space)
+            added.append((ADAPTER_HEADER.encode(), _as_header(call.adapter)))
         if call.digest is not None:
-            headers[VERSION_HEADER] = call.digest[:SHOWN_DIGITS]
-        kind = headers.get("content-type", "")
-        is_json = kind.startswith("application/json")
+            added.append((VERSION_HEADER.encode(), call.digest[:SHOWN_DIGITS].encode()))
+        start["headers"] = [*start["headers"], *added]
+        kind = header(start["headers"], b"content-type") or b""
+        is_json = kind.startswith(b"application/json")
         is_answer = call.lora is not None and start["status"] == 200
-        self._is_complete = not is_answer or not (is_json or kind.startswith("text/event-stream"))
+        self._is_complete = not is_answer or not (is_json or kind.startswith(b"text/event-stream"))
         if is_answer and is_json:
             self._start = start
         return self._start is not None
@@ -117,6 +120,16 @@ class _Answer:
             if (length := headers.get("content-length")) is not None:
                 headers["content-length"] = str(int(length) + len(named) - len(body))
         return {**message, "body": named}
+
+
+@lru_cache(4_096)
+def _as_header(name: str) -> bytes:
+    """An adapter's name in a header, which holds ASCII and neither begins nor ends with spaces.
+
+    Other names are percent-encoded, as in a URL.
+    """
+    inner_space = " " if name == name.strip() else ""
+    return quote(name, safe="/:@+*" + inner_space).encode()
 
 
 def _field(call: HttpCall, ran: str) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from vllm_multilora.gateway.table import TENANT_ROUTES, Route
@@ -46,6 +46,14 @@ def refused_word(endpoint: Endpoint, path: str, allow: Collection[str]) -> str |
     """The word that a tenant lacks for a path that tenants may call; None where it lacks none."""
     word = called_route(path).word if endpoint is Endpoint.CALL else None
     return None if word is None or word in allow else word
+
+
+def header(pairs: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
+    """The first value of a header, whose name is in lower case; None where there is none."""
+    for each, value in pairs:
+        if each == name:
+            return value
+    return None
 
 
 def route_path(scope: Mapping[str, Any]) -> str:

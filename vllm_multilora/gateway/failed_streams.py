@@ -8,12 +8,13 @@ failure. A stream of `/v1/responses` that fails later ends with `response.failed
 from __future__ import annotations
 
 import json
+from collections.abc import Awaitable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
+from vllm_multilora.gateway.endpoints import header
 from vllm_multilora.gateway.refused_answers import error_answer
 from vllm_multilora.integration.server.requests.http_calls import HttpCall, current_call
 
@@ -67,7 +68,13 @@ class _Stream:
         self._created: bytes | None = None  # the first event of a response
         self._events = 0
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
+        """Takes a message of the answer; most are passed on without a coroutine of its own."""
+        is_looked_at = self._held or self._has_failed or self._call.path == _RESPONSES
+        is_plain = message["type"] == "http.response.body" and not is_looked_at
+        return self._send(message) if is_plain else self._look(message)
+
+    async def _look(self, message: Message) -> None:
         if self._has_failed:
             return
         if message["type"] == "http.response.start":
@@ -108,8 +115,8 @@ class _Stream:
 
 
 def _is_stream(start: Message) -> bool:
-    kind = Headers(raw=start["headers"]).get("content-type", "")
-    return bool(start["status"] == HTTPStatus.OK) and kind.startswith("text/event-stream")
+    kind = header(start["headers"], b"content-type") or b""
+    return bool(start["status"] == HTTPStatus.OK) and kind.startswith(b"text/event-stream")
 
 
 def _with_status(error: BaseException | None) -> Any:

@@ -78,8 +78,7 @@ def check_body(body: Any, route: Route, allow: Collection[str]) -> dict[str, Any
     """
     if not isinstance(body, dict):
         raise FieldError(f"The body is {_kind(body)}, expected a JSON object.")
-    known = route.plain | route.contents | route.documents | route.gated.keys()
-    if unknown := [name for name in body if name not in known]:
+    if unknown := [name for name in body if name not in route.known]:
         raise FieldError(
             f"Fields that are not allowed here: {_listed(unknown)}.", _shortened(unknown[0])
         )
@@ -237,6 +236,8 @@ class _Check:
 
 def is_unicode(text: str) -> bool:
     """Whether a text can be sent: JSON may name half of a surrogate pair, which is no character."""
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:

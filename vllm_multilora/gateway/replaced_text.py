@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
+
+from vllm_multilora.gateway.endpoints import header
 
 if TYPE_CHECKING:
     from starlette.types import Message, Send
@@ -29,23 +32,29 @@ class ReplacedText:
         self._shown = json.dumps(shown)[1:-1].encode()
         self._start: Message | None = None  # held until the length of the body is known
 
-    async def send(self, message: Message) -> None:
-        """Takes a message of the answer."""
+    def send(self, message: Message) -> Awaitable[None]:
+        """Takes a message of the answer; most are passed on without a coroutine of its own."""
+        if message["type"] == "http.response.body":
+            body = message.get("body", b"")
+            if self._given in body:
+                message = {**message, "body": body.replace(self._given, self._shown)}
+            return self._send(message) if self._start is None else self._send_all(message)
         if message["type"] == "http.response.start":
             pairs = message["headers"]
             pairs = [(name, value.replace(self._given, self._shown)) for name, value in pairs]
             message = {**message, "headers": pairs}
-            if "content-length" in Headers(raw=pairs):
-                self._start = message
-                return
-        elif message["type"] == "http.response.body":
-            body = message.get("body", b"")
-            if self._given in body:
-                message = {**message, "body": body.replace(self._given, self._shown)}
-            if self._start is not None:
-                start, self._start = self._start, None
-                _set_length(start, message)
-                await self._send(start)
+            if header(pairs, b"content-length") is not None:
+                return self._hold(message)
+        return self._send(message)
+
+    async def _hold(self, start: Message) -> None:
+        self._start = start
+
+    async def _send_all(self, message: Message) -> None:
+        assert self._start is not None
+        start, self._start = self._start, None
+        _set_length(start, message)
+        await self._send(start)
         await self._send(message)
 
 

@@ -99,8 +99,9 @@ def _is_salt(own: Any) -> bool:
 
 def _spliced(body: bytes, seal: str) -> bytes | None:
     """A body with a field more, without writing all of it again; None if it is not plain UTF-8."""
-    rest = body.lstrip()[1:]
-    if body.lstrip()[:1] != b"{" or json.detect_encoding(body) != "utf-8":
+    body = body if body.startswith(b"{") else body.lstrip()
+    if body[:1] != b"{" or json.detect_encoding(body) != "utf-8":
         return None
+    rest = body[1:]
     comma = b"" if rest.lstrip().startswith(b"}") else b","
     return b'{"%s":"%s"%s%s' % (SALT_FIELD.encode(), seal.encode(), comma, rest)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+from functools import lru_cache
 from typing import NamedTuple
 
 SECRET_VARIABLE = "MULTILORA_CACHE_SALT"
@@ -40,6 +41,7 @@ class Seal(NamedTuple):
     salt: str = ""
 
 
+@lru_cache(4_096)
 def sealed(secret: str, seal: Seal) -> str:
     """The text of a seal: letters, digits and `.:_+-`, at most `MAX_SEAL_CHARACTERS`.
 

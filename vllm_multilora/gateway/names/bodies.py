@@ -13,9 +13,11 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from starlette.datastructures import Headers, UploadFile
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+
+from vllm_multilora.gateway.endpoints import header
 
 if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 MODEL = "model"
 
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_FORM = "multipart/form-data"
+_TEXT = msgspec.json.Encoder()
+_FORM = b"multipart/form-data"
 _QUOTED = str.maketrans({'"': "%22", "\r": "%0D", "\n": "%0A"})
 
 
@@ -41,10 +44,15 @@ class JsonBody(dict[str, Any]):
 
     async def written(self, model: str, without: str) -> tuple[bytes, bytes | None]:
         """The body with another model's name, without one field; its type stays as it is."""
-        fields = {**self, MODEL: json.dumps(model).encode()}
+        fields = {**self, MODEL: _written(model)}
         fields.pop(without, None)
-        pairs = (json.dumps(name).encode() + b":" + bytes(value) for name, value in fields.items())
-        return b"{" + b",".join(pairs) + b"}", None
+        pairs = [b"%b:%b" % (_written(name), value) for name, value in fields.items()]
+        return b"{%b}" % b",".join(pairs), None
+
+
+def _written(text: str) -> bytes:
+    """A text as JSON, in ASCII: it may be no Unicode."""
+    return _TEXT.encode(text) if text.isascii() else json.dumps(text).encode()
 
 
 class FormBody(dict[str, Any]):
@@ -75,7 +83,7 @@ class FormBody(dict[str, Any]):
                     head += f"\r\ncontent-type: {value.content_type}"
             parts.append(f"--{boundary}\r\n{head}\r\n\r\n".encode() + content + b"\r\n")
         end = f"--{boundary}--\r\n".encode()
-        return b"".join((*parts, end)), f"{_FORM}; boundary={boundary}".encode()
+        return b"".join((*parts, end)), _FORM + f"; boundary={boundary}".encode()
 
 
 async def read_body(
@@ -97,7 +105,7 @@ async def read_body(
     body: JsonBody | FormBody | None = None
     if parts[-1]["type"] != "http.request":
         pass  # the client has gone
-    elif Headers(scope=scope).get("content-type", "").lower().startswith(_FORM):
+    elif (header(scope["headers"], b"content-type") or b"").lower().startswith(_FORM):
         body = await _read_form(scope, again(parts, receive))
     else:
         body = read_json(b"".join(part.get("body", b"") for part in parts))

@@ -127,7 +127,7 @@ async def _choose(
     elif not is_base:
         refusal = await _find(models, name)
         is_unknown = refusal is not None and refusal.error.code == HTTPStatus.NOT_FOUND
-        takes_any = takes_any_name() and name not in served
+        takes_any = name not in served and takes_any_name()
         if refusal is not None and not (is_unknown and takes_any):
             return _as_shown(refusal, caller, models, name)
         lora = served.get(name) if acts else None
@@ -248,7 +248,6 @@ def takes_any_name() -> bool:
 
 def acts_for(models: Any) -> bool:
     """Whether the plugin manages the adapters of a server that has started."""
-    # Asked for each request: what the server has been given when it started says so at once. A
-    # server that only renders prompts has no engine.
+    # Asked for each request. A server that only renders prompts has no engine.
     client = getattr(models, "engine_client", None)
     return METER.get(getattr(client, "output_processor", None)) is not None

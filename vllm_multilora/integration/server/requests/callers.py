@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ MAX_RESULTS_AS = {
 the API server does anything else, and a hundred bytes of memory; as bytes a tenth of that."""
 
 
+@lru_cache(4_096)
 def tenant_salt(secret: str, tenant: str, own: str | None) -> str:
     """The salt of a request: nobody who does not know the secret can have the same.
 

@@ -52,7 +52,8 @@ class RequestStates(dict[str, Any]):
         if adapter is not None and (see_off := SEE_OFF.get(self._processor)):
             see_off(adapter)
         super().__setitem__(request_id, state)
-        metering.begin(self._processor, state)
+        if (meter := metering.METER.get(self._processor)) is not None:
+            meter.begin(state)
         if caller is None:
             return
         if caller.hides_folders:
@@ -66,8 +67,8 @@ class RequestStates(dict[str, Any]):
     def pop(self, request_id: str, *default: Any) -> Any:
         """As `dict.pop`."""
         state = super().pop(request_id, *default)
-        if state is not None:
-            metering.end(self._processor, state)
+        if state is not None and (meter := metering.METER.get(self._processor)) is not None:
+            meter.end(state)
         return state
 
     def _meter(self, state: Any) -> Meter:

@@ -337,23 +337,6 @@ def attach(processor: Any, meter: ServerMeter) -> None:
     ON_OUTPUTS.set(processor, meter.look)
 
 
-def begin(processor: Any, state: Any) -> None:
-    """A request is on its way to the engine.
-
-    Args:
-        processor: vLLM's `OutputProcessor`.
-        state: vLLM's `RequestState` of it.
-    """
-    if (meter := METER.get(processor)) is not None:
-        meter.begin(state)
-
-
-def end(processor: Any, state: Any) -> None:
-    """A request has ended, or is aborted; arguments as for `begin`."""
-    if (meter := METER.get(processor)) is not None:
-        meter.end(state)
-
-
 def end_all_at_shutdown(client: Any) -> None:
     """Has all requests end when vLLM's client stops, or its engine has died.
 
@@ -366,8 +349,9 @@ def end_all_at_shutdown(client: Any) -> None:
     processor = client.output_processor
 
     def end_all(handler: asyncio.Task[None]) -> None:
-        for state in processor.request_states.values():
-            end(processor, state)
+        if (meter := METER.get(processor)) is not None:
+            for state in processor.request_states.values():
+                meter.end(state)
         if handler.cancelled():  # else its error has been told
             processor.propagate_error(EngineDeadError())
         stop_waiting()

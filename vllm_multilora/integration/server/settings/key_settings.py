@@ -6,7 +6,6 @@ Who has which key at run time is the gateway's affair; see `vllm_multilora.gatew
 from __future__ import annotations
 
 import logging
-import os
 from argparse import Namespace
 from collections.abc import Mapping
 from typing import Protocol
@@ -16,7 +15,6 @@ from vllm import envs
 
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.documents import DocumentError, read_file
-from vllm_multilora.integration.server.settings.gateway_activation import settings_in
 from vllm_multilora.tenants.keys import (
     ADMIN_KEY_VARIABLE,
     MAX_KEY_LENGTH,
@@ -98,15 +96,6 @@ def parse_admin_keys(where: str, text: str) -> list[str]:
 def api_keys_in(args: Namespace) -> list[str]:
     """The API keys of vLLM itself, in a server's arguments or environment."""
     return [key for key in (getattr(args, "api_key", None) or [envs.VLLM_API_KEY]) if key]
-
-
-def locks_in(args: Namespace) -> Locks:
-    """Which kinds of keys a server has; none where the plugin does not act."""
-    settings = settings_in(args)
-    if settings is None:
-        return Locks(api_key=False, admin_key=False, tenants=False)
-    has_admin = settings.admin_key_file is not None or bool(key_in(os.environ))
-    return Locks(bool(api_keys_in(args)), has_admin, settings.tenants is not None)
 
 
 def warn_of_open_updates(locks: Locks) -> None:
