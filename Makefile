@@ -18,7 +18,7 @@ export VLLM_NO_USAGE_STATS := 1
 VLLM ?= 0.32
 RUNNER ?= 1
 
-.PHONY: help install demo test pytest ruff words mypy test-fast test-vllm dynamo test-dynamo test-all check-newest lint bench bench-kernels coverage docs metadata dist dist-check clean
+.PHONY: help install demo test pytest ruff words mypy test-fast test-vllm dynamo test-dynamo ray test-ray test-all check-newest lint bench bench-kernels coverage docs metadata dist dist-check clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -87,6 +87,20 @@ dynamo: $(VENV)-dynamo/.dynamo ## the demo's adapters on two workers behind Dyna
 
 test-dynamo: $(VENV)-dynamo/.dynamo ## the same, as tests
 	$(VENV)-dynamo/bin/python -m pytest examples/dynamo
+
+# Ray 2.60 asks for vLLM 0.29, and serves with 0.32 as well.
+$(VENV)-ray/.ray: $(STAMP) tools/testbed/make_env.sh
+	tools/testbed/make_env.sh $(VENV) $(VENV)-ray 0.32
+	$(VENV)-ray/bin/pip install --quiet --no-deps ray==2.60.0
+	$(VENV)-ray/bin/pip install --quiet aiohttp_cors colorful grpcio-reflection jsonref mmh3 "msgpack>=1,<2" "pandas>=2.2.3" \
+	  "pyarrow>=17" smart_open "virtualenv>=20.0.24" opencensus opentelemetry-exporter-prometheus "py-spy>=0.2" boto3 "moto[server]"
+	@touch $@
+
+ray: $(VENV)-ray/.ray ## the demo's adapters in a bucket, behind Ray Serve LLM
+	$(VENV)-ray/bin/python examples/ray/fleet.py
+
+test-ray: $(VENV)-ray/.ray ## the same, as tests
+	$(VENV)-ray/bin/python -m pytest examples/ray
 
 test-all: test ## all tests, and the smoke tests with every vLLM and both model runners
 	for vllm in 0.29 0.30 0.31 0.32 0.33; do for runner in 1 2; do \

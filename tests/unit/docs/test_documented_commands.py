@@ -74,7 +74,7 @@ TESTS = {
     ".venv/bin/python -m pytest tests/serving/bases/test_parity.py": "tests/serving/bases/"
     "test_parity.py",
     "vllm serve": "tests/serving/http/test_plugin.py::test_the_flags_are_on_vllm_serve",
-    "python -m dynamo.vllm": "examples/dynamo/test_fleet.py",
+    "python -m dynamo.vllm": "examples/dynamo/test_dynamo.py",
     "vllm-multilora adapters": "tests/operations/test_adapters_command.py",
     "vllm-multilora advise": "tests/operations/test_advise_command.py",
     "vllm-multilora digest": "tests/adapters/signing/test_signatures.py",
@@ -103,6 +103,8 @@ UNTESTED = {
     "make docs": "runs beside these tests, as a part of make test",
     "make dynamo": "installs Dynamo, which these tests do without; make test-dynamo runs its parts",
     "make test-dynamo": "is the tests of the example",
+    "make ray": "installs Ray, which these tests do without; make test-ray runs its parts",
+    "make test-ray": "is the tests of the example",
     "make help": "prints a part of the Makefile",
     "make install": "is what these tests run in",
     "make lint": "runs beside these tests, as a part of make test",

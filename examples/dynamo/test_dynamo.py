@@ -4,12 +4,12 @@ Not among the tests of `make test`, since it needs Dynamo: `make test-dynamo`.
 """
 
 import json
+import runpy
 import shutil
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,47 +17,25 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.serving.kinds.test_demo_adapters import scenario
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fleet import ADAPTED, ADAPTERS, CUSTOMERS, Customer, Fleet, started
-
-NEW_TOKENS = 12
+PEFT_TOKENS = 12
 ASKED_AT_ONCE = 8
 EVERY_S = 1.0
+
+example = runpy.run_path(str(Path(__file__).with_name("fleet.py")))
+ADAPTED, ADAPTERS, CUSTOMERS = (example[name] for name in ("ADAPTED", "ADAPTERS", "CUSTOMERS"))
 NAMES = {str(customer.adapter) for customer in ADAPTED}
+Pefts = Callable[[Any, str | None], str]
 LEGAL = next(customer for customer in CUSTOMERS if customer.adapter == "legal")
 
 
 @pytest.fixture(scope="module")
-def expected() -> Any:
-    """What PEFT answers: of a customer's question, with any adapter."""
-    from transformers import AutoTokenizer
-
-    found, reference = scenario(NEW_TOKENS, "float32")
-    prompts = {
-        customer.name: case.prompt for customer, case in zip(CUSTOMERS, found.cases, strict=True)
-    }
-    tokenizer = AutoTokenizer.from_pretrained(found.base)
-
-    def answer(customer: Customer, adapter: str | None) -> str:
-        [continuation] = reference.generate(adapter, [prompts[customer.name]], NEW_TOKENS)
-        return str(tokenizer.decode(continuation.tokens, skip_special_tokens=True))
-
-    return answer
-
-
-@pytest.fixture(scope="module")
-def fleet() -> Iterator[Fleet]:
-    from base_model import build_base_model
-
-    with Fleet(build_base_model(), step_metrics=True) as fleet:
+def fleet() -> Iterator[Any]:
+    with example["Fleet"](example["build_base_model"](), step_metrics=True) as fleet:
         yield fleet
 
 
 @pytest.fixture
-def adapters(tmp_path: Path, fleet: Fleet) -> Path:
+def adapters(tmp_path: Path, fleet: Any) -> Path:
     """A folder with the demo's adapters, which all workers serve."""
     folder = tmp_path / "adapters"
     shutil.copytree(ADAPTERS, folder)
@@ -66,7 +44,7 @@ def adapters(tmp_path: Path, fleet: Fleet) -> Path:
     return folder
 
 
-def sync(fleet: Fleet, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def sync(fleet: Any, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = fleet.sync_command(folder, *options)
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
@@ -76,8 +54,8 @@ def content(answer: httpx.Response) -> str:
     return str(answer.json()["choices"][0]["message"]["content"])
 
 
-def ask(fleet: Fleet, customer: Customer) -> str:
-    return content(fleet.ask(customer, max_tokens=NEW_TOKENS))
+def ask(fleet: Any, customer: Any) -> str:
+    return content(fleet.ask(customer, max_tokens=PEFT_TOKENS))
 
 
 def replace(folder: Path, adapter: str, by: Path) -> None:
@@ -88,14 +66,14 @@ def replace(folder: Path, adapter: str, by: Path) -> None:
     new.rename(folder / adapter)
 
 
-def loaded(fleet: Fleet) -> list[set[str]]:
+def loaded(fleet: Any) -> list[set[str]]:
     """The adapters of each worker."""
     urls = [f"{worker.url}/v1/loras" for worker in fleet.workers]
     return [set(httpx.get(url, trust_env=False).json()["loras"]) for url in urls]
 
 
-def test_forty_mixed_answers_are_pefts(fleet: Fleet, adapters: Path, expected: Any) -> None:
-    right = {each.name: expected(each, each.adapter) for each in CUSTOMERS}
+def test_forty_mixed_answers_are_pefts(fleet: Any, adapters: Path, pefts_answer: Pefts) -> None:
+    right = {each.name: pefts_answer(each, each.adapter) for each in CUSTOMERS}
     asked = [CUSTOMERS[number % len(CUSTOMERS)] for number in range(40)]
     with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
         answers = list(threads.map(lambda customer: ask(fleet, customer), asked))
@@ -103,7 +81,7 @@ def test_forty_mixed_answers_are_pefts(fleet: Fleet, adapters: Path, expected: A
 
 
 def test_every_worker_serves_every_adapter_and_syncing_again_changes_nothing(
-    fleet: Fleet, adapters: Path
+    fleet: Any, adapters: Path
 ) -> None:
     assert loaded(fleet) == [NAMES, NAMES]
     again = sync(fleet, adapters)
@@ -111,7 +89,7 @@ def test_every_worker_serves_every_adapter_and_syncing_again_changes_nothing(
     assert loaded(fleet) == [NAMES, NAMES]
 
 
-def test_the_first_worker_has_dynamos_own_scheduler(fleet: Fleet) -> None:
+def test_the_first_worker_has_dynamos_own_scheduler(fleet: Any) -> None:
     child = fleet.workers[0].child
     assert child is not None
     log = child.log.read_text()
@@ -120,7 +98,7 @@ def test_the_first_worker_has_dynamos_own_scheduler(fleet: Fleet) -> None:
 
 
 def test_a_hot_swap_lets_a_running_stream_end_with_the_old_weights(
-    fleet: Fleet, adapters: Path, expected: Any
+    fleet: Any, adapters: Path, pefts_answer: Pefts
 ) -> None:
     old = content(fleet.ask(LEGAL, max_tokens=200, ignore_eos=True))
     begun, pieces = threading.Event(), list[str]()
@@ -150,14 +128,14 @@ def test_a_hot_swap_lets_a_running_stream_end_with_the_old_weights(
     thread.join(120)
     assert (swapped.returncode, swapped.stderr) == (0, "")
     assert "".join(pieces) == old
-    assert {ask(fleet, LEGAL) for _ in range(4)} == {expected(LEGAL, "medical")}
+    assert {ask(fleet, LEGAL) for _ in range(4)} == {pefts_answer(LEGAL, "medical")}
 
 
 @pytest.mark.parametrize(
     ("fault", "reason"), [("nan", "NaN"), ("shape", "shape")], ids=lambda value: value
 )
 def test_a_bad_adapter_is_never_published(
-    fleet: Fleet, adapters: Path, expected: Any, fault: str, reason: str
+    fleet: Any, adapters: Path, pefts_answer: Pefts, fault: str, reason: str
 ) -> None:
     import torch
     from safetensors.torch import load_file, save_file
@@ -178,19 +156,19 @@ def test_a_bad_adapter_is_never_published(
     assert "multilora-refused" not in refused.stderr  # the form in which processes tell each other
     assert loaded(fleet) == [NAMES, NAMES]
     assert fleet.models() == {"base", *NAMES}
-    assert ask(fleet, LEGAL) == expected(LEGAL, "legal")
+    assert ask(fleet, LEGAL) == pefts_answer(LEGAL, "legal")
 
 
 def test_a_worker_that_is_started_again_serves_all_adapters(
-    fleet: Fleet, adapters: Path, expected: Any
+    fleet: Any, adapters: Path, pefts_answer: Pefts
 ) -> None:
-    right = expected(LEGAL, "legal")
-    with started("sync", fleet.sync_command(adapters, "--every", str(EVERY_S))):
+    right = pefts_answer(LEGAL, "legal")
+    with example["started"]("sync", fleet.sync_command(adapters, "--every", str(EVERY_S))):
         worker = fleet.workers[1]
         fleet.kill(worker)
 
         def is_answered() -> bool:
-            answer = fleet.ask(LEGAL, max_tokens=NEW_TOKENS)
+            answer = fleet.ask(LEGAL, max_tokens=PEFT_TOKENS)
             return answer.is_success and content(answer) == right
 
         fleet.wait("the other worker to answer", is_answered, 60)
@@ -201,7 +179,7 @@ def test_a_worker_that_is_started_again_serves_all_adapters(
         assert [ask(fleet, LEGAL) for _ in range(6)] == 6 * [right]
 
 
-def test_a_workers_metrics_have_each_series_once(fleet: Fleet, adapters: Path) -> None:
+def test_a_workers_metrics_have_each_series_once(fleet: Any, adapters: Path) -> None:
     for worker in fleet.workers:
         text = httpx.get(f"{worker.url}/metrics", trust_env=False).text
         series = [line.rpartition(" ")[0] for line in text.splitlines() if line[:1] not in "#"]
