@@ -607,6 +607,7 @@ def test_a_folder_that_is_named_like_a_route_keeps_no_server_from_starting(
     monkeypatch.setattr(start.engine_calls, "engine_reports", nothing)
     for module in (registration, start.shared_names, start.metering):
         monkeypatch.setattr(module, "start", lambda models: None)
+    monkeypatch.setattr(start.metering, "end_all_at_shutdown", lambda client: None)
 
     async def scenario() -> None:
         site = Site(directory)
@@ -617,7 +618,7 @@ def test_a_folder_that_is_named_like_a_route_keeps_no_server_from_starting(
         parallel = SimpleNamespace(_api_process_count=1)
         models.engine_client = SimpleNamespace(
             engine_core=site.engine,
-            output_processor=SimpleNamespace(),
+            output_processor=SimpleNamespace(request_states={}),
             vllm_config=SimpleNamespace(parallel_config=parallel),
         )
         await start.start(models)
