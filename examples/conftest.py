@@ -1,23 +1,16 @@
 """What the examples' tests compare answers with."""
 
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+from fleet_checks import PEFT_TOKENS, Pefts
+from prompts import CUSTOMERS
 
 from tests.serving.kinds.test_demo_adapters import scenario
 
-sys.path.append(str(Path(__file__).parent / "demo"))
-
-PEFT_TOKENS = 12
-
 
 @pytest.fixture(scope="session")
-def pefts_answer() -> Callable[[Any, str | None], str]:
-    """What PEFT answers to a customer's question with any adapter: the first 12 tokens."""
-    from prompts import CUSTOMERS
+def pefts_answer() -> Pefts:
     from transformers import AutoTokenizer
 
     found, reference = scenario(PEFT_TOKENS, "float32")

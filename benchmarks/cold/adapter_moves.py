@@ -27,11 +27,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.cold.intake_cost import layout_of
 from benchmarks.harness.registry import Figure, benchmark
 from multilora_kernels import SlotIndex, SlotTable, host_memory
-from multilora_kernels.dtypes import BFLOAT16
 from vllm_multilora.adapters.intake import Rules, open_adapter
-from vllm_multilora.adapters.model.layout import ModelLayout, SliceLayout
 from vllm_multilora.adapters.packing.pack_index import PackIndex
 from vllm_multilora.store.memory.arena import PLACE_BITS, Allocation, Arena
 from vllm_multilora.store.memory.segments import SharedSegments
@@ -219,15 +218,8 @@ class Ours:
             for layer in range(LAYERS)
             for name, (inputs, outputs) in PROJECTIONS.items()
         ]
-        self.layout = ModelLayout(
-            slices=tuple(
-                SliceLayout(name, row, inputs, outputs, (0, inputs), (0, outputs))
-                for row, (name, inputs, outputs) in enumerate(shapes)
-            ),
-            max_rank=max_rank,
-            dtype=BFLOAT16,
-            columns_first=columns,
-        )
+        sizes = {name: (inputs, outputs) for name, inputs, outputs in shapes}
+        self.layout = layout_of(sizes, max_rank, columns_first=columns)
 
         shapes_a = [(SLOTS, 1, max_rank, inputs) for _, inputs, _ in shapes]
         shapes_b = [(SLOTS, 1, outputs, max_rank) for _, _, outputs in shapes]

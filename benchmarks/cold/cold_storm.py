@@ -13,16 +13,16 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from benchmarks.cold.intake_cost import layout_of
 from benchmarks.harness.registry import Figure, benchmark
 from benchmarks.loads.fleet import Fleet
 from benchmarks.loads.smollm2 import model_config
-from multilora_kernels.dtypes import BFLOAT16
-from vllm_multilora.adapters.model.layout import ModelLayout, SliceLayout
 from vllm_multilora.store.clients.client import StoreClient
 from vllm_multilora.store.protocol.messages import Failed, Loaded, LoadRequest, StoreSettings
 from vllm_multilora.store.protocol.store_folder import FOLDER_VARIABLE
 
 RANK, HOST_PLACES = 8, 64
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 HEAD_START_S = 0.3
 """From the storm's beginning to the other tenant's request."""
 LIMIT_S = 120.0
@@ -45,11 +45,14 @@ def cold_storm(rounds: int = 3, storm: int = 200) -> Iterable[Figure]:
     """
     with tempfile.TemporaryDirectory() as name:
         os.environ[FOLDER_VARIABLE] = str(Path(name) / "store")
-        fleet = Fleet(Path(name) / "adapters", model_config(), RANK, tuple(_sizes()))
+        fleet = Fleet(Path(name) / "adapters", model_config(), RANK, PROJECTIONS)
         folders = [str(fleet.add(f"a{n}")) for n in range(1 + rounds * (storm + 2))]
         client = StoreClient.connect("process", "benchmark")
         try:
-            client.configure([_layout()], StoreSettings(budget_adapters=HOST_PLACES))
+            client.configure(
+                [layout_of(_sizes(), RANK, columns_first=True)],
+                StoreSettings(budget_adapters=HOST_PLACES),
+            )
             asker = _Asker(client, iter(folders))
             asker.wait_for(asker.ask("quiet"))  # which starts what reads
             alone, beside = [], []
@@ -114,16 +117,9 @@ def _sizes() -> dict[str, tuple[int, int]]:
     config = model_config()
     hidden = config["hidden_size"]
     keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
-    outputs = {"q_proj": hidden, "k_proj": keys, "v_proj": keys, "o_proj": hidden}
-    return {name: (hidden, size) for name, size in outputs.items()}
-
-
-def _layout() -> ModelLayout:
-    """A worker that keeps everything."""
-    slices = []
-    for layer in range(model_config()["num_hidden_layers"]):
-        for name, (inputs, outputs) in _sizes().items():
-            module = f"model.layers.{layer}.self_attn.{name}"
-            split = (0, inputs), (0, outputs)
-            slices.append(SliceLayout(module, len(slices), inputs, outputs, *split))
-    return ModelLayout(tuple(slices), RANK, BFLOAT16, columns_first=True)
+    outputs = dict(zip(PROJECTIONS, (hidden, keys, keys, hidden), strict=True))
+    return {
+        f"model.layers.{layer}.self_attn.{name}": (hidden, size)
+        for layer in range(config["num_hidden_layers"])
+        for name, size in outputs.items()
+    }

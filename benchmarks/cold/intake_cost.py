@@ -12,7 +12,7 @@ import json
 import mmap
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -68,11 +68,19 @@ def write_adapter(folder: Path, layers: int, rank: int) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def layout_of(layers: int, rank: int, *, columns_first: bool) -> ModelLayout:
-    """A worker that keeps everything."""
+def layout_of(
+    sizes: Mapping[str, tuple[int, int]], rank: int, *, columns_first: bool
+) -> ModelLayout:
+    """A worker that keeps everything.
+
+    Args:
+        sizes: Inputs and outputs by module.
+        rank: The largest.
+        columns_first: As `ModelLayout` has it.
+    """
     slices = tuple(
         SliceLayout(name, row, inputs, outputs, (0, inputs), (0, outputs))
-        for row, (name, (inputs, outputs)) in enumerate(modules(layers).items())
+        for row, (name, (inputs, outputs)) in enumerate(sizes.items())
     )
     return ModelLayout(slices, rank, BFLOAT16, columns_first=columns_first)
 
@@ -123,7 +131,7 @@ def intake_cost(megabytes: float = 84.0, rank: int = 64, rounds: int = 7) -> Ite
         size = (folder / "adapter_model.safetensors").stat().st_size
         update = AdapterDigest.update
         for columns_first in (False, True):
-            layout = layout_of(layers, rank, columns_first=columns_first)
+            layout = layout_of(modules(layers), rank, columns_first=columns_first)
             for fresh in (False, True):
                 for digest in (True, False):
                     AdapterDigest.update = update if digest else lambda self, content: None

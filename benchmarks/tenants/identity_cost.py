@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.cold.intake_cost import PROJECTIONS, Memory, layout_of, write_adapter
+from benchmarks.cold.intake_cost import PROJECTIONS, Memory, layout_of, modules, write_adapter
 from benchmarks.harness.registry import Figure, benchmark
 from benchmarks.harness.turns import paired
 from vllm_multilora.adapters.intake import Rules, open_adapter
@@ -44,7 +44,7 @@ def loading(megabytes: float, rounds: int) -> dict[str, list[dict[str, float]]]:
     from tests.adapters.signing.signed_folders import KeyPair
 
     layers = max(1, round(megabytes * 1e6 / (2 * RANK * sum(map(sum, PROJECTIONS.values())))))
-    layout = layout_of(layers, RANK, columns_first=False)
+    layout = layout_of(modules(layers), RANK, columns_first=False)
     update = AdapterDigest.update
     with tempfile.TemporaryDirectory() as name:
         scratch, folder = Path(name), Path(name) / "adapter"

@@ -4,38 +4,41 @@ Not among the tests of `make test`, since it needs Dynamo: `make test-dynamo`.
 """
 
 import json
-import runpy
 import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
+from base_model import build_base_model
+from fleet import Fleet
+from fleet_checks import (
+    LEGAL,
+    PEFT_TOKENS,
+    Pefts,
+    ask,
+    assert_forty_mixed_answers_are_pefts,
+    spoil,
+)
+from fleets import content
+from processes import started
+from prompts import ADAPTED, ADAPTERS
 
-PEFT_TOKENS = 12
-ASKED_AT_ONCE = 8
 EVERY_S = 1.0
-
-example = runpy.run_path(str(Path(__file__).with_name("fleet.py")))
-ADAPTED, ADAPTERS, CUSTOMERS = (example[name] for name in ("ADAPTED", "ADAPTERS", "CUSTOMERS"))
 NAMES = {str(customer.adapter) for customer in ADAPTED}
-Pefts = Callable[[Any, str | None], str]
-LEGAL = next(customer for customer in CUSTOMERS if customer.adapter == "legal")
 
 
 @pytest.fixture(scope="module")
-def fleet() -> Iterator[Any]:
-    with example["Fleet"](example["build_base_model"](), step_metrics=True) as fleet:
+def fleet() -> Iterator[Fleet]:
+    with Fleet(build_base_model(), step_metrics=True) as fleet:
         yield fleet
 
 
 @pytest.fixture
-def adapters(tmp_path: Path, fleet: Any) -> Path:
+def adapters(tmp_path: Path, fleet: Fleet) -> Path:
     """A folder with the demo's adapters, which all workers serve."""
     folder = tmp_path / "adapters"
     shutil.copytree(ADAPTERS, folder)
@@ -44,18 +47,9 @@ def adapters(tmp_path: Path, fleet: Any) -> Path:
     return folder
 
 
-def sync(fleet: Any, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def sync(fleet: Fleet, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = fleet.sync_command(folder, *options)
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-
-def content(answer: httpx.Response) -> str:
-    assert answer.status_code == 200, answer.text
-    return str(answer.json()["choices"][0]["message"]["content"])
-
-
-def ask(fleet: Any, customer: Any) -> str:
-    return content(fleet.ask(customer, max_tokens=PEFT_TOKENS))
 
 
 def replace(folder: Path, adapter: str, by: Path) -> None:
@@ -66,22 +60,18 @@ def replace(folder: Path, adapter: str, by: Path) -> None:
     new.rename(folder / adapter)
 
 
-def loaded(fleet: Any) -> list[set[str]]:
+def loaded(fleet: Fleet) -> list[set[str]]:
     """The adapters of each worker."""
     urls = [f"{worker.url}/v1/loras" for worker in fleet.workers]
     return [set(httpx.get(url, trust_env=False).json()["loras"]) for url in urls]
 
 
-def test_forty_mixed_answers_are_pefts(fleet: Any, adapters: Path, pefts_answer: Pefts) -> None:
-    right = {each.name: pefts_answer(each, each.adapter) for each in CUSTOMERS}
-    asked = [CUSTOMERS[number % len(CUSTOMERS)] for number in range(40)]
-    with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
-        answers = list(threads.map(lambda customer: ask(fleet, customer), asked))
-    assert answers == [right[customer.name] for customer in asked]
+def test_forty_mixed_answers_are_pefts(fleet: Fleet, adapters: Path, pefts_answer: Pefts) -> None:
+    assert_forty_mixed_answers_are_pefts(fleet, pefts_answer)
 
 
 def test_every_worker_serves_every_adapter_and_syncing_again_changes_nothing(
-    fleet: Any, adapters: Path
+    fleet: Fleet, adapters: Path
 ) -> None:
     assert loaded(fleet) == [NAMES, NAMES]
     again = sync(fleet, adapters)
@@ -89,7 +79,7 @@ def test_every_worker_serves_every_adapter_and_syncing_again_changes_nothing(
     assert loaded(fleet) == [NAMES, NAMES]
 
 
-def test_the_first_worker_has_dynamos_own_scheduler(fleet: Any) -> None:
+def test_the_first_worker_has_dynamos_own_scheduler(fleet: Fleet) -> None:
     child = fleet.workers[0].child
     assert child is not None
     log = child.log.read_text()
@@ -98,7 +88,7 @@ def test_the_first_worker_has_dynamos_own_scheduler(fleet: Any) -> None:
 
 
 def test_a_hot_swap_lets_a_running_stream_end_with_the_old_weights(
-    fleet: Any, adapters: Path, pefts_answer: Pefts
+    fleet: Fleet, adapters: Path, pefts_answer: Pefts
 ) -> None:
     old = content(fleet.ask(LEGAL, max_tokens=200, ignore_eos=True))
     begun, pieces = threading.Event(), list[str]()
@@ -135,35 +125,25 @@ def test_a_hot_swap_lets_a_running_stream_end_with_the_old_weights(
     ("fault", "reason"), [("nan", "NaN"), ("shape", "shape")], ids=lambda value: value
 )
 def test_a_bad_adapter_is_never_published(
-    fleet: Any, adapters: Path, pefts_answer: Pefts, fault: str, reason: str
+    fleet: Fleet, adapters: Path, pefts_answer: Pefts, fault: str, reason: str
 ) -> None:
-    import torch
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(ADAPTERS / "legal", adapters / "bad")
-    file = adapters / "bad" / "adapter_model.safetensors"
-    tensors = load_file(file)
-    name = next(each for each in sorted(tensors) if "lora_B" in each)
-    if fault == "nan":
-        tensors[name][0, 0] = torch.nan
-    else:
-        tensors[name] = tensors[name][:-1].contiguous()
-    save_file(tensors, file)
+    spoil(adapters / "bad", fault)
     refused = sync(fleet, adapters)
     assert refused.returncode == 1
     assert refused.stderr.count("bad refused:") == len(fleet.workers)
     assert reason in refused.stderr
-    assert "multilora-refused" not in refused.stderr  # the form in which processes tell each other
+    assert "multilora-refused" not in refused.stderr
     assert loaded(fleet) == [NAMES, NAMES]
     assert fleet.models() == {"base", *NAMES}
     assert ask(fleet, LEGAL) == pefts_answer(LEGAL, "legal")
 
 
 def test_a_worker_that_is_started_again_serves_all_adapters(
-    fleet: Any, adapters: Path, pefts_answer: Pefts
+    fleet: Fleet, adapters: Path, pefts_answer: Pefts
 ) -> None:
     right = pefts_answer(LEGAL, "legal")
-    with example["started"]("sync", fleet.sync_command(adapters, "--every", str(EVERY_S))):
+    with started("sync", fleet.sync_command(adapters, "--every", str(EVERY_S))):
         worker = fleet.workers[1]
         fleet.kill(worker)
 
@@ -179,7 +159,7 @@ def test_a_worker_that_is_started_again_serves_all_adapters(
         assert [ask(fleet, LEGAL) for _ in range(6)] == 6 * [right]
 
 
-def test_a_workers_metrics_have_each_series_once(fleet: Any, adapters: Path) -> None:
+def test_a_workers_metrics_have_each_series_once(fleet: Fleet, adapters: Path) -> None:
     for worker in fleet.workers:
         text = httpx.get(f"{worker.url}/metrics", trust_env=False).text
         series = [line.rpartition(" ")[0] for line in text.splitlines() if line[:1] not in "#"]

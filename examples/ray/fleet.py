@@ -6,41 +6,27 @@ Starts a bucket on this machine (moto), puts the demo's adapters into it, and se
 demo's base model by one replica. Asks each customer's question, and serves until Ctrl-C.
 """
 
-import argparse
 import os
-import socket
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
 
 import boto3
-import httpx
 
-DEMO = Path(__file__).parents[1] / "demo"
-sys.path.append(str(DEMO))
+sys.path.append(str(Path(__file__).parents[1]))
 
-from base_model import build_base_model  # noqa: E402
-from processes import started  # noqa: E402
-from prompts import ADAPTED, ADAPTERS, CUSTOMERS, MAX_LORA_RANK, Customer  # noqa: E402
+import fleets
+from base_model import build_base_model
+from demo import free_port
+from fleets import BASE
+from processes import started
+from prompts import ADAPTED, ADAPTERS, MAX_LORA_RANK
 
-BUCKET, BASE, OWNER = "adapters", "base", "acme"
-START_LIMIT_S = 300.0
-NEW_TOKENS = 40
+BUCKET, OWNER = "adapters", "acme"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-_POLL_S = 0.5
-_OF_VLLM = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-}
 
 
-class Fleet:
+class Fleet(fleets.Fleet):
     """A bucket, and Ray Serve LLM with one replica; they run until the block ends.
 
     Args:
@@ -52,51 +38,40 @@ class Fleet:
 
     def __init__(self, model: Path) -> None:
         self._model = model
-        self._stack = ExitStack()
-        bucket_port, port = _free_ports(2)
-        self._bucket_url = f"http://127.0.0.1:{bucket_port}"
-        self._port = port
-        self.url = f"http://127.0.0.1:{port}"
+        self._bucket_port, self._port = free_port(), free_port()
+        self.url = f"http://127.0.0.1:{self._port}"
 
-    def __enter__(self) -> Self:
+    def open(self, stack: ExitStack) -> None:
+        """Starts the bucket, Ray, and the application on it."""
+        bucket = f"http://127.0.0.1:{self._bucket_port}"
         access = {
-            "AWS_ENDPOINT_URL": self._bucket_url,
+            "AWS_ENDPOINT_URL": bucket,
             "AWS_ACCESS_KEY_ID": "anybody",
             "AWS_SECRET_ACCESS_KEY": "anything",
             "AWS_DEFAULT_REGION": "us-east-1",
         }
         os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", **access})
-        try:
-            program = str(Path(sys.executable).with_name("moto_server"))
-            port = self._bucket_url.rpartition(":")[2]
-            bucket = self._stack.enter_context(started("bucket", [program, "-p", port]))
-            self._await(f"{self._bucket_url}/moto-api/", bucket.check)
-            self._s3 = boto3.client("s3")
-            self._s3.create_bucket(Bucket=BUCKET)
-            self._serve({**_OF_VLLM, **access})
-            self._await(f"{self.url}/v1/models", bucket.check)
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
+        program = str(Path(sys.executable).with_name("moto_server"))
+        command = [program, "-p", str(self._bucket_port)]
+        self.main = stack.enter_context(started("bucket", command))
+        self.wait("bucket", lambda: fleets.is_up(f"{bucket}/moto-api/"))
+        self._s3 = boto3.client("s3")
+        self._s3.create_bucket(Bucket=BUCKET)
+        self._serve(stack, {**fleets.SETTINGS, "VLLM_LOGGING_LEVEL": "WARNING", **access})
+        self.wait("models", lambda: fleets.is_up(f"{self.url}/v1/models"))
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
+    def model_of(self, adapter: str) -> str:
+        """What clients call an adapter."""
+        return f"{BASE}:{OWNER}:{adapter}"
 
-    def _serve(self, environment: dict[str, str]) -> None:
-        """Starts Ray, and the application on it."""
+    def _serve(self, stack: ExitStack, environment: dict[str, str]) -> None:
         import ray
         from ray import serve
         from ray.serve.llm import LLMConfig, build_openai_app
 
         # Two processors a replica, and some for what is in front of it.
         ray.init(num_cpus=4, num_gpus=0, object_store_memory=100_000_000, include_dashboard=False)
-        self._stack.callback(ray.shutdown)
+        stack.callback(ray.shutdown)
         config = LLMConfig(
             model_loading_config={"model_id": BASE, "model_source": str(self._model)},
             lora_config={
@@ -120,7 +95,7 @@ class Fleet:
             runtime_env={"env_vars": environment},
         )
         serve.start(http_options={"host": "127.0.0.1", "port": self._port})
-        self._stack.callback(serve.shutdown)
+        stack.callback(serve.shutdown)
         ingress = {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0.1}}
         serve.run(
             build_openai_app({"llm_configs": [config], "ingress_deployment_config": ingress}),
@@ -132,63 +107,17 @@ class Fleet:
         for file in FILES:
             self._s3.upload_file(str(folder / file), BUCKET, f"{OWNER}:{name}/{file}")
 
-    def ask(self, customer: Customer, adapter: str | None = None, **fields: Any) -> httpx.Response:
-        """Asks a customer's question of its own adapter, or of another one."""
-        adapter = adapter or customer.adapter
-        body = {
-            "model": f"{BASE}:{OWNER}:{adapter}" if adapter else BASE,
-            "messages": [{"role": "user", "content": customer.prompt}],
-            "max_tokens": NEW_TOKENS,
-            "temperature": 0,
-            **fields,
-        }
-        url = f"{self.url}/v1/chat/completions"
-        return httpx.post(url, json=body, timeout=120.0, trust_env=False)
-
-    def _await(self, url: str, check: Any) -> None:
-        end = time.monotonic() + START_LIMIT_S
-        while True:
-            check()
-            try:
-                if httpx.get(url, trust_env=False).is_success:
-                    return
-            except httpx.TransportError:
-                pass
-            if time.monotonic() > end:
-                raise SystemExit(f"{url} has not answered within {START_LIMIT_S:.0f} s")
-            time.sleep(_POLL_S)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
-
 
 def main() -> None:
     """Runs the example."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--once", action="store_true", help="end when all questions are answered")
-    once = parser.parse_args().once
+    stay = fleets.read_arguments(__doc__)
     print("Starting a bucket and Ray Serve LLM ...", flush=True)
-    with Fleet(build_base_model()) as fleet, ThreadPoolExecutor(len(CUSTOMERS)) as threads:
+    with Fleet(build_base_model()) as fleet:
         for customer in ADAPTED:
             fleet.put(str(customer.adapter), ADAPTERS / str(customer.adapter))
-        answers = threads.map(fleet.ask, CUSTOMERS)
-        for customer, answer in zip(CUSTOMERS, answers, strict=True):
-            text = answer.raise_for_status().json()["choices"][0]["message"]["content"]
-            print(f"\n{customer.adapter or BASE}: {customer.prompt}\n  {text!r}")
-        print(f"\n{fleet.url} serves {BASE} and {BASE}:{OWNER}:NAME", flush=True)
-        try:
-            while not once:
-                time.sleep(1)
-        except KeyboardInterrupt:
-            pass
+        fleets.show(fleet)
+        print(f"\n{fleet.url} serves {BASE} and {fleet.model_of('NAME')}", flush=True)
+        stay()
 
 
 if __name__ == "__main__":

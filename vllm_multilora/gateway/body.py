@@ -155,7 +155,7 @@ def _require_few_repeats(content: dict[str, Any], size: int) -> None:
 
 
 def _require_few_values(body: bytes, most_numbers: int, *, counts_numbers: bool) -> None:
-    if len(body) <= MAX_VALUES:
+    if len(body) <= MAX_VALUES:  # each takes a byte at least
         return
     if not (encoding := json.detect_encoding(body)).startswith("utf-8"):
         body = body.decode(encoding, "replace").encode()

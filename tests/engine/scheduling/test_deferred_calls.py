@@ -159,7 +159,7 @@ def test_calls_are_carried_out_in_their_order(server, executor):
 def test_a_servers_registration_is_answered_with_what_was_read(
     server, executor, contents, kind, tokens
 ):
-    read = executor.collective_rpc(REGISTER, None, (fields_of(lora(1)),))
+    read = executor.collective_rpc(REGISTER, None, (msgspec.structs.asdict(lora(1)),))
     assert not server.scheduler.has_requests()
     server.engine.store.loaded(msgspec.structs.replace(pack_info(1, "d1"), **contents))
     server.engine.poll()
@@ -168,17 +168,13 @@ def test_a_servers_registration_is_answered_with_what_was_read(
 
 
 def test_a_servers_registration_that_is_refused_is_answered_with_the_reason(server, executor):
-    read = executor.collective_rpc(REGISTER, None, (fields_of(lora(1)),))
+    read = executor.collective_rpc(REGISTER, None, (msgspec.structs.asdict(lora(1)),))
     assert not server.scheduler.has_requests()
     server.engine.store.failed(next(iter(server.engine.store.load_requests.values())))
     server.engine.poll()
     assert not server.scheduler.has_requests()
     refusal = AdapterRefusedError.of_dict(1, read.result(0))
     assert "it is bad" in str(refusal)
-
-
-def fields_of(request):
-    return {name: getattr(request, name) for name in request.__struct_fields__}
 
 
 def test_nobody_waits_for_a_step_where_none_will_come(server, executor):

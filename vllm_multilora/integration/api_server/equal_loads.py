@@ -1,13 +1,34 @@
-"""Loads of one adapter that come at once, where vLLM's own table of models loads it.
+"""Equal loads of one adapter that come at once: the first one's success is that of all.
 
-An orchestrator that has its own HTTP server, Ray Serve for instance, loads an adapter for each
-request that comes before the first load has ended.
+Clients may send several. An orchestrator that has its own HTTP server, Ray Serve for instance, has
+vLLM's table of models load an adapter for each request that comes before the first load has ended.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+
+def was_loaded(table: Mapping[str, LoRARequest], request: Any, before: LoRARequest | None) -> bool:
+    """Whether what a call is to load was loaded since its name led to `before`.
+
+    Args:
+        table: Adapters by name.
+        request: The call's `LoadLoRAAdapterRequest`.
+        before: What its name led to when it came.
+    """
+    loaded = table.get(request.lora_name)
+    return (
+        loaded is not None
+        and loaded is not before
+        and not request.load_inplace
+        and loaded.lora_path == request.lora_path
+        and loaded.is_3d_lora_weight == request.is_3d_lora_weight
+    )
 
 
 async def load_lora_adapter(
@@ -16,8 +37,6 @@ async def load_lora_adapter(
     """Answers a load that has waited for an equal one with that one's success."""
     before = models.lora_requests.get(request.lora_name)
     answer = await original(models, request, *args, **kwargs)
-    loaded = models.lora_requests.get(request.lora_name)
-    is_new = loaded is not None and loaded is not before
-    if isinstance(answer, str) or not is_new or loaded.lora_path != request.lora_path:
+    if isinstance(answer, str) or not was_loaded(models.lora_requests, request, before):
         return answer
     return f"Success: LoRA adapter '{request.lora_name}' added successfully."

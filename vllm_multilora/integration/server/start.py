@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from vllm_multilora.integration.failed_requests import RefusalsInOneLine
@@ -45,8 +46,8 @@ async def start(models: Any) -> None:
         separate(models)
         # The engines find their store and show their metrics now, not with their first request.
         await engine_calls.engine_reports(client.engine_core, [])
-        for lora in [*public_names(models).values()]:  # vLLM has loaded them, and knows no versions
-            await engine_calls.register(client, lora)
+        loaded = public_names(models).values()  # by vLLM, which knows no versions
+        await asyncio.gather(*(engine_calls.register(client, lora) for lora in loaded))
         registration.start(models)
         shared_names.start(models)
         metering.start(models)

@@ -75,8 +75,7 @@ class AdapterServer(ABC):
 
 class _VllmServer(AdapterServer):
     def loaded(self) -> set[str]:
-        listing = get_json(f"{self._url}{STATUS}", api_key=self._api_key)
-        return {row["id"] for row in listing["data"]}
+        return {row["id"] for row in fetch(self._url, api_key=self._api_key)["data"]}
 
     def load(self, name: str, folder: str, *, is_new: bool) -> bool:
         body = {"lora_name": name, "lora_path": folder, "load_inplace": not is_new}
@@ -100,8 +99,8 @@ class _DynamoWorker(AdapterServer):
         self._send("DELETE", f"{_DYNAMO}/{quote(name, safe='')}")
 
 
-def connect(url: str, api_key: str | None) -> AdapterServer:
-    """Finds out what answers at an address.
+def connect(url: str, api_key: str | None) -> tuple[AdapterServer, set[str]]:
+    """Finds out what answers at an address, and which adapters it has names for.
 
     Args:
         url: Of a vLLM server, or of the system port of a worker of Dynamo's.
@@ -110,25 +109,37 @@ def connect(url: str, api_key: str | None) -> AdapterServer:
     Raises:
         UnreachableError: Nothing there loads adapters.
     """
-    url = base_url(url)
-    worker = _DynamoWorker(url, api_key)
+    error: Exception | None = None
+    for kind in (_DynamoWorker, _VllmServer):
+        server: AdapterServer = kind(base_url(url), api_key)
+        try:
+            return server, server.loaded()
+        except UnreachableError as unreachable:
+            if unreachable.status is None or unreachable.status == HTTPStatus.UNAUTHORIZED:
+                raise
+            error = unreachable
+        except (KeyError, TypeError) as other:  # some other answer
+            error = other
+    raise UnreachableError(
+        f"{url} loads no adapters: expected a vLLM server with vllm-multilora and --enable-lora, "
+        "or the system port of a Dynamo worker with DYN_LORA_ENABLED=true"
+    ) from error
+
+
+def fetch(url: str, *, api_key: str | None) -> dict[str, Any]:
+    """What a server says of its adapters; to some keys it says no folders, or no totals.
+
+    Raises:
+        UnreachableError: It says nothing of the kind.
+    """
     try:
-        worker.loaded()
+        listing = get_json(f"{url}{STATUS}", api_key=api_key)
     except UnreachableError as error:
-        if error.status is None or error.status == HTTPStatus.UNAUTHORIZED:
-            raise
-    except (KeyError, TypeError):
-        pass  # some other answer
-    else:
-        return worker
-    server = _VllmServer(url, api_key)
-    try:
-        server.loaded()
-    except (UnreachableError, KeyError, TypeError) as error:
-        if isinstance(error, UnreachableError) and error.status == HTTPStatus.UNAUTHORIZED:
-            raise
-        raise UnreachableError(
-            f"{url} loads no adapters: expected a vLLM server with vllm-multilora and "
-            "--enable-lora, or the system port of a Dynamo worker with DYN_LORA_ENABLED=true"
-        ) from error
-    return server
+        hint = ""
+        if error.status == HTTPStatus.NOT_FOUND:
+            hint = "; is it a vLLM server with vllm-multilora and --enable-lora?"
+        raise UnreachableError(f"{error}{hint}", error.status, error.answer) from error
+    if not (isinstance(listing, dict) and isinstance(listing.get("data"), list)):
+        what = f"{url}{STATUS} did not answer with a list of adapters"
+        raise UnreachableError(what, HTTPStatus.OK)
+    return listing

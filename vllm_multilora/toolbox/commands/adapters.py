@@ -113,8 +113,7 @@ class _Worker:
     def look(self, versions: Mapping[str, AdapterVersion]) -> bool:
         """Loads what is missing or has changed; whether all is as it should be."""
         try:
-            server = connect(self._url, self._api_key)
-            return self._bring(server, server.loaded(), versions)
+            return self._bring(*connect(self._url, self._api_key), versions)
         except UnreachableError as error:
             if str(error) != self._error:
                 _say_wrong(str(error))

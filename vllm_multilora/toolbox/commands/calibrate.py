@@ -23,10 +23,10 @@ from vllm_multilora.toolbox.capacity.calibration import (
     check_writable,
     write_calibration,
 )
+from vllm_multilora.toolbox.clients.adapter_servers import fetch
 from vllm_multilora.toolbox.clients.completions import Completions
 from vllm_multilora.toolbox.clients.http_client import base_url, get_json, get_text
 from vllm_multilora.toolbox.commands.arguments.api_key import add_api_key
-from vllm_multilora.toolbox.commands.status import fetch
 
 WRITTEN = 0
 _MUCH = 0.1

@@ -7,11 +7,10 @@ import json
 import shutil
 import sys
 import time
-from typing import Any
 
 from vllm_multilora.errors import MultiLoRAError
-from vllm_multilora.tenants.rules import STATUS
-from vllm_multilora.toolbox.clients.http_client import UnreachableError, base_url, get_json
+from vllm_multilora.toolbox.clients.adapter_servers import fetch
+from vllm_multilora.toolbox.clients.http_client import base_url
 from vllm_multilora.toolbox.commands.arguments.api_key import add_api_key
 from vllm_multilora.toolbox.commands.output.status_table import screen, table
 
@@ -70,21 +69,3 @@ def _show(arguments: argparse.Namespace, url: str) -> None:
     heading = f"{url}  {time.strftime('%H:%M:%S')}  (every {arguments.watch:g} s, Ctrl-C ends)"
     text = screen([heading, "", *lines], width=size.columns, height=size.lines)
     print(text, end="", flush=True)
-
-
-def fetch(url: str, *, api_key: str | None) -> dict[str, Any]:
-    """What a server says of its adapters; to some keys it says no folders, or no totals.
-
-    Raises:
-        UnreachableError: It says nothing of the kind.
-    """
-    try:
-        listing = get_json(f"{url}{STATUS}", api_key=api_key)
-    except UnreachableError as error:
-        hint = ""
-        if " answers 404" in str(error):
-            hint = "; is it a vLLM server with vllm-multilora and --enable-lora?"
-        raise UnreachableError(f"{error}{hint}") from error
-    if not (isinstance(listing, dict) and isinstance(listing.get("data"), list)):
-        raise UnreachableError(f"{url}{STATUS} did not answer with a list of adapters")
-    return listing

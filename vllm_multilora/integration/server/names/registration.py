@@ -23,6 +23,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm_multilora.adapters.problems import Code, Problem, shown_name
 from vllm_multilora.adapters.served_names import name_fault, path_fault
 from vllm_multilora.integration.api_server import registered_versions
+from vllm_multilora.integration.api_server.equal_loads import was_loaded
 from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.integration.failed_requests import STATUS, AdapterRefusedError, without_folder
@@ -163,7 +164,7 @@ async def load_adapter(models: Any, request: Any) -> ErrorResponse | str:
     success = f"Success: LoRA adapter '{name}' added successfully."
     before = public_names(models).get(name)
     async with lock_of(models, name):
-        if _has_loaded(models, request, before):
+        if was_loaded(public_names(models), request, before):
             return success
         if (refusal := _refuse_load(models, request)) is not None:
             return refusal
@@ -181,18 +182,6 @@ async def load_adapter(models: Any, request: Any) -> ErrorResponse | str:
         await serve(models, lora)
         logger.info("Loaded LoRA adapter: name '%s', path '%s'", name, shown_name(path))
         return success
-
-
-def _has_loaded(models: Any, request: Any, before: LoRARequest | None) -> bool:
-    """Whether what a call is to load was loaded since its name led to `before`."""
-    loaded = public_names(models).get(request.lora_name)
-    return (
-        loaded is not None
-        and loaded is not before
-        and not request.load_inplace
-        and loaded.lora_path == request.lora_path
-        and loaded.is_3d_lora_weight == request.is_3d_lora_weight
-    )
 
 
 async def unload_adapter(models: Any, request: Any) -> ErrorResponse | str:

@@ -8,6 +8,7 @@ from collections.abc import Awaitable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -71,8 +72,7 @@ async def register(client: Any, lora: LoRARequest) -> None:
     Raises:
         AdapterRefusedError: An engine cannot serve it.
     """
-    fields = {name: getattr(lora, name) for name in lora.__struct_fields__}
-    answers = await _ask_all(client.engine_core, REGISTER, fields)
+    answers = await _ask_all(client.engine_core, REGISTER, msgspec.structs.asdict(lora))
     for answer in answers:
         if "problems" in answer:
             raise AdapterRefusedError.of_dict(lora.lora_int_id, answer)
