@@ -11,8 +11,8 @@ VERSION = "0.34.0+cpu"
 
 BROKEN_CORE = {
     "v1/core/kv_cache_utils.py": (
-        "def _gen_lora_extra_hash_keys(request: Request)",
-        "def _gen_lora_extra_hash_keys(request: Request, hint: str = '')",
+        "end_token_idx: int, start_mm_idx: int\n) -> tuple[tuple",
+        "end_token_idx: int, start_mm_idx: int, hint: str = ''\n) -> tuple[tuple",
     )
 }
 """Adds a parameter to what keys an adapter's cached prefixes; vLLM itself never gives it."""

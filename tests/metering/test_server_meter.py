@@ -33,7 +33,7 @@ from vllm_multilora.integration.server.requests import engine_admission, meterin
 from vllm_multilora.integration.server.requests.callers import MAX_SCORES, Caller
 from vllm_multilora.integration.server.requests.http_calls import HttpCall, current_call
 from vllm_multilora.integration.server.requests.metering import PROMPT as PROMPT_OF
-from vllm_multilora.integration.server.requests.metering import ServerMeter, beam_search
+from vllm_multilora.integration.server.requests.metering import ServerMeter
 from vllm_multilora.metering.usage_log import Status, Usage
 from vllm_multilora.metrics import server_counts
 from vllm_multilora.tenants.limits import Account
@@ -115,29 +115,6 @@ def test_of_a_prompt_that_another_engine_has_read_no_more_was_cached_than_it_has
     assert usage.cached_tokens == state.num_cached_tokens == counted
 
 
-@pytest.mark.parametrize("parts", [0, 2])
-def test_a_beam_search_that_was_refused_is_not_counted(parts: int) -> None:
-    """One that the engine has begun is, once."""
-    log, processor = Log(), OutputProcessor(None, log_stats=False)
-    follow(processor, ServerMeter(log))
-
-    async def refused(*_: Any) -> AsyncIterator[Any]:
-        for _ in range(parts):
-            processor.add_request(request_for_acme(REQUEST), None)
-            processor.abort_requests([*processor.request_states], internal=True)
-        raise ValueError("The model does not exist.")
-        yield
-
-    async def search() -> None:
-        serving = SimpleNamespace(engine_client=SimpleNamespace(output_processor=processor))
-        async for _ in beam_search(refused, serving, PROMPT, "beams", None):
-            pass
-
-    with pytest.raises(ValueError, match="does not exist"):
-        asyncio.run(search())
-    assert [usage.request_id for usage in log.lines] == ["beams"] * bool(parts)
-
-
 def test_a_request_that_is_named_twice_is_ended_once() -> None:
     log, processor = Log(), OutputProcessor(None, log_stats=False)
     follow(processor, ServerMeter(log))
@@ -204,9 +181,7 @@ def test_what_the_engine_found_in_its_cache_is_counted() -> None:
     assert usage.cached_tokens == CACHED
 
 
-def scored(
-    caller: Caller | None, *, streams: bool, read: bool = False, is_beam: bool = False
-) -> list[Any]:
+def scored(caller: Caller | None, *, streams: bool, read: bool = False) -> list[Any]:
     """What a client gets of a request whose tokens come with a third of what may be told each."""
     kind = RequestOutputKind.DELTA if streams else RequestOutputKind.FINAL_ONLY
     processor = OutputProcessor(None, log_stats=False)
@@ -220,7 +195,7 @@ def scored(
     (state,) = processor.request_states.values()
     prompt = PROMPT_OF.get(state)
     assert prompt is not None
-    prompt.caller, prompt.is_beam = caller, is_beam
+    prompt.caller = caller
     # As wide as another request of the step wants it.
     numbers = np.arange(2 * most, dtype=np.int64).reshape(1, -1)
     scores = LogprobsLists(numbers, -numbers.astype(np.float32), np.zeros(1, dtype=np.int64))
@@ -252,10 +227,9 @@ def test_a_tenants_answer_has_few_enough_scores_to_tell_them_in_a_moment() -> No
 def test_all_others_get_what_they_ask_for() -> None:
     found = [
         scored(replace(ACME), streams=True, read=True),
-        scored(replace(ACME), streams=False, is_beam=True),
         *(scored(who, streams=False) for who in (None, Caller(Role.CLIENT))),
     ]
-    assert [len(each) for each in found] == [4, 1, 1, 1]
+    assert [len(each) for each in found] == [4, 1, 1]
     assert all(isinstance(output, RequestOutput) for each in found for output in each)
 
 

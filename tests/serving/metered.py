@@ -93,7 +93,6 @@ class Work:
             self._choices,
             self._stream,
             self._stop,
-            self._beams,
             self._prompts,
             self._echo,
             self._chat,
@@ -130,10 +129,6 @@ class Work:
 
     def _stop(self) -> Asked:
         return self._ask(stop=["t1", "t2 "], max_tokens=min(60, self._longest // 3))
-
-    def _beams(self) -> Asked:
-        users = [user for user in self._users if not user.tenant]  # tenants may not
-        return self._ask(self._random.choice(users), use_beam_search=True, n=3, max_tokens=4)
 
     def _prompts(self) -> Asked:
         return self._ask(prompt=[self._prompt(), self._prompt()])

@@ -131,7 +131,7 @@ def test_several_answers_share_a_prompt_and_count_each():
 
 
 def test_a_tenants_call_requests_few_enough_answers_to_begin_them_in_a_moment():
-    """A call may have many prompts or many answers each; those of a beam search come in turn."""
+    """A call may have many prompts or many answers each."""
     parent = SimpleNamespace(sampling_params=SimpleNamespace(n=MAX_ANSWERS - 1))
 
     def begin(who: Caller | None, number: int, parent: Any = None) -> None:
@@ -146,10 +146,7 @@ def test_a_tenants_call_requests_few_enough_answers_to_begin_them_in_a_moment():
             continue
         with pytest.raises(GracefulHTTPError, match="2048 answers"):
             begin(who, 2)
-        token = metering._beam.set(metering.BeamSearch(Usage("3")))
-        begin(who, 3)
-        metering._beam.reset(token)
-        assert list(processor.request_states) == ["0", "1", "3"]
+        assert list(processor.request_states) == ["0", "1"]
 
 
 def test_a_tenants_running_calls_request_no_more_answers_than_it_may_have_at_a_time():

@@ -29,13 +29,6 @@ TOKENS = list(range(3 * BLOCK))
 
 @pytest.fixture(autouse=True)
 def keys_of_ours(monkeypatch):
-    stock = kv_cache_utils._gen_lora_extra_hash_keys
-    stock = getattr(stock, "__wrapped__", stock)
-    monkeypatch.setattr(
-        kv_cache_utils,
-        "_gen_lora_extra_hash_keys",
-        lambda request: prefix_keys.lora_hash_keys(stock, request),
-    )
     of_block = kv_cache_utils.generate_block_hash_extra_keys
     of_block = getattr(of_block, "__wrapped__", of_block)
     monkeypatch.setattr(

@@ -524,36 +524,6 @@ def test_an_adapter_that_is_unloaded_while_a_request_is_on_its_way_does_not_stay
     assert asyncio.run(scenario()) == [8, 9]
 
 
-def test_a_beam_search_does_not_go_on_with_an_adapter_that_was_removed() -> None:
-    """Each of its steps would bring the adapter back, as its files are by then."""
-    engine, acme, used = followed(Engine()), lora_of("acme", 7), []
-    models: Any = SimpleNamespace(engine_client=engine, lora_requests={"acme": acme})
-    registered_versions.note(engine, 7, Version("abc", 1.0, "lora"))
-    log: Any = SimpleNamespace(write=used.append)
-    METER.set(engine.output_processor, ServerMeter(log))
-
-    async def search(_: Any, __: Any, request_id: str, *___: Any) -> Any:
-        for step in range(9):
-            add(engine, f"{request_id}-{step}", acme)
-            if step == 2:  # reloaded: the version before stays for a while
-                models.lora_requests["acme"] = lora_of("acme", 8)
-            if step == 4:
-                await registration.remove(models, acme)
-        yield None
-
-    async def scenario() -> None:
-        registration.start(models)
-        serving = SimpleNamespace(engine_client=engine)
-        with pytest.raises(GracefulHTTPError, match="'acme' was reloaded or unloaded") as failed:
-            await anext(metering.beam_search(search, serving, None, "beam", None, acme))
-        assert failed.value.http_status == HTTPStatus.SERVICE_UNAVAILABLE
-
-    asyncio.run(scenario())
-    assert len(engine.output_processor.request_states) == 5
-    assert [usage.status for usage in used] == [Status.FAILED]
-    assert engine.removed == [7]
-
-
 def test_an_answer_does_not_go_on_with_an_adapter_that_was_removed_while_a_tool_was_called() -> (
     None
 ):

@@ -148,15 +148,6 @@ def _hash_again(request: Request) -> None:
     request.update_block_hashes()
 
 
-def lora_hash_keys(original: Callable[..., list[Any]], request: Any) -> list[Any]:
-    digest = VERSION.get(request)
-    if digest is None:
-        return original(request)
-    # Where it begins tells requests apart whose blocks nobody looks at singly.
-    start = start_of(request.lora_request)
-    return [("lora", digest, start)] if start else [("lora", digest)]
-
-
 def block_hash_keys(
     original: Callable[..., tuple[tuple[Any, ...] | None, int]],
     request: Any,
@@ -165,12 +156,12 @@ def block_hash_keys(
     start_mm_idx: int,
 ) -> tuple[tuple[Any, ...] | None, int]:
     keys, next_mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
-    acts_from = start_of(request.lora_request)
-    if not acts_from or not keys:
+    digest = VERSION.get(request)
+    if digest is None or keys is None:
         return keys, next_mm_idx
-    (kind, digest, _), *others = keys  # the adapter's is the first
-    if start_token_idx >= acts_from:
-        return ((kind, digest), *others), next_mm_idx
-    if end_token_idx > acts_from:
-        return ((kind, digest, acts_from - start_token_idx), *others), next_mm_idx
-    return tuple(others) or None, next_mm_idx
+    _, *others = keys  # the adapter's is the first
+    acts_from = start_of(request.lora_request)
+    if end_token_idx <= acts_from:
+        return tuple(others) or None, next_mm_idx
+    begins_at = (acts_from - start_token_idx,) if start_token_idx < acts_from else ()
+    return (("lora", digest, *begins_at), *others), next_mm_idx

@@ -243,24 +243,15 @@ _PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         name="prefix-cache-keys",
-        target="vllm.v1.core.kv_cache_utils:_gen_lora_extra_hash_keys",
-        takes=("request",),
-        handler="engine.requests.prefix_keys:lora_hash_keys",
-        why="Cached prefixes are found by an adapter's name and path, so that new weights at the "
-        "same path get blocks of the old ones, and equal weights elsewhere get none. Has the "
-        "digest of the weights in their place.",
-        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM's keys go by what adapters contain.",
-    ),
-    Patch(
-        name="activated-keys",
         target="vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
         takes=("request, start_token_idx, end_token_idx, start_mm_idx",),
         handler="engine.requests.prefix_keys:block_hash_keys",
-        why="All blocks of a request with an adapter are its adapter's. Leaves those that an "
-        "activated adapter does not act on to the base model, which has computed them.",
+        why="Cached prefixes are found by an adapter's name and path, so that new weights at the "
+        "same path get blocks of the old ones, and equal weights elsewhere get none. Has the "
+        "digest of the weights in their place, and leaves blocks that an activated adapter does "
+        "not act on to the base model, which has computed them.",
         checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM serves activated LoRA.",
+        until="vLLM's keys go by what adapters contain, and it serves activated LoRA.",
     ),
     Patch(
         name="empty-blocks",

@@ -16,21 +16,6 @@ Patch = partial(patch.Patch, part=GATEWAY)
 
 _PATCHES: tuple[patch.Patch, ...] = (
     Patch(
-        name="meter-beams",
-        target="vllm.entrypoints.generate.beam_search.online:BeamSearchOnlineMixin.beam_search",
-        takes=(
-            "self, prompt, request_id, params, lora_request=None, trace_headers=None, "
-            "session_id=None",
-            "self, prompt, request_id, params, lora_request=None, trace_headers=None, "
-            "session_id=None, priority=0",
-        ),
-        handler="server.requests.metering:beam_search",
-        why="A beam search is many requests to the engine. Counts its tokens by adapter, as what "
-        "its answer says.",
-        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="vLLM counts tokens by adapter.",
-    ),
-    Patch(
         name="error-texts",
         target="vllm.entrypoints.serve.exception_handling.error_response:sanitize_message",
         takes=("message",),

@@ -46,7 +46,7 @@ class RequestStates(dict[str, Any]):
         if caller is not None:
             caller.end_text()
             require_granted(adapter, caller)
-            if state.request_index == 0 and not metering.is_of_beam_search():
+            if state.request_index == 0:
                 parent = state.parent_req
                 caller.count_answers(1 if parent is None else parent.sampling_params.n)
         if adapter is not None and (see_off := SEE_OFF.get(self._processor)):

@@ -2,8 +2,8 @@
 
 It counts what the answers' `usage` counts, in the process that answers: tokens that the engine
 computed after a stop string are left out, and a prompt with several choices counts once. A beam
-search is many requests to the engine, but one prompt here. What was preempted counts once, and what
-was aborted counts as far as it got.
+search is many requests to the engine, and each of them counts. What was preempted counts once, and
+what was aborted counts as far as it got.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -70,39 +69,18 @@ class Prompt:
         call: The HTTP request that it came with.
         caller: Who sent that, and counts its answers; None where no keys are set.
         choices: Those that have not ended.
-        is_beam: Whether it is a part of a beam search, which is counted as a whole.
     """
 
     usage: Usage
     call: HttpCall | None
     caller: Caller | None
     choices: int = 0
-    is_beam: bool = False
-
-
-@dataclass
-class BeamSearch:
-    """What a beam search has used so far, and how many of its parts came as far as the engine."""
-
-    usage: Usage
-    parts: int = 0
-
-
-_beam: ContextVar[BeamSearch | None] = ContextVar("multilora_beam", default=None)
-
-
-def is_of_beam_search() -> bool:
-    """Whether a request to the engine is one of a beam search's."""
-    return _beam.get() is not None
 
 
 def goes_on_with_an_answer() -> bool:
-    """Whether an adapter has computed a part of what a request to the engine is being made for.
-
-    That of a beam search may be its first.
-    """
+    """Whether an adapter has computed a part of what a request to the engine is being made for."""
     call = current_call.get()
-    return is_of_beam_search() or (call is not None and call.ran is not None)
+    return call is not None and call.ran is not None
 
 
 class ServerMeter:
@@ -137,29 +115,13 @@ class ServerMeter:
         parent = state.parent_req
         prompt = None if parent is None else PROMPT.get(parent)
         if prompt is None:
-            beam = _beam.get()
-            if beam is None:
-                usage = self.new_usage(state.external_req_id, state.lora_request)
-            else:
-                usage, beam.parts = beam.usage, beam.parts + 1
-            call, caller = current_call.get(), current_caller.get()
-            prompt = Prompt(usage, call, caller, is_beam=beam is not None)
+            request_id = (state if parent is None else parent).external_req_id
+            usage = _new_usage(request_id, state.lora_request)
+            prompt = Prompt(usage, current_call.get(), current_caller.get())
             if parent is not None:
-                prompt.usage.request_id = parent.external_req_id
                 PROMPT.set(parent, prompt)
         prompt.choices += 1
         PROMPT.set(state, prompt)
-
-    def new_usage(self, request_id: str, lora: LoRARequest | None) -> Usage:
-        """A new record of a prompt's usage, for the current HTTP request."""
-        call = current_call.get()
-        return Usage(
-            request_id,
-            adapter=None if lora is None else lora.lora_name,
-            is_blend=lora is not None and is_blend(lora.lora_path),
-            route=None if call is None else call.route,
-            tenant=current_tenant(),
-        )
 
     @contextmanager
     def look(self, outputs: Iterable[Any], states: dict[str, Any]) -> Iterator[None]:
@@ -233,8 +195,6 @@ class ServerMeter:
         usage = prompt.usage
         if not (self._is_delivering or is_over) and usage.status is Status.OK:
             usage.status = Status.ABORTED
-        if prompt.is_beam:
-            return
         if prompt.caller is not None:
             prompt.caller.answered()
         tokens = 0 if state.detokenizer is None else state.detokenizer.num_output_tokens()
@@ -256,10 +216,22 @@ class ServerMeter:
             self._log.write(usage)
 
 
+def _new_usage(request_id: str, lora: LoRARequest | None) -> Usage:
+    """A new record of a prompt's usage, for the current HTTP request."""
+    call = current_call.get()
+    return Usage(
+        request_id,
+        adapter=None if lora is None else lora.lora_name,
+        is_blend=lora is not None and is_blend(lora.lora_path),
+        route=None if call is None else call.route,
+        tenant=current_tenant(),
+    )
+
+
 def _count_scores(prompt: Prompt, caller: Caller, output: Any, state: Any) -> None:
     """Ends a request that is not streamed with too many log probabilities to be told at its end."""
     is_whole = state.output_kind is RequestOutputKind.FINAL_ONLY
-    if state.queue is None or prompt.is_beam or not is_whole:
+    if state.queue is None or not is_whole:
         return
     most = state.logprobs_processor.num_logprobs
     width = output.new_logprobs.logprobs.shape[1] if most < 0 else most + 1  # -1: all that are
@@ -357,50 +329,3 @@ def end_all_at_shutdown(client: Any) -> None:
         stop_waiting()
 
     client.output_handler.add_done_callback(end_all)
-
-
-# What vLLM calls
-
-
-async def beam_search(
-    original: Callable[..., Any],
-    serving: Any,
-    prompt: Any,
-    request_id: str,
-    params: Any,
-    lora_request: Any = None,
-    *args: Any,
-    **kwargs: Any,
-) -> AsyncIterator[Any]:
-    beams = original(serving, prompt, request_id, params, lora_request, *args, **kwargs)
-    meter = METER.get(getattr(serving.engine_client, "output_processor", None))
-    if meter is None:
-        async for output in beams:
-            yield output
-        return
-    usage = meter.new_usage(request_id, lora_request)
-    beam = BeamSearch(usage)
-    is_over = False
-    try:
-        while True:
-            token = _beam.set(beam)
-            try:
-                output = await anext(beams)
-            except StopAsyncIteration:
-                is_over = True
-                return
-            except GracefulHTTPError:
-                usage.status = Status.FAILED
-                raise
-            finally:
-                _beam.reset(token)
-            if usage.status is Status.OK:
-                usage.prompt_tokens = len(output.prompt_token_ids)
-                usage.generated_tokens = sum(len(beam.token_ids) for beam in output.outputs)
-            yield output
-    finally:
-        await beams.aclose()
-        if not is_over and usage.status is Status.OK and not usage.prompt_tokens:
-            usage.status = Status.ABORTED
-        if beam.parts:
-            meter.count(usage)
