@@ -200,6 +200,15 @@ class MultiLoRAConfig:
         "when it is first used; new, changed and removed ones are noticed. May be given several "
         "times.",
     )
+    preload: str | None = _setting(
+        None,
+        "Read these adapters when the server has started, behind what requests wait for: names "
+        "with commas between, all (those that are registered or in an adapter directory by then), "
+        "or @FILE with a name on each line.",
+        lambda value: value is None or _is_text(value),
+        "names with commas between, all, or @FILE",
+        metavar="NAMES",
+    )
     allow_pickle: bool = _switch(
         False,
         "Also read adapter_model.bin and .pt, with PyTorch's restricted unpickler.",

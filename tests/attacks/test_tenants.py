@@ -426,6 +426,9 @@ def test_a_tenant_that_has_used_its_tokens_learns_when_to_come_again(served: Ten
     assert_status(refused, 429, served)
     assert 1 < int(refused.headers["retry-after"]) <= 53
     assert "tokens" in refused.json()["error"]["message"]
+    assert refused.headers["x-ratelimit-remaining-tokens"] == "0"
+    limit = int(refused.headers["x-ratelimit-limit-tokens"])
+    assert int(answer.headers["x-ratelimit-remaining-tokens"]) <= limit
 
 
 def test_a_tenant_uses_as_many_adapters_at_a_time_as_it_may(served: TenantServer) -> None:

@@ -94,6 +94,37 @@ def test_known_callers_pass_vllms_own_check_and_strangers_do_not(tmp_path):
         assert answer.status_code == status, (key, answer.text)  # 500: there is no engine
 
 
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("/v1/completions", "AuthenticationError"), ("/v1/messages", "authentication_error")],
+)
+@pytest.mark.parametrize("has_tenants", [False, True], ids=["api-key", "tenants"])
+def test_stranger_is_refused_in_the_form_of_the_api_whoever_checks_the_key(
+    tmp_path, path, kind, has_tenants
+):
+    flags = ["--enable-lora", "--api-key", "sk-api"]
+    if has_tenants:
+        tenants = tmp_path / "tenants.json"
+        tenants.write_text(json.dumps({"tenants": {"acme": {"keys": [stored(ACME)]}}}))
+        flags += ["--multilora-tenants", str(tenants)]
+    client = TestClient(application(arguments(*flags)), raise_server_exceptions=False)
+    answer = client.post(path, json={"model": "a"})
+    assert answer.status_code == 401
+    assert answer.json()["error"]["type"] == kind
+    assert "Authorization: Bearer KEY" in answer.json()["error"]["message"]
+    assert answer.headers["www-authenticate"] == "Bearer"
+
+
+def test_tenant_is_told_that_a_path_is_mistyped(tmp_path):
+    tenants = tmp_path / "tenants.json"
+    tenants.write_text(json.dumps({"tenants": {"acme": {"keys": [stored(ACME)]}}}))
+    flags = ("--enable-lora", "--multilora-tenants", str(tenants))
+    client = TestClient(application(arguments(*flags)))
+    answer = client.post("/v1/chat/completion", json={}, headers={"x-api-key": ACME})
+    assert answer.status_code == 403
+    assert "POST /v1/chat/completion: it is mistyped" in answer.json()["error"]["message"]
+
+
 def test_path_with_control_characters_is_answered_before_any_key_is_looked_at():
     async def ask():
         sent = []

@@ -68,7 +68,7 @@ MANAGE = {
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
 }
-STATUS = {"/v1/lora_adapters"}
+STATUS = {"/v1/lora_adapters", "/v1/lora_adapters/{name:path}"}
 OPEN = {"/health", "/ping", "/multilora"}
 PAGE = "http://page.test"
 PREFLIGHT = {"origin": PAGE, "access-control-request-method": "POST"}

@@ -36,6 +36,20 @@ def run(check):
     asyncio.run(checked())
 
 
+def test_clients_are_told_what_is_left_of_all_servers_tokens():
+    clock = Clock()
+    found = account(clock, servers=2, tokens_per_minute=600)
+    prefix = "x-ratelimit-"
+    for used, remaining, reset in ((0, "600", "0s"), (100, "400", "20s"), (400, "0", "100s")):
+        found.charge(used)
+        assert found.rate_headers() == {
+            f"{prefix}limit-tokens": "600",
+            f"{prefix}remaining-tokens": remaining,
+            f"{prefix}reset-tokens": reset,
+        }
+    assert account(running=3).rate_headers() == {}
+
+
 def test_without_limits_everything_begins():
     def check():
         found = account()

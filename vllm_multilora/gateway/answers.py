@@ -13,12 +13,15 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable
 from functools import lru_cache
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 
 from vllm_multilora.gateway.endpoints import header, route_path
+from vllm_multilora.gateway.refused_answers import RETRY_LATER, error_answer
+from vllm_multilora.integration.server.requests.engine_calls import IS_STOPPING
 from vllm_multilora.integration.server.requests.http_calls import (
     SHOWN_DIGITS,
     HttpCall,
@@ -35,6 +38,9 @@ VERSION_HEADER = "x-multilora-version"
 """The adapter's version: the first digits of its digest."""
 
 _EVENT = b"data: {"
+
+_AFTER_SHUTDOWN = "cannot schedule new futures after shutdown"
+"""What a call fails with in a server that is being stopped: vLLM's threads have ended."""
 
 
 class HttpCallMiddleware:
@@ -53,10 +59,17 @@ class HttpCallMiddleware:
             return
         call = HttpCall(Headers(scope=scope), path=route_path(scope).rstrip("/"))
         token = current_call.set(call)
+        answer = None
         if scope["type"] == "http":
-            send = _Answer(call, send).send
+            answer = _Answer(call, send)
+            send = answer.send
         try:
             await self._app(scope, receive, send)
+        except RuntimeError as error:
+            if answer is None or answer.has_begun or str(error) != _AFTER_SHUTDOWN:
+                raise
+            refused = error_answer(HTTPStatus.SERVICE_UNAVAILABLE, IS_STOPPING, path=call.path)
+            await refused(scope, receive, send)
         finally:
             current_call.reset(token)
 
@@ -69,6 +82,7 @@ class _Answer:
         self._send = send
         self._start: Message | None = None  # held until the body is there
         self._is_complete = False  # nothing is to be added any more
+        self.has_begun = False
 
     def send(self, message: Message) -> Awaitable[None]:
         """Takes a message; most are passed on without a coroutine of its own."""
@@ -88,10 +102,13 @@ class _Answer:
     def _begin(self, start: Message) -> bool:
         """Adds the headers; whether they are to be held until the body is there."""
         call, added = self._call, []
+        self.has_begun = True
         if call.adapter is not None:
             added.append((ADAPTER_HEADER.encode(), _as_header(call.adapter)))
         if call.digest is not None:
             added.append((VERSION_HEADER.encode(), call.digest[:SHOWN_DIGITS].encode()))
+        if start["status"] == 503 and header(start["headers"], b"retry-after") is None:
+            added.append((b"retry-after", RETRY_LATER.encode()))
         start["headers"] = [*start["headers"], *added]
         kind = header(start["headers"], b"content-type") or b""
         is_json = kind.startswith(b"application/json")

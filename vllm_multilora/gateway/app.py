@@ -103,7 +103,7 @@ def add_routes(server: FastAPI, access: Access | None) -> None:
     """
     AdaptersRoute(access).add_to(server)
     page.add_route(server)
-    models_list.add_route(server)
+    models_list.add_routes(server)
     metrics_route.add_routes(server)
     registration_routes.add_routes(server)
 

@@ -28,9 +28,9 @@ def endpoint_of(method: str, path: str) -> Endpoint:
         return Endpoint.PAGE
     if path in _MANAGE or path == _SAGEMAKER_ADAPTERS or path.startswith(_SAGEMAKER_ADAPTERS + "/"):
         return Endpoint.MANAGE
-    if path == STATUS:
+    if f"{path}/".startswith(f"{STATUS}/"):
         return Endpoint.STATUS
-    if path == _MODELS and method in ("GET", "HEAD"):
+    if f"{path}/".startswith(f"{_MODELS}/") and method in ("GET", "HEAD"):
         return Endpoint.MODELS
     if method == "POST" and path in TENANT_ROUTES:
         return Endpoint.CALL

@@ -11,7 +11,21 @@ from starlette.responses import Response
 from vllm_multilora.integration.server.requests.callers import TYPES
 
 _ANTHROPIC = ("/v1/messages", "/v1/messages/count_tokens")
+_ANTHROPIC_TYPES = {
+    HTTPStatus.BAD_REQUEST: "invalid_request_error",
+    HTTPStatus.UNAUTHORIZED: "authentication_error",
+    HTTPStatus.FORBIDDEN: "permission_error",
+    HTTPStatus.NOT_FOUND: "not_found_error",
+    HTTPStatus.CONFLICT: "invalid_request_error",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
+    HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
+    HTTPStatus.INTERNAL_SERVER_ERROR: "api_error",
+    HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
+}
 _COHERE = "/cohere/v2/chat"
+
+RETRY_LATER = "2"
+"""`Retry-After` of an answer with 503 that has none: seconds until a client may ask again."""
 
 
 def error_answer(
@@ -25,15 +39,17 @@ def error_answer(
         path: The endpoint's path, without the server's root path.
         param: The field of the body that is at fault, for OpenAI's clients.
     """
-    kind = TYPES[status]
     content: dict[str, Any]
     if path in _ANTHROPIC:
-        content = {"type": "error", "error": {"type": kind, "message": message}}
+        error = {"type": _ANTHROPIC_TYPES[status], "message": message}
+        content = {"type": "error", "error": error}
     elif path == _COHERE:
         content = {"message": message}
     else:
-        error = {"message": message, "type": kind, "param": param, "code": status.value}
-        content = {"error": error}
+        kind = TYPES[status]
+        content = {
+            "error": {"message": message, "type": kind, "param": param, "code": status.value}
+        }
     return _json(content, status)
 
 
@@ -52,4 +68,6 @@ def refusal_answer(refusal: Any, *, path: str) -> Response:
 
 def _json(content: dict[str, Any], status: int) -> Response:
     """JSON in ASCII: what a client has sent, and an error repeats, may be no Unicode."""
-    return Response(json.dumps(content), status, media_type="application/json")
+    is_busy = status == HTTPStatus.SERVICE_UNAVAILABLE
+    headers = {"retry-after": RETRY_LATER} if is_busy else None
+    return Response(json.dumps(content), status, headers, media_type="application/json")

@@ -63,8 +63,13 @@ class TokenBucket:
     @property
     def is_full(self) -> bool:
         """Whether it is as one that nothing was taken out of."""
+        return self.used <= 0
+
+    @property
+    def used(self) -> float:
+        """Tokens that have been taken out and have not come again."""
         self._fill()
-        return self._level >= self._per_minute
+        return self._per_minute - self._level
 
     def wait_s(self) -> float:
         """Seconds until a call may begin; 0 where it may now."""
@@ -336,6 +341,21 @@ class Account:
         """Counts tokens that the tenant has used."""
         if self._bucket is not None:
             self._bucket.charge(tokens)
+
+    def rate_headers(self) -> dict[str, str]:
+        """What OpenAI's clients read of a limit of tokens per minute; empty if there is none.
+
+        It is that of all API servers, as if each had used as much as this one.
+        """
+        limit = self.tenant.limits.tokens_per_minute
+        if self._bucket is None or limit is None:
+            return {}
+        used = self._bucket.used * self._servers
+        return {
+            "x-ratelimit-limit-tokens": f"{limit:.0f}",
+            "x-ratelimit-remaining-tokens": f"{max(0.0, limit - used):.0f}",
+            "x-ratelimit-reset-tokens": f"{math.ceil(60 * used / limit)}s",
+        }
 
     def watch(self, meter: Meter) -> None:
         """Charges a request's tokens as they come, whenever the tenant's calls begin or end."""

@@ -214,17 +214,6 @@ def test_blocks_of_one_key_hold_the_same_numbers(common, first, second):
             assert (key == base[block]) == (content[1] == 0)
 
 
-def test_where_it_begins_tells_requests_apart_even_if_vllm_names_no_blocks(monkeypatch):
-    """Nothing is shared with the base model then, and nothing is mixed up."""
-    of_block = kv_cache_utils.generate_block_hash_extra_keys.args[0]
-    monkeypatch.setattr(kv_cache_utils, "generate_block_hash_extra_keys", of_block)
-    once = [0, 1, 2, 1, *[0] * BLOCK]
-    twice = [0, 1, 2, 1, 2, *[0] * BLOCK]
-    hashes = [activated(tokens).block_hashes for tokens in (once, twice)]
-    assert not {*hashes[0]} & {*hashes[1]}
-    assert not {*hashes[0]} & {*arrived(tokens=once).block_hashes}
-
-
 def test_a_prompt_that_invokes_nothing_gets_no_keys_and_never_the_base_models():
     request = activated([1, 1, 0, 2] * BLOCK)
     assert not request.block_hashes

@@ -13,7 +13,7 @@ import pytest
 from vllm_multilora.store.protocol.store_folder import FOLDER_VARIABLE, socket_path
 
 from .. import template
-from ..completions import ask, assert_serves, token_ids
+from ..completions import ask, assert_serves, body, token_ids
 from ..engine import store_folder
 from ..models.cases import Scenario
 from ..server import VllmServer
@@ -133,12 +133,15 @@ def test_a_server_that_is_being_stopped_says_so_and_answers_what_waits_for_its_a
                 listing,
                 server.post("/v1/load_lora_adapter", adapter),
                 server.post("/v1/unload_lora_adapter", {"lora_name": NAME}),
+                server.post("/v1/completions", body(NAME, case)),
+                server.post("/v1/completions", {**body(NAME, case), "stream": True}),
             ]
         finally:
             store.resume()
         for refusal in refusals:
             assert refusal.status_code == 503, refusal.text
             assert "being stopped" in refusal.json()["error"]["message"]
+            assert refusal.headers["retry-after"] == "2"
         assert token_ids(cold.result()) == case.expected.tokens
         leader.wait(EXIT_LIMIT_S)
     assert "Exception in ASGI application" not in server.log.read_text()

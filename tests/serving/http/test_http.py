@@ -62,6 +62,17 @@ def test_models_route_lists_the_base_and_every_adapter(server: VllmServer, llama
         BASE: None,
         **dict.fromkeys(llama.adapters, BASE),
     }
+    assert len({model["max_model_len"] for model in models} - {None}) == 1
+
+
+def test_a_models_own_route_says_what_the_list_does(server: VllmServer) -> None:
+    for model in server.get("/v1/models").json()["data"]:
+        alone = server.get(f"/v1/models/{model['id']}").json()
+        made_anew = {"created": 0, "permission": []}
+        assert alone | made_anew == model | made_anew
+    missing = server.get("/v1/models/nobody")
+    assert missing.status_code == 404
+    assert missing.json()["error"]["message"] == "The model `nobody` does not exist."
 
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: name or "base")

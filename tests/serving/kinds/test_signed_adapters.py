@@ -105,5 +105,8 @@ def test_whose_key_has_gone_serves_no_more_even_from_memory(site: Site) -> None:
     assert "file of signing keys cannot be used" in broken.json()["error"]["message"]
     (log,) = site.server.store_folder.rglob("store-*.log")
     assert "has no key" in log.read_text()
+    site.keys.unlink()
+    gone = site.ask("b", NAMES[1])
+    assert gone.status_code == 503, gone.text  # the adapter is there
     site.trust(site.ours, site.theirs)
     assert site.ask("b", NAMES[1]).status_code == 200

@@ -102,12 +102,27 @@ def deployment(llama: Scenario, tmp_path_factory: pytest.TempPathFactory) -> Ite
         *("--max-model-len", "128", "--max-num-seqs", "16"),
         *("--enable-lora", "--max-loras", "3", "--max-cpu-loras", "8", "--max-lora-rank", "64"),
         *("--multilora-adapter-dir", str(directory)),
+        *("--multilora-preload", "customer-498,nobody,customer-497"),
         *("--lora-modules", f"named={llama.adapters[NAMES[0]]}"),
         log=tmp_path_factory.mktemp("directory") / "vllm.log",
         # vLLM's routes for loading adapters stay closed.
         env={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0"},
     ) as server:
         yield Deployment(server, llama, directory)
+
+
+def test_adapters_that_are_read_ahead_are_in_memory_before_anybody_asks(
+    deployment: Deployment,
+) -> None:
+    def ask(name: str) -> tuple[int, str | None]:
+        answer = deployment.server.get(f"/v1/lora_adapters/{name}")
+        return answer.status_code, answer.json().get("state")
+
+    for name in ("customer-498", "customer-497"):
+        assert eventually(lambda name=name: ask(name)[0] == 200)  # type: ignore[misc]
+    assert ask("customer-496") == (503, "absent")
+    assert ask("nobody") == (404, None)
+    assert "nobody was not read ahead: there is none" in deployment.server.log.read_text()
 
 
 def test_all_are_listed_and_serve_on_first_use(deployment: Deployment) -> None:

@@ -61,6 +61,14 @@ def headers_of(messages):
     return {key.decode(): value.decode() for key, value in messages[0]["headers"]}
 
 
+@pytest.mark.parametrize(("given", "sent"), [([], "2"), ([(b"retry-after", b"9")], "9")])
+def test_answer_of_a_busy_server_says_when_to_ask_again(given, sent):
+    async def busy(scope, receive, send):
+        await send({"type": "http.response.start", "status": 503, "headers": given})
+
+    assert headers_of(call(busy)) == {"retry-after": sent}
+
+
 @pytest.mark.parametrize(
     ("adapter", "header"),
     [

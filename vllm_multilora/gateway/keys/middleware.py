@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 
+from vllm_multilora.adapters.problems import shown_name
 from vllm_multilora.gateway.body import LargeBodyError, read_body
 from vllm_multilora.gateway.endpoints import called_route, endpoint_of, refused_word, route_path
 from vllm_multilora.gateway.fields import MAX_SHORT_TEXT, FieldError, needs
@@ -106,6 +107,9 @@ class AccessMiddleware:
             word = refused_word(endpoint, path, caller.tenant.allow)
             if word is not None:
                 status, message = HTTPStatus.FORBIDDEN, f"This path is {needs(word)}."
+        elif caller.tenant is not None and endpoint is Endpoint.OTHER:
+            called = f"{scope.get('method', 'GET')} {shown_name(path)}"
+            message = f"Tenants may not call {called}: it is mistyped, or for operators."
         if status is None and scope["type"] == "websocket" and self._access.locks.tenants:
             status, message = HTTPStatus.FORBIDDEN, "A server with tenants has no WebSockets."
         if status is not None and message is not None:
@@ -123,7 +127,7 @@ class AccessMiddleware:
             if caller.account is not None and endpoint in OF_TENANTS:
                 await self._call(caller, caller.account, endpoint, scope, receive, send)
             elif caller.role is Role.STRANGER:
-                await self._app(scope, receive, self._refusing(send))
+                await self._app(scope, receive, self._refusing(scope, receive, send))
             elif self._access.locks.tenants and scope.get("method") == "POST":
                 if has_salt_field(path):
                     receive = await sealed_body(scope, receive, caller)
@@ -143,17 +147,23 @@ class AccessMiddleware:
         headers = [pair for pair in scope["headers"] if pair[0] != b"authorization"]
         return {**scope, "headers": [*headers, (b"authorization", f"Bearer {key}".encode())]}
 
-    def _refusing(self, send: Send) -> Send:
-        """Counts and delays what vLLM's own check of its API key refuses, as `__call__` does.
+    def _refusing(self, scope: Scope, receive: Receive, send: Send) -> Send:
+        """Answers for vLLM's own check of its API key, as `__call__` does: later, and alike.
 
-        Without tenants, that check answers most of the strangers.
+        Without tenants, that check refuses most of the strangers.
         """
+        is_refused = False
 
         async def send_refusal(message: Message) -> None:
+            nonlocal is_refused
             if message.get("status") == HTTPStatus.UNAUTHORIZED:
+                is_refused = True
                 COUNTS.count_refused(None, HTTPStatus.UNAUTHORIZED)
                 await pause(self._strangers)
-            await send(message)
+                status = HTTPStatus.UNAUTHORIZED
+                await _refuse(status, _MESSAGES[status], scope, receive, send)
+            elif not is_refused:
+                await send(message)
 
         return send_refusal
 
@@ -176,8 +186,11 @@ class AccessMiddleware:
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
+                added = account.rate_headers()
                 if caller.retry_after_s is not None:
-                    MutableHeaders(scope=message)["retry-after"] = str(caller.retry_after_s)
+                    added["retry-after"] = str(caller.retry_after_s)
+                if added:
+                    MutableHeaders(scope=message).update(added)
                 if message["status"] in _REFUSALS:
                     COUNTS.count_refused(account.tenant.name, message["status"])
             await send(message)

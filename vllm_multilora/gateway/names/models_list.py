@@ -1,16 +1,21 @@
 """`GET /v1/models` with adapters' digests and with routes, as each caller may see it.
 
 The route takes the place of vLLM's own in vLLM's application, behind its check of the API key.
+vLLM has none for `GET /v1/models/NAME`, which clients' libraries call.
 """
 
 from __future__ import annotations
 
 from copy import copy
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from starlette.responses import Response
 
+from vllm_multilora.adapters.problems import shown_name
+from vllm_multilora.gateway.refused_answers import error_answer
 from vllm_multilora.integration.api_server import registered_versions
 from vllm_multilora.integration.server.names.public_names import public_names
 from vllm_multilora.integration.server.names.routes import ROUTES
@@ -19,17 +24,28 @@ from vllm_multilora.integration.server.requests.callers import Caller, current_c
 MODELS = "/v1/models"
 
 
-def add_route(server: FastAPI) -> None:
-    """Puts the route before vLLM's own."""
-    server.add_api_route(MODELS, show_models, methods=["GET"], include_in_schema=False)
+def add_routes(server: FastAPI) -> None:
+    """Puts the routes before vLLM's own."""
     routes = server.router.routes
-    routes.insert(0, routes.pop())
+    for path, show in (MODELS + "/{name:path}", show_model), (MODELS, show_models):
+        server.add_api_route(path, show, methods=["GET"], include_in_schema=False)
+        routes.insert(0, routes.pop())
 
 
 async def show_models(raw_request: Request) -> JSONResponse:
     """Answers with the models, adapters and routes that the caller may see."""
     shown = await models_for(current_caller.get(), raw_request.app.state.openai_serving_models)
     return JSONResponse(shown.model_dump())
+
+
+async def show_model(raw_request: Request, name: str) -> Response:
+    """Answers with one of them; 404 where the caller may see none of that name."""
+    shown = await models_for(current_caller.get(), raw_request.app.state.openai_serving_models)
+    for card in shown.data:
+        if card.id == name:
+            return JSONResponse(card.model_dump())
+    message = f"The model `{shown_name(name)}` does not exist."
+    return error_answer(HTTPStatus.NOT_FOUND, message, path=MODELS, param="model")
 
 
 async def models_for(caller: Caller | None, models: Any) -> Any:
@@ -41,6 +57,7 @@ async def models_for(caller: Caller | None, models: Any) -> Any:
     """
     routes = ROUTES.get(models)
     shown = await _as_seen(models, caller).show_available_models()
+    max_model_len = next((card.max_model_len for card in shown.data if card.max_model_len), None)
     for card in shown.data:
         lora = public_names(models).get(card.id)
         version = None if lora is None else registered_versions.find(models.engine_client, lora)
@@ -56,7 +73,9 @@ async def models_for(caller: Caller | None, models: Any) -> Any:
             card_for(caller, card, is_base=False, is_route=True)
             for card in await routes.cards(caller)
         ]
-    shown.data = [card for card in cards if card is not None]
+    # The base model's length is its adapters' too; vLLM says None of these.
+    length = {"max_model_len": max_model_len}
+    shown.data = [card.model_copy(update=length) for card in cards if card is not None]
     return shown
 
 

@@ -1,4 +1,4 @@
-"""`GET /v1/lora_adapters`: every adapter, its state, and why it failed if it did.
+"""`GET /v1/lora_adapters`: every adapter, its state, and why it failed if it did; or one of them.
 
 Read-only, so it needs no VLLM_ALLOW_RUNTIME_LORA_UPDATING; vLLM's `--api-key` guards it as it
 guards all of `/v1`. Where the plugin does not act, there is no such path.
@@ -17,16 +17,20 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 
+from vllm_multilora.adapters.problems import shown_name
 from vllm_multilora.gateway.keys.access import Access
+from vllm_multilora.gateway.refused_answers import error_answer
 from vllm_multilora.gateway.status.adapter_list import listing
 from vllm_multilora.integration.server.names import adapter_directory, registration
 from vllm_multilora.integration.server.names.public_names import public_names
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller
 from vllm_multilora.integration.server.requests.engine_calls import engine_reports
+from vllm_multilora.states import AT_HAND
 from vllm_multilora.tenants.rules import STATUS, Role
 
 Listing = dict[str, Any]
 
+_AT_HAND = [state.value for state in AT_HAND]
 _TENANT_KEYS = ("id", "object", "state", "kind", "rank", "last_error")
 
 TIME_LIMIT_S = 30.0
@@ -128,12 +132,32 @@ class AdaptersRoute:
         """Adds the route to vLLM's application."""
         responses = registration.STATUS_REFUSALS
         server.add_api_route(STATUS, self.show, methods=["GET"], responses=responses)
+        one = STATUS + "/{name:path}"
+        server.add_api_route(one, self.show_one, methods=["GET"], responses=responses)
 
     async def show(self, raw_request: Request) -> Response:
         """Answers with the adapters of all engines, as they were within the last second.
 
         Where an answer costs more than `MAX_SHARE` of a second, it may be older.
         """
+        answer, caller = await self._listed(raw_request), current_caller.get()
+        who = None if caller is None else (caller.role, caller.tenant)
+        body = self._recent.body(answer, who, lambda: self._shown(caller, answer))
+        headers = {"etag": self._recent.tag}
+        return Response(body, media_type="application/json", headers=headers)
+
+    async def show_one(self, raw_request: Request, name: str) -> Response:
+        """Answers with one adapter: with 503 until it need not be read any more."""
+        answer = await self._listed(raw_request)
+        rows = [row for row in answer["data"] if row["id"] == name]
+        shown = shown_to(current_caller.get(), {**answer, "data": rows})["data"]
+        if not shown:
+            message = f"There is no adapter of the name '{shown_name(name)}'."
+            return error_answer(HTTPStatus.NOT_FOUND, message, path=STATUS)
+        is_ready = shown[0]["state"] in _AT_HAND
+        return JSONResponse(shown[0], HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE)
+
+    async def _listed(self, raw_request: Request) -> Listing:
         models = getattr(raw_request.app.state, "openai_serving_models", None)
         if models is None or not registration.acts_for(models):
             raise HTTPException(HTTPStatus.NOT_FOUND)
@@ -162,11 +186,7 @@ class AdaptersRoute:
             ) from error
         if answer is None:
             raise HTTPException(HTTPStatus.NOT_FOUND)
-        caller = current_caller.get()
-        who = None if caller is None else (caller.role, caller.tenant)
-        body = self._recent.body(answer, who, lambda: self._shown(caller, answer))
-        headers = {"etag": self._recent.tag}
-        return Response(body, media_type="application/json", headers=headers)
+        return answer
 
     def _shown(self, caller: Caller | None, answer: Listing) -> Listing:
         shown, access = shown_to(caller, answer), self._access

@@ -9,6 +9,7 @@ from vllm_multilora.integration.failed_requests import RefusalsInOneLine
 from vllm_multilora.integration.logs import PrintableLines, add_filter
 from vllm_multilora.integration.server.names import (
     adapter_directory,
+    preload,
     registration,
     routes,
     shared_names,
@@ -56,3 +57,4 @@ async def start(models: Any) -> None:
     routes.start(models)
     await adapter_directory.start(models)
     routes.tell_unknown(models)
+    preload.start(models)

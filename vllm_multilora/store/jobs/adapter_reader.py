@@ -57,7 +57,7 @@ class AdapterReader:
                 raise AdapterReadError(
                     "its signature cannot be checked, since the server's file of signing keys "
                     "cannot be used; the log of its store says why"
-                ) from error
+                ) from None  # if that file is missing, the adapter's are not
         return intake.Rules(
             settings.allowed_roots,
             settings.allow_pickle,

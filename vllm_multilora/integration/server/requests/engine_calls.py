@@ -20,6 +20,9 @@ from vllm_multilora.integration.failed_requests import AdapterRefusedError
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
+IS_STOPPING = "the server is being stopped; ask another one, or this one when it has been started"
+"""What clients are told by a server that answers the requests that it has, and then ends."""
+
 _STOPPING = "Server shutting down"
 """What vLLM's engine core answers all calls with once it has been told to stop."""
 
@@ -49,10 +52,7 @@ async def answer_of(core: Any, asked: Awaitable[Any]) -> Any:
     except Exception as error:
         if str(error) != _STOPPING:
             raise
-        raise GracefulHTTPError(
-            "the server is being stopped; ask another one, or this one when it has been started",
-            HTTPStatus.SERVICE_UNAVAILABLE,
-        ) from error
+        raise GracefulHTTPError(IS_STOPPING, HTTPStatus.SERVICE_UNAVAILABLE) from error
     finally:
         call.cancel()
 
