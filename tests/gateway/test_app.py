@@ -115,7 +115,7 @@ def test_stranger_is_refused_in_the_form_of_the_api_whoever_checks_the_key(
     assert answer.headers["www-authenticate"] == "Bearer"
 
 
-def test_tenant_is_told_that_a_path_is_mistyped(tmp_path):
+def test_tenants_refusal_says_that_a_path_is_mistyped(tmp_path):
     tenants = tmp_path / "tenants.json"
     tenants.write_text(json.dumps({"tenants": {"acme": {"keys": [stored(ACME)]}}}))
     flags = ("--enable-lora", "--multilora-tenants", str(tenants))

@@ -36,7 +36,7 @@ def run(check):
     asyncio.run(checked())
 
 
-def test_clients_are_told_what_is_left_of_all_servers_tokens():
+def test_rate_headers_say_what_is_left_of_all_servers_tokens():
     clock = Clock()
     found = account(clock, servers=2, tokens_per_minute=600)
     prefix = "x-ratelimit-"
