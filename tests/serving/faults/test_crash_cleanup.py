@@ -13,7 +13,7 @@ import pytest
 from vllm_multilora.store.protocol.store_folder import FOLDER_VARIABLE, socket_path
 
 from .. import template
-from ..completions import ask, assert_serves, body, token_ids
+from ..completions import ask, assert_serves, token_ids
 from ..engine import store_folder
 from ..models.cases import Scenario
 from ..server import VllmServer
@@ -132,9 +132,9 @@ def test_a_server_that_is_being_stopped_says_so_and_answers_what_waits_for_its_a
             refusals = [
                 listing,
                 server.post("/v1/load_lora_adapter", adapter),
+                server.post("/v1/completions", {"model": NAME, "prompt": "t1 t2"}),
+                server.post("/v1/completions", {"model": NAME, "prompt": "t1", "stream": True}),
                 server.post("/v1/unload_lora_adapter", {"lora_name": NAME}),
-                server.post("/v1/completions", body(NAME, case)),
-                server.post("/v1/completions", {**body(NAME, case), "stream": True}),
             ]
         finally:
             store.resume()
