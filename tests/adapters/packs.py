@@ -4,12 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+from vllm_multilora.adapters.adapter_errors import AdapterFormatError
 from vllm_multilora.adapters.blend_intake import BlendIntake
 from vllm_multilora.adapters.intake import Intake, IntakeResult, Rules, open_adapter
 from vllm_multilora.adapters.model.layout import BLOCK_BYTES, ModelLayout
 from vllm_multilora.adapters.packing.pack_index import PackIndex
+from vllm_multilora.adapters.problems import Problem
 
 POISON = 0xA5
 
@@ -64,6 +67,13 @@ def take(folder: Path, *layouts: ModelLayout, rules: Rules | None = None) -> Pac
     """Takes an adapter in, with a poisoned line between any two blocks."""
     with open_adapter(str(folder), rules or Rules()) as source:
         return taken(source.check(layouts), *layouts)
+
+
+def refused(folder: Path, *layouts: ModelLayout, rules: Rules | None = None) -> tuple[Problem, ...]:
+    """Why an adapter is not taken in."""
+    with pytest.raises(AdapterFormatError) as caught:
+        take(folder, *layouts, rules=rules)
+    return tuple(caught.value.problems)
 
 
 def taken(intake: Intake | BlendIntake, *layouts: ModelLayout) -> Pack:

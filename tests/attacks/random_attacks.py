@@ -125,6 +125,13 @@ def expect(found: int, *expected: int) -> str | None:
     return None if found in expected else f"{found}, expected {' or '.join(map(str, expected))}"
 
 
+def only(expected: int, call: Callable[[], int], times: int) -> str | None:
+    """What is wrong with the statuses of calls at once."""
+    with ThreadPoolExecutor(30) as pool:
+        found = set(pool.map(lambda _: call(), range(times)))
+    return None if found == {expected} else f"answered with {found}"
+
+
 def register_what_is_broken(by: Attackers) -> str | None:
     return expect(by.load(f"broken-{by.number()}", by.corpus()), 400, 403, 404, 503)
 
@@ -152,17 +159,14 @@ def flood(by: Attackers) -> str | None:
     name = f"flood-{by.number()}"
     folder = by.copy(name)
     wrong = expect(by.load(name, folder), 200)
-    with ThreadPoolExecutor(30) as pool:
-        statuses = set(pool.map(lambda _: by.ask(name, 20), range(60)))
+    wrong = wrong or only(200, lambda: by.ask(name, 20), 60)
     by.unload(name)
     shutil.rmtree(folder)
-    return wrong or (None if statuses == {200} else f"answered with {statuses}")
+    return wrong
 
 
 def flood_with_nobody(by: Attackers) -> str | None:
-    with ThreadPoolExecutor(20) as pool:
-        statuses = set(pool.map(lambda _: by.ask(f"nobody-{by.number()}"), range(60)))
-    return None if statuses == {404} else f"answered with {statuses}"
+    return only(404, lambda: by.ask(f"nobody-{by.number()}"), 60)
 
 
 def abort(by: Attackers) -> str | None:
@@ -235,9 +239,7 @@ def use_a_wrong_key(by: Attackers) -> str | None:
 
 
 def ask_for_the_listing(by: Attackers) -> str | None:
-    with ThreadPoolExecutor(20) as pool:
-        found = set(pool.map(lambda _: by.get("/v1/lora_adapters").status_code, range(100)))
-    return None if found == {200} else f"answered with {found}"
+    return only(200, lambda: by.get("/v1/lora_adapters").status_code, 100)
 
 
 def send_junk(by: Attackers) -> str | None:

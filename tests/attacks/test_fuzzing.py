@@ -87,6 +87,7 @@ def fuzzed(site: Site) -> Iterator[Site]:
         BAD[name].write(site.root / name)
     yield site
     site.assert_unharmed()
+    completions.assert_serves(site.server, BASE, site.scenario.cases_of(None)[0])
 
 
 @given(call=CALLS, headers=HEADERS)
@@ -161,8 +162,3 @@ def test_the_listing_takes_no_input(fuzzed: Site, query: str) -> None:
     assert response.status_code == 200
     assert GOOD in {row["id"] for row in response.json()["data"]}
     assert fuzzed.server.post("/v1/lora_adapters", {}).status_code == 405
-
-
-def test_the_good_customer_is_answered_as_before(fuzzed: Site) -> None:
-    fuzzed.assert_unharmed()
-    completions.assert_serves(fuzzed.server, BASE, fuzzed.scenario.cases_of(None)[0])

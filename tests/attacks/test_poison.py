@@ -1,7 +1,5 @@
-"""An adapter that overflows in use changes nobody else's answers, and is taken out of service."""
+"""With drafted tokens, an adapter that overflows in use changes nobody else's answers."""
 
-import shutil
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -9,122 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from tests.serving import template
 from tests.serving.engine import (
-    answer,
     lora_request,
     needs_drafts,
     needs_ngram_drafts,
     running_engine,
 )
-from tests.serving.models.cases import Case, Scenario
+from tests.serving.models.cases import Scenario
+
+from .poison import NAME, poisoned
 
 if TYPE_CHECKING:
-    from vllm import LLM, RequestOutput
+    from vllm import LLM
 
 pytestmark = pytest.mark.serving
-
-POISON = "poison"
-ROUNDS = 4
-SOURCE = "customer-1"
-
-
-def poisoned(source: Path, target: Path, value: float = 1e19) -> Path:
-    """Weights that pass every check, and whose products overflow in v_proj."""
-    shutil.copytree(source, target)
-    file = target / "adapter_model.safetensors"
-    tensors = load_file(file)
-    for name in tensors:
-        if "v_proj" in name:
-            tensors[name].fill_(value)
-    save_file(tensors, file)
-    return target
-
-
-SETTINGS: tuple[Any, ...] = (
-    pytest.param(
-        {"block_size": 32, "enable_prefix_caching": False},
-        id="block-32",
-        marks=pytest.mark.smoke("quarantine"),
-    ),
-    pytest.param({"block_size": 128, "enable_prefix_caching": True}, id="block-128-prefixes"),
-)
-
-
-@pytest.fixture(scope="module", params=SETTINGS)
-def engine(fleet: Scenario, request: pytest.FixtureRequest) -> Iterator["LLM"]:
-    # Few blocks, so that those of the attacker go round; chunks, so that it is met in mid-prefill.
-    with running_engine(
-        fleet.base,
-        in_process=True,
-        **request.param,
-        max_loras=4,
-        max_cpu_loras=8,
-        num_gpu_blocks_override=24,
-        max_num_batched_tokens=64,
-        max_num_seqs=8,
-    ) as llm:
-        yield llm
-
-
-def attack(llm: "LLM", poison: Path, number: int, length: int) -> "list[RequestOutput]":
-    from vllm import SamplingParams
-    from vllm.lora.request import LoRARequest
-
-    return llm.generate(
-        [{"prompt_token_ids": [(7 * i + number) % 300 for i in range(length)]} for _ in range(3)],
-        SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, detokenize=False),
-        lora_request=LoRARequest(POISON, number, str(poison)),
-        use_tqdm=False,
-    )
-
-
-def others(fleet: Scenario) -> list[Case]:
-    return [fleet.cases_of(name)[0] for name in (None, *(f"customer-{i}" for i in range(2, 15)))]
-
-
-def test_nobody_elses_answer_changes(engine: "LLM", fleet: Scenario, tmp_path: Path) -> None:
-    """Each round has weights of its own: quarantined ones would attack no more."""
-    for number in range(ROUNDS):
-        source = fleet.adapters[SOURCE]
-        poison = poisoned(source, tmp_path / f"{number}", 1e19 * (1 + number / 10))
-        for output in attack(engine, poison, 1000 + number, length=100):
-            completion = output.outputs[0]
-            assert completion.finish_reason == "error"
-            assert "quarantined" in completion.stop_reason
-            assert POISON in completion.stop_reason
-        cases = others(fleet)
-        for output, case in zip(answer(engine, fleet, cases), cases, strict=True):
-            assert tuple(output.outputs[0].token_ids) == case.expected.tokens, case.adapter
-
-
-def test_a_quarantined_adapter_is_shown_and_serves_again_with_other_weights(
-    engine: "LLM", fleet: Scenario, tmp_path: Path
-) -> None:
-    from vllm.lora.request import LoRARequest
-
-    poison = poisoned(fleet.adapters[SOURCE], tmp_path / POISON, 2e19)
-    attack(engine, poison, 2000, length=20)
-    [report] = engine.collective_rpc("multilora_adapter_status", args=([],))
-    [row] = [row for row in report["adapters"] if row["int_id"] == 2000]
-    assert row["state"] == "quarantined"
-    assert "not finite" in row["last_error"]
-    assert engine.llm_engine.remove_lora(2000)
-    case = fleet.cases_of(SOURCE)[0]
-    from vllm import SamplingParams
-
-    [output] = engine.generate(
-        [{"prompt_token_ids": list(case.prompt)}],
-        SamplingParams(
-            temperature=0.0, max_tokens=len(case.expected.tokens), ignore_eos=True, detokenize=False
-        ),
-        lora_request=LoRARequest(POISON, 2000, str(fleet.adapters[SOURCE])),
-        use_tqdm=False,
-    )
-    assert tuple(output.outputs[0].token_ids) == case.expected.tokens
-
 
 NGRAM = {
     "method": "ngram",
@@ -147,14 +45,14 @@ def test_with_drafted_tokens_nobody_else_is_blamed(fleet: Scenario, tmp_path: Pa
     ]
     # The attacker's row is the ninth, and the ninth request one of these.
     short = [Asked(f"short {i}", [i, 50 + i], 10, None) for i in range(10)]
-    folder = poisoned(fleet.adapters[SOURCE], tmp_path / POISON, 3e19)
-    attack = Asked(POISON, [7, 21] * 10, 10, LoRARequest(POISON, 1000, str(folder)))
+    folder = poisoned(fleet.adapters["customer-1"], tmp_path / NAME, "float32")
+    attack = Asked(NAME, [7, 21] * 10, 10, LoRARequest(NAME, 1000, str(folder)))
     # An engine in this process would leave threads that others' tests wait for.
     with template.forked_processes(), ProcessPoolExecutor(1, get_context("spawn")) as pool:
         undisturbed, disturbed = pool.submit(with_drafts, fleet.base, long, short, attack).result(
             timeout=300
         )
-    end, reason, _ = disturbed.pop(POISON)
+    end, reason, _ = disturbed.pop(NAME)
     assert end == "error"
     assert "quarantined" in reason
     assert {end for end, _, _ in disturbed.values()} == {"length"}

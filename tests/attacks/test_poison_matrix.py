@@ -117,6 +117,35 @@ def test_nobody_elses_answer_changes(
     assert not changed
 
 
+@pytest.mark.smoke("quarantine")
+def test_a_quarantined_adapter_is_shown_and_serves_again_with_other_weights(
+    engine: "LLM", fleet: Scenario, setting: tuple[str, int, bool, int], tmp_path: Path
+) -> None:
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    adapter = poisoned(fleet.adapters[SOURCE], tmp_path / NAME, setting[0], 30)
+    for output in Attacker(engine, adapter, 3000).ask(length=20):
+        assert_quarantined(output)
+    [report] = engine.collective_rpc("multilora_adapter_status", args=([],))
+    [row] = [row for row in report["adapters"] if row["int_id"] == 3000]
+    assert row["state"] == "quarantined"
+    assert "not finite" in row["last_error"]
+    assert engine.llm_engine.remove_lora(3000)
+    case = fleet.cases_of(SOURCE)[0]
+    [output] = engine.generate(
+        [{"prompt_token_ids": list(case.prompt)}],
+        SamplingParams(
+            temperature=0.0, max_tokens=len(case.expected.tokens), ignore_eos=True, detokenize=False
+        ),
+        lora_request=LoRARequest(NAME, 3000, str(fleet.adapters[SOURCE])),
+        use_tqdm=False,
+    )
+    assert output.outputs[0].finish_reason == "length"
+    if setting[0] == "float32":
+        assert tuple(output.outputs[0].token_ids) == case.expected.tokens
+
+
 def test_nobody_elses_answer_changes_beside_an_attack(
     engine: "LLM", fleet: Scenario, setting: tuple[str, int, bool, int], tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """Who may see and do what on a server with keys and tenants, over HTTP."""
 
 import contextlib
+import http.client
 import json
 import re
 import shutil
@@ -20,7 +21,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.serving.engine import store_folder
 from tests.serving.faults.faulty_reader import FAULT, FAULTY_READER
 from tests.serving.models.cases import Scenario
+from vllm_multilora.gateway.body import DROPPED_BODIES, MAX_BODY_BYTES
 from vllm_multilora.gateway.limits.tenant_turns import LONGEST_PAUSE_S, STRANGERS_PER_MINUTE
+from vllm_multilora.gateway.table import TENANT_ROUTES
 from vllm_multilora.store.clients.client import StoreClient
 from vllm_multilora.store.protocol.store_folder import FOLDER_VARIABLE
 from vllm_multilora.store.store_launch import StoreProcess
@@ -169,33 +172,22 @@ def test_many_wrong_items_are_read_to_the_first(
     assert int(found[1]) < 400
 
 
-LONG = "a" * 100_000
-REPEATED: dict[str, tuple[str, dict[str, Any]]] = {
-    "message": (
-        "/v1/chat/completions",
-        {
-            # The template takes one character of it.
-            "messages": [{"role": "assistant", "content": "5" + " " * len(LONG)}],
-            "add_generation_prompt": False,
-            "echo": True,
-            "n": 500,
-            "max_tokens": 1,
-        },
-    ),
-}
-
-
-@pytest.mark.parametrize(("path", "body"), REPEATED.values(), ids=REPEATED)
-def test_no_answer_repeats_what_it_was_asked_without_end(
-    served: TenantServer, path: str, body: dict[str, Any]
-) -> None:
+def test_no_answer_repeats_what_it_was_asked_without_end(served: TenantServer) -> None:
     """Fifty megabytes here; 64 MiB of a body, for 2,048 answers, would end the server."""
-    answer = served.request("acme", "POST", path, {"model": "acme-a", **body})
+    body = {
+        "model": "acme-a",
+        # The template takes one character of it.
+        "messages": [{"role": "assistant", "content": "5" + " " * 100_000}],
+        "add_generation_prompt": False,
+        "echo": True,
+        "max_tokens": 1,
+    }
+    answer = served.request("acme", "POST", "/v1/chat/completions", body | {"n": 500})
     assert answer.status_code == 400, f"{answer.status_code}: {len(answer.content)} bytes"
     assert "would be repeated" in answer.text
-    answer = served.request("acme", "POST", path, {"model": "acme-a", **body, "n": 2})
+    answer = served.request("acme", "POST", "/v1/chat/completions", body | {"n": 2})
     assert_status(answer, 200, served)
-    assert len(answer.content) > 2 * len(LONG)
+    assert len(answer.content) > 200_000
 
 
 RIGHTS = [
@@ -265,7 +257,14 @@ CALLS = [
     ("acme", "POST", "/inference/v1/abort_requests", 403),
     ("acme", "POST", "/inference/v1/generate", 403),
     ("acme", "POST", "/v1/completions/render", 403),
+    ("acme", "GET", "/v1/completions", 403),
+    ("acme", "POST", "/v1/completions/derender", 403),
+    ("acme", "GET", "/v1/responses/resp_1", 403),
+    ("acme", "POST", "/v1/responses/resp_1/cancel", 403),
+    ("acme", "POST", "/generative_scoring", 403),
+    ("acme", "POST", "/v1/systemone", 403),
     ("acme", "POST", "/no/such/path", 403),
+    ("trusted", "POST", "/no/such/path", 403),
     ("client", "GET", "/metrics", 200),
     ("client", "POST", "/v1/load_lora_adapter", 403),
     ("client", "POST", "/v1/unload_lora_adapter", 403),
@@ -303,14 +302,6 @@ def test_operators_load_and_unload_by_both_interfaces(served: TenantServer) -> N
         assert_status(served.request("admin", *load), 200, served)
         assert_status(ask(served, "admin", "completions", "extra"), 200, served)
         assert_status(served.request("admin", *unload), 200, served)
-
-
-def test_a_key_comes_as_anthropics_clients_send_it_too(served: TenantServer) -> None:
-    path, body = ENDPOINTS["messages"]
-    answer = served.request(
-        "nobody", "POST", path, {"model": "acme-a", **body}, **{"x-api-key": KEYS["acme"] or ""}
-    )
-    assert_status(answer, 200, served)
 
 
 @pytest.mark.parametrize(
@@ -363,15 +354,6 @@ def test_errors_name_no_folders(served: TenantServer) -> None:
         assert_status(answer, 400, served)
         assert not any(str(root) in answer.text for root in served.roots)
         assert answer.json()["error"]["problems"]
-
-
-def test_long_request_id_in_a_header_is_refused(served: TenantServer) -> None:
-    """The engine would send it with each token."""
-    body = {"model": "acme-a", "prompt": [5], "max_tokens": 1}
-    for length, status in ((1_024, 200), (1_025, 400)):
-        headers = {"x-request-id": "r" * length}
-        answer = served.request("acme", "POST", "/v1/completions", body, **headers)
-        assert_status(answer, status, served)
 
 
 def cached(served: TenantServer, who: str, prompt: Any, **options: Any) -> int:
@@ -452,6 +434,142 @@ def test_a_tenant_uses_as_many_adapters_at_a_time_as_it_may(served: TenantServer
 
     until(is_refused)
     until(lambda: served.complete("picky", "zen-a", [5]).status_code == 200)
+
+
+# What tenants may send: the routes and fields of the table, and no more.
+
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwAD"
+    "hgGAWjR9awAAAABJRU5ErkJggg=="
+)
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "t5 t6"}]}]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+
+
+def image(url: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+
+
+def send(served: TenantServer, who: str, path: str, **body: Any) -> httpx.Response:
+    return served.request(who, "POST", path, {"model": "shared", **body})
+
+
+def message_of(answer: httpx.Response) -> str:
+    found: str = answer.json()["error"]["message"]
+    return found
+
+
+ALLOWED: dict[str, tuple[str, dict[str, Any]]] = {
+    "completions": (
+        COMPLETIONS,
+        {"prompt": "t5 t6", "max_tokens": 1, "logprobs": 1, "stop": ["x"], "seed": 1, "user": "u"},
+    ),
+    "usage": (
+        COMPLETIONS,
+        {"prompt": [5], "max_tokens": 2, "stream": True, "stream_options": {"include_usage": True}},
+    ),
+    "chat": (CHAT, {"messages": PARTS, "max_completion_tokens": 1, "metadata": {"task": "x"}}),
+    "batch": (f"{CHAT}/batch", {"messages": [PARTS, PARTS], "max_tokens": 1}),
+    "format": (
+        CHAT,
+        {"messages": PARTS, "max_tokens": 1, "response_format": {"type": "text"}},
+    ),
+    "system": ("/v1/messages", {"messages": PARTS, "max_tokens": 1, "system": "t7"}),
+}
+
+
+@pytest.mark.parametrize(("path", "body"), ALLOWED.values(), ids=ALLOWED)
+def test_tenant_is_answered_what_the_table_allows(
+    served: TenantServer, path: str, body: dict[str, Any]
+) -> None:
+    assert_status(send(served, "texts", path, **body), 200, served)
+
+
+def test_every_route_of_the_table_is_asked_here_or_by_another_test() -> None:
+    asked = {path for path, _ in (*ENDPOINTS.values(), *ALLOWED.values())}
+    pooling = {"/v1/embeddings", "/v2/embed", "/pooling", "/score", "/v1/score", "/classify"}
+    pooling |= {"/rerank", "/v1/rerank", "/v2/rerank"}
+    speech = {"/v1/audio/transcriptions", "/v1/audio/translations"}
+    assert TENANT_ROUTES.keys() == asked | pooling | speech | {"/cohere/v2/chat"}
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "unknown": (COMPLETIONS, {"prompt": [5], "brand_new": 1}, "brand_new", "`brand_new`"),
+    "image": (CHAT, {"messages": image(PIXEL)}, "messages", "`image_url`"),
+    "tools": (CHAT, {"messages": [], "tools": [TOOL]}, "tools", "has not allowed `grammars`"),
+    "sagemaker-tools": ("/invocations", {"messages": [], "tools": [TOOL]}, "tools", "`grammars`"),
+    "store": (RESPONSES, {"input": "t5", "store": True}, "store", "not allowed for tenants"),
+    "deep": (CHAT, {"messages": [], "metadata": json.loads("[" * 70 + "]" * 70)}, "metadata", "64"),
+}
+
+
+@pytest.mark.parametrize(("path", "body", "param", "part"), REFUSED.values(), ids=REFUSED)
+def test_tenant_learns_which_field_it_may_not_send(
+    served: TenantServer, path: str, body: dict[str, Any], param: str, part: str
+) -> None:
+    answer = send(served, "texts", path, **body)
+    assert_status(answer, 400, served)
+    error = answer.json()["error"]
+    assert (error["type"], error["code"], error["param"]) == ("BadRequestError", 400, param)
+    assert part in error["message"]
+
+
+def test_refusal_has_the_form_of_the_api_that_was_called(served: TenantServer) -> None:
+    answer = send(served, "texts", "/v1/messages", messages=PARTS, seed=1)
+    assert_status(answer, 400, served)
+    message = "Fields that are not allowed here: `seed`."
+    expected = {"type": "error", "error": {"type": "BadRequestError", "message": message}}
+    assert answer.json() == expected
+
+
+def test_path_that_needs_a_word_says_which(served: TenantServer) -> None:
+    path = "/v1/audio/transcriptions"
+    answer = served.request("texts", "POST", path)
+    assert_status(answer, 403, served)
+    assert message_of(answer) == (
+        "This path is not allowed for this tenant: the server's operator has not allowed `media`."
+    )
+    assert served.request("trusted", "POST", path).status_code in (400, 404, 405)
+
+
+def test_trusted_tenant_sends_grammars_tools_and_images_but_no_addresses(
+    served: TenantServer,
+) -> None:
+    choice = {"structured_outputs": {"choice": ["t5"]}}
+    assert_status(
+        send(served, "trusted", COMPLETIONS, prompt=[5], max_tokens=1, **choice), 200, served
+    )
+    tools = {"tools": [TOOL], "tool_choice": "none"}
+    assert_status(send(served, "trusted", CHAT, messages=PARTS, max_tokens=1, **tools), 200, served)
+    answer = send(served, "trusted", CHAT, messages=image(PIXEL))
+    assert "not a multimodal model" in answer.text, answer.text  # vLLM's own words
+    answer = send(served, "trusted", CHAT, messages=image("http://127.0.0.1:1/a.png"))
+    assert_status(answer, 400, served)
+    assert "expected a `data:` URL" in message_of(answer)
+
+
+def test_response_of_a_tenant_is_not_stored(served: TenantServer) -> None:
+    made = send(served, "texts", RESPONSES, input="t5", max_output_tokens=1).json()
+    assert_status(served.request("admin", "GET", f"{RESPONSES}/{made['id']}"), 404, served)
+
+
+def test_others_may_send_whatever_vllm_takes(served: TenantServer) -> None:
+    body = {"prompt": [5], "max_tokens": 1, "prompt_logprobs": 1, "vllm_xargs": {"a": 1}}
+    for who in ("client", "admin"):
+        assert_status(send(served, who, COMPLETIONS, **body), 200, served)
+
+
+@pytest.mark.parametrize("times", [1, DROPPED_BODIES - 1], ids="{} times".format)
+def test_client_sees_that_its_body_was_too_large(served: TenantServer, times: int) -> None:
+    """Refused at once, its connection would be reset while it sends."""
+    connection = http.client.HTTPConnection("127.0.0.1", served.server.port, timeout=60)
+    headers = {"Authorization": f"Bearer {KEYS['texts']}", "Content-Type": "application/json"}
+    connection.request("POST", COMPLETIONS, bytes(times * MAX_BODY_BYTES + 1), headers)
+    answer = connection.getresponse()
+    assert answer.status == 413
+    assert f"expected {MAX_BODY_BYTES} at most" in answer.read().decode()
+    connection.close()
 
 
 FLOOD_S = 4.0

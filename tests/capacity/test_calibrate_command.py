@@ -9,10 +9,8 @@ import pytest
 
 from vllm_multilora import __version__
 from vllm_multilora.cli import main
-from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.toolbox.capacity.calibration import read_calibration
 from vllm_multilora.toolbox.clients.completions import Ask, Completions
-from vllm_multilora.toolbox.commands.calibrate import forget_files, kv_tokens
 
 pytestmark = pytest.mark.slow
 
@@ -107,8 +105,8 @@ def calibrate(server, output, *flags):
     return main(["calibrate", "--url", f"http://127.0.0.1:{server.server_port}", *words, *flags])
 
 
-def test_a_server_is_measured_into_a_file(server, tmp_path, capsys):
-    file = tmp_path / "calibration.json"
+def test_a_server_is_measured_into_a_file_that_serves_a_plan(server, tmp_path, capsys):
+    file, trace = tmp_path / "calibration.json", tmp_path / "trace.csv"
     assert calibrate(server, file) == 0
     out, err = capsys.readouterr()
     assert out.startswith(f"wrote {file}: ")
@@ -126,6 +124,11 @@ def test_a_server_is_measured_into_a_file(server, tmp_path, capsys):
     assert sum(found.step_s.values()) > 0
     assert (found.ranges.rows, found.ranges.prompt_tokens) == (4, 64)
     assert found.ranges.load_bytes == max(SIZES.values())
+    trace.write_text("time,adapter,prompt_tokens,generation_tokens\n0,acme,20,4\n0,base,20,4\n")
+    assert main(["plan", "--traffic", str(trace), "--calibration", str(file)]) == 0
+    out, err = capsys.readouterr()
+    assert "2 requests in " in out
+    assert "error" not in err
 
 
 def test_the_last_prompt_is_timed_as_the_others_are(server):
@@ -134,16 +137,6 @@ def test_the_last_prompt_is_timed_as_the_others_are(server):
     streams, ((late,),) = client.beside([Ask("base", 16, 500)], [[Ask("base", 32, 1)]])
     assert streams[0].tokens_s[-1] >= late.tokens_s[-1]
     assert len(streams[0].tokens_s) < 500
-
-
-def test_the_file_serves_a_plan(server, tmp_path, capsys):
-    file, trace = tmp_path / "calibration.json", tmp_path / "trace.csv"
-    trace.write_text("time,adapter,prompt_tokens,generation_tokens\n0,acme,20,4\n0,base,20,4\n")
-    assert calibrate(server, file) == 0
-    assert main(["plan", "--traffic", str(trace), "--calibration", str(file)]) == 0
-    out, err = capsys.readouterr()
-    assert "2 requests in " in out
-    assert "error" not in err
 
 
 def test_a_server_that_refuses_is_named(server, tmp_path, capsys):
@@ -189,24 +182,3 @@ def test_a_key_that_shows_too_little_is_named(server, tmp_path, capsys, hidden, 
     server.hidden = hidden
     assert calibrate(server, tmp_path / "calibration.json", *flags) == 2
     assert message in capsys.readouterr().err
-
-
-def test_files_are_still_there_when_the_system_has_forgotten_them(tmp_path):
-    (tmp_path / "weights").write_bytes(b"abc")
-    (tmp_path / "checkpoint-100").mkdir()
-    forget_files([str(tmp_path)])
-    assert (tmp_path / "weights").read_bytes() == b"abc"
-    with pytest.raises(MultiLoRAError, match="No such file"):
-        forget_files([str(tmp_path / "none")])
-
-
-@pytest.mark.parametrize(
-    ("metrics", "tokens"),
-    [
-        (METRICS, 1600),
-        ("", None),
-        ('vllm:cache_config_info{block_size="16",num_gpu_blocks="None"} 1.0\n', None),
-    ],
-)
-def test_what_the_kv_cache_holds(metrics, tokens):
-    assert kv_tokens(metrics) == tokens

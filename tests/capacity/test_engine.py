@@ -52,11 +52,6 @@ def test_those_who_generate_go_before_prompts():
     assert served.first_token_s == pytest.approx([0.5 + 1.18, 0.5 + 1.18 + 1.17 + 1.23])
 
 
-def test_a_full_batch_has_others_wait():
-    served = serve((0, None, 10, 2), (0, None, 10, 1), batch=1)
-    assert served.first_token_s == pytest.approx([1.7, 1.7 + 1.1 + 1.2])
-
-
 def test_who_comes_during_a_step_waits_for_its_end():
     served = serve((0, None, 10, 2), (0.1, None, 10, 1))
     assert served.first_token_s == pytest.approx([1.7, 1.7 + 1.3 - 0.1])
@@ -98,33 +93,6 @@ def test_a_cold_adapter_beside_a_request_that_generates():
     """Read from 0.5 to 4.5, found at 5.0, back at 5.5, copied from 6.1 to 7.1, found at 7.2."""
     served = serve((0, None, 10, 10), (0, 0, 10, 1))
     assert served.first_token_s == pytest.approx([1.7, 7.2 + 1.3])
-
-
-def test_a_step_waits_for_the_copy_of_a_small_adapter():
-    loads = msgspec.structs.replace(LOADS, copy_fixed_s=0.001, copy_s_per_mib=0, beside_s_per_mib=0)
-    streams = (0, None, 1, 20), (0, 0, 10, 1)
-    small, large = (
-        serve(*streams, costs=replace(COSTS, loads=loads), sizes=[size * MIB]).first_token_s[1]
-        for size in (3, 5)
-    )
-    assert large - small == pytest.approx(1.1 - 0.001)
-
-
-def test_a_slow_copy_is_waited_for_no_longer_than_a_step_may():
-    loads = msgspec.structs.replace(LOADS, copy_fixed_s=0.5, copy_s_per_mib=0, beside_s_per_mib=0)
-    streams = (0, None, 1, 20), (0, 0, 10, 1)
-    small, large = (
-        serve(*streams, costs=replace(COSTS, loads=loads), sizes=[size * MIB]).end_s
-        for size in (3, 5)
-    )
-    assert small - large == pytest.approx(0.002)
-
-
-def test_the_first_request_for_an_adapter_queues_behind_those_who_came_while_it_was_read():
-    """It is back at 5.5, another one comes at 3.5; there is room for one at 9.4 and at 10.6."""
-    served = serve((0, None, 10, 8), (0, 0, 10, 1), (3, None, 10, 1), batch=1)
-    assert served.first_token_s[2] == pytest.approx(10.6 - 3)
-    assert served.first_token_s[1] == pytest.approx(10.6 + 1 + 1.2)
 
 
 def test_loads_share_the_machine_and_two_are_read_at_once():

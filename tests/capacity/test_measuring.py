@@ -4,7 +4,7 @@ import pytest
 
 from vllm_multilora.slots.budget import MIB
 from vllm_multilora.toolbox.capacity.calibration import CalibrationError
-from vllm_multilora.toolbox.capacity.fitting import fit
+from vllm_multilora.toolbox.capacity.fitting import Sample, fit
 from vllm_multilora.toolbox.capacity.measuring import Measuring
 from vllm_multilora.toolbox.capacity.step_cost import TERMS, StepBatch, StepCost, pairs_of
 from vllm_multilora.toolbox.capacity.timing import Adapter, ServerLimits
@@ -171,3 +171,19 @@ def test_a_server_of_short_requests_is_refused():
         match="accepts 64 tokens per request, but calibrating it needs at least 88",
     ):
         Measuring(server, "base", limits, server.listed, "page cache").run()
+
+
+def test_nothing_costs_less_than_nothing():
+    """Larger prompts that take less time are noise: the term is left out."""
+    found = fit([Sample(str(n), StepBatch(prompt_tokens=n), 1 - n / 100) for n in range(1, 5)])
+    assert found.seconds["prompt_token"] == 0
+    # All of these steps have prompts: what of it is the steps' own cannot be told.
+    fixed = found.seconds["step"] + found.seconds["prompts_at_all"]
+    assert fixed == pytest.approx(0.975, abs=0.001)
+
+
+def test_a_case_weighs_the_same_however_often_it_was_measured_and_the_worst_is_named():
+    samples = [*[Sample("short", StepBatch(), 1.0)] * 24, Sample("long", StepBatch(), 2.0)]
+    found = fit(samples)
+    assert found.seconds["step"] == pytest.approx(1.2)
+    assert found.worst_case == "long"

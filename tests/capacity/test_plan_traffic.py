@@ -83,11 +83,6 @@ def test_settings_may_be_others_than_the_calibrated_ones(plan):
     }
 
 
-def test_a_request_of_one_token_has_no_next_one(plan):
-    _, out, _ = plan("--json", trace=f"{HEADER}\n0,base,5,1\n")
-    assert json.loads(out)["forecast"]["next_token_p99"] == 0
-
-
 def test_sizes_come_from_the_trace_or_a_directory_before_the_calibration(plan, tmp_path):
     """4 MiB are read in 3 s and copied in 1.5: 6.2 s to the first token."""
     (tmp_path / "adapters" / "new").mkdir(parents=True)
@@ -126,14 +121,12 @@ def test_what_was_not_calibrated_is_said(plan, trace, flags, said):
     ("trace", "said"),
     [
         ("time,adapter\n0,a\n", "the header lacks prompt_tokens and generation_tokens"),
-        ("", "the header lacks time and adapter and prompt_tokens and generation_tokens"),
         (f"{HEADER}\n", "contains no requests"),
         (
             f"{HEADER}\n1,a,5,5\n0.5,a,5,5\n",
             "line 3: time 0.5 is before 1, the time of the request",
         ),
         (f"{HEADER}\n0,a,5,5\n1e13,a,5,5\n", "line 3: time 1e+13 is more than 2^32 seconds"),
-        (f"{HEADER}\n-1e308,a,5,5\n1e308,a,5,5\n", "line 3: time 1e+308 is more than 2^32"),
         (f"{HEADER}\nsoon,a,5,5\n", "line 2: time must be a finite number, got 'soon'"),
         (f"{HEADER}\n0,a,0,5\n", "line 2: prompt_tokens must be a positive integer, got '0'"),
         (f"{HEADER}\n0,a,5,many\n", "generation_tokens must be a positive integer, got 'many'"),
@@ -173,13 +166,6 @@ def changed(**attributes):
         (changed(format=7), "has format 7; expected a file that `vllm-multilora calibrate`"),
         (changed(step_s={"step": 1.0}), "step_s has step; expected"),
         (changed(request_s=-1.0), "Expected `float` >= 0.0 - at `$.request_s`; expected a file"),
-        (changed(step_s=calibration().step_s | {"step": -1.0}), "Expected `float` >= 0.0"),
-        (
-            changed().replace('"copy_fixed_s": 0.5', '"copy_fixed_s": -5'),
-            "at `$.loads.copy_fixed_s`",
-        ),
-        (changed(machine={}), "missing required field `processor` - at `$.machine`"),
-        (changed(model=[]), "Expected `array` of length >= 1 - at `$.model`"),
         (changed(adapters={"a": 0}), "Expected `int` >= 1 - at `$.adapters[...]`"),
         (
             changed(step_s=dict.fromkeys(calibration().step_s, 0.0)),
@@ -206,11 +192,6 @@ def test_another_vllm_is_refused_and_another_build_of_it_is_not(plan, monkeypatc
     assert plan(measured=changed(versions=here | {"vllm": "0.32.0"}))[0] == 0
     _, _, err = plan(measured=changed(versions=here | {"vllm": "0.31.0"}))
     assert "was measured with vllm 0.31.0, but 0.32.0+cpu is installed; calibrate a server" in err
-
-
-@pytest.mark.parametrize("model", ["base", "/models/tiny", "/models/tiny/"])
-def test_the_model_is_compared_where_it_is_given(plan, model):
-    assert plan("--model", model)[0] == 0
 
 
 @pytest.mark.parametrize(

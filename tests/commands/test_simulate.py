@@ -92,14 +92,6 @@ def test_the_table_has_a_row_for_every_policy_and_the_optimum(capsys):
     assert "4 slots, host memory: 8.00 GiB, batches of 8 requests" in out
 
 
-def test_one_is_not_called_several(capsys):
-    sizes = ("--adapters", 1, "--max-loras", 1, "--max-cpu-loras", 1, "--concurrency", 1)
-    _, out, _ = run(capsys, "--synthetic", "zipf", "--requests", 1, *sizes)
-    assert "1 request, 1 adapter of " in out
-    assert "; 1 slot, host memory: 1 adapter, batches of 1 request\n" in out
-    assert " needs 1 load." in out
-
-
 def test_the_table_and_the_json_agree(capsys):
     _, out, _ = run(capsys, *SMALL, "--policy", "lfu")
     (row,) = (line.split() for line in out.splitlines() if line.startswith("lfu"))
@@ -132,38 +124,6 @@ def test_sizes_come_from_a_file_or_a_mix_of_ranks(trace, tmp_path, capsys):
     assert found["trace"]["bytes"] == (2 + 1 + 8) * 2**20  # the trace's own sizes come first
     found = report(capsys, trace, "--rank-mix", "8=1", "--mib-per-rank", 2)
     assert found["trace"]["bytes"] == (2 + 1 + 16) * 2**20
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "give either a trace file or --synthetic with one of: zipf, bursts, daily, scan"),
-        (["x.csv", "--synthetic", "zipf"], "give either a trace file or --synthetic"),
-        (["no-such-trace.csv"], "no-such-trace.csv: cannot be read"),
-        ([*SMALL, "--policy", "lur"], "unknown cache policy 'lur'; did you mean 'lru'?"),
-        ([*SMALL, "--max-loras", "0"], "number of slots must be a positive integer"),
-        ([*SMALL, "--max-cpu-loras", "3"], "got 3 for 4 slots"),
-        ([*SMALL, "--concurrency", "0"], "concurrency must be at least 1, got 0"),
-        (
-            [*SMALL, "--cpu-cache-gib", "-1"],
-            "must be a positive number of GiB, got -1",
-        ),
-        (
-            [*SMALL, "--cpu-cache-gib", "1e308"],
-            "must be a positive number of GiB, got 1e+308",
-        ),
-        ([*SMALL, "--adapter-mib", "0"], "--adapter-mib must be a positive number of MiB"),
-        ([*SMALL, "--adapter-mib", "9000"], "more than the whole CPU budget (8.00 GiB)"),
-        ([*SMALL, "--rank-mix", "8"], "a rank mix must be like 8=70,64=30"),
-        ([*SMALL, "--requests", "0"], "at most 10000000, got 0"),
-    ],
-)
-def test_wrong_input_is_one_sentence_and_status_2(capsys, arguments, message):
-    status, out, err = run(capsys, *arguments)
-    assert status == 2
-    assert out == ""
-    assert err.startswith("vllm-multilora simulate: error: ")
-    assert message in err
 
 
 def test_an_adapter_without_a_size_in_the_file_is_named(trace, tmp_path, capsys):

@@ -26,9 +26,8 @@ ZIPF = "simulate --synthetic zipf --requests 10 --adapters 4"
 
 WRONG = [
     # No command, or no such flag.
-    ("", "the following arguments are required: COMMAND"),
-    ("nope", "invalid choice: 'nope'"),
     ("--verison", "the following arguments are required: COMMAND"),
+    ("nope", "invalid choice: 'nope'"),
     ("status --nope", "unrecognized arguments: --nope"),
     ("doctor too much", "unrecognized arguments: too much"),
     ("simulate --synthetic zipf --jsn", "unrecognized arguments: --jsn"),
@@ -45,7 +44,7 @@ WRONG = [
         "at most 32766, got 0",
     ),
     (f"{ZIPF} --max-loras many", "invalid int value: 'many'"),
-    (f"{ZIPF} --max-cpu-loras 0", "got 0"),
+    (f"{ZIPF} --max-loras 4 --max-cpu-loras 3", "got 3 for 4 slots"),
     (f"{ZIPF} --cpu-cache-gib -1", "--cpu-cache-gib must be a positive"),
     (f"{ZIPF} --cpu-cache-gib nan", "nan"),
     (f"{ZIPF} --concurrency 0", "got 0"),
@@ -58,6 +57,7 @@ WRONG = [
     (f"{ZIPF} --policy best", "'best'"),
     (f"{ZIPF} --policy no.such:Class", "no.such"),
     (f"{ZIPF} --adapter-mib 0", "--adapter-mib"),
+    (f"{ZIPF} --adapter-mib 9000", "more than the whole CPU budget (8.00 GiB)"),
     (f"{ZIPF} --adapter-mib 8 --rank-mix 8=1", "not allowed with argument"),
     (f"{ZIPF} --rank-mix 8", "8"),
     (f"{ZIPF} --rank-mix 8=x", "x"),
@@ -75,7 +75,6 @@ WRONG = [
     ("status --url {nobody} --json", "cannot be reached"),
     ("status --watch often", "invalid float value: 'often'"),
     ("status --watch 0", "0"),
-    ("advise", "one of the arguments --url --prometheus is required"),
     ("advise --url {nobody}", "cannot be reached"),
     ("advise --url {nobody} --window 0", "--window must be a positive number of seconds"),
     ("advise --url {nobody} --window soon", "invalid float value: 'soon'"),
@@ -84,7 +83,6 @@ WRONG = [
     ("advise --prometheus {nobody} --window 1e9", "at most 86400 s (a day)"),
     ("advise --prometheus localhost:9090", "is not a server address"),
     # adapters
-    ("adapters", "the following arguments are required: action, FOLDER, --workers/--url"),
     ("adapters drop {folder} --workers {nobody}", "invalid choice: 'drop'"),
     ("adapters sync {missing} --workers {nobody}", "No such file"),
     ("adapters sync {empty} --workers {nobody}", "Not a directory"),
@@ -93,49 +91,39 @@ WRONG = [
     # store and tenants
     ("store --describe", "no store of this user is running"),
     ("store describe", "unrecognized arguments: describe"),
-    ("tenants", "the following arguments are required"),
     ("tenants burn", "invalid choice: 'burn'"),
     ("tenants check {missing}", "No such file"),
     ("tenants check {bytes}", "expected UTF-8 text"),
     ("tenants check {empty}", "found nothing, expected tenants"),
     ("tenants check", "check takes a file"),
     # plan and validate
-    ("plan", "the following arguments are required: --model, --max-loras, --max-lora-rank"),
     ("plan --traffic {trace}", "--traffic needs --calibration"),
     ("plan --traffic {missing} --calibration {empty}", "No such file"),
     ("plan --traffic {trace} --calibration {empty} --plot p.png", "--plot is for plans of memory"),
     ("plan --traffic {trace} --calibration {empty}", "lacks prompt_tokens and generation_tokens"),
-    ("plan --model m --max-loras 2", "the following arguments are required: --max-lora-rank"),
     (f"{PLAN} --max-loras 0", "--max-loras must be at least 1"),
+    (f"{PLAN} --max-loras 40000", "at most 32766, got 40000"),
     (f"{PLAN} --max-lora-rank 0", "--max-lora-rank must be at least 1"),
     (f"{PLAN} --tensor-parallel-size 0", "--tensor-parallel-size must be at least 1"),
     (f"{PLAN} --gpu-memory nan", "--gpu-memory must be a positive number"),
     (f"{PLAN} --gpu-memory-utilization 2", "--gpu-memory-utilization must be in (0, 1]"),
     (f"{PLAN} --dtype int8", "invalid choice: 'int8'"),
     (f"{PLAN} --calibration {{empty}}", "--calibration is for --traffic"),
-    ("calibrate", "required: --max-num-seqs, --max-num-batched-tokens"),
     (f"{CALIBRATE} 1 --max-num-batched-tokens 64", "--max-num-seqs must be at least 2"),
     (f"{CALIBRATE} 64 --max-num-batched-tokens 16", "got 64 and 16"),
     (f"{CALIBRATE} 4 --max-num-batched-tokens 64 --url nonsense", "is not a server address"),
     (f"{CALIBRATE} 4 --max-num-batched-tokens 64 --url {{nobody}}", "cannot be reached"),
-    ("validate", "the following arguments are required: DIR, --model"),
-    ("validate {folder}", "the following arguments are required: --model"),
     # digest and doctor
-    ("digest", "the following arguments are required"),
     ("digest {missing}", "does not exist, expected an adapter folder"),
     ("digest {empty}", "is a file, expected an adapter folder"),
     ("digest {folder}", "adapter_config.json"),
     # sign and verify
-    ("sign", "the following arguments are required: DIR, --key"),
-    ("sign {folder}", "the following arguments are required: --key"),
     ("sign {folder} --key {missing}", "No such file"),
     ("sign {missing} --key {key}", "is not a folder"),
     ("sign {folder} --key {key}", "has no adapter_config.json, expected an adapter's folder"),
-    ("verify {folder}", "the following arguments are required: --keys"),
     ("verify {folder} --keys {missing}", "cannot be read: No such file"),
     ("verify {folder} --keys {empty}", "has no key, expected"),
     # completion
-    ("completion", "the following arguments are required: shell"),
     ("completion cmd", "invalid choice: 'cmd'"),
     ("doctor --against {missing}", "does not exist: expected a wheel"),
     ("doctor --against {folder}", "contains no vLLM"),
@@ -234,12 +222,7 @@ def test_control_c_ends_a_command_at_once():
 
 
 @pytest.mark.parametrize(
-    "command",
-    [
-        "simulate --synthetic zipf --requests 100 --json",
-        "completion bash",
-        *("--version", "--help", "plan --help"),
-    ],
+    "command", ["simulate --synthetic zipf --requests 100 --json", "plan --help"]
 )
 def test_a_reader_that_has_seen_enough_is_no_error(command):
     process = running(*command.split())
@@ -250,7 +233,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(command):
     assert (process.returncode, err) == (PIPE_CLOSED, "")
 
 
-@pytest.mark.parametrize("command", ["tenants new", "completion bash", "--version"])
+@pytest.mark.parametrize("command", ["tenants new", "--version"])
 def test_output_for_which_there_is_no_room_is_no_answer(command):
     with Path("/dev/full").open("w") as full:
         process = running(*command.split(), preexec_fn=lambda: os.dup2(full.fileno(), 1))

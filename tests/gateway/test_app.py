@@ -4,14 +4,14 @@ import asyncio
 import json
 import logging
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("vllm")
 
-from fastapi.testclient import TestClient
 
-from vllm_multilora.gateway.app import Gateway
+from vllm_multilora.gateway.app import stop_at_first_errors
 from vllm_multilora.integration.server.settings.gateway_activation import GATEWAY, mount_gateway
 from vllm_multilora.integration.settings.flags import merge_flags
 from vllm_multilora.tenants.keys import stored
@@ -82,16 +82,11 @@ def test_server_whose_keys_cannot_be_read_does_not_start(tmp_path):
     assert "expected tenants by name" in message["message"]
 
 
-def test_known_callers_pass_vllms_own_check_and_strangers_do_not(tmp_path):
-    tenants = tmp_path / "tenants.json"
-    tenants.write_text(json.dumps({"tenants": {"acme": {"keys": [stored(ACME)]}}}))
-    flags = ("--enable-lora", "--multilora-tenants", str(tenants), "--api-key", "sk-api")
-    client = TestClient(application(arguments(*flags)), raise_server_exceptions=False)
-    for key, status in ((None, 401), ("sk-wrong", 401), (ACME, 500), ("sk-api", 500)):
-        headers = {"x-api-key": key} if key else {}
-        body = {"model": "a", "prompt": "b"}
-        answer = client.post("/v1/completions", json=body, headers=headers)
-        assert answer.status_code == status, (key, answer.text)  # 500: there is no engine
+def test_unknown_fastapi_is_reported_once_and_left_alone(caplog):
+    """vLLM's own bodies are read to their first errors in the tests of attacks."""
+    route = SimpleNamespace(dependant=SimpleNamespace(body_params=[object()]))
+    stop_at_first_errors(SimpleNamespace(routes=[object(), route, route]))
+    assert caplog.text.count("FastAPI") == 1
 
 
 @pytest.mark.parametrize(
@@ -123,17 +118,3 @@ def test_tenants_refusal_says_that_a_path_is_mistyped(tmp_path):
     answer = client.post("/v1/chat/completion", json={}, headers={"x-api-key": ACME})
     assert answer.status_code == 403
     assert "POST /v1/chat/completion: it is mistyped" in answer.json()["error"]["message"]
-
-
-def test_path_with_control_characters_is_answered_before_any_key_is_looked_at():
-    async def ask():
-        sent = []
-
-        async def send(message):
-            sent.append(message)
-
-        scope = {"type": "http", "method": "GET", "path": "/health\n", "headers": []}
-        await Gateway(None)(scope, None, send)
-        return sent[0]["status"]
-
-    assert asyncio.run(ask()) == 404

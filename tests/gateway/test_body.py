@@ -70,6 +70,30 @@ BODIES = {
     "more-bytes": (CALLS, b'{"prompt": "%s"}' % (b"a" * (MAX_BODY_BYTES - 13)), 413),
     "many-more-bytes": (CALLS, bytes(MAX_BODY_BYTES * DROPPED_BODIES), 413),
 }
+
+
+def completion(echo, size, **fields):
+    """A body that asks for its prompt to be repeated, and how often or with what."""
+    asked = "".join(f'"{name}": {value}, ' for name, value in fields.items())
+    return f'{{"echo": {echo}, {asked}"prompt": "{"a" * size}"}}'.encode()
+
+
+MIB = 1 << 20
+BODIES |= {
+    "echo-of-few": (CALLS, completion("true", MIB, n=16), 200),
+    "echo-of-many": (CALLS, completion("true", MIB, n=18), 400),
+    "echo-in-words": (CALLS, completion('"yes"', MIB, n="18.0"), 400),
+    "echo-of-a-text": (CALLS, completion("1", MIB, n='"18"'), 400),
+    "no-echo-of-many": (CALLS, completion("false", MIB, n=18), 400),
+    "echo-null": (CALLS, completion("null", MIB, n=16), 200),
+    "echo-of-one": (CALLS, completion("true", MIB, n="null"), 200),
+    "scores-few": (CALLS, completion("true", 30_000, logprobs=1), 200),
+    "scores-many": (CALLS, completion("true", 30_000, logprobs=2), 400),
+    "scores-all": (CALLS, completion("true", 30_000, logprobs=-1), 400),
+    "scores-a-text": (CALLS, completion("true", 30_000, logprobs='"1"'), 400),
+    "scores-none": (CALLS, completion("true", 30_000, logprobs="null"), 200),
+    "scores-of-no-echo": (CALLS, completion("false", 30_000, logprobs=20), 200),
+}
 CHATS = "/v1/chat/completions"
 IMAGE = b'{"messages": [{"role": "user", "content": [{"image_url": {"url": "data:%s"}}]}]}'
 MEDIA_BODIES = {
@@ -172,44 +196,6 @@ def test_tenants_response_is_not_stored(tenants, body, expected):
     access = Access(tenants_path=str(tenants))
     start = asyncio.run(call(reading, access, RESPONSES, ACME, bodies=parts_of(body)))
     assert (start["status"], seen) == (200, [expected])
-
-
-REPEATS = b'{"echo": %s, "n": %s, "prompt": "%s"}'
-
-
-@pytest.mark.parametrize(
-    ("echo", "answers", "status"),
-    [
-        (b"true", b"16", 200),
-        (b"true", b"18", 400),
-        (b'"yes"', b"18.0", 400),
-        (b"1", b'"18"', 400),
-        (b"false", b"18", 400),
-        (b"null", b"16", 200),
-        (b"true", b"null", 200),
-    ],
-    ids=["few", "many", "words", "text", "no-echo", "null", "one-answer"],
-)
-def test_answer_repeats_little_of_its_body(tenants, echo, answers, status):
-    body = REPEATS % (echo, answers, b"a" * (1 << 20))
-    assert_answered(tenants, CALLS, body, status)
-
-
-@pytest.mark.parametrize(
-    ("echo", "scores", "status"),
-    [
-        (b"true", b"1", 200),
-        (b"true", b"2", 400),
-        (b"true", b"-1", 400),
-        (b"true", b'"1"', 400),
-        (b"true", b"null", 200),
-        (b"false", b"20", 200),
-    ],
-    ids=["few", "many", "all", "text", "none", "no-echo"],
-)
-def test_answer_tells_few_log_probabilities_of_its_prompt(tenants, echo, scores, status):
-    body = b'{"echo": %s, "logprobs": %s, "prompt": "%s"}' % (echo, scores, b"a" * 30_000)
-    assert_answered(tenants, CALLS, body, status)
 
 
 @pytest.mark.parametrize("name", [b"x-request-id", b"traceparent", b"tracestate"])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vllm_multilora.gateway.fields import MAX_DEPTH, MAX_SHORT_TEXT, FieldError, check_body
+from vllm_multilora.gateway.fields import MAX_SHORT_TEXT, FieldError, check_body
 from vllm_multilora.gateway.table import TENANT_ROUTES
 from vllm_multilora.tenants.tenant import ALLOWABLE
 
@@ -35,6 +35,21 @@ def nested(levels):
     return value
 
 
+def says(role, content, **others):
+    """A message."""
+    return {"role": role, "content": content, **others}
+
+
+def part(kind="text", **others):
+    """A part of a message; a long text, unless it is said to be something else."""
+    return {"type": kind, **(others or {"text": LONG})}
+
+
+def message_with(found):
+    return {"messages": [says("user", [part(text="a"), found])]}
+
+
+CALL = part("function", id="1", function={"name": "f", "arguments": json.dumps({"url": LONG})})
 TEXTS = {
     "prompt": (COMPLETIONS, {"model": "a", "prompt": LONG, "max_tokens": 1, "stop": ["b"]}),
     "tokens": (
@@ -46,20 +61,10 @@ TEXTS = {
         CHAT,
         {
             "messages": [
-                {"role": "system", "content": LONG},
-                {"role": "user", "content": [{"type": "text", "text": LONG}]},
-                {
-                    "role": "assistant",
-                    "content": None,
-                    "tool_calls": [
-                        {
-                            "id": "1",
-                            "type": "function",
-                            "function": {"name": "f", "arguments": json.dumps({"url": LONG})},
-                        }
-                    ],
-                },
-                {"role": "tool", "tool_call_id": "1", "content": LONG},
+                says("system", LONG),
+                says("user", [part()]),
+                says("assistant", None, tool_calls=[CALL]),
+                says("tool", LONG, tool_call_id="1"),
             ],
             "documents": [{"title": "a", "anything": LONG}],
             "chat_template_kwargs": {"enable_thinking": False},
@@ -68,26 +73,22 @@ TEXTS = {
             "tool_choice": "none",
         },
     ),
-    "batch": (f"{CHAT}/batch", {"messages": [[{"role": "user", "content": LONG}]]}),
+    "batch": (f"{CHAT}/batch", {"messages": [[says("user", LONG)]]}),
     "response": (
         RESPONSES,
         {
             "input": [
-                {"role": "user", "content": [{"type": "input_text", "text": LONG}]},
-                {
-                    "type": "message",
-                    "id": "m",
-                    "status": "completed",
-                    "role": "assistant",
-                    "content": [{"type": "output_text", "text": LONG, "annotations": [{"b": 1}]}],
-                },
-                {"type": "function_call", "call_id": "1", "name": "f", "arguments": LONG},
-                {"type": "function_call_output", "call_id": "1", "output": LONG},
-                {
-                    "type": "reasoning",
-                    "id": "r",
-                    "summary": [{"type": "summary_text", "text": LONG}],
-                },
+                says("user", [part("input_text")]),
+                says(
+                    "assistant",
+                    [part("output_text", text=LONG, annotations=[{"b": 1}])],
+                    type="message",
+                    id="m",
+                    status="completed",
+                ),
+                part("function_call", call_id="1", name="f", arguments=LONG),
+                part("function_call_output", call_id="1", output=LONG),
+                part("reasoning", id="r", summary=[part("summary_text")]),
             ],
             "instructions": LONG,
             "text": {"format": {"type": "text"}, "verbosity": "low"},
@@ -99,26 +100,17 @@ TEXTS = {
     "anthropic": (
         MESSAGES,
         {
-            "system": [{"type": "text", "text": LONG, "cache_control": {"type": "ephemeral"}}],
+            "system": [part(text=LONG, cache_control={"type": "ephemeral"})],
             "messages": [
-                {"role": "user", "content": LONG},
-                {
-                    "role": "assistant",
-                    "content": [
-                        {"type": "thinking", "thinking": LONG, "signature": LONG},
-                        {"type": "tool_use", "id": "1", "name": "f", "input": {"image": [LONG]}},
+                says("user", LONG),
+                says(
+                    "assistant",
+                    [
+                        part("thinking", thinking=LONG, signature=LONG),
+                        part("tool_use", id="1", name="f", input={"image": [LONG]}),
                     ],
-                },
-                {
-                    "role": "user",
-                    "content": [
-                        {
-                            "type": "tool_result",
-                            "tool_use_id": "1",
-                            "content": [{"type": "text", "text": LONG}],
-                        }
-                    ],
-                },
+                ),
+                says("user", [part("tool_result", tool_use_id="1", content=[part()])]),
             ],
             "max_tokens": 1,
             "stop_sequences": ["a"],
@@ -128,7 +120,7 @@ TEXTS = {
     "cohere": (
         "/cohere/v2/chat",
         {
-            "messages": [{"role": "user", "content": "a"}],
+            "messages": [says("user", "a")],
             "documents": [LONG, {"id": "1", "data": {"text": LONG}}],
             "k": 1,
             "p": 0.5,
@@ -137,7 +129,7 @@ TEXTS = {
     "embeddings": ("/v1/embeddings", {"input": [LONG, "b"], "encoding_format": "base64"}),
     "cohere-embed": (EMBED, {"texts": [LONG], "input_type": "query"}),
     "score": ("/score", {"text_1": LONG, "text_2": [LONG], "truncate_prompt_tokens": 1}),
-    "score-parts": ("/v1/score", {"queries": {"content": [{"type": "text", "text": LONG}]}}),
+    "score-parts": ("/v1/score", {"queries": {"content": [part()]}}),
     "rerank": ("/v2/rerank", {"query": LONG, "documents": [LONG], "top_n": 1}),
     "tokenize": ("/tokenize", {"prompt": LONG}),
     "detokenize": ("/detokenize", {"tokens": [1, 2]}),
@@ -246,66 +238,29 @@ def test_numbers_and_items_are_counted_to_their_limits():
     assert fault(COMPLETIONS, {"n": None, "seed": -5, "stop": "a", "max_tokens": 1.0}) is None
 
 
-def test_depth_is_counted_to_its_limit():
-    assert fault(COMPLETIONS, {"prompt": nested(MAX_DEPTH)}) is None
-    assert fault(COMPLETIONS, {"metadata": {"a": nested(MAX_DEPTH - 1)}}) is None
-
-
-def message_with(part):
-    return {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, part]}]}
-
-
+URL = {"url": PIXEL}
+IMAGE = part("input_image", image_url=PIXEL)
+BASE64 = {"type": "base64", "media_type": "image/png", "data": LONG}
 MEDIA = {
-    "image": (
-        CHAT,
-        message_with({"type": "image_url", "image_url": {"url": PIXEL}}),
-        "`image_url`",
-    ),
+    "image": (CHAT, message_with(part("image_url", image_url=URL)), "`image_url`"),
     "image-without-type": (CHAT, message_with({"image_url": PIXEL}), "`image_url`"),
-    "video": (
-        CHAT,
-        message_with({"type": "video_url", "video_url": {"url": PIXEL}}),
-        "`video_url`",
-    ),
+    "video": (CHAT, message_with(part("video_url", video_url=URL)), "`video_url`"),
     "audio": (
         CHAT,
-        message_with({"type": "input_audio", "input_audio": {"data": LONG, "format": "wav"}}),
+        message_with(part("input_audio", input_audio={"data": LONG, "format": "wav"})),
         "`input_audio`",
     ),
-    "response-image": (
-        RESPONSES,
-        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": PIXEL}]}]},
-        "`image_url`",
-    ),
+    "response-image": (RESPONSES, {"input": [says("user", [IMAGE])]}, "`image_url`"),
     "tool-output-image": (
         RESPONSES,
-        {
-            "input": [
-                {
-                    "type": "function_call_output",
-                    "output": [{"type": "input_image", "image_url": PIXEL}],
-                }
-            ]
-        },
+        {"input": [part("function_call_output", output=[IMAGE])]},
         "`image_url`",
     ),
-    "anthropic-image": (
-        MESSAGES,
-        message_with(
-            {
-                "type": "image",
-                "source": {"type": "base64", "media_type": "image/png", "data": LONG},
-            }
-        ),
-        "`source`",
-    ),
+    "anthropic-image": (MESSAGES, message_with(part("image", source=BASE64)), "`source`"),
     "cohere-images": (EMBED, {"images": [PIXEL]}, "`images` is not allowed for this tenant"),
     "rerank-image": (
         "/rerank",
-        {
-            "query": "a",
-            "documents": [{"content": [{"type": "image_url", "image_url": {"url": PIXEL}}]}],
-        },
+        {"query": "a", "documents": [{"content": [part("image_url", image_url=URL)]}]},
         "`image_url`",
     ),
 }
@@ -325,16 +280,13 @@ ADDRESSES = ("https://example.com/a.png", "file:///etc/passwd", " data:,", "DATA
 @pytest.mark.parametrize(
     ("path", "make"),
     [
-        (CHAT, lambda url: message_with({"type": "image_url", "image_url": {"url": url}})),
+        (CHAT, lambda url: message_with(part("image_url", image_url={"url": url}))),
         (CHAT, lambda url: message_with({"image_url": url})),
         (CHAT, lambda url: message_with({"image_url": [url]})),
         (CHAT, lambda url: message_with({"audio_url": {"url": url}})),
         (CHAT, lambda url: message_with({"video_url": {"url": url}})),
-        (RESPONSES, lambda url: {"input": [{"type": "input_image", "image_url": url}]}),
-        (
-            MESSAGES,
-            lambda url: message_with({"type": "image", "source": {"type": "url", "url": url}}),
-        ),
+        (RESPONSES, lambda url: {"input": [part("input_image", image_url=url)]}),
+        (MESSAGES, lambda url: message_with(part("image", source={"type": "url", "url": url}))),
         (EMBED, lambda url: {"images": [PIXEL, url]}),
     ],
     ids=["part", "short", "list", "audio", "video", "response", "anthropic", "cohere"],
@@ -399,22 +351,10 @@ def test_field_needs_its_word(path, body, word):
 
 
 def test_tools_in_messages_need_the_word_for_tools():
-    change = {
-        "type": "tool_addition",
-        "tool": {"type": "tool_definition", "definition": {"name": "f", "input_schema": SCHEMA}},
-    }
-    body = {"messages": [{"role": "system", "content": [change]}]}
+    definition = part("tool_definition", definition={"name": "f", "input_schema": SCHEMA})
+    body = {"messages": [says("system", [part("tool_addition", tool=definition)])]}
     assert "`tool`" in fault(MESSAGES, body)[0]
     assert fault(MESSAGES, body, {"grammars"}) is None
-
-
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [(RESPONSES, {"text": {"verbosity": LONG}}), (MESSAGES, {"output_config": {"effort": LONG}})],
-    ids=["responses", "messages"],
-)
-def test_harmless_value_of_a_gated_field_has_short_texts(path, body):
-    assert "found a text of 1025 characters" in fault(path, body)[0]
 
 
 def test_no_route_is_both_allowed_and_refused():

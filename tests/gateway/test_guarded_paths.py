@@ -17,6 +17,7 @@ from fastapi import APIRouter
 from fastapi.testclient import TestClient
 from starlette.routing import Mount
 
+from tests.event_loop import in_event_loop
 from vllm_multilora.gateway.keys import middleware
 from vllm_multilora.tenants.keys import stored
 
@@ -43,6 +44,7 @@ CONTROL = {
     "root-path-and-line-break": lambda path: f"{ROOT}{path}%0a",
 }
 OTHERWISE = {
+    "letter": lambda path: f"{path}x",
     "slash": lambda path: f"{path}/",
     "slashes": lambda path: f"{path}//",
     "encoded-slash": lambda path: f"{path}%2f",
@@ -175,29 +177,23 @@ def served(request, tmp_path_factory):
             logging.root.setLevel(level)  # vLLM hides what is not an error, of everybody
 
 
-def test_however_a_path_is_written_nobody_gets_to_more(served):
+@in_event_loop
+async def test_however_a_path_is_written_nobody_gets_to_more(served):
     site, _, keys = served
-
-    async def check():
-        for key, method in product(keys, METHODS):
-            plain = {await site.ask(method, path, key) for path in site.paths.values()}
-            for path, (name, write) in product(site.paths.values(), OTHERWISE.items()):
-                got = await site.ask(method, write(path), key)
-                assert isinstance(got, int) or got in plain, (key, method, path, name)
-
-    asyncio.run(check())
+    for key, method in product(keys, METHODS):
+        plain = {await site.ask(method, path, key) for path in site.paths.values()}
+        for path, (name, write) in product(site.paths.values(), OTHERWISE.items()):
+            got = await site.ask(method, write(path), key)
+            assert isinstance(got, int) or got in plain, (key, method, path, name)
 
 
-def test_a_path_with_control_characters_is_nobodys(served):
+@in_event_loop
+async def test_a_path_with_control_characters_is_nobodys(served):
     site, _, keys = served
-
-    async def check():
-        for key, method, plain in product((*keys, ADMIN), METHODS, site.paths.values()):
-            for name, write in CONTROL.items():
-                got = await site.ask(method, write(plain), key)
-                assert got == HTTPStatus.NOT_FOUND, (key, method, plain, name)
-
-    asyncio.run(check())
+    for key, method, plain in product((*keys, ADMIN), METHODS, site.paths.values()):
+        for name, write in CONTROL.items():
+            got = await site.ask(method, write(plain), key)
+            assert got == HTTPStatus.NOT_FOUND, (key, method, plain, name)
 
 
 def test_who_gets_to_which_endpoint(served):
@@ -227,24 +223,18 @@ def test_who_gets_to_which_endpoint(served):
             assert got == everything - MANAGE - STATUS
 
 
-def test_a_browsers_preflight_is_answered_before_any_endpoint(served):
+@in_event_loop
+async def test_a_browsers_preflight_is_answered_before_any_endpoint(served):
     site, _, _ = served
-
-    async def check():
-        for plain in site.paths.values():
-            assert await site.ask("OPTIONS", plain, None, **PREFLIGHT) == HTTPStatus.OK
-            without = await site.ask("OPTIONS", plain, None)
-            assert await site.ask("OPTIONS", plain, None, origin=PAGE) == without
-
-    asyncio.run(check())
+    for plain in site.paths.values():
+        assert await site.ask("OPTIONS", plain, None, **PREFLIGHT) == HTTPStatus.OK
+        without = await site.ask("OPTIONS", plain, None)
+        assert await site.ask("OPTIONS", plain, None, origin=PAGE) == without
 
 
-def test_the_headers_of_a_preflight_are_no_way_past_the_keys(served):
+@in_event_loop
+async def test_the_headers_of_a_preflight_are_no_way_past_the_keys(served):
     site, _, _ = served
-
-    async def check():
-        for method, plain in product(set(METHODS) - {"OPTIONS"}, site.paths.values()):
-            without = await site.ask(method, plain, None)
-            assert await site.ask(method, plain, None, **PREFLIGHT) == without, (method, plain)
-
-    asyncio.run(check())
+    for method, plain in product(set(METHODS) - {"OPTIONS"}, site.paths.values()):
+        without = await site.ask(method, plain, None)
+        assert await site.ask(method, plain, None, **PREFLIGHT) == without, (method, plain)

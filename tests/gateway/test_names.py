@@ -176,17 +176,6 @@ def test_name_that_the_gateway_has_given_means_nothing_to_clients(server):
         assert sent[0]["status"] == 404
 
 
-def test_version_has_its_name_until_its_last_request_has_ended():
-    table = {}
-    names = VersionNames(table)
-    with names.hold(ACME) as first:
-        with names.hold(ACME) as second, names.hold(FRENCH) as other:
-            assert first == second != other
-            assert table == {first: ACME, other: FRENCH}
-        assert table == {first: ACME}
-    assert table == {}
-
-
 def test_form_names_the_adapter_and_keeps_its_other_fields_and_files(server):
     boundary, crlf = b"----x", b"\r\n"
     fields = [

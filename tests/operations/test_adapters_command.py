@@ -52,24 +52,6 @@ def sync(folder: Path, *urls: str) -> int:
     return main(["adapters", "sync", str(folder), "--workers", *urls])
 
 
-def test_what_is_loaded_is_loaded_again_since_its_files_may_have_changed(
-    site: Site, folder: Path
-) -> None:
-    worker = Worker(site)
-    assert [sync(folder, site.url) for _ in range(2)] == [0, 0]
-    assert worker.loads == ["acme", "acme"]
-
-
-def test_a_refusal_is_shown_with_its_reason(
-    site: Site, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    worker = Worker(site)
-    worker.refusal = "contains NaN"
-    assert sync(folder, site.url) == 1
-    said = "vllm-multilora adapters: {}: acme refused: contains NaN\n"
-    assert capsys.readouterr().err == said.format(site.url)
-
-
 def test_a_server_that_loads_nothing_is_named_and_the_others_are_served(
     site: Site, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

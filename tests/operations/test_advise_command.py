@@ -40,16 +40,6 @@ def test_a_server_that_needs_more_slots(site, capsys):
     assert "rule  max_loras = adapters active within 5 minutes + 20 %" in out
 
 
-def test_findings_as_json(site, capsys):
-    busy_server(site)
-    assert main(["advise", "--url", site.url, "--window", "0.5", "--json"]) == 1
-    found = json.loads(capsys.readouterr().out)
-    assert found["max_loras"] == 2
-    assert found["peak_requested"] == 3
-    codes = {finding["code"] for finding in found["findings"]}
-    assert "max-loras-low" in codes
-
-
 def test_a_healthy_server(site, capsys):
     server = FakeServer(slots=4, requests={"a": 5}, adapters=[("a", "gpu", 16, False)])
     site.answers["/metrics"] = lambda *_: (200, server.text())
@@ -67,23 +57,6 @@ def test_a_clock_that_is_set_back_meanwhile(site, capsys, monkeypatch):
     monkeypatch.setattr("time.time", lambda: next(set_back))
     assert main(["advise", "--url", site.url, "--window", "0.3", "--json"]) == 1
     assert 0.3 <= json.loads(capsys.readouterr().out)["window_s"] < 60
-
-
-def test_the_key_of_a_server_with_guarded_metrics(site, capsys, monkeypatch):
-    """As every server with tenants has them."""
-    server = FakeServer(slots=4, requests={"a": 5}, adapters=[("a", "gpu", 16, False)])
-
-    def guarded(_: object, headers: dict[str, str]) -> Answer:
-        known = headers.get("Authorization") == "Bearer secret"
-        return (200, server.text()) if known else (401, "Unauthorized")
-
-    site.answers["/metrics"] = guarded
-    command = ["advise", "--url", site.url, "--window", "0.1"]
-    assert main(command) == 2
-    assert "in $VLLM_API_KEY or with --api-key" in capsys.readouterr().err
-    assert main([*command, "--api-key", "secret"]) == 0
-    monkeypatch.setenv("VLLM_API_KEY", "secret")
-    assert main(command) == 0
 
 
 def as_prometheus(seen: Sequence[Snapshot], query: dict[str, str]) -> str:
@@ -156,26 +129,6 @@ def test_a_prometheus_that_has_just_begun(site, capsys):
     command = ["advise", "--prometheus", site.url, "--window", "86400", "--json"]
     assert main(command) == 0
     assert 15 <= json.loads(capsys.readouterr().out)["window_s"] <= 60
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--url", "localhost:8000"], "expected http://HOST:PORT"),
-        (["--url", "{url}"], "/metrics answers 404"),
-        (["--url", "http://127.0.0.1:9"], "cannot be reached"),
-        (["--prometheus", "{url}"], "/api/v1/query_range answers 404"),
-        (["--prometheus", "{url}", "--window", "86401"], "at most 86400 s (a day)"),
-        (["--url", "{url}", "--window", "0"], "--window must be a positive number"),
-        (["--url", "{url}", "--match", 'job="a"'], "--match needs --prometheus"),
-    ],
-)
-def test_what_cannot_be_reported_is_a_status_of_its_own(site, arguments, message, capsys):
-    given = [argument.format(url=site.url) for argument in arguments]
-    assert main(["advise", *given]) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert captured.out == ""
 
 
 @pytest.mark.parametrize(

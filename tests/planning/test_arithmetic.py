@@ -3,7 +3,6 @@
 import pytest
 
 from tests.adapters.checkpoints import MODULES
-from vllm_multilora.integration.offline.kv_cache import KvCache
 from vllm_multilora.integration.offline.slot_memory import LayerMemory, SlotMemory
 from vllm_multilora.slots.budget import readable
 from vllm_multilora.toolbox.planning.memory_plan import MemoryPlan
@@ -33,28 +32,9 @@ def test_an_experts_number_is_one_too_and_a_name_with_digits_is_none():
     assert [group.name for group in SlotMemory(8, layers, (), 0).groups()] == ["h.*.experts.*.w1"]
 
 
-def test_tokens_and_requests():
-    cache = KvCache(request_bytes=90 * 1000, model_len=90)
-    assert cache.token_bytes == 1000
-    assert (cache.tokens(999), cache.tokens(1000), cache.tokens(90_999)) == (0, 1, 90)
-    assert cache.requests(45_000) == 0.5
-
-
 def test_every_worker_keeps_its_own_host_copies():
     assert MemoryPlan(MODEL, 3, 16).host_least == 3 * 16_000
     assert MemoryPlan(TWO_WORKERS, 3, 16).host_least == 2 * 3 * 16_000
-
-
-def test_what_is_left_of_a_gpu():
-    plan = MemoryPlan(MODEL, 3, 16, gpu_bytes=4 * 2**30, utilization=0.5)
-    assert plan.budget == 2 * 2**30 - MODEL.weight_bytes
-    assert MemoryPlan(MODEL, 3, 16).budget is None
-
-
-def test_the_settings_asked_for_are_among_those_compared():
-    plan = MemoryPlan(MODEL, 3, 64)
-    assert plan.slot_counts == (1, 3, 4, 16, 64)
-    assert plan.compared_ranks == (8, 16, 32, 64)
 
 
 @pytest.mark.parametrize(

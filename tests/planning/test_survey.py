@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from tests.adapters.checkpoints import layout, weights, write
 from tests.adapters.packs import take
@@ -90,19 +89,6 @@ def test_one_bad_adapter_is_reported_and_does_not_hide_the_others(directory):
     assert len(survey.adapters) == 4
     assert [name for name, _ in survey.refused] == ["broken", "headless"]
     assert "'r' is 'eight'" in str(survey.refused[0][1][0])
-
-
-def test_an_adapter_of_a_rank_that_no_slot_has_is_refused(directory):
-    put(directory, "huge", 65)
-    [(name, problems)] = survey_adapters(directory, WIDEST).refused
-    assert (name, problems[0].found) == ("huge", "65")
-
-
-def test_an_adapter_that_a_server_takes_for_too_large_is_refused(directory):
-    file = directory / "acme" / "adapter_model.safetensors"
-    save_file(load_file(file), file, {"notes": "x" * (2 << 20)})
-    [(name, [problem])] = survey_adapters(directory, WIDEST).refused
-    assert (name, problem.code) == ("acme", "header-too-large")
 
 
 @pytest.mark.parametrize("kind", ["missing", "a file", "empty"])

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
@@ -12,7 +13,6 @@ pytest.importorskip("vllm")
 
 from tools.browser import PROGRAMS, Browser, Page, browser_program
 from vllm_multilora.gateway.status.page import page as page_text
-from vllm_multilora.states import AdapterState
 
 from .stub import StubServer, listing, row
 
@@ -75,6 +75,15 @@ def drawn(page: Page, count: int) -> None:
     page.until(f"document.querySelectorAll('#rows tr:not(.more)').length === {count}")
 
 
+@contextmanager
+def showing(tab: Tab, answer: dict[str, Any], count: int) -> Iterator[tuple[StubServer, Page]]:
+    """A server with a listing, and a page that shows so many adapters of it."""
+    with StubServer(answer) as server:
+        page = tab(server.url)
+        drawn(page, count)
+        yield server, page
+
+
 def test_rows_follow_the_adapters_from_tier_to_tier(tab: Tab) -> None:
     def rows(*there: str) -> list[dict]:
         return [
@@ -82,9 +91,7 @@ def test_rows_follow_the_adapters_from_tier_to_tier(tab: Tab) -> None:
             for number, (name, state) in enumerate(zip("abc", there, strict=True), start=1)
         ]
 
-    with StubServer(listing(rows("absent", "host", "slot"))) as server:
-        page = tab(server.url)
-        drawn(page, 3)
+    with showing(tab, listing(rows("absent", "host", "slot")), 3) as (server, page):
         assert states(page) == {"a": "absent", "b": "host", "c": "slot"}
         assert cells(page, 0) == ["c", "b", "a"], "those that are nearest to serving come first"
         page.evaluate("window.before = document.querySelector('#rows tr')")  # the row of c
@@ -112,9 +119,7 @@ def test_names_and_reasons_are_text_whatever_they_are(tab: Tab) -> None:
     for tenant in tenants:
         tenant["limits"] = dict.fromkeys(("running", "waiting", "adapters", "tokens_per_minute"))
     rows[0] = {**rows[0], "state": "slot", "slot": 0}
-    with StubServer(listing(rows, tenants=tenants)) as server:
-        page = tab(server.url)
-        drawn(page, len(HOSTILE))
+    with showing(tab, listing(rows, tenants=tenants), len(HOSTILE)) as (server, page):
         page.evaluate("document.querySelectorAll('#rows .open').forEach(b => b.click())")
         server.wait_for_call()
         server.wait_for_call()
@@ -137,9 +142,7 @@ def test_names_and_reasons_are_text_whatever_they_are(tab: Tab) -> None:
 
 
 def test_the_policy_holds_where_the_page_would_forget(tab: Tab) -> None:
-    with StubServer(listing([row("a", 1)])) as server:
-        page = tab(server.url)
-        drawn(page, 1)
+    with showing(tab, listing([row("a", 1)]), 1) as (_, page):
         assert (
             page.evaluate("try { document.body.innerHTML = '<b>'; 'made' } catch (e) { e.name }")
             == "TypeError"
@@ -186,9 +189,7 @@ def test_a_key_is_asked_for_used_and_forgotten(tab: Tab) -> None:
 
 
 def test_a_server_that_has_gone_is_reported_and_so_is_its_return(tab: Tab) -> None:
-    with StubServer(listing([row("a", 1)])) as server:
-        page = tab(server.url)
-        drawn(page, 1)
+    with showing(tab, listing([row("a", 1)]), 1) as (server, page):
         server.status = HTTPStatus.SERVICE_UNAVAILABLE
         page.until("$('notice').innerText.includes('answers 503: no answer')")
         assert page.evaluate("document.body.classList.contains('stale')")
@@ -204,9 +205,7 @@ def test_hundreds_of_adapters_are_drawn_in_parts_and_found(tab: Tab) -> None:
         row(f"customer-{number:04}", number, "host" if number % 10 else "failed", requests=number)
         for number in range(1000)
     ]
-    with StubServer(listing(rows)) as server:
-        page = tab(server.url)
-        drawn(page, 200)
+    with showing(tab, listing(rows), 200) as (_, page):
         click(page, "#further")
         drawn(page, 400)
         click(page, "button.state.failed")
@@ -233,9 +232,7 @@ def test_hundreds_of_adapters_are_drawn_in_parts_and_found(tab: Tab) -> None:
 
 
 def test_traffic_is_what_has_come_between_two_looks(tab: Tab) -> None:
-    with StubServer(listing([row("a", 1, requests=100), row("b", 2)])) as server:
-        page = tab(server.url)
-        drawn(page, 2)
+    with showing(tab, listing([row("a", 1, requests=100), row("b", 2)]), 2) as (server, page):
         assert cells(page, 5) == ["", ""], "there is nothing to compare with yet"
         server.answer = listing([row("a", 1, requests=160), row("b", 2)])
         page.until("document.querySelector('#rows').rows[0].cells[5].innerText > '0'")
@@ -255,9 +252,7 @@ def test_details_of_engines_and_versions(tab: Tab) -> None:
     ]
     answer = listing([row("a", 1, "slot", slot=1, engines=engines, pinned=True)], slots=4)
     answer["slots"]["free"] = 2  # a version that requests still end on has the other
-    with StubServer(answer) as server:
-        page = tab(server.url)
-        drawn(page, 1)
+    with showing(tab, answer, 1) as (_, page):
         taken = "[...document.querySelectorAll('#slots li.taken')].map(one => one.innerText)"
         assert [text.split() for text in page.evaluate(taken)] == [["0/1", "a", "pin"]]
         assert "1 by versions" in page.evaluate("$('slots-note').innerText")
@@ -274,66 +269,11 @@ def test_details_of_engines_and_versions(tab: Tab) -> None:
 def test_a_tenant_sees_its_own_adapters_and_nothing_else(tab: Tab) -> None:
     keys = ("id", "object", "state", "kind", "rank", "last_error")
     rows = [{key: value for key, value in row("a", 1, "host").items() if key in keys}]
-    with StubServer({"object": "list", "data": rows}) as server:
-        page = tab(server.url)
-        drawn(page, 1)
+    with showing(tab, {"object": "list", "data": rows}, 1) as (_, page):
         heads = "[...document.querySelectorAll('#heads th')].map(h => h.innerText.trim())"
         assert page.evaluate(heads) == ["Adapter", "State", "Rank"]
         assert page.evaluate("$('figures').hidden")
         assert page.complaints() == []
-
-
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_text_can_be_read(tab: Tab, dark: bool) -> None:
-    """WCAG's AA: a ratio of at least 4.5 between a text and what it is on."""
-    pairs = [(state.value, f"{state.value}-bg") for state in AdapterState]
-    pairs += [(ink, ground) for ink in ("ink", "quiet") for ground in ("page", "sheet", "faint")]
-    pairs += [("failed", "sheet"), ("failed", "faint"), ("ink", "bar")]
-    names = sorted({name for pair in pairs for name in pair})
-    with StubServer(listing([])) as server:
-        page = tab(server.url, dark=dark)
-        colours = page.evaluate(
-            f"const style = getComputedStyle(document.documentElement), names = {names};"
-            "Object.fromEntries(names.map(name => [name, style.getPropertyValue('--' + name)]))"
-        )
-    low = {pair: contrast(*(colours[name] for name in pair)) for pair in pairs}
-    assert {pair: ratio for pair, ratio in low.items() if ratio < 4.5} == {}
-
-
-def contrast(one: str, another: str) -> float:
-    """The ratio of two colours' luminances, as WCAG defines it."""
-
-    def luminance(colour: str) -> float:
-        digits = colour.strip().removeprefix("#")
-        digits = "".join(d * 2 for d in digits) if len(digits) == 3 else digits
-        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
-        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    low, high = sorted((luminance(one), luminance(another)))
-    return (high + 0.05) / (low + 0.05)
-
-
-@pytest.mark.parametrize("width", [1280, 400])
-def test_nothing_is_cut_off_at_any_width(tab: Tab, width: int) -> None:
-    rows = [
-        row(
-            f"customer-with-a-long-name-{n}-{'x' * 40}",
-            n,
-            "slot" if n < 4 else "failed",
-            slot=n if n < 4 else None,
-            requests=10**n,
-            last_used=time.time() - 10**n,
-            last_error="the folder /adapters/somewhere/far/away does not exist" if n > 3 else None,
-        )
-        for n in range(8)
-    ]
-    with StubServer(listing(rows)) as server:
-        page = tab(server.url, width=width)
-        drawn(page, 8)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        sheet = "document.querySelector('.sheet')"
-        assert page.evaluate(f"{sheet}.scrollWidth <= {sheet}.clientWidth")
 
 
 def test_the_page_says_without_scripts_what_else_there_is() -> None:

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 
-from vllm_multilora.integration.server.requests.callers import tenant_salt
+from tests.event_loop import in_event_loop
 from vllm_multilora.tenants.limits import (
     MAX_TEXT_BYTES,
     Account,
@@ -29,13 +29,6 @@ def account(clock=None, servers=1, **limits):
     return Account(Tenant("acme", limits=TenantLimits(**limits)), servers, clock or Clock())
 
 
-def run(check):
-    async def checked():
-        check()
-
-    asyncio.run(checked())
-
-
 def test_rate_headers_say_what_is_left_of_all_servers_tokens():
     clock = Clock()
     found = account(clock, servers=2, tokens_per_minute=600)
@@ -50,65 +43,50 @@ def test_rate_headers_say_what_is_left_of_all_servers_tokens():
     assert account(running=3).rate_headers() == {}
 
 
-def test_without_limits_everything_begins():
-    def check():
-        found = account()
-        assert all(found.begin().done() for _ in range(1000))
-        assert (found.running, found.waiting) == (1000, 0)
-
-    run(check)
-
-
-def test_calls_wait_in_order_and_then_are_refused():
-    def check():
-        found = account(running=1, waiting=2)
-        first, second, third = (found.begin() for _ in range(3))
-        assert [turn.done() for turn in (first, second, third)] == [True, False, False]
-        reached = r"the limits of running calls \(1\) and of waiting ones \(2\) are reached"
-        with pytest.raises(LimitReachedError, match=reached) as caught:
-            found.begin()
-        assert caught.value.retry_after_s == 1
-        found.end()
-        assert (second.done(), third.done()) == (True, False)
-        found.end()
-        found.end()
-        assert third.done()
-        assert (found.running, found.waiting) == (0, 0)
-
-    run(check)
-
-
-def test_a_call_that_gives_up_makes_room():
-    def check():
-        found = account(running=1, waiting=1)
+@in_event_loop
+async def test_calls_wait_in_order_and_then_are_refused():
+    found = account(running=1, waiting=2)
+    first, second, third = (found.begin() for _ in range(3))
+    assert [turn.done() for turn in (first, second, third)] == [True, False, False]
+    reached = r"the limits of running calls \(1\) and of waiting ones \(2\) are reached"
+    with pytest.raises(LimitReachedError, match=reached) as caught:
         found.begin()
-        waiting = found.begin()
-        found.give_up(waiting)
-        assert (found.running, found.waiting) == (1, 0)
-        assert waiting.cancelled()
-        given = found.begin()
-        found.end()
-        assert given.done()
-        found.give_up(given)  # it has had its turn in the same moment
-        assert (found.running, found.waiting) == (0, 0)
-
-    run(check)
+    assert caught.value.retry_after_s == 1
+    found.end()
+    assert (second.done(), third.done()) == (True, False)
+    found.end()
+    found.end()
+    assert third.done()
+    assert (found.running, found.waiting) == (0, 0)
 
 
-def test_a_newer_file_lets_more_in_and_takes_nothing_away():
-    def check():
-        found = account(running=1)
-        turns = [found.begin() for _ in range(4)]
-        found.update(Tenant("acme", limits=TenantLimits(running=3)))
-        assert [turn.done() for turn in turns] == [True, True, True, False]
-        found.update(Tenant("acme", limits=TenantLimits(running=1)))
-        found.end()
-        found.end()
-        assert not turns[3].done()
-        found.end()
-        assert turns[3].done()
+@in_event_loop
+async def test_a_call_that_gives_up_makes_room():
+    found = account(running=1, waiting=1)
+    found.begin()
+    waiting = found.begin()
+    found.give_up(waiting)
+    assert (found.running, found.waiting) == (1, 0)
+    assert waiting.cancelled()
+    given = found.begin()
+    found.end()
+    assert given.done()
+    found.give_up(given)  # it has had its turn in the same moment
+    assert (found.running, found.waiting) == (0, 0)
 
-    run(check)
+
+@in_event_loop
+async def test_a_newer_file_lets_more_in_and_takes_nothing_away():
+    found = account(running=1)
+    turns = [found.begin() for _ in range(4)]
+    found.update(Tenant("acme", limits=TenantLimits(running=3)))
+    assert [turn.done() for turn in turns] == [True, True, True, False]
+    found.update(Tenant("acme", limits=TenantLimits(running=1)))
+    found.end()
+    found.end()
+    assert not turns[3].done()
+    found.end()
+    assert turns[3].done()
 
 
 def test_a_bucket_lets_a_minutes_worth_through_and_then_the_rate():
@@ -144,226 +122,173 @@ def test_what_has_risen_until_a_rate_changes_has_risen_at_the_old_one():
     assert bucket.wait_s() == (1 + 30) * 60 / 600
 
 
-def test_what_was_used_counts_though_the_file_has_changed():
-    def check():
-        found = account(tokens_per_minute=60)
-        found.charge(120)
-        found.update(Tenant("acme", limits=TenantLimits(tokens_per_minute=60, running=3)))
-        with pytest.raises(LimitReachedError) as caught:
-            found.begin()
-        assert caught.value.retry_after_s == 61
-        found.update(Tenant("acme", limits=TenantLimits(tokens_per_minute=6)))
-        with pytest.raises(LimitReachedError) as caught:
-            found.begin()
-        assert caught.value.retry_after_s == 610
-
-    run(check)
+@in_event_loop
+async def test_what_was_used_counts_though_the_file_has_changed():
+    found = account(tokens_per_minute=60)
+    found.charge(120)
+    found.update(Tenant("acme", limits=TenantLimits(tokens_per_minute=60, running=3)))
+    with pytest.raises(LimitReachedError) as caught:
+        found.begin()
+    assert caught.value.retry_after_s == 61
+    found.update(Tenant("acme", limits=TenantLimits(tokens_per_minute=6)))
+    with pytest.raises(LimitReachedError) as caught:
+        found.begin()
+    assert caught.value.retry_after_s == 610
 
 
-def test_whoever_gives_up_its_turn_for_a_list_while_it_pauses_keeps_nobody_waiting():
-    async def check():
-        clock = Clock()
-        pace = Pace(clock)
+@in_event_loop
+async def test_whoever_gives_up_its_turn_for_a_list_while_it_pauses_keeps_nobody_waiting():
+    clock = Clock()
+    pace = Pace(clock)
+    await pace.begin()
+    pace.end(60.0)
+    waiting = asyncio.create_task(pace.begin())
+    for _ in range(3):
+        await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    assert waiting.cancelled()
+    clock.now = 60.0
+    async with asyncio.timeout(10):
         await pace.begin()
-        pace.end(60.0)
-        waiting = asyncio.create_task(pace.begin())
-        for _ in range(3):
-            await asyncio.sleep(0)
-        waiting.cancel()
-        await asyncio.wait({waiting})
-        assert waiting.cancelled()
-        clock.now = 60.0
-        async with asyncio.timeout(10):
-            await pace.begin()
-
-    asyncio.run(check())
 
 
-def test_tokens_are_charged_as_they_come():
-    def check():
-        clock, tokens, ended = Clock(), 0, False
-        found = account(clock, tokens_per_minute=60)
+@in_event_loop
+async def test_tokens_are_charged_as_they_come():
+    clock, tokens, ended = Clock(), 0, False
+    found = account(clock, tokens_per_minute=60)
+    found.begin()
+    found.charge(30)
+    found.watch(Meter(lambda: tokens, lambda: ended))
+    tokens = 20
+    found.begin()
+    tokens, ended = 90, True
+    with pytest.raises(LimitReachedError, match=r"tokens per minute \(60\)") as caught:
         found.begin()
-        found.charge(30)
-        found.watch(Meter(lambda: tokens, lambda: ended))
-        tokens = 20
-        found.begin()
-        tokens, ended = 90, True
-        with pytest.raises(LimitReachedError, match=r"tokens per minute \(60\)") as caught:
-            found.begin()
-        assert caught.value.retry_after_s == 61
-        tokens = 1000  # nobody looks any more
-        clock.now = 61
-        found.begin()
-
-    run(check)
+    assert caught.value.retry_after_s == 61
+    tokens = 1000  # nobody looks any more
+    clock.now = 61
+    found.begin()
 
 
-def test_reading_what_very_many_requests_have_generated_takes_a_small_part_of_the_time():
+@in_event_loop
+async def test_reading_what_very_many_requests_have_generated_takes_a_small_part_of_the_time():
     """Calls that are refused read it, too."""
+    clock, read = Clock(), []
 
-    def check():
-        clock, read = Clock(), []
+    def tokens():
+        clock.now += 0.001
+        read.append(clock.now)
+        return 1
 
-        def tokens():
-            clock.now += 0.001
-            read.append(clock.now)
-            return 1
-
-        found = account(clock, tokens_per_minute=600)
-        for _ in range(100):
-            found.watch(Meter(tokens, lambda: False))
-        for _ in range(50):
-            found.begin()
-        assert len(read) == 100
-        clock.now += 5
+    found = account(clock, tokens_per_minute=600)
+    for _ in range(100):
+        found.watch(Meter(tokens, lambda: False))
+    for _ in range(50):
         found.begin()
-        assert len(read) == 200
+    assert len(read) == 100
+    clock.now += 5
+    found.begin()
+    assert len(read) == 200
 
-    run(check)
 
-
-def test_nothing_of_a_tenants_requests_is_kept_while_it_is_away():
+@in_event_loop
+async def test_nothing_of_a_tenants_requests_is_kept_while_it_is_away():
     class State:
         ended = False
 
-    def check():
-        clock = Clock()
-        found = account(clock, tokens_per_minute=600)
+    clock = Clock()
+    found = account(clock, tokens_per_minute=600)
 
-        def watched():
-            state = State()
+    def watched():
+        state = State()
 
-            def read():
-                clock.now += 0.001  # so that nothing is read soon after
-                return 1
+        def read():
+            clock.now += 0.001  # so that nothing is read soon after
+            return 1
 
-            found.begin()
-            found.watch(Meter(read, lambda: state.ended))
-            return state
-
-        states = [watched(), watched()]
-        gone = [weakref.ref(state) for state in states]
-        while states:
-            states.pop().ended = True
-            found.end()
-        assert [state() for state in gone] == [None, None]
-
-    run(check)
-
-
-def test_an_account_is_idle_when_nothing_is_in_use_and_nothing_is_owed():
-    def check():
-        clock = Clock()
-        found = account(clock, tokens_per_minute=60)
-        assert found.is_idle
         found.begin()
-        assert not found.is_idle
-        found.use("a")
+        found.watch(Meter(read, lambda: state.ended))
+        return state
+
+    states = [watched(), watched()]
+    gone = [weakref.ref(state) for state in states]
+    while states:
+        states.pop().ended = True
         found.end()
-        assert not found.is_idle
-        found.charge(1)
-        found.release("a")
-        assert not found.is_idle
-        clock.now = 1
-        assert found.is_idle
-
-    run(check)
+    assert [state() for state in gone] == [None, None]
 
 
-def test_calls_that_wait_begin_at_the_rate_too():
+@in_event_loop
+async def test_calls_that_wait_begin_at_the_rate_too():
     """Each uses 100 tokens in a second, and 60 a minute are allowed."""
-
-    def check():
-        clock = Clock()
-        found = account(clock, running=1, tokens_per_minute=60)
-        first, *waiting = (found.begin() for _ in range(4))
-        assert first.done()
-        for turn in waiting:
-            found.charge(100)
-            clock.now += 1
-            found.end()
-            assert not turn.done()
-            with pytest.raises(LimitReachedError, match=r"tokens per minute \(60\)"):
-                found.begin()  # nor does one that comes later
-            clock.now += 100
-            found.update(found.tenant)
-            assert turn.done()
-        assert [turn.done() for turn in waiting] == [True, True, True]
-        assert (found.running, found.waiting) == (1, 0)
-
-    run(check)
-
-
-def test_calls_that_wait_are_before_those_that_come_when_there_are_tokens_again():
-    def check():
-        clock = Clock()
-        found = account(clock, running=1, tokens_per_minute=60)
-        found.begin()
-        waits = found.begin()
+    clock = Clock()
+    found = account(clock, running=1, tokens_per_minute=60)
+    first, *waiting = (found.begin() for _ in range(4))
+    assert first.done()
+    for turn in waiting:
         found.charge(100)
+        clock.now += 1
         found.end()
-        clock.now = 100
-        assert not found.begin().done()
-        assert waits.done()
-        assert (found.running, found.waiting) == (1, 1)
+        assert not turn.done()
+        with pytest.raises(LimitReachedError, match=r"tokens per minute \(60\)"):
+            found.begin()  # nor does one that comes later
+        clock.now += 100
+        found.update(found.tenant)
+        assert turn.done()
+    assert [turn.done() for turn in waiting] == [True, True, True]
+    assert (found.running, found.waiting) == (1, 0)
 
-    run(check)
+
+@in_event_loop
+async def test_calls_that_wait_are_before_those_that_come_when_there_are_tokens_again():
+    clock = Clock()
+    found = account(clock, running=1, tokens_per_minute=60)
+    found.begin()
+    waits = found.begin()
+    found.charge(100)
+    found.end()
+    clock.now = 100
+    assert not found.begin().done()
+    assert waits.done()
+    assert (found.running, found.waiting) == (1, 1)
 
 
-def test_a_large_limit_is_given_in_digits():
-    def check():
-        found = account(running=1, tokens_per_minute=1_000_000)
+@in_event_loop
+async def test_calls_that_wait_for_tokens_alone_begin_by_themselves():
+    found = Account(Tenant("acme", limits=TenantLimits(running=2, tokens_per_minute=60_000)))
+    turns = [found.begin() for _ in range(4)]
+    tokens = 60_200
+    found.watch(Meter(lambda: tokens, lambda: False))
+    found.end()
+    tokens += 200  # 400 more than there are, which take 400 ms
+    found.end()
+    assert not any(turn.done() for turn in turns[2:])
+    async with asyncio.timeout(30):
+        await asyncio.gather(*turns)
+    assert (found.running, found.waiting) == (2, 0)
+
+
+@in_event_loop
+async def test_a_higher_rate_lets_those_in_that_wait_for_tokens():
+    found = account(running=1, tokens_per_minute=60)
+    found.begin()
+    waits = found.begin()
+    found.charge(1000)
+    found.end()
+    assert not waits.done()
+    found.update(Tenant("acme", limits=TenantLimits(running=1)))
+    assert waits.done()
+
+
+@in_event_loop
+async def test_every_api_server_has_its_part():
+    found = account(servers=2, running=3, tokens_per_minute=60)
+    assert [found.begin().done() for _ in range(3)] == [True, True, False]
+    found.charge(31)
+    with pytest.raises(LimitReachedError) as caught:
         found.begin()
-        found.charge(1_000_001)
-        found.end()
-        with pytest.raises(LimitReachedError, match=r"tokens per minute \(1,000,000\)"):
-            found.begin()
-
-    run(check)
-
-
-def test_calls_that_wait_for_tokens_alone_begin_by_themselves():
-    async def check():
-        found = Account(Tenant("acme", limits=TenantLimits(running=2, tokens_per_minute=60_000)))
-        turns = [found.begin() for _ in range(4)]
-        tokens = 60_200
-        found.watch(Meter(lambda: tokens, lambda: False))
-        found.end()
-        tokens += 200  # 400 more than there are, which take 400 ms
-        found.end()
-        assert not any(turn.done() for turn in turns[2:])
-        async with asyncio.timeout(30):
-            await asyncio.gather(*turns)
-        assert (found.running, found.waiting) == (2, 0)
-
-    asyncio.run(check())
-
-
-def test_a_higher_rate_lets_those_in_that_wait_for_tokens():
-    def check():
-        found = account(running=1, tokens_per_minute=60)
-        found.begin()
-        waits = found.begin()
-        found.charge(1000)
-        found.end()
-        assert not waits.done()
-        found.update(Tenant("acme", limits=TenantLimits(running=1)))
-        assert waits.done()
-
-    run(check)
-
-
-def test_every_api_server_has_its_part():
-    def check():
-        found = account(servers=2, running=3, tokens_per_minute=60)
-        assert [found.begin().done() for _ in range(3)] == [True, True, False]
-        found.charge(31)
-        with pytest.raises(LimitReachedError) as caught:
-            found.begin()
-        assert caught.value.retry_after_s == 4
-
-    run(check)
+    assert caught.value.retry_after_s == 4
 
 
 def test_different_adapters_are_counted_while_they_are_used():
@@ -379,60 +304,43 @@ def test_different_adapters_are_counted_while_they_are_used():
     found.use("c")
 
 
-def test_what_requests_generate_is_not_followed_where_nothing_limits_it():
-    def check():
-        found = account(running=1)
-        found.watch(Meter(lambda: 0, lambda: False))
-        assert found.is_idle
-
-    run(check)
+@in_event_loop
+async def test_what_requests_generate_is_not_followed_where_nothing_limits_it():
+    found = account(running=1)
+    found.watch(Meter(lambda: 0, lambda: False))
+    assert found.is_idle
 
 
-def test_salts_differ_by_secret_tenant_and_the_clients_own():
-    made = {
-        tenant_salt(secret, tenant, own)
-        for secret in ("one", "two")
-        for tenant in ("a", "ab")
-        for own in (None, "", "b", "a\n+b", "\ud800")
-    }
-    assert len(made) == 20
-    assert tenant_salt("one", "a", "b") == tenant_salt("one", "a", "b")
+@in_event_loop
+async def test_texts_of_a_tenant_when_many_wait_for_the_tokenizer_wait_for_each_other():
+    account, order = Account(Tenant("acme")), []
+
+    async def read(name, size):
+        await account.begin_text(size)
+        order.append(name)
+
+    half = MAX_TEXT_BYTES // 2
+    await asyncio.gather(read("a", half), read("b", half))
+    names = {"long": 2 * MAX_TEXT_BYTES, "gone": 1, "last": 1}
+    waiting = {name: asyncio.create_task(read(name, size)) for name, size in names.items()}
+    await asyncio.sleep(0)
+    waiting["gone"].cancel()
+    account.end_text(half)
+    await asyncio.sleep(0)
+    assert order == ["a", "b"]
+    account.end_text(half)
+    await asyncio.wait_for(waiting["long"], 5)
+    assert not waiting["last"].done()
+    account.end_text(names["long"])
+    await asyncio.wait_for(waiting["last"], 5)
 
 
-def test_texts_of_a_tenant_when_many_wait_for_the_tokenizer_wait_for_each_other():
-    async def scenario():
-        account, order = Account(Tenant("acme")), []
-
-        async def read(name, size):
-            await account.begin_text(size)
-            order.append(name)
-
-        half = MAX_TEXT_BYTES // 2
-        await asyncio.gather(read("a", half), read("b", half))
-        names = {"long": 2 * MAX_TEXT_BYTES, "gone": 1, "last": 1}
-        waiting = {name: asyncio.create_task(read(name, size)) for name, size in names.items()}
-        await asyncio.sleep(0)
-        waiting["gone"].cancel()
-        account.end_text(half)
-        await asyncio.sleep(0)
-        assert order == ["a", "b"]
-        account.end_text(half)
-        await asyncio.wait_for(waiting["long"], 5)
-        assert not waiting["last"].done()
-        account.end_text(names["long"])
-        await asyncio.wait_for(waiting["last"], 5)
-
-    asyncio.run(scenario())
-
-
-def test_text_that_is_given_up_when_it_has_its_turn_makes_room():
-    async def scenario():
-        account = Account(Tenant("acme"))
-        await account.begin_text(MAX_TEXT_BYTES)
-        given_up = asyncio.create_task(account.begin_text(MAX_TEXT_BYTES))
-        await asyncio.sleep(0)
-        account.end_text(MAX_TEXT_BYTES)
-        given_up.cancel()
-        await asyncio.wait_for(account.begin_text(MAX_TEXT_BYTES), 5)
-
-    asyncio.run(scenario())
+@in_event_loop
+async def test_text_that_is_given_up_when_it_has_its_turn_makes_room():
+    account = Account(Tenant("acme"))
+    await account.begin_text(MAX_TEXT_BYTES)
+    given_up = asyncio.create_task(account.begin_text(MAX_TEXT_BYTES))
+    await asyncio.sleep(0)
+    account.end_text(MAX_TEXT_BYTES)
+    given_up.cancel()
+    await asyncio.wait_for(account.begin_text(MAX_TEXT_BYTES), 5)

@@ -99,16 +99,20 @@ def test_a_server_that_only_renders_prompts_lists_its_model_as_any_other():
 )
 def test_a_rendered_request_names_what_is_to_answer_it(models, asked, named, monkeypatch):
     """By a name that `/inference/v1/generate` takes, whatever vLLM sends there."""
-    processor = SimpleNamespace()
-    METER.set(processor, ServerMeter(None))
-    models.engine_client = SimpleNamespace(output_processor=processor)
-    for number in (1, 2):
-        registered_versions.note(models.engine_client, number, Version("12345678" * 8, 1.0, "lora"))
+    with_engine(models, 1, 2)
     monkeypatch.setattr(blend_names, "why_none", lambda models: None)
     models.path.write_text("routes: {help-acme: acme-a, mixed: {blend: {acme-a: 0.5, zen-a: 0.5}}}")
     choose_for(models, None, "unheard-of")  # and the file is looked at
     chosen, _ = choose_for(models, None, asked, "/v1/completions/render")
     assert chosen.rendered == named
+
+
+def with_engine(models: Any, *numbers: int) -> None:
+    """An engine for which adapters of these numbers are registered."""
+    METER.set(processor := SimpleNamespace(), ServerMeter(None))
+    models.engine_client = SimpleNamespace(output_processor=processor)
+    for number in numbers:
+        registered_versions.note(models.engine_client, number, Version("12345678" * 8, 1.0, "lora"))
 
 
 def tenant(*, adapters: tuple[str, ...] = (), routes: tuple[str, ...] = ()) -> Caller:
@@ -165,9 +169,7 @@ def test_a_refusal_names_no_folder_to_who_may_see_none(models, asked, monkeypatc
 
     monkeypatch.setattr(adapter_directory, "prepare", refuse)
     monkeypatch.setattr(blend_names, "why_none", lambda models: None)
-    processor = SimpleNamespace()
-    METER.set(processor, ServerMeter(None))
-    models.engine_client = SimpleNamespace(output_processor=processor)
+    with_engine(models)
 
     def reported(hides):
         who = tenant(adapters=("acme-*",))
@@ -195,9 +197,7 @@ def test_a_refusal_names_no_folder_to_who_may_see_none(models, asked, monkeypatc
     ids=["served", "another-is-served", "not-read-yet", "base-model", "a-name", "a-route"],
 )
 def test_a_version_that_is_not_served_is_not_answered_by_another(models, name, status):
-    METER.set(processor := SimpleNamespace(), ServerMeter(None))
-    models.engine_client = SimpleNamespace(output_processor=processor)
-    registered_versions.note(models.engine_client, 1, Version("12345678" * 8, 1.0, "lora"))
+    with_engine(models, 1)
     models.lora_requests["help-yourself@12345678"] = LoRARequest(name, 9, "/help-yourself")
     chosen, _ = choose_for(models, None, name)
     assert (None if isinstance(chosen, Chosen) else chosen.error.code) == status
@@ -225,9 +225,7 @@ def test_a_changed_file_takes_no_name_from_an_adapter(models):
 
 def test_a_name_that_ends_like_a_version_is_as_unknown_as_any_other(models):
     """Whether it is an adapter's, or asks for a version of one, is not to be told by the answer."""
-    processor = SimpleNamespace()
-    METER.set(processor, ServerMeter(None))
-    models.engine_client = SimpleNamespace(output_processor=processor)
+    with_engine(models)
     models.lora_requests["zen@12345678"] = LoRARequest("zen@12345678", 9, "/zen")
 
     def reported(name):
@@ -238,8 +236,7 @@ def test_a_name_that_ends_like_a_version_is_as_unknown_as_any_other(models):
 
 
 def test_request_stays_with_the_version_that_its_name_stood_for_first(models):
-    METER.set(processor := SimpleNamespace(), ServerMeter(None))
-    models.engine_client = SimpleNamespace(output_processor=processor)
+    with_engine(models)
     chosen, call = choose_for(models, None, "acme-a")
     models.lora_requests["acme-a"] = LoRARequest("acme-a", 9, "/acme-a")
     assert chosen.lora.lora_int_id == call.lora.lora_int_id == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tools.testbed import compatibility
-from tools.testbed.results import SEAM_TABLES, Result, checked, load, with_checked
+from tools.testbed.results import SEAM_TABLES, checked, load, with_checked
 from vllm_multilora.integration.patching.patch import RUNS
 from vllm_multilora.integration.patching.tables.ledger import PATCHES
 
@@ -62,50 +62,15 @@ def test_every_feature_of_a_test_has_a_row_and_every_other_row_says_why_not():
     assert all(row.untested and row.note for row in untested)
 
 
-def test_the_worst_outcome_of_a_feature_counts():
-    outcomes = {
-        "one": {"outcome": "passed", "features": ["a", "b"]},
-        "two": {"outcome": "failed", "features": ["a"]},
-        "three": {"outcome": "skipped", "features": ["b", "c"]},
-        "four": {"outcome": "passed", "features": []},
-    }
-    result = Result.of("0.33.0", outcomes, {"pin", "flags"})
-    assert result.features == {"a": "failed", "b": "passed", "c": "skipped"}
-    assert result.tests == 2
-    assert result.failed == ("two",)
-    assert result.called == ("flags", "pin")
-
-
-def test_a_feature_is_tested_only_where_it_has_passed():
-    results = {
-        "0.32": Result("0.32.0", 1, (), {"beam search": "passed"}, ()),
-        "0.33": Result("0.33.0", 1, (), {"beam search": "skipped"}, ()),
-    }
-    (line,) = (
-        line
-        for line in compatibility.page(results).splitlines()
-        if line.startswith("| beam search")
-    )
-    cells = [cell.strip() for cell in line.split("|")[2:-1]]
-    assert cells == ["tested" if run == "0.32" else "-" for run in RUNS]
-
-
-def test_the_recorder_and_the_runner_mean_the_same_folder():
-    recorder = ROOT / "tools/testbed/recorder/multilora_testbed_recorder.py"
-    spec = importlib.util.spec_from_file_location("recorder", recorder)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    runner = (ROOT / "tools/testbed/__main__.py").read_text()
-    assert re.search(r'_CALLED = "(\w+)"', runner)[1] == module.FOLDER_VARIABLE
-
-
-def test_the_recorder_notes_a_first_call(tmp_path, monkeypatch):
+def test_the_recorder_notes_a_first_call_where_the_runner_looks(tmp_path, monkeypatch):
     recorder = ROOT / "tools/testbed/recorder/multilora_testbed_recorder.py"
     spec = importlib.util.spec_from_file_location("recorder", recorder)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     from vllm_multilora.integration.patching.patch import Patch
 
+    runner = (ROOT / "tools/testbed/__main__.py").read_text()
+    assert re.search(r'_CALLED = "(\w+)"', runner)[1] == module.FOLDER_VARIABLE
     monkeypatch.setattr(Patch, "load_handler", Patch.load_handler)
     monkeypatch.setenv(module.FOLDER_VARIABLE, str(tmp_path))
     for _ in range(2):

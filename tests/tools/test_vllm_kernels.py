@@ -62,13 +62,6 @@ def test_carried_kernels_need_nothing_else_of_vllm_and_are_right(tmp_path, capsy
     assert all(Path(file).is_relative_to(tmp_path) for file in found["files"])
 
 
-def test_where_there_is_no_vllm_nothing_is_carried(tmp_path, capsys):
-    folder = tmp_path / "carried"
-    assert vllm_kernels.main([str(folder), "--site", str(tmp_path)]) == 2
-    assert f"{tmp_path / 'vllm'} is no vLLM" in capsys.readouterr().err
-    assert not folder.exists()
-
-
 def test_a_function_that_vllm_no_longer_has_is_named(tmp_path, capsys):
     package = tmp_path / "vllm"
     for name in (*vllm_kernels.COPIED, *vllm_kernels.FUNCTIONS):

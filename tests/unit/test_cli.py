@@ -35,50 +35,42 @@ WRONG = {
 }
 
 
-def answer(*arguments: str) -> tuple[int, str, list[str], int]:
-    """Exit status, output, the heavy modules among those imported, and how many were."""
-    program = (
-        "import json, sys\n"
-        "from vllm_multilora.cli import main\n"
-        "try:\n"
-        "    main(json.loads(sys.argv[1]))\n"
-        "except SystemExit as end:\n"
-        "    status = end.code\n"
-        "heavy = [name for name in json.loads(sys.argv[2]) if name in sys.modules]\n"
-        "print(json.dumps([status, heavy, len(sys.modules)]))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, json.dumps(arguments), json.dumps(HEAVY)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    *printed, last = done.stdout.splitlines()
-    status, heavy, modules = json.loads(last)
-    return status, "\n".join(printed) + done.stderr, heavy, modules
+PROGRAM = """
+import contextlib, io, json, sys
+from vllm_multilora.cli import main
+answers = []
+for call in json.loads(sys.argv[1]):
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        try:
+            main(call)
+        except SystemExit as end:
+            answers.append((end.code, text.getvalue()))
+heavy = [name for name in json.loads(sys.argv[2]) if name in sys.modules]
+print(json.dumps([answers, heavy, len(sys.modules)]))
+"""
+CALLS = {
+    "": {
+        ("--version",): (0, __version__),
+        ("--help",): (0, COMMANDS["validate"].help),
+        (): (2, "arguments are required"),
+        ("vaildate",): (2, "invalid choice: 'vaildate'"),
+    },
+    **{
+        name: {(name, "--help"): (0, "--help"), (name, *WRONG[name]): (2, "error: ")}
+        for name in sorted(COMMANDS)
+    },
+}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "text"),
-    [
-        pytest.param(["--version"], 0, __version__, id="version"),
-        pytest.param(["--help"], 0, COMMANDS["validate"].help, id="help"),
-        pytest.param([], 2, "arguments are required", id="no-command"),
-        pytest.param(["vaildate"], 2, "invalid choice: 'vaildate'", id="unknown-command"),
-        *(
-            pytest.param([name, "--help"], 0, "--help", id=f"{name}-help")
-            for name in sorted(COMMANDS)
-        ),
-        *(
-            pytest.param([name, *WRONG[name]], 2, "error: ", id=f"{name}-wrong")
-            for name in sorted(COMMANDS)
-        ),
-    ],
-)
-def test_help_and_wrong_arguments_import_nothing_heavy(arguments, status, text):
-    found_status, output, heavy, modules = answer(*arguments)
-    assert found_status == status
-    assert text in output
+@pytest.mark.parametrize("calls", CALLS.values(), ids=CALLS)
+def test_help_and_wrong_arguments_import_nothing_heavy(calls):
+    command = [sys.executable, "-c", PROGRAM, json.dumps([*calls]), json.dumps(HEAVY)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    answers, heavy, modules = json.loads(done.stdout)
+    for (status, text), (expected, words) in zip(answers, calls.values(), strict=True):
+        assert status == expected
+        assert words in text
     assert heavy == []
     assert modules < MAX_MODULES
 
@@ -88,6 +80,7 @@ def test_examples_are_in_the_help_and_can_be_parsed(name, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([name, "--help"])
     shown = capsys.readouterr().out.replace(" \\\n      ", " ")
+    assert " ".join(COMMANDS[name].description.split()) in " ".join(shown.split())
     for example in COMMANDS[name].examples:
         assert f"\n  vllm-multilora {example}\n" in shown
         words = shlex.split(example.partition(">")[0])
@@ -134,14 +127,6 @@ def test_completion_without_shtab_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert main(["completion", "bash"]) == 2
     assert "pip install 'vllm-multilora[completion]'" in capsys.readouterr().err
-
-
-def test_every_command_is_described_in_its_own_help(capsys):
-    for name, command in COMMANDS.items():
-        with pytest.raises(SystemExit, match="0"):
-            main([name, "--help"])
-        shown = " ".join(capsys.readouterr().out.split())
-        assert " ".join(command.description.split()) in shown
 
 
 def test_commands_that_take_a_flag_of_the_servers_say_the_same_of_it():

@@ -22,6 +22,11 @@ def path(tmp_path):
 
 
 @pytest.fixture
+def file(path):
+    return WatchedFile(path, parse_routes, "routes")
+
+
+@pytest.fixture
 def clock(monkeypatch):
     """The time as `WatchedFile` has it."""
     clock = SimpleNamespace(ns=time.time_ns())
@@ -40,8 +45,7 @@ def names(file):
     return list(file.value.targets)
 
 
-def test_a_changed_file_is_read_again(path):
-    file = WatchedFile(path, parse_routes, "routes")
+def test_a_changed_file_is_read_again(path, file):
     assert not file.refresh()
     write(path, "two", age_s=50)
     assert names(file) == ["one"]
@@ -50,9 +54,8 @@ def test_a_changed_file_is_read_again(path):
     assert not file.refresh()
 
 
-def test_a_wrong_path_fills_no_servers_memory(path, tmp_path, caplog):
+def test_a_wrong_path_fills_no_servers_memory(path, file, tmp_path, caplog):
     """A checkpoint's in the place of the file's, say."""
-    file = WatchedFile(path, parse_routes, "routes")
     with (tmp_path / "other").open("wb") as other:
         other.truncate(1 << 40)
     (tmp_path / "other").rename(path)
@@ -103,8 +106,7 @@ def test_a_file_that_is_replaced_through_a_link_is_noticed(tmp_path):
     assert names(file) == ["two"]
 
 
-def test_touching_a_file_changes_nothing(path):
-    file = WatchedFile(path, parse_routes, "routes")
+def test_touching_a_file_changes_nothing(path, file):
     routes = file.value
     os.utime(path, ns=(1, 1))
     assert not file.refresh()
@@ -112,47 +114,37 @@ def test_touching_a_file_changes_nothing(path):
 
 
 def test_a_broken_file_leaves_the_routes_and_is_logged_once(path, caplog):
+    """Whatever parsing it ends with: nobody who asks in the meantime has that error."""
+
+    def parse(file, text):
+        if "overflow" in text:
+            raise OverflowError("int too large to convert to float")
+        return parse_routes(file, text)
+
     caplog.set_level(logging.INFO, LOGGER)
-    file = WatchedFile(path, parse_routes, "routes")
-    path.write_text("routes: {one: [")
-    for _ in range(3):
-        assert not file.refresh()
-    assert names(file) == ["one"]
-    assert [record.levelname for record in caplog.records] == ["ERROR"]
-    assert "invalid YAML" in caplog.text
-    path.write_text("routes: {one: 7}")
-    assert not file.refresh()
-    assert len(caplog.records) == 2
+    file = WatchedFile(path, parse, "routes")
+    for number, (text, message) in enumerate(
+        {
+            "routes: {one: [": "invalid YAML",
+            "routes: {one: 7}": "The routes stay as they were",
+            "overflow": "OverflowError",
+        }.items(),
+        1,
+    ):
+        path.write_text(text)
+        for _ in range(3):
+            assert not file.refresh()
+        assert names(file) == ["one"]
+        assert [record.levelname for record in caplog.records] == ["ERROR"] * number
+        assert message in caplog.text
     write(path, "mended", age_s=0)
     assert file.refresh()
     assert names(file) == ["mended"]
 
 
-def test_whatever_parsing_ends_with_leaves_the_value_and_is_logged_once(path, caplog):
-    """Nobody who asks in the meantime has an error of a file that has changed."""
-
-    def parse(file, text):
-        if "two" in text:
-            raise OverflowError("int too large to convert to float")
-        return parse_routes(file, text)
-
-    file = WatchedFile(path, parse, "routes")
-    write(path, "two", age_s=0)
-    for _ in range(3):
-        assert not file.refresh()
-    assert names(file) == ["one"]
-    assert len(caplog.records) == 1
-    assert "The routes stay as they were" in caplog.text
-    assert "OverflowError" in caplog.text
-    write(path, "three", age_s=0)
-    assert file.refresh()
-    assert names(file) == ["three"]
-
-
 @pytest.mark.parametrize("back", ["one", "other"])
-def test_a_file_that_is_gone_leaves_the_routes_until_it_is_back(path, caplog, back):
+def test_a_file_that_is_gone_leaves_the_routes_until_it_is_back(path, file, caplog, back):
     caplog.set_level(logging.ERROR, LOGGER)
-    file = WatchedFile(path, parse_routes, "routes")
     path.unlink()
     for _ in range(3):
         assert not file.refresh()
@@ -164,9 +156,8 @@ def test_a_file_that_is_gone_leaves_the_routes_until_it_is_back(path, caplog, ba
     assert names(file) == [back]
 
 
-def test_a_file_is_tried_again_that_could_not_be_read(path, clock, monkeypatch):
+def test_a_file_is_tried_again_that_could_not_be_read(path, file, clock, monkeypatch):
     """Too many files were open when it changed, say."""
-    file = WatchedFile(path, parse_routes, "routes")
     write(path, "two")
     clock.ns += 60_000_000_000
 
@@ -203,20 +194,6 @@ def test_a_file_is_tried_again_that_could_not_be_taken(path, clock, caplog, late
     clock.ns += later_s * 1_000_000_000
     assert file.refresh()
     assert names(file) == ["two"]
-
-
-def test_routes_that_the_server_cannot_take_are_refused(path):
-    def parse(file, text):
-        routes = parse_routes(file, text)
-        routes.check_names({"taken"}, "an adapter")
-        return routes
-
-    file = WatchedFile(path, parse, "routes")
-    write(path, "taken", age_s=30)
-    assert not file.refresh()
-    assert names(file) == ["one"]
-    with pytest.raises(DocumentError, match="an adapter"):
-        WatchedFile(path, parse, "routes")
 
 
 @pytest.mark.parametrize(

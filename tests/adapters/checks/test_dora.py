@@ -11,21 +11,11 @@ from vllm_multilora.adapters.intake import Rules, open_adapter
 from vllm_multilora.adapters.problems import Code
 from vllm_multilora.adapters.validation import validate
 
-from ..corpus import BAD_DORA, DORA_LAYOUT, LAYOUT
+from ..corpus import DORA_LAYOUT, LAYOUT
 from ..corpus.bad_dora import magnitude_of, make_dora
 from ..corpus.draft import Q0, good
 from ..corpus.llama_layout import MODULES
 from ..packs import take
-
-
-@pytest.mark.parametrize("name", BAD_DORA)
-def test_each_bad_one_is_refused_for_what_it_is(name: str, tmp_path: Path) -> None:
-    case = BAD_DORA[name]
-    problems = validate(case.write(tmp_path), DORA_LAYOUT)
-    assert tuple(problem.code for problem in problems) == case.codes
-    assert Path(problems[0].file).name == case.file
-    for word in case.words:
-        assert word in str(problems[0])
 
 
 def test_a_good_one_is_taken_where_there_is_room_for_magnitudes_only(tmp_path: Path) -> None:
@@ -93,11 +83,6 @@ def test_each_rank_gets_its_outputs_magnitudes(tmp_path: Path) -> None:
             assert torch.equal(found, draft.tensors[magnitude_of(part.name)][first:last])
 
 
-def test_modules_without_magnitudes_have_no_place_for_them(tmp_path: Path) -> None:
-    [index] = take(good().write(tmp_path), DORA_LAYOUT).index.ranks
-    assert (index.magnitude_places == -1).all()
-
-
 def test_the_digest_covers_magnitudes_and_what_they_are_for(tmp_path: Path) -> None:
     def digest(name: str, draft) -> str:
         with open_adapter(str(draft.write(tmp_path / name)), Rules()) as source:
@@ -116,9 +101,3 @@ def test_its_bytes_are_counted(tmp_path: Path) -> None:
     assert take(folder, DORA_LAYOUT).nbytes == DORA_LAYOUT.largest_bytes()
     magnitudes = sum(4 * outputs for _, outputs in MODULES.values())
     assert DORA_LAYOUT.largest_bytes() - LAYOUT.largest_bytes() == magnitudes
-
-
-def test_an_intake_says_what_it_is(tmp_path: Path) -> None:
-    for name, draft, dora in (("a", good(), False), ("b", make_dora(good()), True)):
-        with open_adapter(str(draft.write(tmp_path / name)), Rules()) as source:
-            assert source.check([DORA_LAYOUT]).dora == dora

@@ -14,8 +14,6 @@ from vllm_multilora.adapters.problems import (
     Code,
     Problem,
     bounded,
-    shown,
-    shown_name,
 )
 
 
@@ -105,15 +103,3 @@ def test_whatever_a_problem_holds_it_is_reported_short_printable_and_encodable(f
     assert len(shown_text) <= 2000
     assert shown_text.isprintable()
     assert shown_text.encode()
-
-
-@pytest.mark.parametrize("show", [shown, shown_name])
-@pytest.mark.parametrize(
-    "name",
-    ["x" * 10_000, "\ud800" * 10_000, "\x1b[2J" * 99, "\n"],
-    ids=["long", "surrogates", "escapes", "line"],
-)
-def test_names_are_shown_short_and_escaped(show, name):
-    text = show(name)
-    assert len(text) < 400
-    assert text.isprintable()

@@ -1,6 +1,7 @@
 """Validation: every bad adapter of the corpus has exactly its problems, no valid one has any."""
 
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -20,19 +21,27 @@ from vllm_multilora.adapters.problems import Code
 from vllm_multilora.adapters.validation import validate
 
 from ..checkpoints import config_of
-from ..corpus import BAD, LAYOUT, VALID
+from ..corpus import BAD, BAD_DORA, DORA_LAYOUT, LAYOUT, VALID
 from ..corpus.bad_dora import make_dora
 from ..corpus.draft import V1, add_embedding, add_head, good, name_of
-from ..corpus.headers import rewrite
+from ..corpus.headers import append_hole, rewrite
 from ..corpus.llama_layout import MODULES
 from ..packs import take
 
+SEEN_IN_VALUES = {Code.NOT_FINITE, Code.OVERFLOW, Code.FILE_TOO_LARGE}
 
-@pytest.mark.parametrize("case", BAD.values(), ids=BAD)
-def test_a_bad_adapter_has_exactly_its_problems(case, tmp_path):
+
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    [(case, LAYOUT) for case in BAD.values()] + [(case, DORA_LAYOUT) for case in BAD_DORA.values()],
+    ids=[*BAD, *BAD_DORA],
+)
+def test_a_bad_adapter_has_exactly_its_problems(case, layout, tmp_path):
     folder = case.write(tmp_path / "adapter")
-    problems = validate(folder, LAYOUT)
+    problems = validate(folder, layout)
     assert [problem.code for problem in problems] == list(case.codes)
+    if case.is_right_untied:  # PEFT warns of the key, and adapts what is named
+        assert validate(folder, replace(LAYOUT, tied=False)) == []
     first = problems[0]
     assert str(folder / case.file) in first.message
     assert all(word in str(first) for word in case.words), str(first)
@@ -41,6 +50,10 @@ def test_a_bad_adapter_has_exactly_its_problems(case, tmp_path):
         assert problem.expected
         assert problem.where in problem.message
         assert json.loads(json.dumps(problem.as_dict()))["code"] == problem.code.value
+    if not SEEN_IN_VALUES & set(case.codes):  # a load refuses it where nobody has asked before
+        with pytest.raises(AdapterError) as caught:
+            take(folder, layout, rules=Rules(check_finite=False))
+        assert {problem.code for problem in caught.value.problems} <= set(case.codes)
 
 
 @pytest.mark.parametrize("case", VALID.values(), ids=VALID)
@@ -70,24 +83,6 @@ def test_the_corpus_is_large_and_covers_every_code():
     assert {code for case in BAD.values() for code in case.codes} | elsewhere == set(Code)
 
 
-SEEN_IN_VALUES = {Code.NOT_FINITE, Code.OVERFLOW, Code.FILE_TOO_LARGE}
-SEEN_UNREAD = [case for case in BAD.values() if not SEEN_IN_VALUES & set(case.codes)]
-
-
-@pytest.mark.parametrize("case", SEEN_UNREAD, ids=lambda case: case.name)
-def test_packing_refuses_what_can_be_seen_without_the_values(case, tmp_path):
-    """Loading is safe even where nobody has asked for validation first."""
-    folder = case.write(tmp_path / "adapter")
-    with pytest.raises(AdapterError) as caught:
-        take(folder, LAYOUT, rules=Rules(check_finite=False))
-    assert {problem.code for problem in caught.value.problems} <= set(case.codes)
-
-
-def test_values_are_left_unread_if_asked(tmp_path):
-    folder = BAD["a-with-one-nan"].write(tmp_path / "adapter")
-    assert validate(folder, LAYOUT, check_finite=False) == []
-
-
 def test_overflow_is_judged_by_the_type_of_the_slots(tmp_path):
     draft = good()
     name = next(name for name in draft.tensors if ".lora_A." in name)
@@ -115,26 +110,12 @@ def test_limits_are_the_callers(tmp_path, limits, code):
     assert [problem.code for problem in validate(folder, LAYOUT, limits=limits)] == [code]
 
 
-def test_sizes_that_only_vllm_knows_are_bounded_loosely():
-    experts = replace(LAYOUT, special=LAYOUT.special | {"model.layers.0.mlp.experts"})
-    assert SizeLimits().most_bytes(experts) > 50 * SizeLimits().most_bytes(LAYOUT)
-
-
 def test_a_large_file_that_holds_nothing_is_refused_where_sizes_are_bounded_loosely(tmp_path):
     """60 GiB of holes in the place of an expert, which nobody could tell to be too large."""
     name, more = "base_model.model.model.layers.0.mlp.experts.lora_A.weight", 60 << 30
     experts = replace(LAYOUT, special=LAYOUT.special | {"model.layers.0.mlp.experts"})
     folder = good().write(tmp_path / "adapter")
-    file = folder / "adapter_model.safetensors"
-    content = file.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    data = len(content) - 8 - length
-    header[name] = {"dtype": "U8", "shape": [more], "data_offsets": [data, data + more]}
-    text = json.dumps(header).encode()
-    written = len(text).to_bytes(8, "little") + text + content[8 + length :]
-    file.write_bytes(written)
-    os.truncate(file, len(written) + more)
+    append_hole(folder, name, more)
     began = time.thread_time()
     [problem] = [p for p in validate(folder, experts) if p.code == Code.FILE_TOO_LARGE]
     assert "sparse" in problem.message
@@ -152,11 +133,6 @@ def test_a_file_that_cannot_be_read_is_a_problem(tmp_path, monkeypatch):
     assert "Input/output error" in problem.message
 
 
-def test_a_folder_that_is_no_path_is_a_problem():
-    [problem] = validate("no\0path", LAYOUT)
-    assert problem.code == Code.FOLDER_MISSING
-
-
 def test_names_that_are_long_or_cannot_be_encoded_are_shown_short_and_escaped(tmp_path):
     draft = good()
     rewrite(draft, lambda header: header | {"\ud800" + "x" * 10_000 + "\n": {"dtype": "Q"}})
@@ -166,29 +142,39 @@ def test_names_that_are_long_or_cannot_be_encoded_are_shown_short_and_escaped(tm
     assert problem.message.isprintable()
 
 
-def test_where_the_base_ties_nothing_an_embedding_needs_no_head(tmp_path):
-    """PEFT warns of the key, and adapts what is named."""
-    draft = good()
-    add_embedding(draft)
-    draft.config["ensure_weight_tying"] = True
-    folder = draft.write(tmp_path / "adapter")
-    assert [problem.code for problem in validate(folder, LAYOUT)] == [Code.HALF_MISSING]
-    assert validate(folder, replace(LAYOUT, tied=False)) == []
+TARGETS = good().config["target_modules"]
+EXPERTS = "model.layers.0.mlp.experts"
+SIZE = (8, 8)
 
 
-def test_modules_that_the_base_leaves_out_or_only_vllm_knows_are_left_alone(tmp_path):
-    draft = good()
-    draft.tensors["base_model.model.mtp.q_proj.lora_A.weight"] = torch.zeros(3)
-    experts = "model.layers.0.mlp.experts"
-    for name in (experts, f"{experts}.base_layer"):
-        for part in "AB":  # as PEFT stacks experts: what the sizes should be is vLLM's affair
-            draft.tensors[name_of(name, part)] = torch.ones(16, 16)
-    layout = replace(
-        LAYOUT,
-        naming=ModuleNaming(skipped=("mtp.",)),
-        special=LAYOUT.special | {experts},
-    )
-    assert validate(draft.write(tmp_path / "adapter"), layout) == []
+def pair(module, a=SIZE, b=SIZE):
+    """Names and shapes of a module's tensors."""
+    return {name_of(module, "A"): a, name_of(module, "B"): b}
+
+
+def special(*modules, **options):
+    """The layout of a base model with more modules that vLLM serves itself."""
+    return replace(LAYOUT, special=LAYOUT.special | {*modules}, **options)
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """Finds the problems of an adapter with more tensors, by their shapes, and with other keys."""
+    numbers = itertools.count()
+
+    def found(layout=LAYOUT, tensors=None, modules=MODULES, **config):
+        draft = good(modules, **config)
+        draft.tensors |= {name: torch.ones(shape) for name, shape in (tensors or {}).items()}
+        return validate(draft.write(tmp_path / str(next(numbers))), layout)
+
+    return found
+
+
+def test_modules_that_the_base_leaves_out_or_only_vllm_knows_are_left_alone(problems):
+    # As PEFT stacks experts: what the sizes should be is vLLM's affair.
+    tensors = pair(EXPERTS, (16, 16), (16, 16)) | pair(f"{EXPERTS}.base_layer", (16, 16), (16, 16))
+    tensors["base_model.model.mtp.q_proj.lora_A.weight"] = (3,)
+    assert problems(special(EXPERTS, naming=ModuleNaming(skipped=("mtp.",))), tensors) == []
 
 
 @pytest.mark.parametrize(
@@ -203,19 +189,13 @@ def test_modules_that_the_base_leaves_out_or_only_vllm_knows_are_left_alone(tmp_
         "EXPERTS.base_layer.base_layer",
     ],
 )
-def test_names_below_what_vllm_serves_itself_are_unknown(tmp_path, below):
+def test_names_below_what_vllm_serves_itself_are_unknown(problems, below):
     """vLLM never looks them up: their requests would be answered by the base model."""
-    experts, single = (f"model.layers.{layer}.mlp.experts" for layer in range(2))
-    of_experts = {f"{name}{of}" for name in (experts, single) for of in ("", ".0.up_proj")}
-    layout = replace(LAYOUT, special=LAYOUT.special | of_experts)
-    draft = good()
-    for name in (experts, f"{experts}.base_layer", f"{single}.0.up_proj"):
-        for part in "AB":
-            draft.tensors[name_of(name, part)] = torch.ones(8, 8)
-    assert validate(draft.write(tmp_path / "known"), layout) == []
-    for part in "AB":
-        draft.tensors[name_of(below.replace("EXPERTS", experts), part)] = torch.ones(8, 8)
-    [problem] = validate(draft.write(tmp_path / "unknown"), layout)
+    single = EXPERTS.replace("0", "1")
+    layout = special(*(f"{name}{of}" for name in (EXPERTS, single) for of in ("", ".0.up_proj")))
+    known = pair(EXPERTS) | pair(f"{EXPERTS}.base_layer") | pair(f"{single}.0.up_proj")
+    assert problems(layout, known) == []
+    [problem] = problems(layout, known | pair(below.replace("EXPERTS", EXPERTS)))
     assert problem.code in (Code.UNKNOWN_MODULE, Code.LAYER_OUT_OF_RANGE)
 
 
@@ -228,13 +208,10 @@ def test_names_below_what_vllm_serves_itself_are_unknown(tmp_path, below):
     ],
     ids=["other-rank", "two-ranks", "one-dimension"],
 )
-def test_ranks_are_checked_where_only_vllm_knows_sizes(tmp_path, a, b, code):
+def test_ranks_are_checked_where_only_vllm_knows_sizes(problems, a, b, code):
     """An expert with another rank than is configured would be scaled by the wrong one."""
-    expert = "model.layers.0.mlp.experts.0.up_proj"
-    layout = replace(LAYOUT, special=LAYOUT.special | {expert})
-    draft = good()
-    draft.tensors |= {name_of(expert, "A"): torch.ones(a), name_of(expert, "B"): torch.ones(b)}
-    [problem] = validate(draft.write(tmp_path / "adapter"), layout)
+    expert = f"{EXPERTS}.0.up_proj"
+    [problem] = problems(special(expert), pair(expert, a, b))
     assert problem.code == code
 
 
@@ -252,7 +229,7 @@ def test_ranks_are_checked_where_only_vllm_knows_sizes(tmp_path, a, b, code):
         ("mlp.experts", (32, 176), (96, 16), Code.RANKS_DIFFER, "as lora_A"),
     ],
 )
-def test_experts_and_heads_for_classes_have_the_models_sizes(tmp_path, module, a, b, code, words):
+def test_experts_and_heads_for_classes_have_the_models_sizes(problems, module, a, b, code, words):
     """Slots would hold the part of them that fits."""
     shapes = {
         "score": LinearShape(96, 3),
@@ -260,30 +237,28 @@ def test_experts_and_heads_for_classes_have_the_models_sizes(tmp_path, module, a
         "mlp.experts": LinearShape(176, 96, experts=4),
         "mlp.experts.base_layer": LinearShape(96, 352, experts=4),
     }
-    special = LAYOUT.special | {"score", "mlp.experts", "mlp.experts.0.w2"}
-    layout = replace(LAYOUT, special=special, linear_shapes=shapes)
-    draft = good(target_parameters=["gate_up_proj", "down_proj"])
-    draft.config["target_modules"] += ["score", "w2"]
-    draft.tensors |= {name_of(module, "A"): torch.ones(a), name_of(module, "B"): torch.ones(b)}
+    tensors = pair(module, a, b)
     if module == "mlp.experts":
-        for part, shape in (("A", (32, 96)), ("B", (352, 32))):
-            draft.tensors[name_of(f"{module}.base_layer", part)] = torch.ones(shape)
-    problems = validate(draft.write(tmp_path / "adapter"), layout)
-    assert [problem.code for problem in problems] == ([code] if code else [])
-    assert all(words in str(problem) for problem in problems)
+        tensors |= pair(f"{module}.base_layer", (32, 96), (352, 32))
+    found = problems(
+        special("score", "mlp.experts", "mlp.experts.0.w2", linear_shapes=shapes),
+        tensors,
+        target_modules=[*TARGETS, "score", "w2"],
+        target_parameters=["gate_up_proj", "down_proj"],
+    )
+    assert [problem.code for problem in found] == ([code] if code else [])
+    assert all(words in str(problem) for problem in found)
 
 
 @pytest.mark.parametrize("named", ["gate_up_proj", "mlp.experts.gate_up_proj"])
-def test_a_refused_parameter_gets_the_hint_about_parameters(tmp_path, named):
-    module = "model.layers.0.mlp.experts"
-    draft = good(target_parameters=[named, named.replace("gate_up", "down")])
-    draft.tensors |= {name_of(module, part): torch.ones(8, 8) for part in "AB"}
-    layout = replace(LAYOUT, bypassed={module: "vLLM does not"})
-    [problem] = validate(draft.write(tmp_path / "adapter"), layout)
+def test_a_refused_parameter_gets_the_hint_about_parameters(problems, named):
+    experts, v_proj = (
+        replace(LAYOUT, bypassed={module: "vLLM does not"}) for module in (EXPERTS, V1)
+    )
+    parameters = [named, named.replace("gate_up", "down")]
+    [problem] = problems(experts, pair(EXPERTS), target_parameters=parameters)
     assert problem.hint.startswith("train without it in 'target_parameters'")
-    q_proj = replace(LAYOUT, bypassed={V1: "vLLM does not"})
-    draft = good([V1], target_parameters=[named])
-    [problem] = validate(draft.write(tmp_path / "other"), q_proj)
+    [problem] = problems(v_proj, modules=[V1], target_parameters=[named])
     assert problem.hint.startswith("train without it in 'target_modules'")
 
 
@@ -318,34 +293,27 @@ def test_a_dora_adapter_of_a_head_is_refused_as_dora_whatever_vllm_adapts(tmp_pa
     assert "of an output head, expected linear layers" in texts[0][0]
 
 
-def test_experts_of_a_layer_are_adapted_all_or_none(tmp_path):
+def test_experts_of_a_layer_are_adapted_all_or_none(problems):
     """vLLM packs them together."""
     experts = {f"model.layers.{i}.mlp.experts.{e}.w1" for i in (0, 1) for e in (0, 1)}
-    layout = replace(LAYOUT, special=LAYOUT.special | experts)
-    draft = good()
-    draft.config["target_modules"].append("w1")
+    layout, targets = special(*experts), [*TARGETS, "w1"]
     first, second = (f"model.layers.1.mlp.experts.{e}.w1" for e in (0, 1))
-    draft.tensors |= {name_of(first, part): torch.ones(8, 8) for part in "AB"}
-    [problem] = validate(draft.write(tmp_path / "one"), layout)
+    [problem] = problems(layout, pair(first), target_modules=targets)
     assert problem.code == Code.HALF_MISSING
     assert f"{second} is not adapted" in problem.message
-    draft.tensors |= {name_of(second, part): torch.ones(8, 8) for part in "AB"}
-    assert validate(draft.write(tmp_path / "both"), layout) == []
+    assert problems(layout, pair(first) | pair(second), target_modules=targets) == []
 
 
-def test_a_classification_head_saved_whole_is_accepted_where_the_base_has_one(tmp_path):
-    draft = good(modules_to_save=["classifier", "score"])
-    draft.tensors["base_model.model.score.weight"] = torch.ones(2, 96)
-    folder = draft.write(tmp_path / "adapter")
-    with_head = replace(LAYOUT, special=LAYOUT.special | {"score"})
-    assert validate(folder, with_head) == []
-    [problem] = validate(folder, LAYOUT)
+SAVED = {"modules_to_save": ["classifier", "score"]}
+
+
+def test_a_classification_head_saved_whole_is_accepted_where_the_base_has_one(problems):
+    head, with_head = {"base_model.model.score.weight": (2, 96)}, special("score")
+    assert problems(with_head, head, **SAVED) == []
+    assert problems(with_head, head | {"base_model.model.score.bias": (2,)}, **SAVED) == []
+    [problem] = problems(LAYOUT, head, **SAVED)
     assert problem.code == Code.UNKNOWN_TENSOR
-    draft.tensors["base_model.model.score.bias"] = torch.ones(2)
-    assert validate(draft.write(tmp_path / "biased"), with_head) == []
-    del draft.tensors["base_model.model.score.bias"]
-    draft.config["modules_to_save"] = None
-    [problem] = validate(draft.write(tmp_path / "unsaid"), with_head)
+    [problem] = problems(with_head, head)
     assert "'score' in 'modules_to_save'" in problem.message
 
 
@@ -369,14 +337,11 @@ def test_a_classification_head_saved_whole_is_accepted_where_the_base_has_one(tm
     ],
     ids=["absent", "bias-alone", "three-dimensions", "other-bias", "twice", "adapted-as-well"],
 )
-def test_a_head_saved_whole_needs_its_weight_once(tmp_path, shapes, code, words):
+def test_a_head_saved_whole_needs_its_weight_once(problems, shapes, code, words):
     """PEFT fails on a file without it; here, the base model's head would give the answers."""
-    draft = good(modules_to_save=["classifier", "score"])
-    draft.config["target_modules"].append("score")
-    for name, shape in shapes.items():
-        draft.tensors[f"base_model.model.{name}"] = torch.ones(shape)
-    with_head = replace(LAYOUT, special=LAYOUT.special | {"score"})
-    [problem] = validate(draft.write(tmp_path / "adapter"), with_head)
+    tensors = {f"base_model.model.{name}": shape for name, shape in shapes.items()}
+    targets = [*TARGETS, "score"]
+    [problem] = problems(special("score"), tensors, target_modules=targets, **SAVED)
     assert problem.code == code
     assert words in problem.message
 
@@ -414,21 +379,12 @@ def test_an_adapter_of_which_nothing_would_be_applied_is_refused(tmp_path):
         take(folder, layout)
 
 
-def test_targets_that_the_base_model_does_not_have_leave_nothing_to_expect(tmp_path):
+def test_targets_that_the_base_model_does_not_have_leave_nothing_to_expect(problems):
     """As after a slip in `--lora-target-modules`."""
-    folder = good().write(tmp_path / "adapter")
-    layout = replace(restricted_to("q_porj"), special=frozenset())
-    [problem] = validate(folder, layout)
+    [problem] = problems(replace(restricted_to("q_porj"), special=frozenset()))
     assert problem.code == Code.NOTHING_APPLIED
     assert problem.expected.endswith("(none)")
     assert "--lora-target-modules q_porj" in problem.hint
-
-
-def test_an_adapter_of_layers_that_no_request_comes_through_is_refused(tmp_path):
-    folder = good().write(tmp_path / "adapter")
-    [problem] = validate(folder, replace(LAYOUT, naming=ModuleNaming(skipped=("model.",))))
-    assert problem.code == Code.NOTHING_APPLIED
-    assert "--lora-target-modules" not in problem.hint
 
 
 def test_an_adapter_of_which_something_is_applied_is_served_without_the_rest(tmp_path):
@@ -440,11 +396,10 @@ def test_an_adapter_of_which_something_is_applied_is_served_without_the_rest(tmp
     assert [len(rank.rows) for rank in ranks] == [len(MODULES) - len(rest), len(MODULES)]
 
 
-def test_an_adapter_that_would_act_in_part_only_is_refused(tmp_path):
+def test_an_adapter_that_would_act_in_part_only_is_refused(problems):
     """Without what the base model does with its modules' weights the answers are others."""
-    folder = good().write(tmp_path / "adapter")
     layout = replace(LAYOUT, bypassed={V1: "its attention multiplies with the weights"})
-    [problem] = validate(folder, layout)
+    [problem] = problems(layout)
     assert problem.code == Code.UNSUPPORTED_FEATURE
     assert V1 in problem.where
     assert "its attention multiplies with the weights" in str(problem)
@@ -490,3 +445,7 @@ def test_an_adapter_of_a_tower_alone_is_refused(tmp_path):
     [problem] = validate(folder, MULTIMODAL)
     assert problem.code == Code.NOTHING_APPLIED
     assert "the server applies no adapters to these modules" in problem.hint
+    assert "--lora-target-modules" not in problem.hint
+    unreached = replace(LAYOUT, naming=ModuleNaming(skipped=("model.",)))
+    [problem] = validate(good().write(tmp_path / "layers"), unreached)
+    assert problem.code == Code.NOTHING_APPLIED

@@ -1,12 +1,9 @@
 """`adapter_config.json`: scalings as PEFT computes them, and precise refusals."""
 
 import json
-import re
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils.other import get_pattern_key
 from vllm.lora.peft_helper import PEFTHelper
@@ -84,98 +81,6 @@ def test_patterns_of_weights_that_are_targets_are_matched_with_their_names(targe
 
 def digest(config: AdapterConfig) -> str:
     return AdapterDigest(config, {}).hexdigest()
-
-
-def test_what_peft_writes_is_read(tmp_path):
-    LoraConfig(r=8, lora_alpha=12, target_modules="all-linear", use_rslora=True).save_pretrained(
-        tmp_path
-    )
-    config = config_of((tmp_path / "adapter_config.json").read_bytes())
-    assert (config.rank, config.alpha, config.rslora) == (8, 12, True)
-    assert config.target_modules == "all-linear"
-    assert feature_problems(config, "c.json") == []
-
-
-@pytest.mark.parametrize(
-    ("keys", "words"),
-    [
-        ({"r": 0}, "'r' is 0, expected a positive whole number"),
-        ({"r": "8"}, "'r' is '8', expected a positive whole number"),
-        ({"r": True}, "'r' is True, expected a positive whole number"),
-        ({"r": None}, "'r' is None"),
-        ({"lora_alpha": None}, "'lora_alpha' is None, expected a number"),
-        ({"lora_alpha": float("nan")}, "'lora_alpha' is nan, expected a finite number"),
-        ({"lora_alpha": 10**400}, "expected a finite number"),
-        ({"peft_type": "IA3"}, "'peft_type' is 'IA3', expected 'LORA'"),
-        ({"use_rslora": "yes"}, "'use_rslora' is 'yes', expected true or false"),
-        ({"bias": "some"}, "'bias' is 'some', expected 'none', 'all' or 'lora_only'"),
-        ({"target_modules": [1]}, "'target_modules' is .*expected a list of module names or"),
-        ({"modules_to_save": "score"}, "'modules_to_save' is 'score', expected a list"),
-        ({"rank_pattern": {"q": -1}}, r"rank_pattern\['q'\] is -1, expected a positive"),
-        ({"alpha_pattern": {"q": "x"}}, r"alpha_pattern\['q'\] is 'x', expected a number"),
-        ({"rank_pattern": [3]}, "'rank_pattern' is .*expected an object"),
-        ({"rank_pattern": {"(": 3}}, "'rank_pattern' has the key .*not a regular expression"),
-    ],
-)
-def test_a_wrong_value_is_named_with_what_was_expected(keys, words):
-    with pytest.raises(AdapterFormatError, match=rf"^c\.json: .*{words}"):
-        read(**keys)
-
-
-def test_a_missing_key_is_called_missing():
-    with pytest.raises(AdapterFormatError, match="'lora_alpha' is missing"):
-        config_of('{"r": 8}')
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1]", "null", b"\xff", "[" * 100_000, "1" * 5000])
-def test_what_is_no_json_object_is_refused(text):
-    with pytest.raises(AdapterFormatError, match=r"^c\.json (is not valid JSON|holds a JSON)"):
-        config_of(text)
-
-
-TEXTS = st.text("aq.*(", max_size=5)  # names, regular expressions and broken ones
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
-    max_leaves=6,
-)
-
-
-@settings(suppress_health_check=[HealthCheck.too_slow])
-@given(
-    st.dictionaries(
-        st.sampled_from(
-            ["r", "lora_alpha", "target_modules", "rank_pattern", "bias", "use_dora", "peft_type"]
-        ),
-        JSON,
-    )
-)
-def test_any_json_is_read_or_refused(keys):
-    try:
-        config = read(**keys)
-    except AdapterFormatError:
-        return
-    assert config.scaling("model.layers.0.self_attn.q_proj") is not None
-
-
-@pytest.mark.parametrize(
-    ("keys", "words"),
-    [
-        ({"lora_bias": True}, "lora_bias"),
-        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4.*base model's weights"),
-        ({"layer_replication": [[0, 2]]}, "replicated layers"),
-        ({"use_qalora": True}, "QALoRA"),
-    ],
-)
-def test_what_changes_the_result_and_is_not_computed_is_listed(keys, words):
-    [found] = feature_problems(read(**keys), "c.json")
-    assert re.search(words, found.message)
-    if "bias" not in keys and not READS_PATTERNS:
-        return
-    with pytest.raises(ValueError, match=r"vLLM|Adapter bias"):
-        PEFTHelper.from_dict({"r": 8, "lora_alpha": 8, "target_modules": []} | keys).validate_legal(
-            type("Config", (), {"max_lora_rank": 16})
-        )
 
 
 def test_the_tokens_that_activate_an_adapter_are_read_and_make_it_another():

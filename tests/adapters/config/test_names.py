@@ -7,8 +7,6 @@ from vllm.lora.utils import parse_fine_tuned_lora_name
 
 from vllm_multilora.adapters.model.tensor_names import (
     TensorRole,
-    full_head,
-    is_unused,
     parse_tensor_name,
 )
 
@@ -95,15 +93,3 @@ def test_vllm_reads_what_it_is_given_for_them(name):
 )
 def test_other_tensors_are_no_lora_tensors(name):
     assert parse_tensor_name(name) is None
-
-
-def test_heads_and_tensors_without_use_are_recognised():
-    assert full_head("base_model.model.score.weight") == "score"
-    assert full_head("base_model.model.classifier.bias") == "classifier"
-    assert full_head("base_model.model.lm_head.weight") is None
-    assert full_head("score") is None
-    assert is_unused("base_model.model.model.embed_tokens.base_layer.weight")
-    assert is_unused("base_model.model.q_proj.lora_velora_embed")
-    assert is_unused("base_model.model.q_proj.lora_monteclora_sampler.std_prior")
-    assert not is_unused("base_model.model.model.embed_tokens.weight")
-    assert not is_unused("base_model.model.q_proj.lora_A.weight")

@@ -65,13 +65,6 @@ def test_names_of_checkpoints_become_names_of_the_model(module, name):
     assert naming.rename(module) == name
 
 
-def test_only_other_workers_targets_are_elsewhere():
-    assert NAMING.elsewhere("language.layers.7.self_attn.q_proj")
-    assert not NAMING.elsewhere("model.layers.7.mlp.up_proj")
-    assert not NAMING.elsewhere(Q0)
-    assert not NAMING.elsewhere("mtp.layers.7.q_proj")
-
-
 def test_what_peft_calls_a_parameter_of_experts_goes_where_the_experts_go():
     """Its last part is no name of a module, and no target of a server's."""
     experts, elsewhere = "model.layers.0.mlp.experts", "model.layers.7.mlp.experts"
@@ -96,11 +89,6 @@ def test_a_pooling_models_adapters_may_lack_the_models_name():
     )
     assert naming.rename(Q0.removeprefix("model.")) == Q0
     assert naming.elsewhere("layers.7.self_attn.q_proj")
-
-
-def test_without_anything_said_names_stay_as_they_are():
-    assert ModuleNaming().rename("anything.at_all") == "anything.at_all"
-    assert not ModuleNaming().elsewhere("anything.at_all")
 
 
 def test_plain_tensors_of_a_layout_are_read_as_names_are_read_one_by_one():

@@ -4,31 +4,13 @@
 base accepts is `llama_layout.LAYOUT`.
 """
 
-from . import (
-    bad_activated,
-    bad_config,
-    bad_dora,
-    bad_files,
-    bad_headers,
-    bad_tensors,
-    valid_variants,
-)
-from .cases import BAD, BAD_DORA, VALID, BadAdapter, ValidAdapter
+from importlib import import_module
+
+from .cases import BAD, BAD_DORA, VALID
 from .llama_layout import DORA_LAYOUT, LAYOUT
 
-__all__ = [
-    "BAD",
-    "BAD_DORA",
-    "DORA_LAYOUT",
-    "LAYOUT",
-    "VALID",
-    "BadAdapter",
-    "ValidAdapter",
-    "bad_activated",
-    "bad_config",
-    "bad_dora",
-    "bad_files",
-    "bad_headers",
-    "bad_tensors",
-    "valid_variants",
-]
+__all__ = ["BAD", "BAD_DORA", "DORA_LAYOUT", "LAYOUT", "VALID"]
+
+for _kind in ("activated", "config", "dora", "files", "headers", "tensors"):
+    import_module(f"{__name__}.bad_{_kind}")
+import_module(f"{__name__}.valid_variants")

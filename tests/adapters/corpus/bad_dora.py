@@ -1,12 +1,10 @@
 """DoRA adapters that are wrong in one way, for a server that takes right ones."""
 
-from collections.abc import Callable
-
 import torch
 
 from vllm_multilora.adapters.problems import Code
 
-from .cases import BAD_DORA, Change, bad
+from .cases import BAD_DORA, Change, add_bad
 from .draft import (
     CONFIG,
     DOWN2,
@@ -17,16 +15,20 @@ from .draft import (
     Draft,
     add_embedding,
     add_head,
+    edited,
     name_of,
+    with_value,
 )
 from .llama_layout import HIDDEN, MODULES, VOCABULARY
 
-_KIND = "'use_dora'"
+VALUE, UNSUPPORTED, HALF = Code.CONFIG_VALUE, Code.UNSUPPORTED_FEATURE, Code.HALF_MISSING
+SHAPE, DTYPE = Code.WRONG_SHAPE, Code.WRONG_DTYPE
+VECTOR = "lora_magnitude_vector"
 
 
 def magnitude_of(module: str) -> str:
     """The name that PEFT gives to a linear module's magnitudes."""
-    return f"{PREFIX}{module}.lora_magnitude_vector"
+    return f"{PREFIX}{module}.{VECTOR}"
 
 
 def make_dora(draft: Draft) -> Draft:
@@ -39,181 +41,98 @@ def make_dora(draft: Draft) -> Draft:
     return draft
 
 
-def _bad(file: str, *codes: Code, words: tuple[str, ...]) -> Callable[[Change], Change]:
-    """Registers a change of a DoRA adapter that is right."""
+def _add(file: str, rows: dict[str, tuple]) -> None:
+    """Registers changes of a DoRA adapter that is right."""
 
-    def register(change: Change) -> Change:
-        def changed(draft: Draft) -> Draft:
-            whole = make_dora(draft)
-            return change(whole) or whole
+    def on_dora(change: Change) -> Change:
+        return lambda draft: change(make_dora(draft))
 
-        changed.__name__ = change.__name__
-        bad(file, *codes, words=words, of=BAD_DORA)(changed)
-        return change
-
-    return register
+    rows = {name: (on_dora(change), *others) for name, (change, *others) in rows.items()}
+    add_bad(file, rows, of=BAD_DORA)
 
 
-M = magnitude_of(Q0)
+M, A, B = magnitude_of(Q0), name_of(Q0, "A"), name_of(Q0, "B")
 
 
-@_bad(
-    WEIGHTS,
-    Code.UNKNOWN_TENSOR,
-    words=("lora_magnitude_vector", "a magnitude of DoRA", "'use_dora': true"),
-)
-def use_dora_false(draft: Draft) -> None:
-    draft.config["use_dora"] = False
+def magnitude(value: torch.Tensor, module: str = Q0) -> Change:
+    return edited({magnitude_of(module): value})
 
 
-@_bad(CONFIG, Code.CONFIG_VALUE, words=("'use_dora' is 'yes'", "true or false"))
-def use_dora_a_text(draft: Draft) -> None:
-    draft.config["use_dora"] = "yes"
-
-
-@_bad(CONFIG, Code.CONFIG_VALUE, words=("'use_dora' is 1", "true or false"))
-def use_dora_a_number(draft: Draft) -> None:
-    draft.config["use_dora"] = 1
-
-
-@_bad(WEIGHTS, Code.HALF_MISSING, words=("without its lora_magnitude_vector", "all three"))
-def no_magnitudes(draft: Draft) -> None:
-    for module in MODULES:
-        del draft.tensors[magnitude_of(module)]
-
-
-@_bad(WEIGHTS, Code.HALF_MISSING, words=(name_of(Q0, "A"), "without its lora_magnitude_vector"))
-def one_magnitude_missing(draft: Draft) -> None:
-    del draft.tensors[M]
-
-
-@_bad(WEIGHTS, Code.HALF_MISSING, words=("without its lora_B", "all three"))
-def a_b_missing(draft: Draft) -> None:
-    del draft.tensors[name_of(Q0, "B")]
-
-
-@_bad(WEIGHTS, Code.HALF_MISSING, Code.HALF_MISSING, words=(M, "without its lora_A"))
-def a_magnitude_alone(draft: Draft) -> None:
-    for part in "AB":
-        del draft.tensors[name_of(Q0, part)]
-
-
-@_bad(WEIGHTS, Code.WRONG_SHAPE, words=(M, "the shape [255]", "[256]: one magnitude for each"))
-def magnitude_too_short(draft: Draft) -> None:
-    draft.tensors[M] = torch.ones(255)
-
-
-@_bad(WEIGHTS, Code.WRONG_SHAPE, words=(M, "the shape [1, 256]", "[256]"))
-def magnitude_a_row(draft: Draft) -> None:
-    draft.tensors[M] = torch.ones(1, 256)
-
-
-@_bad(WEIGHTS, Code.WRONG_SHAPE, words=(M, "the shape [256, 1]", "[256]"))
-def magnitude_a_column(draft: Draft) -> None:
-    draft.tensors[M] = torch.ones(256, 1)
-
-
-@_bad(WEIGHTS, Code.WRONG_SHAPE, words=(M, "the shape []", "[256]"))
-def magnitude_a_scalar(draft: Draft) -> None:
-    draft.tensors[M] = torch.tensor(1.0)
-
-
-@_bad(WEIGHTS, Code.WRONG_SHAPE, words=(magnitude_of(DOWN2), "[176]", f"[{HIDDEN}]"))
-def magnitudes_of_inputs(draft: Draft) -> None:
-    """As norms over the other dimension would be."""
-    draft.tensors[magnitude_of(DOWN2)] = torch.ones(176)
-
-
-@_bad(WEIGHTS, Code.EMPTY_TENSOR, words=(M, "no elements"))
-def magnitude_empty(draft: Draft) -> None:
-    draft.tensors[M] = torch.ones(0)
-
-
-@_bad(WEIGHTS, Code.WRONG_DTYPE, words=(M, "int64", "float32"))
-def magnitude_of_integers(draft: Draft) -> None:
-    draft.tensors[M] = torch.ones(256, dtype=torch.int64)
-
-
-@_bad(WEIGHTS, Code.WRONG_DTYPE, words=(M, "float64", "float32"))
-def magnitude_of_doubles(draft: Draft) -> None:
-    draft.tensors[M] = torch.ones(256, dtype=torch.float64)
-
-
-@_bad(WEIGHTS, Code.NOT_FINITE, words=(M, "1 of 256 values", "the first at [7]"))
-def magnitude_nan(draft: Draft) -> None:
-    draft.tensors[M][7] = float("nan")
-
-
-@_bad(WEIGHTS, Code.NOT_FINITE, words=(M, "2 of 256 values", "the first at [0]"))
-def magnitude_infinite(draft: Draft) -> None:
-    draft.tensors[M][:2] = float("inf")
-
-
-@_bad(WEIGHTS, Code.DUPLICATE_TENSOR, words=("lora_magnitude_vector", "one lora_magnitude_vector"))
-def magnitude_twice(draft: Draft) -> None:
-    draft.tensors[f"{M}.default.weight"] = torch.ones(256)
-
-
-@_bad(WEIGHTS, Code.UNKNOWN_MODULE, words=("lora_magnitude_vector", "for the module z_proj"))
-def magnitude_of_no_module(draft: Draft) -> None:
-    draft.tensors[magnitude_of("model.layers.0.self_attn.z_proj")] = torch.ones(8)
-
-
-@_bad(WEIGHTS, Code.LAYER_OUT_OF_RANGE, words=("lora_magnitude_vector", "layer 9"))
-def magnitude_of_no_layer(draft: Draft) -> None:
-    draft.tensors[magnitude_of("model.layers.9.self_attn.q_proj")] = torch.ones(256)
-
-
-@_bad(WEIGHTS, Code.MERGED_MODULE, words=("qkv_proj", "q_proj, k_proj, v_proj"))
-def magnitude_of_a_merged_module(draft: Draft) -> None:
-    draft.tensors[magnitude_of("model.layers.1.self_attn.qkv_proj")] = torch.ones(384)
-
-
-@_bad(WEIGHTS, Code.UNSUPPORTED_FEATURE, words=("embed_tokens", "of an embedding", _KIND))
-def dora_of_an_embedding(draft: Draft) -> None:
+def embedding(draft: Draft) -> None:
     add_embedding(draft)
-    draft.tensors[magnitude_of("model.embed_tokens")] = torch.ones(HIDDEN)
+    magnitude(torch.ones(HIDDEN), "model.embed_tokens")(draft)
 
 
-@_bad(WEIGHTS, Code.UNSUPPORTED_FEATURE, words=("lm_head", "of an output head", _KIND))
-def dora_of_the_head(draft: Draft) -> None:
+def head(draft: Draft) -> None:
     add_head(draft)
-    draft.tensors[magnitude_of("lm_head")] = torch.ones(VOCABULARY)
+    magnitude(torch.ones(VOCABULARY), "lm_head")(draft)
 
 
-@_bad(CONFIG, Code.UNSUPPORTED_FEATURE, words=("'use_dora' is True", "activated LoRA"))
-def dora_activated(draft: Draft) -> None:
-    draft.config["alora_invocation_tokens"] = [5, 6]
-
-
-@_bad(WEIGHTS, Code.UNSUPPORTED_FEATURE, words=("'bias': 'none'",))
-def dora_with_biases(draft: Draft) -> None:
-    draft.config["bias"] = "lora_only"
-    draft.tensors[f"{PREFIX}{Q0}.bias"] = torch.zeros(256)
-
-
-@_bad(WEIGHTS, Code.RANK_NOT_AS_CONFIGURED, words=("the rank 8", "'r' and 'rank_pattern'"))
-def dora_of_another_rank(draft: Draft) -> None:
-    draft.config["rank_pattern"] = {"layers.0.self_attn.q_proj": 4}
-
-
-@_bad(WEIGHTS, Code.FILE_SIZE, words=("from its header", "truncated"))
-def dora_truncated(draft: Draft) -> None:
-    def cut(folder) -> None:
-        path = folder / WEIGHTS
-        path.write_bytes(path.read_bytes()[:-64])
-
-    draft.afterwards.append(cut)
-
-
-@_bad(
-    WEIGHTS,
-    Code.HALF_MISSING,
-    Code.WRONG_SHAPE,
-    Code.NOT_FINITE,
-    words=(name_of(Q0, "A"), "lora_magnitude_vector"),
-)
-def dora_wrong_in_three_ways(draft: Draft) -> None:
-    del draft.tensors[M]
-    draft.tensors[magnitude_of(V1)] = torch.ones(63)
+def wrong_in_three_ways(draft: Draft) -> None:
+    edited({M: None, magnitude_of(V1): torch.ones(63)})(draft)
     draft.tensors[magnitude_of(DOWN2)][0] = float("nan")
+
+
+_add(
+    CONFIG,
+    {
+        "use-dora-a-text": (edited(use_dora="yes"), VALUE, "'use_dora' is 'yes'", "true or false"),
+        "use-dora-a-number": (edited(use_dora=1), VALUE, "'use_dora' is 1", "true or false"),
+        "dora-activated": (
+            edited(alora_invocation_tokens=[5, 6]),
+            *(UNSUPPORTED, "'use_dora' is True", "activated LoRA"),
+        ),
+    },
+)
+_add(
+    WEIGHTS,
+    {
+        "use-dora-false": (
+            edited(use_dora=False),
+            *(Code.UNKNOWN_TENSOR, VECTOR, "a magnitude of DoRA", "'use_dora': true"),
+        ),
+        "no-magnitudes": (
+            edited(dict.fromkeys(map(magnitude_of, MODULES))),
+            *(HALF, f"without its {VECTOR}", "all three"),
+        ),
+        "one-magnitude-missing": (edited({M: None}), HALF, A, f"without its {VECTOR}"),
+        "a-b-missing": (edited({B: None}), HALF, "without its lora_B", "all three"),
+        "a-magnitude-alone": (edited({A: None, B: None}), (HALF, HALF), M, "without its lora_A"),
+        "magnitude-too-short": (
+            magnitude(torch.ones(255)),
+            *(SHAPE, M, "the shape [255]", "[256]: one magnitude for each"),
+        ),
+        "magnitude-a-scalar": (magnitude(torch.tensor(1.0)), SHAPE, M, "the shape []", "[256]"),
+        # As norms over the other dimension would be.
+        "magnitudes-of-inputs": (
+            magnitude(torch.ones(176), DOWN2),
+            *(SHAPE, magnitude_of(DOWN2), "[176]", f"[{HIDDEN}]"),
+        ),
+        "magnitude-empty": (magnitude(torch.ones(0)), Code.EMPTY_TENSOR, M, "no elements"),
+        "magnitude-of-integers": (
+            magnitude(torch.ones(256, dtype=torch.int64)),
+            *(DTYPE, M, "int64", "float32"),
+        ),
+        "magnitude-nan": (
+            with_value(M, (7,), float("nan")),
+            *(Code.NOT_FINITE, M, "1 of 256 values", "the first at [7]"),
+        ),
+        "magnitude-twice": (
+            edited({f"{M}.default.weight": torch.ones(256)}),
+            *(Code.DUPLICATE_TENSOR, VECTOR, f"one {VECTOR}"),
+        ),
+        "dora-of-an-embedding": (
+            embedding,
+            *(UNSUPPORTED, "embed_tokens", "of an embedding", "'use_dora'"),
+        ),
+        "dora-of-the-head": (head, UNSUPPORTED, "lm_head", "of an output head", "'use_dora'"),
+        "dora-with-biases": (
+            edited({f"{PREFIX}{Q0}.bias": torch.zeros(256)}, bias="lora_only"),
+            *(UNSUPPORTED, "'bias': 'none'"),
+        ),
+        "dora-wrong-in-three-ways": (
+            wrong_in_three_ways,
+            *((HALF, SHAPE, Code.NOT_FINITE), A, VECTOR),
+        ),
+    },
+)

@@ -1,60 +1,58 @@
 """The corpus's registers, and how adapters get into them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vllm_multilora.adapters.problems import Code
 
-from .draft import CONFIG, WEIGHTS, Draft, good
+from .draft import Draft, good
 
-Change = Callable[[Draft], Draft | None]
+Change = Callable[[Draft], object]
+"""Changes a good adapter, or returns another one to be written in its place."""
 
 
 @dataclass(frozen=True)
-class BadAdapter:
-    """An adapter that is wrong in one way.
-
-    Attributes:
-        name: What is wrong.
-        codes: The problems that it has, in order.
-        words: What the first problem's message must contain, beside the file's name.
-        file: The file that the message must name.
-        change: Makes it out of a good one.
-        is_right_untied: Whether it is right for a base model whose head is not its embedding.
-    """
+class CorpusAdapter:
+    """An adapter that is made by changing a good one."""
 
     name: str
-    codes: tuple[Code, ...]
-    words: tuple[str, ...]
-    file: str
     change: Change
-    is_right_untied: bool = False
 
     def write(self, folder: Path) -> Path:
         """Writes the adapter; returns where it lies, which may be no folder at all."""
         draft = good()
-        return (self.change(draft) or draft).write(folder)
+        changed = self.change(draft)
+        return (changed if isinstance(changed, Draft) else draft).write(folder)
 
 
 @dataclass(frozen=True)
-class ValidAdapter:
+class BadAdapter(CorpusAdapter):
+    """An adapter that is wrong in one way.
+
+    Attributes:
+        codes: The problems that it has, in order.
+        words: What the first problem's message must contain, beside the file's name.
+        file: The file that the message must name.
+        is_right_untied: Whether it is right for a base model whose head is not its embedding.
+    """
+
+    codes: tuple[Code, ...]
+    words: tuple[str, ...]
+    file: str
+    is_right_untied: bool = False
+
+
+@dataclass(frozen=True)
+class ValidAdapter(CorpusAdapter):
     """An adapter that must be accepted.
 
     Attributes:
-        name: What is special about it.
         read_by_peft: Whether PEFT takes the files as they are, so that it can be the reference.
-        change: Makes it out of a plain one.
     """
 
-    name: str
     read_by_peft: bool
-    change: Change
-
-    def write(self, folder: Path) -> Path:
-        """Writes the adapter; returns its folder."""
-        draft = good()
-        return (self.change(draft) or draft).write(folder)
 
 
 BAD: dict[str, BadAdapter] = {}
@@ -63,43 +61,22 @@ BAD_DORA: dict[str, BadAdapter] = {}
 VALID: dict[str, ValidAdapter] = {}
 
 
-def bad(
+def add_bad(
     file: str,
-    *codes: Code,
-    words: tuple[str, ...] = (),
+    rows: Mapping[str, tuple[Any, ...]],
     of: dict[str, BadAdapter] = BAD,
+    *,
     is_right_untied: bool = False,
-) -> Callable[[Change], Change]:
-    """Registers a bad adapter under its function's name."""
-
-    def register(change: Change) -> Change:
-        name = change.__name__.replace("_", "-")
+) -> None:
+    """Registers adapters by name: the change, the code or codes, and words of the first problem."""
+    for name, (change, codes, *words) in rows.items():
         assert name not in of, f"{name} is there twice"
-        of[name] = BadAdapter(name, codes, words, file, change, is_right_untied)
-        return change
-
-    return register
+        codes = codes if isinstance(codes, tuple) else (codes,)
+        of[name] = BadAdapter(name, change, codes, tuple(words), file, is_right_untied)
 
 
-def bad_config(*codes: Code, words: tuple[str, ...] = ()) -> Callable[[Change], Change]:
-    """Registers an adapter with a bad configuration."""
-    return bad(CONFIG, *codes, words=words)
-
-
-def bad_weights(
-    *codes: Code, words: tuple[str, ...] = (), is_right_untied: bool = False
-) -> Callable[[Change], Change]:
-    """Registers an adapter with a bad tensor file."""
-    return bad(WEIGHTS, *codes, words=words, is_right_untied=is_right_untied)
-
-
-def valid(*, read_by_peft: bool = True) -> Callable[[Change], Change]:
-    """Registers a valid adapter under its function's name."""
-
-    def register(change: Change) -> Change:
-        name = change.__name__.replace("_", "-")
+def add_valid(rows: Mapping[str, Change], *, read_by_peft: bool = True) -> None:
+    """Registers valid adapters by name."""
+    for name, change in rows.items():
         assert name not in VALID, f"{name} is there twice"
-        VALID[name] = ValidAdapter(name, read_by_peft, change)
-        return change
-
-    return register
+        VALID[name] = ValidAdapter(name, change, read_by_peft)

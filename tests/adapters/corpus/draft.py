@@ -1,7 +1,8 @@
 """An adapter that has not been written yet, so that single things of it can be changed."""
 
 import json
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,3 +113,55 @@ def add_head(draft: Draft, rank: int = RANK) -> None:
     b = torch.randn(VOCABULARY, rank, generator=generator) * scale
     draft.tensors |= {name_of("lm_head", "A"): a, name_of("lm_head", "B"): b}
     draft.config["target_modules"] = [*draft.config["target_modules"], "lm_head"]
+
+
+def edited(
+    tensors: Mapping[str, torch.Tensor | None] | None = None, **config: object
+) -> Callable[[Draft], None]:
+    """A change of some tensors, where None takes one away, and of some keys."""
+
+    def change(draft: Draft) -> None:
+        draft.config |= config
+        for name, tensor in (tensors or {}).items():
+            if tensor is None:
+                del draft.tensors[name]
+            else:
+                draft.tensors[name] = tensor
+
+    return change
+
+
+def all_tensors(
+    change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], **config: object
+) -> Callable[[Draft], None]:
+    """A change of all tensors, and of some keys."""
+
+    def changed(draft: Draft) -> None:
+        draft.config |= config
+        draft.tensors = change(draft.tensors)
+
+    return changed
+
+
+def with_value(name: str, at: tuple[int, ...], value: float) -> Callable[[Draft], None]:
+    """A change of one value."""
+
+    def change(draft: Draft) -> None:
+        draft.tensors[name][at] = value
+
+    return change
+
+
+def files(step: Callable[[Path], object]) -> Callable[[Draft], None]:
+    """A change of the folder once the files are there."""
+    return lambda draft: draft.afterwards.append(step)
+
+
+def content(name: str, data: bytes) -> Callable[[Draft], None]:
+    """A file with this content in place of its own."""
+    return files(lambda folder: (folder / name).write_bytes(data))
+
+
+def resized(name: str, by: int) -> Callable[[Draft], None]:
+    """A file of other length, whose end is cut off or zeros."""
+    return files(lambda folder: os.truncate(folder / name, (folder / name).stat().st_size + by))

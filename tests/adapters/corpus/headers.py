@@ -1,6 +1,7 @@
 """Rewrites the header of a safetensors file."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,16 @@ def rewrite(draft: Draft, change: Callable[[dict[str, Any]], Any]) -> None:
     def step(folder: Path) -> None:
         header, data = split((folder / WEIGHTS).read_bytes())
         found = change(header)
-        text = json.dumps(header if found is None else found).encode()
+        text = found if isinstance(found, bytes) else json.dumps(found or header).encode()
         (folder / WEIGHTS).write_bytes(join(text, data))
 
     draft.afterwards.append(step)
 
 
-def set_entry(draft: Draft, name: str, **keys: object) -> None:
-    """Changes keys of one tensor's entry."""
-    rewrite(draft, lambda header: header[name].update(keys))
+def append_hole(folder: Path, name: str, size: int) -> None:
+    """Appends a tensor of so many bytes, for which the file has a hole."""
+    header, data = split((folder / WEIGHTS).read_bytes())
+    header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [len(data), len(data) + size]}
+    content = join(json.dumps(header).encode(), data)
+    (folder / WEIGHTS).write_bytes(content)
+    os.truncate(folder / WEIGHTS, len(content) + size)

@@ -49,14 +49,3 @@ def test_what_is_allowed(place, roots, directories, allowed):
                 rules.require(place / path, real)
             assert [problem.code for problem in caught.value.problems] == [Code.NOT_ALLOWED]
             assert "--multilora-adapter-dir" in str(caught.value)
-
-
-def test_where_a_path_must_lead(place):
-    """What whoever opens it is to be told."""
-    served, roots = str(place / "served"), str(place / "roots")
-    directory = AllowedRoots((), [served])
-    assert directory.roots_for(place / "served/to-c") == (served,)
-    assert directory.roots_for(place / "other/c") == ()
-    assert AllowedRoots([served], [served]).roots_for(place / "other/c") == (served,)
-    both = AllowedRoots([roots], [served])
-    assert both.roots_for(place / "other/c") == (roots, served)

@@ -43,7 +43,10 @@ def test_every_sub_folder_with_a_configuration_is_an_adapter(tmp_path):
     (tmp_path / "weights-only").mkdir()
     (tmp_path / "weights-only" / TENSORS).write_text("")
     put(tmp_path / "deeper" / "nested")
-    found = looking_at(tmp_path).scan()
+    put(tmp_path / ".acme.partial")
+    directories = looking_at(tmp_path)
+    found = directories.scan()
+    assert directories.find("acme") == found["acme"]
     assert list(found) == ["acme", "globex", "mit Leerzeichen", "日本"]
     assert found["acme"].path == str(tmp_path / "acme")
 
@@ -73,18 +76,6 @@ def test_no_other_name_is_looked_for(tmp_path, name):
     put(tmp_path / "acme")
     assert not is_adapter_name(name)
     assert looking_at(tmp_path / "inside").find(name) is None
-
-
-def test_hidden_folders_are_no_adapters(tmp_path):
-    put(tmp_path / ".acme.partial")
-    assert looking_at(tmp_path).scan() == {}
-
-
-def test_an_adapter_is_found_by_name_as_by_scanning(tmp_path):
-    put(tmp_path / "acme")
-    directories = looking_at(tmp_path)
-    assert directories.find("acme") == directories.scan()["acme"]
-    assert directories.find("globex") is None
 
 
 def test_links_serve_as_long_as_they_stay_inside(tmp_path):

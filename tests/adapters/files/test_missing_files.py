@@ -37,18 +37,7 @@ def test_a_path_of_a_strangers_making_is_shown_printable():
         (CONFIG, [TENSORS], [], f"/a/{CONFIG} does not exist, expected an adapter folder"),
         (TENSORS, [CONFIG], [], f"/a/{TENSORS} does not exist, expected an adapter folder"),
     ],
-    ids=[
-        "default",
-        "named",
-        "index",
-        "shards",
-        "pickled",
-        "merged",
-        "mlx",
-        "diffusers",
-        "no-config",
-        "no-weights",
-    ],
+    ids=lambda value: str(value)[:40],
 )
 def test_what_a_folder_has_instead_is_said_with_what_to_do(missing, entries, nested, words):
     problem = no_file("/a", missing, entries, nested)

@@ -59,13 +59,6 @@ def test_a_blend_is_what_its_text_says():
     assert title(blend.source) == blend.name == "0.5*domain+0.7*style+-1*été ☀"
 
 
-@pytest.mark.parametrize("path", ["/adapters/a", "relative", "org/name"])
-def test_an_adapters_folder_is_no_blend(path):
-    assert Blend.read(path) is None
-    assert folders_of(path) == (path,)
-    assert title(path) == path
-
-
 @pytest.mark.parametrize(
     "text",
     ["blend:", "blend:{}", "blend:[]", "blend:[[1]]", 'blend:[["a","b","c","d"]]'],

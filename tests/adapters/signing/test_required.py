@@ -1,7 +1,6 @@
 """Digests that adapters must have, and the command that prints them."""
 
 import json
-import struct
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from vllm_multilora.cli import main
 from vllm_multilora.errors import ConfigError
 
 from ..checkpoints import layout, weights, write
+from ..corpus.headers import join, split
 from ..files.test_source import RANKS
 from ..packs import take
 
@@ -110,16 +110,13 @@ def test_the_order_of_tensors_in_the_file_is_in_no_digest(tmp_path, capsys):
     folder = write(tmp_path / "adapter", weights(RANKS), rank=4, alpha=8)
     other = write(tmp_path / "other", weights(RANKS), rank=4, alpha=8)
     path = other / "adapter_model.safetensors"
-    content = path.read_bytes()
-    length = struct.unpack("<Q", content[:8])[0]
-    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    header, data = split(path.read_bytes())
     turned, tensors = b"", {}
     for name in reversed([key for key in header if key != "__metadata__"]):
         begin, end = header[name]["data_offsets"]
         tensors[name] = header[name] | {"data_offsets": [len(turned), len(turned) + end - begin]}
         turned += data[begin:end]
-    text = json.dumps(tensors).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + turned)
+    path.write_bytes(join(json.dumps(tensors).encode(), turned))
     assert main(["digest", str(folder), str(other)]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first.split()[0] == second.split()[0]

@@ -2,11 +2,14 @@
 
 import base64
 import contextlib
+import hashlib
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,6 @@ import torch
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from model_signing import hashing, signing, verifying
-from safetensors.torch import load_file, save_file
 
 from vllm_multilora.adapters import intake
 from vllm_multilora.adapters.adapter_errors import (
@@ -134,18 +136,13 @@ def test_no_file_of_a_signed_adapter_stays_open(site: Site, is_good: bool) -> No
 
 
 def test_digests_may_be_written_in_capital_letters(site: Site) -> None:
-    bundle = Bundle(site)
-    for resource in bundle.resources:
-        resource["digest"] = resource["digest"].upper()
-    bundle.write(anew=True)
+    capitals = lambda one: {"digest": one["digest"].upper()}  # noqa: E731
+    resigned(lambda bundle: bundle.set_digests(capitals))(site)
     take(site.folder, layout(), rules=site.rules())
 
 
 def test_nothing_is_said_of_files_in_a_folder_that_is_not_signed(site: Site) -> None:
-    bundle = Bundle(site)
-    bundle.resources[:] = [one for one in bundle.resources if "training" not in one["name"]]
-    bundle.statement["predicate"]["serialization"]["ignore_paths"].append("training")
-    bundle.write(anew=True)
+    resigned(lambda bundle: bundle.leave_out("training", says_so=True))(site)
     flip_nested(site)
     take(site.folder, layout(), rules=site.rules())
 
@@ -153,126 +150,6 @@ def test_nothing_is_said_of_files_in_a_folder_that_is_not_signed(site: Site) -> 
 def test_openssfs_own_code_verifies_what_the_command_signs(site: Site) -> None:
     config = verifying.Config().use_elliptic_key_verifier(public_key=site.ours.public)
     config.verify(site.folder, site.folder / SIGNATURE)
-
-
-# Tampering. Each of these changes a signed folder, or those who are trusted.
-
-
-def flip(path: Path, at: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[at] ^= 1
-    path.write_bytes(content)
-
-
-def change_config(site: Site) -> None:
-    path = site.folder / CONFIG
-    path.write_text(path.read_text().replace('"lora_alpha": 8', '"lora_alpha": 9'))
-
-
-def respell_config(site: Site) -> None:
-    path = site.folder / CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()), indent=4))
-
-
-def add_file(site: Site) -> None:
-    (site.folder / "adapter_model.bin").write_bytes(b"anything")
-
-
-def add_nested_file(site: Site) -> None:
-    (site.folder / "training" / "more.txt").write_text("anything")
-
-
-def remove_file(site: Site) -> None:
-    (site.folder / "README.md").unlink()
-
-
-def rename_file(site: Site) -> None:
-    (site.folder / "README.md").rename(site.folder / "NOTES.md")
-
-
-def change_tensors(site: Site, change: Callable[[dict], dict]) -> None:
-    path = site.folder / WEIGHTS
-    save_file(change(load_file(path)), path, {"format": "pt"})
-
-
-def rename_tensor(site: Site) -> None:
-    change_tensors(site, lambda tensors: {n.replace(".1.", ".0."): t for n, t in tensors.items()})
-
-
-def swap_a_and_b(site: Site) -> None:
-    def swap(tensors: dict) -> dict:
-        name = next(name for name in tensors if "down_proj.lora_A" in name)
-        other = name.replace("lora_A", "lora_B")
-        a, b = tensors[name], tensors[other]
-        return tensors | {name: b.T.contiguous(), other: a.T.contiguous()}
-
-    change_tensors(site, swap)
-
-
-def flip_weight(site: Site) -> None:
-    flip(site.folder / WEIGHTS, -1)
-
-
-def flip_header(site: Site) -> None:
-    flip(site.folder / WEIGHTS, 20)
-
-
-def flip_config(site: Site) -> None:
-    flip(site.folder / CONFIG, 5)
-
-
-def flip_readme(site: Site) -> None:
-    flip(site.folder / "README.md", 3)
-
-
-def flip_nested(site: Site) -> None:
-    flip(site.folder / "training" / "log.txt", 3)
-
-
-def cut_weights(site: Site) -> None:
-    with (site.folder / WEIGHTS).open("r+b") as file:
-        file.truncate((site.folder / WEIGHTS).stat().st_size - 4)
-
-
-def lengthen_weights(site: Site) -> None:
-    with (site.folder / WEIGHTS).open("ab") as file:
-        file.write(b"more")
-
-
-def sign_by_another(site: Site) -> None:
-    site.theirs.sign(site.folder)
-
-
-def take_another_signature(site: Site) -> None:
-    shutil.copy(site.other / SIGNATURE, site.folder / SIGNATURE)
-
-
-def remove_signature(site: Site) -> None:
-    (site.folder / SIGNATURE).unlink()
-
-
-def empty_signature(site: Site) -> None:
-    (site.folder / SIGNATURE).write_bytes(b"")
-
-
-def cut_signature(site: Site) -> None:
-    path = site.folder / SIGNATURE
-    path.write_bytes(path.read_bytes()[:-20])
-
-
-def link_a_file(site: Site) -> None:
-    (site.folder / "README.md").rename(site.root / "elsewhere")
-    (site.folder / "README.md").symlink_to(site.root / "elsewhere")
-
-
-def link_weights(site: Site) -> None:
-    (site.folder / WEIGHTS).unlink()
-    (site.folder / WEIGHTS).symlink_to(site.other / WEIGHTS)
-
-
-def link_a_folder(site: Site) -> None:
-    (site.folder / "training").rename(site.root / "elsewhere")
-    (site.folder / "training").symlink_to(site.root / "elsewhere")
 
 
 class Bundle:
@@ -292,6 +169,18 @@ class Bundle:
     def resources(self) -> list[dict]:
         return self.statement["predicate"]["resources"]
 
+    def add(self, name: str) -> None:
+        self.resources.append({"name": name, "algorithm": "sha256", "digest": "00" * 32})
+
+    def leave_out(self, part: str, *, says_so: bool = False) -> None:
+        self.resources[:] = [one for one in self.resources if part not in one["name"]]
+        if says_so:
+            self.statement["predicate"]["serialization"]["ignore_paths"].append(part)
+
+    def set_digests(self, change: Callable[[dict], dict]) -> None:
+        for resource in self.resources:
+            resource.update(change(resource))
+
     def write(self, *, anew: bool, subject: bytes | None = None) -> None:
         if anew:
             if subject is None:
@@ -309,61 +198,50 @@ class Bundle:
         self.path.write_text(json.dumps(self.content))
 
 
+# Tampering. Each of these changes a signed folder, or those who are trusted.
+
+Tamper = Callable[[Site], object]
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def flipped(name: str, at: int) -> Tamper:
+    return lambda site: flip(site.folder / name, at)
+
+
+def resigned(change: Callable[[Bundle], object]) -> Tamper:
+    """A signature that holds something else, signed by who may sign."""
+
+    def tamper(site: Site) -> None:
+        bundle = Bundle(site)
+        change(bundle)
+        bundle.write(anew=True)
+
+    return tamper
+
+
+def linked(name: str, of_other: bool = False) -> Tamper:
+    """A link in the place of a file or folder."""
+
+    def tamper(site: Site) -> None:
+        place = site.folder / name
+        to = place.rename(site.root / "elsewhere")
+        place.symlink_to(site.other / name if of_other else to)
+
+    return tamper
+
+
 def change_manifest(site: Site) -> None:
     """Another file's digest, under the old signature."""
     flip_weight(site)
     bundle = Bundle(site)
-    new = hashes.Hash(hashes.SHA256())
-    new.update((site.folder / WEIGHTS).read_bytes())
-    for resource in bundle.resources:
-        if resource["name"] == WEIGHTS:
-            resource["digest"] = new.finalize().hex()
+    digest = hashlib.sha256((site.folder / WEIGHTS).read_bytes()).hexdigest()
+    bundle.set_digests(lambda one: {"digest": digest} if one["name"] == WEIGHTS else {})
     bundle.write(anew=False)
-
-
-def sign_without_weights(site: Site) -> None:
-    bundle = Bundle(site)
-    bundle.resources[:] = [one for one in bundle.resources if one["name"] != WEIGHTS]
-    bundle.write(anew=True)
-
-
-def sign_that_weights_do_not_matter(site: Site) -> None:
-    bundle = Bundle(site)
-    bundle.resources[:] = [one for one in bundle.resources if one["name"] != WEIGHTS]
-    bundle.statement["predicate"]["serialization"]["ignore_paths"].append(WEIGHTS)
-    bundle.write(anew=True)
-
-
-def sign_a_path_outside(site: Site) -> None:
-    bundle = Bundle(site)
-    bundle.resources.append({"name": "../b/README.md", "algorithm": "sha256", "digest": "00" * 32})
-    bundle.write(anew=True)
-
-
-def sign_an_absolute_path(site: Site) -> None:
-    bundle = Bundle(site)
-    bundle.resources.append({"name": "/etc/hostname", "algorithm": "sha256", "digest": "00" * 32})
-    bundle.write(anew=True)
-
-
-def sign_a_file_twice(site: Site) -> None:
-    bundle = Bundle(site)
-    bundle.resources.append(bundle.resources[0] | {"digest": "00" * 32})
-    bundle.write(anew=True)
-
-
-def sign_by_a_broken_digest(site: Site) -> None:
-    bundle = Bundle(site)
-    for resource in bundle.resources:
-        resource["algorithm"] = "crc32"
-    bundle.write(anew=True)
-
-
-def take_a_long_chain(site: Site) -> None:
-    bundle = Bundle(site)
-    chain = {"certificates": [{"rawBytes": ""}] * 9}
-    bundle.content["verificationMaterial"] = {"x509CertificateChain": chain}
-    bundle.write(anew=True)
 
 
 def say_something_twice(site: Site) -> None:
@@ -373,71 +251,121 @@ def say_something_twice(site: Site) -> None:
     bundle.path.write_text(text[:-1] + ', "dsseEnvelope": ' + json.dumps(bundle.envelope) + "}")
 
 
-def sign_twice(site: Site) -> None:
-    bundle = Bundle(site)
-    bundle.envelope["signatures"] *= 2
-    bundle.write(anew=True)
+def material(**content: object) -> Tamper:
+    return resigned(lambda bundle: bundle.content.update(verificationMaterial=content))
 
 
-def sign_another_subject(site: Site) -> None:
-    Bundle(site).write(anew=True, subject=b"of other files")
+flip_weight, flip_readme = flipped(WEIGHTS, -1), flipped("README.md", 3)
+flip_nested = flipped("training/log.txt", 3)
+CERTIFICATE = {"rawBytes": ""}
+NOT_AS_SIGNED, WRONG = Code.NOT_AS_SIGNED, Code.WRONG_SIGNATURE
 
-
-def sign_another_kind_of_statement(site: Site) -> None:
-    bundle = Bundle(site)
-    bundle.statement["predicateType"] = "https://slsa.dev/provenance/v1"
-    bundle.write(anew=True)
-
-
-def claim_to_be_of_sigstores_service(site: Site) -> None:
-    bundle = Bundle(site)
-    bundle.content["verificationMaterial"] = {"certificate": {"rawBytes": ""}}
-    bundle.write(anew=True)
-
-
-TAMPERED: dict[Callable[[Site], None], tuple[Code, str]] = {
-    change_config: (Code.NOT_AS_SIGNED, CONFIG),
-    respell_config: (Code.NOT_AS_SIGNED, CONFIG),
-    add_file: (Code.NOT_AS_SIGNED, "adapter_model.bin is not in the signature"),
-    add_nested_file: (Code.NOT_AS_SIGNED, "training/more.txt is not in the signature"),
-    remove_file: (Code.NOT_AS_SIGNED, "README.md is missing"),
-    rename_file: (Code.NOT_AS_SIGNED, "NOTES.md is not in the signature"),
-    rename_tensor: (Code.NOT_AS_SIGNED, WEIGHTS),
-    swap_a_and_b: (Code.NOT_AS_SIGNED, WEIGHTS),
-    flip_weight: (Code.NOT_AS_SIGNED, WEIGHTS),
-    flip_header: (Code.NOT_AS_SIGNED, WEIGHTS),
-    flip_config: (Code.NOT_AS_SIGNED, CONFIG),
-    flip_readme: (Code.NOT_AS_SIGNED, "README.md"),
-    flip_nested: (Code.NOT_AS_SIGNED, "training/log.txt"),
-    cut_weights: (Code.NOT_AS_SIGNED, WEIGHTS),
-    lengthen_weights: (Code.NOT_AS_SIGNED, WEIGHTS),
-    sign_by_another: (Code.WRONG_SIGNATURE, "which is not trusted here"),
-    take_another_signature: (Code.NOT_AS_SIGNED, WEIGHTS),
-    remove_signature: (Code.NOT_SIGNED, "no model.sig"),
-    empty_signature: (Code.WRONG_SIGNATURE, "not JSON"),
-    cut_signature: (Code.WRONG_SIGNATURE, "not JSON"),
-    link_a_file: (Code.NOT_AS_SIGNED, "README.md is a link"),
-    link_weights: (Code.NOT_AS_SIGNED, f"{WEIGHTS} is a link"),
-    link_a_folder: (Code.NOT_AS_SIGNED, "training is a link"),
-    change_manifest: (Code.WRONG_SIGNATURE, "does not match its manifest"),
-    sign_without_weights: (Code.NOT_AS_SIGNED, f"{WEIGHTS} is not in the signature"),
-    sign_that_weights_do_not_matter: (Code.NOT_AS_SIGNED, f"{WEIGHTS} is not in the signature"),
-    sign_a_path_outside: (Code.WRONG_SIGNATURE, "'../b/README.md'"),
-    sign_an_absolute_path: (Code.WRONG_SIGNATURE, "'/etc/hostname'"),
-    sign_a_file_twice: (Code.WRONG_SIGNATURE, "twice"),
-    sign_by_a_broken_digest: (Code.WRONG_SIGNATURE, "'crc32'"),
-    take_a_long_chain: (Code.WRONG_SIGNATURE, "9 certificates"),
-    say_something_twice: (Code.WRONG_SIGNATURE, "the key 'dsseEnvelope' occurs twice"),
-    sign_twice: (Code.WRONG_SIGNATURE, "2 signatures"),
-    sign_another_subject: (Code.WRONG_SIGNATURE, "does not match its subject"),
-    sign_another_kind_of_statement: (Code.WRONG_SIGNATURE, "slsa.dev"),
-    claim_to_be_of_sigstores_service: (Code.WRONG_SIGNATURE, "keyless ones can only be checked"),
+TAMPERED: dict[str, tuple[Tamper, Code, str]] = {
+    "file-added": (
+        lambda site: (site.folder / "adapter_model.bin").write_bytes(b"anything"),
+        *(NOT_AS_SIGNED, "adapter_model.bin is not in the signature"),
+    ),
+    "nested-file-added": (
+        lambda site: (site.folder / "training" / "more.txt").touch(),
+        *(NOT_AS_SIGNED, "training/more.txt is not in the signature"),
+    ),
+    "file-removed": (
+        lambda site: (site.folder / "README.md").unlink(),
+        *(NOT_AS_SIGNED, "README.md is missing"),
+    ),
+    "file-renamed": (
+        lambda site: (site.folder / "README.md").rename(site.folder / "NOTES.md"),
+        *(NOT_AS_SIGNED, "NOTES.md is not in the signature"),
+    ),
+    "weight-flipped": (flip_weight, NOT_AS_SIGNED, WEIGHTS),
+    "header-flipped": (flipped(WEIGHTS, 20), NOT_AS_SIGNED, WEIGHTS),
+    "config-flipped": (flipped(CONFIG, 5), NOT_AS_SIGNED, CONFIG),
+    "readme-flipped": (flip_readme, NOT_AS_SIGNED, "README.md"),
+    "nested-file-flipped": (flip_nested, NOT_AS_SIGNED, "training/log.txt"),
+    "weights-cut": (
+        lambda site: os.truncate(site.folder / WEIGHTS, 2_000),
+        *(NOT_AS_SIGNED, WEIGHTS),
+    ),
+    "weights-lengthened": (
+        lambda site: os.truncate(site.folder / WEIGHTS, 200_000),
+        *(NOT_AS_SIGNED, WEIGHTS),
+    ),
+    "signed-by-another": (
+        lambda site: site.theirs.sign(site.folder),
+        *(WRONG, "which is not trusted here"),
+    ),
+    "signature-of-another": (
+        lambda site: shutil.copy(site.other / SIGNATURE, site.folder / SIGNATURE),
+        *(NOT_AS_SIGNED, WEIGHTS),
+    ),
+    "signature-removed": (
+        lambda site: (site.folder / SIGNATURE).unlink(),
+        *(Code.NOT_SIGNED, "no model.sig"),
+    ),
+    "signature-cut": (
+        lambda site: os.truncate(site.folder / SIGNATURE, 100),
+        *(WRONG, "not JSON"),
+    ),
+    "file-linked": (linked("README.md"), NOT_AS_SIGNED, "README.md is a link"),
+    "weights-linked": (linked(WEIGHTS, of_other=True), NOT_AS_SIGNED, f"{WEIGHTS} is a link"),
+    "folder-linked": (linked("training"), NOT_AS_SIGNED, "training is a link"),
+    "manifest-changed": (change_manifest, WRONG, "does not match its manifest"),
+    "weights-unsigned": (
+        resigned(lambda bundle: bundle.leave_out(WEIGHTS)),
+        *(NOT_AS_SIGNED, f"{WEIGHTS} is not in the signature"),
+    ),
+    "weights-said-not-to-matter": (
+        resigned(lambda bundle: bundle.leave_out(WEIGHTS, says_so=True)),
+        *(NOT_AS_SIGNED, f"{WEIGHTS} is not in the signature"),
+    ),
+    "path-outside": (
+        resigned(lambda bundle: bundle.add("../b/README.md")),
+        *(WRONG, "'../b/README.md'"),
+    ),
+    "path-absolute": (
+        resigned(lambda bundle: bundle.add("/etc/hostname")),
+        *(WRONG, "'/etc/hostname'"),
+    ),
+    "file-signed-twice": (
+        resigned(lambda bundle: bundle.add(bundle.resources[0]["name"])),
+        *(WRONG, "twice"),
+    ),
+    "broken-digest": (
+        resigned(lambda bundle: bundle.set_digests(lambda _: {"algorithm": "crc32"})),
+        *(WRONG, "'crc32'"),
+    ),
+    "long-chain": (
+        material(x509CertificateChain={"certificates": [CERTIFICATE] * 9}),
+        *(WRONG, "9 certificates"),
+    ),
+    "key-twice": (say_something_twice, WRONG, "the key 'dsseEnvelope' occurs twice"),
+    "signed-twice": (
+        resigned(
+            lambda bundle: bundle.envelope.update(signatures=bundle.envelope["signatures"] * 2)
+        ),
+        *(WRONG, "2 signatures"),
+    ),
+    "another-subject": (
+        lambda site: Bundle(site).write(anew=True, subject=b"of other files"),
+        *(WRONG, "does not match its subject"),
+    ),
+    "another-kind-of-statement": (
+        resigned(
+            lambda bundle: bundle.statement.update(predicateType="https://slsa.dev/provenance/v1")
+        ),
+        *(WRONG, "slsa.dev"),
+    ),
+    "of-sigstores-service": (
+        material(certificate=CERTIFICATE),
+        *(WRONG, "keyless ones can only be checked"),
+    ),
 }
 
 
-@pytest.mark.parametrize("tamper", TAMPERED, ids=lambda tamper: tamper.__name__)
-def test_what_was_tampered_with_is_refused(site: Site, tamper: Callable[[Site], None]) -> None:
-    code, text = TAMPERED[tamper]
+@pytest.mark.parametrize(("tamper", "code", "text"), TAMPERED.values(), ids=TAMPERED)
+def test_what_was_tampered_with_is_refused(
+    site: Site, tamper: Tamper, code: Code, text: str
+) -> None:
     tamper(site)
     problems = refused(site.folder, site.rules())
     assert {found for found, _ in problems} == {code}
@@ -524,14 +452,22 @@ def root(site: Site) -> tuple[KeyPair, object]:
     return key, certify(site.root / "root.pem", key, is_authority=True)
 
 
+def sign_with_certificate(
+    site: Site, issuer: tuple, *chain: str, **options: timedelta | bool
+) -> None:
+    """Signs with a key that somebody has issued a certificate for, in `leaf.pem`."""
+    leaf, certificate = KeyPair.make(site.root, "leaf"), site.root / "leaf.pem"
+    certify(certificate, leaf, issuer, **options)
+    others = [word for name in chain for word in ("--chain", site.root / name)]
+    leaf.sign(site.folder, "--certificate", certificate, *others)
+
+
 def test_a_certificate_is_trusted_through_those_that_lead_to_one_in_the_file(
     site: Site, root: tuple
 ) -> None:
-    middle, leaf = KeyPair.make(site.root, "middle"), KeyPair.make(site.root, "leaf")
+    middle = KeyPair.make(site.root, "middle")
     between = certify(site.root / "middle.pem", middle, root, is_authority=True)
-    certify(site.root / "leaf.pem", leaf, (middle, between))
-    chain = ("--certificate", site.root / "leaf.pem", "--chain", site.root / "middle.pem")
-    leaf.sign(site.folder, *chain)
+    sign_with_certificate(site, (middle, between), "middle.pem")
     take(site.folder, layout(), rules=site.rules(site.root / "root.pem"))
     take(site.folder, layout(), rules=site.rules(site.root / "leaf.pem"))
     assert "not trusted" in refused(site.folder, site.rules())[0][1]
@@ -553,9 +489,7 @@ def test_a_certificate_is_trusted_through_those_that_lead_to_one_in_the_file(
 def test_a_certificate_must_be_valid_now_and_for_signing(
     site: Site, root: tuple, options: dict, text: str
 ) -> None:
-    leaf = KeyPair.make(site.root, "leaf")
-    certify(site.root / "leaf.pem", leaf, root, **options)
-    leaf.sign(site.folder, "--certificate", site.root / "leaf.pem")
+    sign_with_certificate(site, root, **options)
     for trusted in ("root.pem", "leaf.pem"):
         ((code, message),) = refused(site.folder, site.rules(site.root / trusted))
         assert code is Code.WRONG_SIGNATURE
@@ -563,30 +497,23 @@ def test_a_certificate_must_be_valid_now_and_for_signing(
 
 
 def test_an_authority_must_be_valid_now(site: Site) -> None:
-    key, leaf = KeyPair.make(site.root, "root"), KeyPair.make(site.root, "leaf")
+    key = KeyPair.make(site.root, "root")
     expired = certify(site.root / "root.pem", key, is_authority=True, ends=-DAY / 2)
-    certify(site.root / "leaf.pem", leaf, (key, expired))
-    leaf.sign(site.folder, "--certificate", site.root / "leaf.pem")
+    sign_with_certificate(site, (key, expired))
     assert "not trusted" in refused(site.folder, site.rules(site.root / "root.pem"))[0][1]
 
 
 def test_whoever_has_a_certificate_cannot_issue_others(site: Site, root: tuple) -> None:
-    customer, leaf = KeyPair.make(site.root, "customer"), KeyPair.make(site.root, "leaf")
+    customer = KeyPair.make(site.root, "customer")
     own = certify(site.root / "customer.pem", customer, root)
-    certify(site.root / "leaf.pem", leaf, (customer, own))
-    leaf.sign(
-        site.folder,
-        *("--certificate", site.root / "leaf.pem", "--chain", site.root / "customer.pem"),
-    )
+    sign_with_certificate(site, (customer, own), "customer.pem")
     assert "not trusted" in refused(site.folder, site.rules(site.root / "root.pem"))[0][1]
     trusted = site.rules(site.root / "root.pem", site.root / "customer.pem")
     assert "not trusted" in refused(site.folder, trusted)[0][1]
 
 
 def test_a_broken_certificate_is_refused_and_breaks_nothing(site: Site, root: tuple) -> None:
-    leaf = KeyPair.make(site.root, "leaf")
-    certify(site.root / "leaf.pem", leaf, root)
-    leaf.sign(site.folder, "--certificate", site.root / "leaf.pem")
+    sign_with_certificate(site, root)
     bundle, rules = Bundle(site), site.rules(site.root / "root.pem")
     (first, *_) = bundle.content["verificationMaterial"]["x509CertificateChain"]["certificates"]
     der = base64.b64decode(first["rawBytes"])

@@ -2,13 +2,11 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 from tools.kernels.measure.batches import (
     LAYERS,
-    MIXED_RANKS,
     BatchSpec,
     Layer,
     build,
@@ -17,14 +15,6 @@ from tools.kernels.measure.batches import (
 
 SMALL = Layer("small", 32, (48, 16, 16))
 SPEC = BatchSpec(SMALL, tokens=24, max_loras=8)
-
-
-def test_layers_have_the_widths_of_llama():
-    assert LAYERS["8b.qkv"] == Layer("8b.qkv", 4096, (4096, 1024, 1024))
-    assert LAYERS["70b.qkv"].outputs == (8192, 1024, 1024)
-    assert LAYERS["70b.gate_up"] == Layer("70b.gate_up", 8192, (28672, 28672))
-    assert LAYERS["8b.down"] == Layer("8b.down", 14336, (4096,))
-    assert len(LAYERS) == 8
 
 
 def test_a_layer_is_scaled_evenly_or_not_at_all():
@@ -62,42 +52,6 @@ def test_popularity_decides_how_many_adapters_a_batch_has(popularity, slots):
     assert found in (slots if isinstance(slots, range) else [slots])
 
 
-def test_zipf_prefers_few_adapters_and_uniform_none():
-    many = replace(SPEC, tokens=20_000)
-    shares = {
-        popularity: np.sort(np.bincount(choose_slots(replace(many, popularity=popularity))))[::-1]
-        / many.tokens
-        for popularity in ("zipf", "uniform")
-    }
-    harmonic = sum(1 / k for k in range(1, 9))
-    np.testing.assert_allclose(shares["zipf"], 1 / np.arange(1, 9) / harmonic, atol=0.02)
-    np.testing.assert_allclose(shares["uniform"], 1 / 8, atol=0.02)
-
-
-def test_slots_in_use_are_scattered_and_no_others_occur():
-    spec = replace(SPEC, max_loras=64, active=8, popularity="distinct")
-    slots = np.unique(choose_slots(spec))
-    assert len(slots) == 8
-    assert slots.max() - slots.min() > 8
-
-
-def test_a_batch_may_have_no_adapter():
-    batch = build(replace(SPEC, active=0))
-    assert set(batch.token_slots.tolist()) == {-1}
-    assert (batch.plan.rows, batch.plan.tokens) == (0, SPEC.tokens)
-
-
-def test_the_tokens_of_a_request_are_neighbours():
-    slots = choose_slots(replace(SPEC, run_length=10, popularity="distinct"))
-    assert [len(set(run.tolist())) for run in np.split(slots, [10, 20])] == [1, 1, 1]
-    assert len(set(slots.tolist())) == 3
-
-
-def test_mixed_ranks_take_turns_by_slot():
-    assert SPEC.slot_ranks().tolist() == [*MIXED_RANKS, *MIXED_RANKS]
-    assert replace(SPEC, ranks=16).slot_ranks().tolist() == [16] * 8
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_weights_have_vllms_shape_and_are_zero_past_the_rank(dtype):
     batch = build(SPEC, dtype=dtype)
@@ -109,13 +63,6 @@ def test_weights_have_vllms_shape_and_are_zero_past_the_rank(dtype):
         for slot, rank in enumerate(SPEC.slot_ranks().tolist()):
             assert a[slot, 0].any(dim=1).tolist() == [True] * rank + [False] * (64 - rank)
             assert b[slot, 0].any(dim=0).tolist() == [True] * rank + [False] * (64 - rank)
-
-
-def test_the_plan_is_of_the_batch():
-    batch = build(SPEC)
-    assert (batch.plan.tokens, batch.plan.rows) == (24, 24)
-    assert batch.plan.runs == len(set(batch.token_slots.tolist()))
-    assert (batch.x.shape, batch.y.shape) == ((24, 32), (24, 80))
 
 
 def test_a_seed_gives_the_same_batch_again_and_another_seed_another():

@@ -4,7 +4,6 @@ import json
 import math
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,11 +14,10 @@ from tools.kernels import bench
 from tools.kernels.measure.agreement import TOLERANCES, Expected
 from tools.kernels.measure.baselines import GemmLoop
 from tools.kernels.measure.batches import BatchSpec, Layer, build
-from tools.kernels.measure.cases import CASES, CPU_SIZES, GPU_SIZES, GROUPS, choose_cases
-from tools.kernels.measure.comparison import available, compare, group_means
+from tools.kernels.measure.comparison import compare
 from tools.kernels.measure.contenders import ContenderUnavailableError, Entered, Multilora
-from tools.kernels.measure.limits import Peaks, adapter_work, share_of_peak
-from tools.kernels.measure.ratios import Ratio, geometric_mean, mean_ratio, paired_ratio
+from tools.kernels.measure.limits import adapter_work
+from tools.kernels.measure.ratios import paired_ratio
 from tools.kernels.measure.timing import GraphTimer, WallTimer
 
 SPEC = BatchSpec(Layer("small", 32, (24, 8)), 12, "zipf", "mixed", max_loras=6, active=4)
@@ -119,13 +117,6 @@ def test_a_contender_that_raises_does_not_stop_the_others(batch):
     assert not result.ratios  # there is no first contender's time to compare with
 
 
-def test_a_batch_without_adapters_must_be_left_alone():
-    batch = build(replace(SPEC, active=0), dtype=torch.float32)
-    expected = Expected(batch)
-    assert expected.relative_error(GemmLoop().prepare(batch)) == 0
-    assert expected.relative_error(lambda: batch.y.add_(1e-3)) == math.inf
-
-
 def test_the_least_work_counts_true_ranks_of_active_adapters_once(batch):
     batch = build(replace(SPEC, popularity="distinct", tokens=9), dtype=torch.bfloat16)
     slots, ranks = batch.token_slots, SPEC.slot_ranks()
@@ -136,14 +127,6 @@ def test_the_least_work_counts_true_ranks_of_active_adapters_once(batch):
     work = adapter_work(batch)
     assert work.bytes == 2 * (weights + activations)
     assert work.operations == sum(2 * int(ranks[slot]) * (2 * 32 + 24 + 8) for slot in slots)
-
-
-def test_the_share_of_the_peak_is_that_of_the_scarcer_resource():
-    work = adapter_work(build(SPEC, dtype=torch.float32))
-    by_memory = Peaks(work.bytes * 1e6, work.operations * 1e9, "")  # 1 us, and next to nothing
-    by_arithmetic = Peaks(work.bytes * 1e9, work.operations * 1e6, "")
-    assert share_of_peak(work, by_memory, 4.0) == pytest.approx(0.25)
-    assert share_of_peak(work, by_arithmetic, 2.0) == pytest.approx(0.5)
 
 
 def test_calls_alternate_and_no_call_always_follows_the_same_one():
@@ -172,88 +155,11 @@ def test_a_paired_ratio_is_not_moved_by_drift_or_an_interruption():
     assert ratio.error < 1e-9
 
 
-def test_the_error_of_a_ratio_covers_its_spread_over_repeated_measurements():
-    random = np.random.default_rng(0)
-    ratios = [paired_ratio(*np.exp(random.normal(0, 0.1, (2, 50))).tolist()) for _ in range(200)]
-    spread = np.std([ratio.log for ratio in ratios])
-    assert np.mean([ratio.error for ratio in ratios]) == pytest.approx(spread, rel=0.2)
-    assert mean_ratio(ratios).error < spread / 10
-    assert mean_ratio(ratios).value == pytest.approx(1, abs=0.01)
-
-
-def test_times_that_are_not_pairs_are_refused():
-    with pytest.raises(ValueError, match="equally many and not none, got 2 and 1"):
-        paired_ratio([1.0, 2.0], [1.0])
-    with pytest.raises(ValueError, match="positive"):
-        paired_ratio([1.0], [0.0])
-
-
-def test_ratios_are_averaged_geometrically():
-    assert geometric_mean([0.5, 2.0]) == pytest.approx(1)
-    assert Ratio(math.log(1.1), 0.01).at_least(3) == pytest.approx(1.1 * math.exp(-0.03))
-
-
-def test_group_means_are_over_the_cases_that_have_a_ratio(batch):
-    contenders = [Multilora("torch"), GemmLoop()]
-    good = compare("1", "prefill", batch, contenders, FixedTimer(), None, 3)
-    failed = replace(good, ratios={})
-    double = replace(good, ratios={name: 4 * ratio for name, ratio in good.ratios.items()})
-    means = group_means([good, failed, double])
-    assert means == {
-        "prefill": {
-            "loop of torch.mm": (pytest.approx(2 * 2 / 3), 2),
-            "base layer": (pytest.approx(2 * 2), 2),
-        }
-    }
-
-
-def test_the_cases_cover_every_layer_popularity_and_rank_mix():
-    names = [case.name for case in CASES]
-    assert len(set(names)) == len(names) == 2 * 8 * 4 * 4
-    assert {case.group for case in CASES} == set(GROUPS)
-    for sizes in (GPU_SIZES, CPU_SIZES):
-        for case in CASES:
-            case.spec(sizes)  # a spec checks itself, and the layer that it can be divided
-    quick = choose_cases([], quick=True)
-    assert {case.group for case in quick} == set(GROUPS)
-    assert len(quick) < len(names) / 8
-
-
-def test_cases_are_chosen_by_words():
-    chosen = choose_cases(["decode 70b mixed one", "prefill 8b.o zipf r8"], quick=False)
-    assert [case.name for case in chosen] == [
-        "decode 70b.qkv one mixed",
-        "decode 70b.o one mixed",
-        "decode 70b.gate_up one mixed",
-        "decode 70b.down one mixed",
-        "prefill 8b.o zipf r8",
-    ]
-
-
 class NeedsAGpu:
     name = "elsewhere"
 
     def prepare(self, batch):
         raise ContenderUnavailableError("needs a GPU")
-
-
-def test_a_contender_that_cannot_run_here_is_left_out_with_its_reason(batch):
-    able, left_out = available([NeedsAGpu(), GemmLoop()], batch)
-    assert [contender.name for contender in able] == ["loop of torch.mm"]
-    assert left_out == {"elsewhere": "needs a GPU"}
-
-
-def test_a_case_that_does_not_exist_stops_the_command(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        bench.main(["--case", "decode 13b"])
-    assert stopped.value.code == 2
-    assert "names are like 'decode 8b.qkv one r8'" in capsys.readouterr().err
-
-
-def test_a_file_in_no_folder_stops_the_command_before_it_measures(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        bench.main(["--json", str(tmp_path / "none" / "bench.json")])
-    assert f"there is no folder {tmp_path / 'none'}" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the command would measure the GPU")
@@ -284,27 +190,6 @@ def test_without_a_gpu_the_command_measures_the_cpu_and_says_so(monkeypatch, tmp
     assert not case["share_of_peak"]
     assert not case["not_timed"]
     assert group["ratios"]["base layer"]["cases"] == 1
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the command would measure the GPU")
-def test_the_interpreter_is_never_timed(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(bench, "load_contenders", lambda: Entered((GemmLoop(),), ()))
-    contenders, left_out = bench.contenders_for(torch.device("cpu"))
-    assert sum(contender.name == "loop of torch.mm" for contender in contenders) == 1  # its own
-    assert "say nothing about kernels" in left_out["loop of torch.mm"]
-
-
-@pytest.mark.parametrize("table", [None, Path("sm_90.json")], ids=["computed", "table"])
-def test_on_a_gpu_a_table_in_force_is_compared_with_the_computed_defaults(monkeypatch, table):
-    monkeypatch.setattr(bench, "load_contenders", lambda: Entered((NeedsAGpu(),), ()))
-    monkeypatch.setattr(bench, "config_table", lambda device: table)
-    monkeypatch.setattr(bench.triton_availability, "require", lambda device_type: None)
-    contenders, _ = bench.contenders_for(torch.device("cuda"))
-    names = ["multilora (triton)", "elsewhere", "loop of torch.mm"]
-    if table is not None:
-        names.insert(1, "multilora (computed defaults)")
-    assert [contender.name for contender in contenders] == names
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the command would measure the GPU")

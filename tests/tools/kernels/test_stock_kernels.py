@@ -10,7 +10,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from tools.kernels.measure.agreement import TOLERANCES, Expected
 from tools.kernels.measure.batches import BatchSpec, Layer, LayerBatch, build
-from tools.kernels.measure.contenders import ContenderUnavailableError, load_contenders
+from tools.kernels.measure.contenders import load_contenders
 
 pytestmark = [
     pytest.mark.slow,  # imports vLLM
@@ -67,8 +67,3 @@ def test_vllms_own_modules_are_left_alone(contenders):
     assert kernels.triton is utils.triton
     if not utils.HAS_TRITON:
         assert not isinstance(kernels.mm_k, InterpretedFunction)
-
-
-def test_float32_is_refused(contenders):
-    with pytest.raises(ContenderUnavailableError, match=r"not torch\.float32"):
-        contenders["vllm"].prepare(build(SPEC, DEVICE, torch.float32))

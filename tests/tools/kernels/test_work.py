@@ -5,14 +5,12 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpretedFunction
 
 from multilora_kernels import triton as backend
 from multilora_kernels.triton.launch import DeviceFacts
@@ -20,7 +18,6 @@ from tools.kernels import work
 from tools.kernels.measure.batches import BatchSpec, Layer, LayerBatch, build
 from tools.kernels.measure.contenders import Multilora
 from tools.kernels.measure.counted.counting import (
-    CountingError,
     LaunchWork,
     Traffic,
     Work,
@@ -36,98 +33,10 @@ SPEC = BatchSpec(Layer("small", 128, (96, 32)), tokens=8, popularity="distinct",
 H100 = DeviceFacts("sm_90", 132, pdl=False)
 pytestmark = pytest.mark.slow
 
-ZERO = Traffic()
-
-
-@InterpretedFunction
-def add_row_kernel(y, weights, buffer, flags, row, columns, repeats: tl.constexpr):
-    """A program per block of 16 columns: y[0] += weights[row], as often as asked for."""
-    column = tl.program_id(0) * 16 + tl.arange(0, 16)
-    if tl.load(flags) != 0:
-        inside = column < columns
-        total = tl.load(y + column, mask=inside, other=0.0)
-        for _ in range(repeats):
-            total += tl.load(weights + row * columns + column, mask=inside, other=0.0)
-        tl.store(y + column, total, mask=inside)
-        tl.store(buffer + column * 0, total.to(tl.float32), mask=inside)  # all lanes to one place
-
-
-@InterpretedFunction
-def atomic_kernel(buffer, value):
-    tl.atomic_add(buffer + tl.arange(0, 16), value, mask=tl.arange(0, 16) < 5)
-
 
 @pytest.fixture(scope="module")
 def batch() -> LayerBatch:
     return build(SPEC, dtype=torch.float16)
-
-
-def add_row(batch: LayerBatch, *, row: int = 0, repeats: int = 1, programs: int = 3, flag: int = 1):
-    """Counts the kernel above for 40 columns: the third of its programs has 8 live lanes."""
-    buffer, flags = torch.zeros(4), torch.tensor([flag], dtype=torch.int32)
-
-    def call() -> None:
-        weights = batch.lora_a[0]
-        add_row_kernel[(programs,)](batch.y, weights, buffer, flags, row, 40, repeats=repeats)
-
-    return count_work(call, batch)
-
-
-def test_bytes_are_those_of_the_lanes_that_are_not_masked(batch):
-    counted = add_row(batch)
-    assert counted.launches == (LaunchWork("add_row_kernel", 3, with_weights=3, exited=0),)
-    weights, activations = counted.traffic["weights"], counted.traffic["activations"]
-    assert (weights.loaded, weights.stored, weights.touched) == (80, 0, 80)
-    assert (activations.loaded, activations.stored, activations.touched) == (80, 80, 80)
-    assert counted.traffic["metadata"].loaded == 3 * 4
-
-
-def test_a_kernel_that_reads_everything_five_times_is_counted_so(batch):
-    wasteful = add_row(batch, repeats=5).traffic["weights"]
-    assert (wasteful.loaded, wasteful.touched) == (400, 80)
-
-
-def test_memory_comes_in_whole_sectors(batch):
-    """40 columns from column 40 on: 80 bytes that begin in the middle of a sector of 32."""
-    assert batch.lora_a[0].data_ptr() % 32 == 0
-    traffic = add_row(batch, row=1).traffic["weights"]
-    assert (traffic.touched, traffic.sectors) == (80, 96)
-
-
-def test_lanes_of_an_instruction_that_read_the_same_are_served_together(batch):
-    assert add_row(batch).traffic["intermediate"].stored == 3 * 4
-
-
-def test_programs_without_work_exit_at_once(batch):
-    assert add_row(batch, programs=7).launches[0].exited == 4
-    assert add_row(batch, flag=0).launches[0] == LaunchWork("add_row_kernel", 3, 0, 3)
-
-
-def test_an_atomic_operation_is_a_load_and_a_store(batch):
-    buffer = torch.zeros(16)
-    counted = count_work(lambda: atomic_kernel[(2,)](buffer, 1.5), batch)
-    traffic = counted.traffic["intermediate"]
-    assert (traffic.loaded, traffic.stored, traffic.touched) == (40, 40, 20)
-    assert counted.launches == (LaunchWork("atomic_kernel", 2, with_weights=0, exited=0),)
-    assert buffer.tolist() == [3.0] * 5 + [0.0] * 11
-
-
-def test_torchs_own_kernels_are_counted_but_views_and_allocations_are_not(batch):
-    def call() -> None:
-        buffer = torch.empty(10, 3)
-        buffer[2:4].zero_()
-        torch.zeros(5, dtype=torch.float16)
-        buffer.view(-1).unsqueeze(0).add_(1)
-
-    counted = count_work(call, batch)
-    assert counted.operators == ("zero_", "zeros", "add_")
-    assert (counted.cleared, counted.kernels, counted.launches) == (2 * 3 * 4 + 5 * 2, 3, ())
-
-
-def test_memory_that_a_kernel_was_not_given_is_not_read(batch):
-    rows = batch.lora_a[0].numel() // 40
-    with pytest.raises(CountingError, match=r"add_row_kernel reaches for bytes .* in any one"):
-        add_row(batch, row=rows)
 
 
 @interpreted
@@ -146,17 +55,8 @@ def test_afterwards_the_interpreter_is_as_before(batch):
 
     before = state()
     with launched_as_on(H100):
-        add_row(batch)
+        count_work(Multilora().prepare(batch), batch)
     assert state() == before
-
-
-@interpreted
-def test_blocks_and_grids_are_those_of_the_device_that_is_asked_for(batch):
-    programs = []
-    for facts in (H100, replace(H100, processors=1)):
-        with launched_as_on(facts):
-            programs.append(count_work(Multilora().prepare(batch), batch).programs)
-    assert programs[0] > programs[1]
 
 
 @interpreted
@@ -202,12 +102,6 @@ def test_a_prefill_that_does_not_cut_k_is_two_launches_with_16_bits_between_them
 
 
 @interpreted
-def test_a_batch_without_adapters_starts_nothing():
-    counted = work.count_contender(Multilora(), build(replace(SPEC, active=0), dtype=work.DTYPE))
-    assert counted.work.kernels == 0
-
-
-@interpreted
 def test_a_wrong_result_is_no_basis_for_a_comparison(batch):
     class Idle:
         name = "idle"
@@ -222,19 +116,14 @@ def test_a_wrong_result_is_no_basis_for_a_comparison(batch):
 def test_the_table_shows_ratios_to_the_first():
     def counted(name: str, programs: int) -> work.Counted:
         launch = LaunchWork("kernel", programs, with_weights=1, exited=0)
-        traffic = dict.fromkeys(("weights", "activations", "intermediate", "metadata"), ZERO)
+        kinds = ("weights", "activations", "intermediate", "metadata")
+        traffic = dict.fromkeys(kinds, Traffic())
         return work.Counted(name, Work((launch,), (), 0, traffic), 0.0)
 
     lines = work.table([counted("one", 10), counted("other", 1250)]).splitlines()
     assert lines[0] == "| | one | other | ratio |"
     assert "| programs | 10 | 1,250 | 0.008 |" in lines
     assert "| - that exit at once | 0 | 0 | - |" in lines
-
-
-def test_an_unknown_case_is_refused_with_the_known_ones(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        work.main(["--case", "nothing"])
-    assert "decode, mixed ranks" in capsys.readouterr().err
 
 
 COMPARED = ("decode, mixed ranks, qkv", "decode, 8 of 64 slots", "no adapter")

@@ -2,19 +2,13 @@
 
 import ast
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.harness import registry, report, results, revisions
-from benchmarks.harness.registry import Figure
-from benchmarks.harness.results import RESULTS, Record
-from benchmarks.harness.tables import table
-from benchmarks.tenants import soak
-from tests.serving.models.cases import Case, Continuation, Scenario
+from benchmarks.harness import registry, report, results
+from benchmarks.harness.results import RESULTS
 
 
 def test_what_runs_a_benchmark_needs_nothing_of_the_revision_that_is_measured():
@@ -87,44 +81,6 @@ def test_what_there_is_not_is_refused(words, said, capsys: pytest.CaptureFixture
     assert said in capsys.readouterr().err
 
 
-def test_a_table_has_medians_and_what_all_rounds_were() -> None:
-    figures = [
-        Figure("a", "time, s", [3, 1, 2]),
-        Figure("b", "time, s", [0.5, 1.5, float("inf")]),
-        Figure("b", "kept", [0.25, 0.5, 0.375]),
-    ]
-    assert table(figures).splitlines() == [
-        "| | time, s | kept |",
-        "|---|---|---|",
-        "| a | 2 (1 to 3) |  |",
-        "| b | 1.50 (0.50 to inf) | 0.38 (0.25 to 0.50) |",
-    ]
-
-
-def test_rounds_of_several_runs_count_as_those_of_one() -> None:
-    runs = [
-        Record("x", "2026-01-01", "abc", {}, 1.0, {}, {}, [Figure("", "s", values)])
-        for values in ([1.0, 2.0], [3.0])
-    ]
-    assert results.pooled(runs) == [Figure("", "s", [1.0, 2.0, 3.0])]
-
-
-def test_two_revisions_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ratio of each pair is this revision's median over the other's."""
-    order = []
-
-    def run_in(tree, words) -> Record:
-        order.append(tree == results.ROOT)
-        value = 2.0 if tree == results.ROOT else 4.0
-        return Record("x", "2026-01-01", "abc", {}, 1.0, {}, {}, [Figure("", "s", [value])])
-
-    monkeypatch.setattr(revisions, "run_in", run_in)
-    figures, records = revisions.compare("HEAD", ["x"], pairs=2)
-    assert figures == [Figure("", "s: here / HEAD", [0.5, 0.5])]
-    assert order == [False, True, True, False]
-    assert len(records) == 4
-
-
 def test_the_page_is_made_of_the_results() -> None:
     assert report.filled(report.PAGE.read_text()) == report.PAGE.read_text(), (
         "run python -m benchmarks report"
@@ -138,43 +94,3 @@ def test_results_are_of_a_benchmark_and_on_the_page(file) -> None:
         assert set(record.options) <= set(registry.named(file.stem).options)
         assert not record.commit.endswith("+"), "measured with files that nobody else has"
     assert f"<!-- figures: {file.stem} -->" in report.PAGE.read_text()
-
-
-def test_a_long_run_has_pauses_in_which_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    under_way: list[object] = []
-    rests: list[int] = []
-
-    @contextmanager
-    def call():
-        under_way.append(None)
-        yield
-        under_way.pop()
-
-    class Server:
-        pid = os.getpid()
-
-        def get(self, path):
-            return httpx.Response(200)
-
-        def post(self, path, json):
-            with call():
-                return httpx.Response(200, json={"choices": [{"token_ids": [7]}]})
-
-    class Attackers:
-        def attack(self):
-            with call():
-                return "attack", None
-
-    def rest(run: soak.Run) -> None:
-        rests.append(len(under_way))
-        if len(rests) == 3:
-            run._over.set()
-
-    monkeypatch.setattr(soak, "REST_EVERY_S", 0.0)
-    monkeypatch.setattr(soak.Run, "_let_rest", rest)
-    case = Case("a", (1,), Continuation((7,), (), (), ()))
-    findings = soak.Findings()
-    soak.Run(Server(), Scenario(Path(), {}, (case,)), findings).go(30.0, [Attackers(), Attackers()])
-    assert rests == [0, 0, 0]
-    assert findings.answers["right"]
-    assert not findings.wrong

@@ -54,15 +54,6 @@ def group_exists(process: subprocess.Popen) -> bool:
     return True
 
 
-def test_a_process_and_its_log_are_gone_after_the_block(demo: Demo, tmp_path: Path) -> None:
-    with demo.processes.started("sleeper", [*PYTHON, SLEEP]) as child:
-        assert [path.name for path in tmp_path.iterdir()] == [child.log.name]
-        assert child.process.poll() is None
-        child.check()
-    assert not group_exists(child.process)
-    assert not list(tmp_path.iterdir())
-
-
 def test_an_error_stops_the_process_and_keeps_its_log(demo: Demo) -> None:
     def interrupted() -> None:
         with demo.processes.started("sleeper", [*PYTHON, SLEEP]) as child:
@@ -119,20 +110,6 @@ def test_the_demo_tells_how_long_it_waits_and_gives_up(
     assert "  ... starting, 0 s\n" in capsys.readouterr().out
 
 
-def test_answers_stand_beside_their_adapters_and_show_their_style(
-    demo: Demo, capsys: pytest.CaptureFixture
-) -> None:
-    customers = demo.prompts.CUSTOMERS
-    answers = [customer.marker or "Any answer." for customer in customers]
-    assert demo.display.show_all(answers)
-    printed = capsys.readouterr().out
-    for customer, answer in zip(customers, answers, strict=True):
-        shown = f"adapter: {customer.adapter or '(none: base model)'}\n    Q: {customer.prompt}"
-        assert f"{shown}\n    A: {answer}\n" in printed
-    for wrong in range(len(demo.prompts.ADAPTED)):
-        assert not demo.display.show_all([*answers[:wrong], "Hm.", *answers[wrong + 1 :]])
-
-
 def test_the_demo_starts_no_engine_to_say_what_it_is() -> None:
     command = [sys.executable, str(DEMO / "demo.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
@@ -150,12 +127,3 @@ def test_the_server_has_room_for_every_adapter(demo: Demo) -> None:
     configs = [json.loads((Path(m["path"]) / "adapter_config.json").read_text()) for m in modules]
     assert int(options["--max-loras"]) == len(modules)
     assert int(options["--max-lora-rank"]) == max(config["r"] for config in configs)
-
-
-def test_the_demo_describes_all_adapters(demo: Demo, capsys: pytest.CaptureFixture) -> None:
-    demo.demo.describe(Path("/model"))
-    printed = capsys.readouterr().out
-    assert "/model" in printed
-    assert "vllm-multilora" in printed
-    for customer in demo.prompts.ADAPTED:
-        assert f"adapter {customer.adapter} " in printed

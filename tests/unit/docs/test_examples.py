@@ -4,7 +4,6 @@ import argparse
 import json
 import re
 import runpy
-import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,9 +23,6 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 KUSTOMIZATION = EXAMPLES / "kubernetes" / "kustomization.yaml"
 MANIFESTS = sorted(set((EXAMPLES / "kubernetes").glob("*.yaml")) - {KUSTOMIZATION})
 NOTEBOOK = EXAMPLES / "notebook" / "multilora.ipynb"
-READMES = sorted(EXAMPLES.rglob("README.md"))
-
-
 CLIENTS = {
     "ab": ["--prompt", "Hello"],
     "continuous_deployment": ["--name", "a", "--path", "/a", "--check", "Hello"],
@@ -40,7 +36,16 @@ def documents(path: Path) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(path.read_text()))
 
 
-OBJECTS = [(path.name, found) for path in MANIFESTS for found in documents(path)]
+OBJECTS = [found for path in MANIFESTS for found in documents(path)]
+
+
+def of_kind(*kinds: str) -> list[dict[str, Any]]:
+    return [found for found in OBJECTS if found["kind"] in kinds]
+
+
+def vllm_pod() -> dict[str, Any]:
+    (found,) = (each for each in of_kind("Deployment") if each["metadata"]["name"] == "vllm")
+    return found["spec"]["template"]["spec"]
 
 
 def settings_of(arguments: list[str]) -> MultiLoRAConfig:
@@ -59,54 +64,24 @@ def settings_of(arguments: list[str]) -> MultiLoRAConfig:
     return MultiLoRAConfig.from_additional_config(engine_args.additional_config)
 
 
-def containers() -> list[dict[str, Any]]:
-    return [
-        container
-        for _, found in OBJECTS
-        if found["kind"] == "Deployment"
-        for container in found["spec"]["template"]["spec"]["containers"]
-    ]
-
-
-def test_the_manifests_use_current_apis() -> None:
-    apis = {(found["apiVersion"], found["kind"]) for _, found in OBJECTS}
-    assert apis == {
-        ("v1", "ConfigMap"),
-        ("v1", "PersistentVolumeClaim"),
-        ("v1", "Service"),
-        ("v1", "ServiceAccount"),
-        ("apps/v1", "Deployment"),
-        ("rbac.authorization.k8s.io/v1", "Role"),
-        ("rbac.authorization.k8s.io/v1", "RoleBinding"),
-        ("gateway.networking.k8s.io/v1", "Gateway"),
-        ("gateway.networking.k8s.io/v1", "HTTPRoute"),
-        ("inference.networking.k8s.io/v1", "InferencePool"),
-        ("policy/v1", "PodDisruptionBudget"),
-        ("autoscaling/v2", "HorizontalPodAutoscaler"),
-        ("monitoring.coreos.com/v1", "ServiceMonitor"),
-    }
-
-
 def test_the_manifests_name_each_other_s_objects() -> None:
-    names = {(found["kind"], found["metadata"]["name"]) for _, found in OBJECTS}
+    names = {(found["kind"], found["metadata"]["name"]) for found in OBJECTS}
     assert len(names) == len(OBJECTS)
-    pods = [found["spec"]["template"] for _, found in OBJECTS if found["kind"] == "Deployment"]
+    pods = [found["spec"]["template"] for found in of_kind("Deployment")]
     labels = [pod["metadata"]["labels"] for pod in pods]
-    for _, found in OBJECTS:
-        if found["kind"] == "HorizontalPodAutoscaler":
-            target = found["spec"]["scaleTargetRef"]
-            assert (target["kind"], target["name"]) in names
-        if found["kind"] in ("Service", "InferencePool", "Deployment", "PodDisruptionBudget"):
-            selector = found["spec"]["selector"]
-            assert any(
-                label.items() >= selector.get("matchLabels", selector).items() for label in labels
-            )
-        if found["kind"] == "InferencePool":
-            assert ("Service", found["spec"]["endpointPickerRef"]["name"]) in names
-        if found["kind"] == "HTTPRoute":
-            for rule in found["spec"]["rules"]:
-                for backend in rule["backendRefs"]:
-                    assert (backend["kind"], backend["name"]) in names
+    for found in of_kind("HorizontalPodAutoscaler"):
+        target = found["spec"]["scaleTargetRef"]
+        assert (target["kind"], target["name"]) in names
+    for found in of_kind("Service", "InferencePool", "Deployment", "PodDisruptionBudget"):
+        selector = found["spec"]["selector"]
+        selected = selector.get("matchLabels", selector).items()
+        assert any(label.items() >= selected for label in labels)
+    for found in of_kind("InferencePool"):
+        assert ("Service", found["spec"]["endpointPickerRef"]["name"]) in names
+    for found in of_kind("HTTPRoute"):
+        for rule in found["spec"]["rules"]:
+            for backend in rule["backendRefs"]:
+                assert (backend["kind"], backend["name"]) in names
     for pod in pods:
         volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
         for volume in volumes.values():
@@ -128,13 +103,13 @@ def test_what_is_applied_together_is_there() -> None:
 
 
 def test_replicas_are_scaled_by_metrics_that_there_are() -> None:
-    (scaler,) = (found for _, found in OBJECTS if found["kind"] == "HorizontalPodAutoscaler")
+    (scaler,) = of_kind("HorizontalPodAutoscaler")
     names = {metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]}
     assert names - {"vllm:num_requests_waiting"} == {REQUESTED.name}
 
 
 def test_only_inference_is_routed() -> None:
-    (route,) = (found for _, found in OBJECTS if found["kind"] == "HTTPRoute")
+    (route,) = of_kind("HTTPRoute")
     paths = [match["path"]["value"] for rule in route["spec"]["rules"] for match in rule["matches"]]
     for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/lora_adapters"):
         assert not any(path.startswith(routed) for routed in paths)
@@ -142,12 +117,9 @@ def test_only_inference_is_routed() -> None:
 
 
 def test_pods_have_no_rights_that_they_do_not_need() -> None:
-    (pod,) = (
-        found["spec"]["template"]["spec"]
-        for _, found in OBJECTS
-        if found["kind"] == "Deployment" and found["metadata"]["name"] == "vllm"
-    )
+    pod = vllm_pod()
     (container,) = pod["containers"]
+    assert pod["enableServiceLinks"] is False  # else pods have variables such as `VLLM_PORT`
     assert pod["securityContext"]["runAsNonRoot"]
     assert container["securityContext"]["readOnlyRootFilesystem"]
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
@@ -156,23 +128,8 @@ def test_pods_have_no_rights_that_they_do_not_need() -> None:
     assert leaves + int(flags["--shutdown-timeout"]) < pod["terminationGracePeriodSeconds"]
 
 
-def test_services_set_no_variables_of_vllm_s() -> None:
-    """Kubernetes gives pods variables of their namespace's Services, such as `VLLM_PORT`."""
-    (pod,) = (
-        found["spec"]["template"]["spec"]
-        for _, found in OBJECTS
-        if found["kind"] == "Deployment" and found["metadata"]["name"] == "vllm"
-    )
-    assert pod["enableServiceLinks"] is False
-
-
 def test_what_the_config_maps_hold_is_yaml() -> None:
-    held = {
-        name: text
-        for _, found in OBJECTS
-        if found["kind"] == "ConfigMap"
-        for name, text in found["data"].items()
-    }
+    held = {name: text for each in of_kind("ConfigMap") for name, text in each["data"].items()}
     assert parse_routes("routes.yaml", held["routes.yaml"]).targets
     picker = yaml.safe_load(held["config.yaml"])
     plugins = {plugin["type"] for plugin in picker["plugins"]}
@@ -183,24 +140,12 @@ def test_what_the_config_maps_hold_is_yaml() -> None:
 
 
 def test_the_manifests_flags_are_ones_that_the_plugin_takes() -> None:
-    (vllm,) = (container for container in containers() if container["name"] == "vllm")
+    (vllm,) = vllm_pod()["containers"]
     settings = settings_of(vllm["args"])
     mounts = tuple(mount["mountPath"] for mount in vllm["volumeMounts"])
     assert settings.adapter_dir == ("/adapters",)
     for path in (*settings.adapter_dir, settings.routes, settings.admin_key_file):
         assert path.startswith(mounts)
-
-
-@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(EXAMPLES)))
-def test_flags_and_links_of_the_descriptions_exist(path: Path) -> None:
-    text = path.read_text()
-    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            if "--multilora" in line:
-                settings_of(shlex.split(line, comments=True))
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        if "://" not in target:
-            assert (path.parent / target).exists(), target
 
 
 def test_the_notebook_is_one_without_outputs() -> None:

@@ -13,18 +13,11 @@ from vllm_multilora.cli import main
 from vllm_multilora.integration.patching.source import VllmSource
 
 MODULES = {
-    "vllm/__init__.py": "def __getattr__(name):\n    return {'LLM': 1}[name]\n",
+    "vllm/__init__.py": "",
     "vllm/_version.py": "__version__ = version = '0.40.1'\n",
-    "vllm/base.py": (
-        "class Base:\n    def __init__(self, a: int, *, b='x'): ...\n    async def act(self): ...\n"
-    ),
-    "vllm/sub/__init__.py": "from .inner import *\nfrom ..base import Base as Renamed\n",
-    "vllm/sub/inner.py": (
-        "import os\nfrom vllm.base import Base\n"
-        "if os.name:\n    def chosen(x, y=1): ...\nelse:\n    chosen = None\n"
-        "class Derived(Base[int]):\n    @property\n    def size(self): ...\n"
-        "LIMIT: int = 3\n"
-    ),
+    "vllm/base.py": "class Base:\n    def __init__(self, a: int, *, b='x'): ...\n",
+    "vllm/sub/__init__.py": "from .inner import *\n",
+    "vllm/sub/inner.py": "from vllm.base import Base\nclass Derived(Base[int]): ...\n",
 }
 
 
@@ -55,39 +48,13 @@ def test_a_file_that_this_python_cannot_read_is_named(content, tmp_path, capsys)
     assert "vllm/config.py of this vLLM cannot be read: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "parameters"),
-    [
-        pytest.param("vllm.base", "Base", "self, a, *, b='x'", id="class"),
-        pytest.param("vllm.base", "Base.act", "self", id="coroutine"),
-        pytest.param("vllm.sub", "Renamed", "self, a, *, b='x'", id="renamed-import"),
-        pytest.param("vllm.sub", "chosen", None, id="last-branch-through-a-star"),
-        pytest.param("vllm.sub.inner", "Derived.__init__", "self, a, *, b='x'", id="inherited"),
-        pytest.param("vllm.sub.inner", "Derived.size", "self", id="property"),
-        pytest.param("vllm.sub.inner", "LIMIT", None, id="constant"),
-        pytest.param("vllm.sub.inner", "os", None, id="module-from-elsewhere"),
-        pytest.param("vllm", "LLM", None, id="found-when-asked-for"),
-        pytest.param("vllm", "sub", None, id="submodule"),
-    ],
-)
-def test_names_are_followed_to_their_definition(
-    source: VllmSource, module: str, name: str, parameters: str | None
-) -> None:
-    found = source.find(module, name)
-    assert found is not None
-    assert found.parameters == parameters
-
-
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [("vllm.base", "Gone"), ("vllm.base", "Base.gone"), ("vllm.gone", "x"), ("vllm", "Unknown")],
-)
-def test_what_is_not_there_is_not_found(source: VllmSource, module: str, name: str) -> None:
-    assert source.find(module, name) is None
-
-
-def test_the_source_says_its_version(source: VllmSource) -> None:
+def test_a_source_says_its_version_and_where_names_are_defined(source: VllmSource) -> None:
+    """All others are followed in the vLLM that is installed."""
     assert source.version == "0.40.1"
+    found = source.find("vllm.sub", "Derived.__init__")
+    assert found is not None
+    assert found.parameters == "self, a, *, b='x'"
+    assert source.find("vllm.sub", "Base.gone") is None
 
 
 @pytest.fixture(scope="module")

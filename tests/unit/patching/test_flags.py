@@ -58,25 +58,6 @@ def test_flags_win_over_the_additional_config_and_leave_the_rest_of_it():
     assert given["multilora"]["backend"] == "torch"
 
 
-@pytest.mark.parametrize(
-    ("line", "value"),
-    [
-        ("multilora-quarantine: true", True),
-        ("no-multilora-quarantine: true", False),
-        ("multilora-quarantine: false", None),  # vLLM looks among the flags of `vllm` alone
-    ],
-)
-def test_a_file_for_vllm_turns_a_switch_off_by_its_other_form(tmp_path, line, value):
-    (tmp_path / "serve.yaml").write_text(line)
-    parser = FlexibleArgumentParser()
-    serve = parser.add_subparsers().add_parser("serve")
-    serve.add_argument("model_tag")
-    serve.add_argument("--config")
-    add_flags(serve)
-    args = parser.parse_args(["serve", "model", "--config", str(tmp_path / "serve.yaml")])
-    assert args.multilora_quarantine is value
-
-
 def test_every_api_server_gets_the_flags():
     """One of several is sent the arguments, and makes its engine's before the flags are known."""
     args, engine_args = parse("--multilora-routes", "routes.yaml")
@@ -101,7 +82,6 @@ def test_a_platforms_own_additional_configuration_is_left_alone():
 
 def test_a_configuration_file_sets_what_the_docs_say_it_can(tmp_path):
     """vLLM passes over a key that is false: it has no flag, and its `no-` flag one of its own."""
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = FlexibleArgumentParser()
     serve = parser.add_subparsers(dest="subparser").add_parser("serve")

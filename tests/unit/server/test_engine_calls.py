@@ -72,14 +72,6 @@ def test_a_call_of_an_engine_that_dies_or_is_stopped_ends() -> None:
         during_a_call(lambda client, hearing: hearing.cancel())
 
 
-def test_a_call_has_the_engines_answer() -> None:
-    def answer(client: Any, hearing: object) -> None:
-        (future,) = client.utility_results.values()
-        future.set_result("digest")
-
-    assert during_a_call(answer) == "digest"
-
-
 def test_a_call_has_the_engines_error() -> None:
     def fail(client: Any, hearing: object) -> None:
         (future,) = client.utility_results.values()

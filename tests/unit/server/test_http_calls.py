@@ -163,17 +163,6 @@ def test_nothing_is_put_into_json_but_at_the_beginning_of_an_object(parts):
     assert [message["body"] for message in call(app)[1:]] == said
 
 
-def test_the_request_s_headers_are_at_hand():
-    found = []
-
-    async def app(scope, receive, send):
-        found.append(current_call.get().headers.get("accept-language"))
-        await answer(send, b"{}")
-
-    call(app, {"type": "http", "path": "/", "headers": [(b"Accept-Language".lower(), b"fr")]})
-    assert found == ["fr"]
-
-
 def test_websocket_has_a_call_without_an_answer():
     """Texts of its errors may repeat what its client has sent, as those of answers do."""
 

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import threading
+import time
 from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.lora.request import LoRARequest
 from vllm.utils.counter import AtomicCounter
 
+from tests.event_loop import in_event_loop
 from vllm_multilora.failures import FailureKind, LoadFailure, RequestFailure
 from vllm_multilora.gateway.status.status_route import MAX_SHARE, NEW_S, RecentListing
 from vllm_multilora.integration.api_server import registered_versions
@@ -63,28 +65,6 @@ def test_a_name_has_one_lock_while_it_is_worked_with_and_none_afterwards() -> No
     assert asyncio.run(scenario()) <= 1
 
 
-def test_a_name_that_no_adapter_has_is_not_searched_for_a_version(monkeypatch: Any) -> None:
-    """Nobody is answered meanwhile: ten million characters take a second."""
-    searched: list[str] = []
-
-    class Asks:
-        def fullmatch(self, name: str) -> Any:
-            searched.append(name)
-            return asks.fullmatch(name)
-
-    asks = http_calls._ASKS
-    monkeypatch.setattr(http_calls, "_ASKS", Asks())
-    longest = "x" * 255
-    for name, taken in (
-        (f"{longest}@{'0' * 64}", "0" * 64),
-        (f"{longest}x@{'0' * 64}", ""),
-        ("@" * 1_000_000, ""),
-    ):
-        found = http_calls.split(name, (), is_name=lambda name: False)
-        assert found == (longest if taken else name, taken)
-    assert len(searched) == 1
-
-
 def test_a_refused_adapter_is_tried_again_after_pauses_that_double_up_to_a_minute() -> None:
     clock = Clock()
     refusals, pauses = Refusals(clock), []
@@ -110,112 +90,6 @@ def test_only_the_last_thousand_refusals_are_remembered() -> None:
         refusals.remember(number, ANSWER)
     assert len(refusals) == 1024
     assert refusals.find(4999) is ANSWER
-
-
-def test_routes_try_a_failed_adapter_again_less_and_less_often(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    slept: list[float] = []
-
-    async def sleep(seconds: float) -> None:
-        slept.append(seconds)
-
-    async def admit(models: Any, lora: Any) -> Any:
-        return None if len(slept) == 8 else ANSWER
-
-    monkeypatch.setattr(routes, "asyncio", SimpleNamespace(sleep=sleep))
-    monkeypatch.setattr(registration, "admit", admit)
-    lora: Any = SimpleNamespace(lora_name="acme", lora_int_id=1, lora_path="/adapters/acme")
-    server = routes.ServerRoutes.__new__(routes.ServerRoutes)
-    server._models = SimpleNamespace(lora_requests={"acme": lora})
-    server._failed = {1: LoadFailure(FailureKind.GONE, "gone")}
-    asyncio.run(server._try_again(lora))
-    assert slept == [5, 10, 20, 40, 60, 60, 60, 60]
-    assert server._failed == {}
-
-
-def test_routes_lead_to_no_quarantined_adapter_before_it_has_other_weights(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    lora: Any = SimpleNamespace(lora_name="acme", lora_int_id=1, lora_path="/adapters/acme")
-    models = SimpleNamespace(lora_requests={"acme": lora})
-    slept: list[float] = []
-
-    async def sleep(seconds: float) -> None:
-        slept.append(seconds)
-        if len(slept) == 1:  # the load that failed has been made up for, and what it brought is bad
-            server.note_failure(lora, LoadFailure(FailureKind.QUARANTINED, "not finite"))
-        if len(slept) == 7:
-            models.lora_requests["acme"] = SimpleNamespace(lora_int_id=2)  # other weights
-        assert server._failed[1].kind is FailureKind.QUARANTINED
-
-    async def admit(models: Any, lora: Any) -> Any:
-        raise AssertionError("the engine has it, and serves it to nobody")
-
-    async def remove_later(models: Any, lora: Any) -> None: ...
-
-    async def scenario() -> None:
-        server.note_failure(lora, LoadFailure(FailureKind.GONE, "gone"))
-        await asyncio.wait_for(asyncio.gather(*registration._tasks), 10)
-
-    monkeypatch.setattr(routes, "asyncio", SimpleNamespace(sleep=sleep))
-    monkeypatch.setattr(registration, "admit", admit)
-    monkeypatch.setattr(registration, "remove_later", remove_later)
-    server = routes.ServerRoutes.__new__(routes.ServerRoutes)
-    server._models, server._failed = models, {}
-    asyncio.run(scenario())
-    assert slept == [5, 10, 20, 40, 60, 60, 60]
-    assert server._failed == {}
-
-
-def test_routes_lead_on_to_an_adapter_whose_invocation_a_prompt_lacks() -> None:
-    lora: Any = SimpleNamespace(lora_name="acme", lora_int_id=1, lora_path="/adapters/acme")
-    server = routes.ServerRoutes.__new__(routes.ServerRoutes)
-    server._models, server._failed = SimpleNamespace(lora_requests={"acme": lora}), {}
-    server.note_failure(lora, RequestFailure(FailureKind.INVALID, "no invocation"))
-    assert server._failed == {}
-
-
-@pytest.mark.parametrize("moment", ["while it waits", "while it reads"])
-def test_routes_bring_no_adapter_back_that_was_unloaded(
-    monkeypatch: pytest.MonkeyPatch, moment: str
-) -> None:
-    lora: Any = SimpleNamespace(lora_name="acme", lora_int_id=1, lora_path="/adapters/acme")
-    models = SimpleNamespace(lora_requests={"acme": lora})
-    held: set[int] = set()
-
-    def unload() -> None:
-        del models.lora_requests["acme"]
-        held.discard(1)
-
-    async def sleep(seconds: float) -> None:
-        if moment == "while it waits":
-            unload()
-
-    async def admit(models: Any, lora: Any) -> Any:
-        if moment == "while it reads":
-            unload()
-        held.add(lora.lora_int_id)
-
-    async def remove(models: Any, lora: Any) -> None:
-        held.discard(lora.lora_int_id)
-
-    async def scenario() -> None:
-        await server._try_again(lora)
-        if moment == "while it waits":
-            assert held == set()  # nothing was read at all
-        await asyncio.wait_for(asyncio.gather(*registration._tasks), 10)
-
-    monkeypatch.setattr(routes, "asyncio", SimpleNamespace(sleep=sleep))
-    monkeypatch.setattr(registration, "admit", admit)
-    monkeypatch.setattr(registration, "remove", remove)
-    monkeypatch.setattr(registration.remove_later, "__defaults__", (0.0,))
-    server = routes.ServerRoutes.__new__(routes.ServerRoutes)
-    server._models = models
-    server._failed = {1: LoadFailure(FailureKind.GONE, "gone")}
-    asyncio.run(scenario())
-    assert held == set()
-    assert server._failed == {}
 
 
 def test_a_routes_file_on_storage_that_hangs_keeps_nobody_waiting_for_ever(
@@ -245,51 +119,28 @@ def test_a_routes_file_on_storage_that_hangs_keeps_nobody_waiting_for_ever(
 
 
 @pytest.mark.parametrize("cost_s", [0.0, 0.99 * MAX_SHARE * NEW_S], ids=["free", "cheap"])
-def test_the_engine_is_asked_for_a_listing_once_a_second_whoever_asks(cost_s: float) -> None:
-    async def scenario() -> None:
-        clock, calls = Clock(), 0
-        listing = RecentListing(clock)
+@in_event_loop
+async def test_the_engine_is_asked_for_a_listing_once_a_second_whoever_asks(cost_s: float) -> None:
+    clock, calls = Clock(), 0
+    listing = RecentListing(clock)
 
-        async def ask() -> Any:
-            nonlocal calls
-            calls += 1
-            number = calls
-            await asyncio.sleep(0)
-            return b"%d" % number, cost_s
+    async def ask() -> Any:
+        nonlocal calls
+        calls += 1
+        number = calls
+        await asyncio.sleep(0)
+        return b"%d" % number, cost_s
 
-        found = await asyncio.gather(*(listing.get([1, 2], ask) for _ in range(500)))
-        assert set(found) == {b"1"}
-        clock.now += 0.9 * NEW_S
-        tag = listing.tag
-        assert await listing.get([1, 2], ask) == b"1"
-        assert listing.tag == tag
-        assert await listing.get([1, 2, 3], ask) == b"2"  # an adapter has come
-        assert listing.tag != tag
-        clock.now += NEW_S
-        assert await listing.get([1, 2, 3], ask) == b"3"
-
-    asyncio.run(scenario())
-
-
-@pytest.mark.parametrize("coming", [0, 1], ids=["the same adapters", "adapters come"])
-def test_listings_take_a_small_share_of_the_time_however_long_each_takes(coming: int) -> None:
-    async def scenario() -> None:
-        clock, calls, cost_s = Clock(), 0, 0.3
-        listing = RecentListing(clock)
-
-        async def ask() -> Any:
-            nonlocal calls
-            calls += 1
-            await asyncio.sleep(0)
-            return {}, cost_s
-
-        for number in range(600):
-            many = (listing.get([coming * (2 * number + i)], ask) for i in range(2))
-            await asyncio.gather(*many)
-            clock.now += 0.1
-        assert 1 < calls <= 60 * MAX_SHARE / cost_s + 1
-
-    asyncio.run(scenario())
+    found = await asyncio.gather(*(listing.get([1, 2], ask) for _ in range(500)))
+    assert set(found) == {b"1"}
+    clock.now += 0.9 * NEW_S
+    tag = listing.tag
+    assert await listing.get([1, 2], ask) == b"1"
+    assert listing.tag == tag
+    assert await listing.get([1, 2, 3], ask) == b"2"  # an adapter has come
+    assert listing.tag != tag
+    clock.now += NEW_S
+    assert await listing.get([1, 2, 3], ask) == b"3"
 
 
 def test_what_somebody_sees_of_a_listing_is_made_once() -> None:
@@ -308,47 +159,43 @@ def test_what_somebody_sees_of_a_listing_is_made_once() -> None:
     assert json.loads(listing.body(second, "acme", lambda: show("new"))) == {"data": "new"}
 
 
-def test_what_somebody_sees_of_a_listing_is_in_what_it_costs() -> None:
-    async def scenario() -> None:
-        clock, asked = Clock(), []
-        listing = RecentListing(clock)
+@in_event_loop
+async def test_what_somebody_sees_of_a_listing_is_in_what_it_costs() -> None:
+    clock, asked = Clock(), []
+    listing = RecentListing(clock)
 
-        async def ask() -> Any:
-            asked.append(clock.now)
-            return {}, 0.0
+    async def ask() -> Any:
+        asked.append(clock.now)
+        return {}, 0.0
 
-        def show() -> dict[str, Any]:
-            clock.now += 2 * NEW_S * MAX_SHARE
-            return {}
+    def show() -> dict[str, Any]:
+        clock.now += 2 * NEW_S * MAX_SHARE
+        return {}
 
-        for who in ("acme", "zen"):
-            listing.body(await listing.get([], ask), who, show)
-        clock.now = asked[0] + 3.9 * NEW_S
-        await listing.get([], ask)
-        assert len(asked) == 1
-        clock.now = asked[0] + 4.1 * NEW_S
-        await listing.get([], ask)
-        assert len(asked) == 2
-
-    asyncio.run(scenario())
+    for who in ("acme", "zen"):
+        listing.body(await listing.get([], ask), who, show)
+    clock.now = asked[0] + 3.9 * NEW_S
+    await listing.get([], ask)
+    assert len(asked) == 1
+    clock.now = asked[0] + 4.1 * NEW_S
+    await listing.get([], ask)
+    assert len(asked) == 2
 
 
-def test_a_listing_that_could_not_be_had_is_asked_for_again() -> None:
-    async def scenario() -> None:
-        listing, failing = RecentListing(Clock()), True
+@in_event_loop
+async def test_a_listing_that_could_not_be_had_is_asked_for_again() -> None:
+    listing, failing = RecentListing(Clock()), True
 
-        async def ask() -> Any:
-            if failing:
-                raise TimeoutError
-            return b"here", 0.0
+    async def ask() -> Any:
+        if failing:
+            raise TimeoutError
+        return b"here", 0.0
 
-        for _ in range(2):
-            with pytest.raises(TimeoutError):
-                await listing.get([], ask)
-        failing = False
-        assert await listing.get([], ask) == b"here"
-
-    asyncio.run(scenario())
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            await listing.get([], ask)
+    failing = False
+    assert await listing.get([], ask) == b"here"
 
 
 class Engine:
@@ -385,20 +232,12 @@ def test_a_registration_touches_no_path_here_and_leaves_nothing_in_other_engines
         raise AssertionError("the path was looked at")
 
     async def scenario() -> Any:
-        engine, numbers = Engine(), AtomicCounter(0)
-        models = SimpleNamespace(
-            engine_client=engine,
-            lora_requests={},
-            lora_id_counter=numbers,
-            is_base_model="base".__eq__,
-        )
-        request = SimpleNamespace(
-            lora_name="acme", lora_path="/hung", load_inplace=False, is_3d_lora_weight=False
-        )
+        models = models_of()
+        engine = models.engine_client
         with monkeypatch.context() as patch:
             for module, name in ((os, "stat"), (os, "open"), (os.path, "realpath")):
                 patch.setattr(module, name, touch)
-            answer = await registration.load_adapter(models, request)
+            answer = await registration.load_adapter(models, LOAD)
         async with asyncio.timeout(10):
             while not engine.removed:
                 await asyncio.sleep(0)
@@ -419,73 +258,6 @@ def test_no_more_adapters_are_registered_than_a_server_may_have(
     assert refusal.error.code == HTTPStatus.BAD_REQUEST
     assert "this server has 1 adapters, and serves no more" in refusal.error.message
     assert registration.one_too_many(models, "other", "lora_name") is None  # replaces its own
-
-
-def test_a_registration_that_is_given_up_is_made_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a middleware with a time limit, say: the engine has the adapter all the same."""
-    monkeypatch.setattr(registration, "acts_for", lambda models: True)
-
-    async def scenario() -> None:
-        is_asked, may_read = asyncio.Event(), asyncio.Event()
-
-        class SlowEngine(Engine):
-            async def register(self, number: int) -> None:
-                is_asked.set()
-                await asyncio.wait_for(may_read.wait(), 10)
-
-        models = SimpleNamespace(
-            engine_client=SlowEngine(),
-            lora_requests={},
-            lora_id_counter=AtomicCounter(0),
-            is_base_model="base".__eq__,
-        )
-        request = SimpleNamespace(
-            lora_name="acme", lora_path="/acme", load_inplace=False, is_3d_lora_weight=False
-        )
-        load = registration.load(models, request)
-        call = asyncio.create_task(load)
-        await asyncio.wait_for(is_asked.wait(), 10)
-        call.cancel()
-        await asyncio.wait({call}, timeout=10)
-        assert call.cancelled()
-        may_read.set()
-        await asyncio.wait_for(asyncio.gather(*registration._tasks), 10)
-        assert models.lora_requests["acme"].lora_int_id == 1
-
-    asyncio.run(scenario())
-
-
-def test_an_unload_that_is_given_up_is_made_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registration, "acts_for", lambda models: True)
-    monkeypatch.setattr(registration, "remove_later", nothing)
-
-    async def scenario() -> None:
-        is_asked, may_go = asyncio.Event(), asyncio.Event()
-
-        async def retract(models: Any, lora: Any) -> None:
-            is_asked.set()
-            await asyncio.wait_for(may_go.wait(), 10)
-
-        monkeypatch.setattr(shared_names, "retract", retract)
-        models = SimpleNamespace(
-            engine_client=Engine(),
-            lora_requests={"acme": lora_of("acme", 1)},
-        )
-        request = SimpleNamespace(lora_name="acme")
-        unload = registration.unload(models, request)
-        call = asyncio.create_task(unload)
-        await asyncio.wait_for(is_asked.wait(), 10)
-        call.cancel()
-        await asyncio.wait({call}, timeout=10)
-        assert call.cancelled()
-        may_go.set()
-        await asyncio.wait_for(asyncio.gather(*registration._tasks), 10)
-        assert models.engine_client.removed == [1]
-
-    asyncio.run(scenario())
-
-
-async def nothing(*_: Any) -> None: ...
 
 
 def followed(engine: Any) -> Any:
@@ -522,27 +294,22 @@ def test_an_adapter_that_is_unloaded_while_a_request_is_on_its_way_does_not_stay
     assert asyncio.run(scenario()) == [8, 9]
 
 
-def test_an_answer_does_not_go_on_with_an_adapter_that_was_removed_while_a_tool_was_called() -> (
-    None
-):
+@in_event_loop
+async def test_an_answer_does_not_go_on_with_an_adapter_that_its_tool_call_outlived() -> None:
     """The request after the tool's answer would bring it back, with other weights perhaps."""
     engine, acme = followed(Engine()), lora_of("acme", 7)
     models: Any = SimpleNamespace(engine_client=engine, lora_requests={"acme": acme})
     registered_versions.note(engine, 7, Version("abc", 1.0, "lora"))
-
-    async def scenario() -> None:
-        registration.start(models)
-        current_call.set(call := HttpCall({}, lora=acme))
-        add(engine, "first", acme)
-        call.ran = "abc"
-        models.lora_requests["acme"] = lora_of("acme", 8)
-        add(engine, "second", acme)  # the version before stays for a while
-        await registration.remove(models, acme)
-        with pytest.raises(GracefulHTTPError, match="'acme' was reloaded or unloaded") as failed:
-            add(engine, "third", acme)
-        assert failed.value.http_status == HTTPStatus.SERVICE_UNAVAILABLE
-
-    asyncio.run(scenario())
+    registration.start(models)
+    current_call.set(call := HttpCall({}, lora=acme))
+    add(engine, "first", acme)
+    call.ran = "abc"
+    models.lora_requests["acme"] = lora_of("acme", 8)
+    add(engine, "second", acme)  # the version before stays for a while
+    await registration.remove(models, acme)
+    with pytest.raises(GracefulHTTPError, match="'acme' was reloaded or unloaded") as failed:
+        add(engine, "third", acme)
+    assert failed.value.http_status == HTTPStatus.SERVICE_UNAVAILABLE
     assert list(engine.output_processor.request_states) == ["first", "second"]
     assert engine.removed == [7]
 
@@ -551,91 +318,207 @@ def lora_of(name: str, number: int) -> Any:
     return SimpleNamespace(lora_name=name, lora_int_id=number, lora_path=f"/adapters/{name}")
 
 
-def test_routes_remember_few_of_the_blends_that_they_have_led_to() -> None:
-    """Every new version of a part makes it another one."""
-    server = routes.ServerRoutes.__new__(routes.ServerRoutes)
-    server._led = set()
-    for blend in range(5_000):
-        server._note_led(blend)
-    assert len(server._led) <= 1_024
-    assert 4_999 in server._led
+@in_event_loop
+async def test_a_look_that_fails_when_nobody_waits_any_more_is_no_news() -> None:
+    """A thousand may end at once, when storage that has hung says that it has failed."""
+    reported: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+    answers, looks = asyncio.Event(), PendingLooks(0.001)
+
+    async def look() -> None:
+        await answers.wait()
+        raise OSError("stale file handle")
+
+    with pytest.raises(TimeoutError):
+        await looks.wait(look)
+    answers.set()
+    async with asyncio.timeout(20):
+        while looks._looks:
+            await asyncio.sleep(0)
+    gc.collect()
+    with pytest.raises(OSError, match="stale"):
+        await looks.wait(look)
+    assert not reported
 
 
-def test_a_blend_that_only_a_client_asks_for_is_not_tried_again(
+def test_a_name_that_no_adapter_has_is_not_searched_for_a_version() -> None:
+    """Nobody is answered meanwhile: ten million characters take a second."""
+    longest, begun = "x" * 255, time.thread_time()
+    for name, taken in (
+        (f"{longest}@{'0' * 64}", "0" * 64),
+        (f"{longest}x@{'0' * 64}", ""),
+        ("@" * 30_000_000, ""),
+    ):
+        found = http_calls.split(name, (), is_name=lambda name: False)
+        assert found == (longest if taken else name, taken)
+    assert time.thread_time() - begun < 0.5
+
+
+@pytest.mark.parametrize("change", ["load", "unload"])
+@in_event_loop
+async def test_a_change_that_is_given_up_is_made_whole(
+    monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """By a middleware with a time limit, say: the engine makes it all the same."""
+    monkeypatch.setattr(registration, "acts_for", lambda models: True)
+    is_asked, may_go = asyncio.Event(), asyncio.Event()
+
+    async def wait(*_: Any) -> None:
+        is_asked.set()
+        await asyncio.wait_for(may_go.wait(), 10)
+
+    async def nothing(*_: Any) -> None: ...
+
+    monkeypatch.setattr(Engine, "register", wait)
+    if change == "unload":
+        monkeypatch.setattr(shared_names, "retract", wait)
+        monkeypatch.setattr(registration, "remove_later", nothing)
+    models = models_of(**({} if change == "load" else {"acme": ACME}))
+    call = asyncio.create_task(getattr(registration, change)(models, LOAD))
+    await asyncio.wait_for(is_asked.wait(), 10)
+    call.cancel()
+    await asyncio.wait({call}, timeout=10)
+    assert call.cancelled()
+    may_go.set()
+    await asyncio.wait_for(asyncio.gather(*registration._tasks), 10)
+    if change == "load":
+        assert models.lora_requests["acme"].lora_int_id == 1
+    else:
+        assert models.engine_client.removed == [1]
+
+
+ACME = lora_of("acme", 1)
+LOAD: Any = SimpleNamespace(
+    lora_name="acme", lora_path="/acme", load_inplace=False, is_3d_lora_weight=False
+)
+GONE = LoadFailure(FailureKind.GONE, "gone")
+BLEND = blended([(LoRARequest("acme", 1, "/adapters/acme"), 0.5)])
+
+
+def models_of(**loras: Any) -> Any:
+    return SimpleNamespace(
+        engine_client=Engine(),
+        lora_requests=loras,
+        lora_id_counter=AtomicCounter(0),
+        is_base_model="base".__eq__,
+    )
+
+
+def routes_of(models: Any, failed: Any = (), led: Any = ()) -> Any:
+    """Routes without a file, some of whose adapters have failed."""
+    server: Any = routes.ServerRoutes.__new__(routes.ServerRoutes)
+    server._models, server._failed, server._led = models, dict(failed), set(led)
+    return server
+
+
+def pauses(monkeypatch: pytest.MonkeyPatch, during: Any = lambda slept: None) -> list[float]:
+    """The pauses between tries, which take no time."""
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        during(slept)
+
+    monkeypatch.setattr(routes, "asyncio", SimpleNamespace(sleep=sleep))
+    return slept
+
+
+def test_routes_try_a_failed_adapter_again_less_and_less_often(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    lora = blended([(LoRARequest("acme", 1, "/adapters/acme"), 0.5)])
-    server = routes.ServerRoutes.__new__(routes.ServerRoutes)
-    server._models = SimpleNamespace(lora_requests={"acme": SimpleNamespace(lora_int_id=1)})
-    server._failed, server._led = {}, set()
-    monkeypatch.setattr(registration, "in_background", lambda work: work.close())
-    server.note_failure(lora, LoadFailure(FailureKind.NO_MEMORY, "too large"))
+    slept, server = pauses(monkeypatch), routes_of(models_of(acme=ACME), {1: GONE})
+
+    async def admit(models: Any, lora: Any) -> Any:
+        return None if len(slept) == 8 else ANSWER
+
+    monkeypatch.setattr(registration, "admit", admit)
+    asyncio.run(server._try_again(ACME))
+    assert slept == [5, 10, 20, 40, 60, 60, 60, 60]
+    assert server._failed == {}
+
+
+@in_event_loop
+async def test_routes_lead_to_no_quarantined_adapter_before_it_has_other_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def during(slept: list[float]) -> None:
+        if len(slept) == 1:  # the load that failed has been made up for, and what it brought is bad
+            server.note_failure(ACME, LoadFailure(FailureKind.QUARANTINED, "not finite"))
+        if len(slept) == 7:
+            models.lora_requests["acme"] = lora_of("acme", 2)  # other weights
+        assert server._failed[1].kind is FailureKind.QUARANTINED
+
+    models = models_of(acme=ACME)
+    slept, server = pauses(monkeypatch, during), routes_of(models)
+
+    async def remove_later(models: Any, lora: Any) -> None: ...
+
+    monkeypatch.setattr(registration, "admit", None)  # the engine has it, and serves it to nobody
+    monkeypatch.setattr(registration, "remove_later", remove_later)
+    server.note_failure(ACME, GONE)
+    await asyncio.wait_for(asyncio.gather(*registration._tasks), 10)
+    assert slept == [5, 10, 20, 40, 60, 60, 60]
+    assert server._failed == {}
+
+
+@pytest.mark.parametrize("moment", ["while it waits", "while it reads"])
+@in_event_loop
+async def test_routes_bring_no_adapter_back_that_was_unloaded(
+    monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    models, held = models_of(acme=ACME), set[int]()
+    server = routes_of(models, {1: GONE})
+
+    def unload_if(now: str) -> None:
+        if moment == now:
+            del models.lora_requests["acme"]
+            held.discard(1)
+
+    async def admit(models: Any, lora: Any) -> Any:
+        unload_if("while it reads")
+        held.add(lora.lora_int_id)
+
+    async def remove(models: Any, lora: Any) -> None:
+        held.discard(lora.lora_int_id)
+
+    pauses(monkeypatch, lambda _: unload_if("while it waits"))
+    monkeypatch.setattr(registration, "admit", admit)
+    monkeypatch.setattr(registration, "remove", remove)
+    monkeypatch.setattr(registration.remove_later, "__defaults__", (0.0,))
+    await server._try_again(ACME)
+    if moment == "while it waits":
+        assert held == set()  # nothing was read at all
+    await asyncio.wait_for(asyncio.gather(*registration._tasks), 10)
+    assert held == set()
     assert server._failed == {}
 
 
 @pytest.mark.parametrize(
-    ("made", "is_out"), [(RequestFailure, False), (LoadFailure, True)], ids=["own", "everybody's"]
+    ("lora", "led", "failure", "is_out"),
+    [
+        (ACME, (), RequestFailure(FailureKind.INVALID, "no invocation"), False),
+        (BLEND, (), LoadFailure(FailureKind.NO_MEMORY, "too large"), False),
+        (BLEND, (BLEND.lora_int_id,), RequestFailure(FailureKind.NO_MEMORY, "too large"), False),
+        (BLEND, (BLEND.lora_int_id,), LoadFailure(FailureKind.NO_MEMORY, "too large"), True),
+    ],
+    ids=["a prompt's", "a blend of a client's", "a tenant's", "everybody's"],
 )
-def test_a_blend_is_taken_out_of_the_routes_for_what_fails_everybody_alone(
-    made: type[LoadFailure], is_out: bool, monkeypatch: pytest.MonkeyPatch
+def test_routes_lead_on_unless_what_failed_fails_everybody(
+    lora: Any, led: Any, failure: LoadFailure, is_out: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tenant may have too many blends in use, or there is no memory for this one."""
-    lora = blended([(LoRARequest("acme", 1, "/adapters/acme"), 0.5)])
-    server = routes.ServerRoutes.__new__(routes.ServerRoutes)
-    server._models = SimpleNamespace(lora_requests={"acme": SimpleNamespace(lora_int_id=1)})
-    server._failed, server._led = {}, {lora.lora_int_id}
     monkeypatch.setattr(registration, "in_background", lambda work: work.close())
-    # As it comes from the engine.
-    failure = from_stop_reason(to_stop_reason(made(FailureKind.NO_MEMORY, "too large"), lora))
-    assert failure is not None
-    server.note_failure(lora, failure)
+    server = routes_of(models_of(acme=ACME), led=led)
+    received = from_stop_reason(to_stop_reason(failure, lora))  # as it comes from the engine
+    assert received is not None
+    server.note_failure(lora, received)
     assert bool(server._failed) is is_out
 
 
-def test_a_look_that_fails_when_nobody_waits_any_more_is_no_news() -> None:
-    """A thousand may end at once, when storage that has hung says that it has failed."""
-    reported: list[Any] = []
-
-    async def scenario() -> None:
-        asyncio.get_running_loop().set_exception_handler(
-            lambda _, context: reported.append(context)
-        )
-        answers, looks = asyncio.Event(), PendingLooks(0.001)
-
-        async def look() -> None:
-            await answers.wait()
-            raise OSError("stale file handle")
-
-        with pytest.raises(TimeoutError):
-            await looks.wait(look)
-        answers.set()
-        async with asyncio.timeout(20):
-            while looks._looks:
-                await asyncio.sleep(0)
-        gc.collect()
-        with pytest.raises(OSError, match="stale"):
-            await looks.wait(look)
-
-    asyncio.run(scenario())
-    assert not reported
-
-
-def test_looks_that_storage_never_ends_are_a_thousand_at_most() -> None:
-    async def scenario() -> None:
-        answers, looks, begun = asyncio.Event(), PendingLooks(0.0), 0
-
-        async def look() -> None:
-            nonlocal begun
-            begun += 1
-            await answers.wait()
-
-        for _ in range(1_030):
-            with pytest.raises(TimeoutError):
-                await looks.wait(look)
-        assert begun == 1_024
-        answers.set()
-        async with asyncio.timeout(20):
-            while looks._looks:
-                await asyncio.sleep(0)
-
-    asyncio.run(scenario())
+def test_routes_remember_few_of_the_blends_that_they_have_led_to() -> None:
+    """Every new version of a part makes it another one."""
+    server = routes_of(models_of())
+    for blend in range(5_000):
+        server._note_led(blend)
+    assert len(server._led) <= 1_024
+    assert 4_999 in server._led

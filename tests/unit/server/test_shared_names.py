@@ -48,25 +48,26 @@ async def until(is_so: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-def run(scenario: Callable[[Stores], Any]) -> None:
-    """Runs a scenario beside its stores."""
+def beside_stores(test: Callable[[Stores, pytest.MonkeyPatch], Any]) -> Any:
+    """Runs a test beside its stores."""
 
     async def work(stores: Stores) -> None:
         while True:
             stores.work()
             await asyncio.sleep(0.001)
 
-    async def main() -> None:
+    async def main(monkeypatch: pytest.MonkeyPatch) -> None:
         stores = Stores()
         working = asyncio.create_task(work(stores))
-        await scenario(stores)
+        await test(stores, monkeypatch)
         working.cancel()
 
-    asyncio.run(main())
+    return lambda monkeypatch: asyncio.run(main(monkeypatch))
 
 
-def test_a_name_given_to_two_adapters_at_once_leads_to_one_and_the_other_is_freed(
-    monkeypatch: pytest.MonkeyPatch,
+@beside_stores
+async def test_a_name_given_to_two_adapters_at_once_leads_to_one_and_the_other_is_freed(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     freed = []
 
@@ -75,94 +76,85 @@ def test_a_name_given_to_two_adapters_at_once_leads_to_one_and_the_other_is_free
 
     monkeypatch.setattr(registration, "remove_later", remove_later)
     monkeypatch.setattr(http_calls, "GRACE_S", 0.0)
-
-    async def scenario(stores: Stores) -> None:
-        one, two = api_server(stores), api_server(stores)
-        await registration.serve(one, adapter(1))
-        await until(lambda: served(two) == {"acme": 1})
-        for models, number in ((one, 101), (two, 202)):
-            note(models, number)
-        both = registration.serve(one, adapter(101)), registration.serve(two, adapter(202))
-        await asyncio.gather(*both)
-        await asyncio.sleep(0)
-        assert served(one) == served(two)
-        (number,) = served(one).values()
-        assert {1, 101, 202} == {number, *freed}
-        assert number not in freed
-        await asyncio.sleep(0.01)  # after the time that an old version is known for
-        for models in (one, two):
-            assert registered_versions.find(models.engine_client, adapter(number)) is not None
-
-    run(scenario)
+    one, two = api_server(stores), api_server(stores)
+    await registration.serve(one, adapter(1))
+    await until(lambda: served(two) == {"acme": 1})
+    for models, number in ((one, 101), (two, 202)):
+        note(models, number)
+    both = registration.serve(one, adapter(101)), registration.serve(two, adapter(202))
+    await asyncio.gather(*both)
+    await asyncio.sleep(0)
+    assert served(one) == served(two)
+    (number,) = served(one).values()
+    assert {1, 101, 202} == {number, *freed}
+    assert number not in freed
+    await asyncio.sleep(0.01)  # after the time that an old version is known for
+    for models in (one, two):
+        assert registered_versions.find(models.engine_client, adapter(number)) is not None
 
 
-def test_requests_on_their_way_find_what_was_reloaded_elsewhere_and_not_what_was_unloaded(
-    monkeypatch: pytest.MonkeyPatch,
+@beside_stores
+async def test_requests_on_their_way_find_what_was_reloaded_elsewhere_and_not_what_was_unloaded(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def scenario(stores: Stores) -> None:
-        one, two = api_server(stores), api_server(stores)
+    one, two = api_server(stores), api_server(stores)
 
-        async def load(number: int) -> None:
-            note(one, number)
-            await registration.serve(one, adapter(number))
-            await until(lambda: served(two) == {"acme": number})
+    async def load(number: int) -> None:
+        note(one, number)
+        await registration.serve(one, adapter(number))
+        await until(lambda: served(two) == {"acme": number})
 
-        def is_known(number: int) -> bool:
-            return registered_versions.find(two.engine_client, adapter(number)) is not None
+    def is_known(number: int) -> bool:
+        return registered_versions.find(two.engine_client, adapter(number)) is not None
 
-        await load(1)
-        await load(2)
-        assert is_known(1)
-        monkeypatch.setattr(http_calls, "GRACE_S", 0.0)
-        await load(3)
-        await until(lambda: not is_known(2))
-        assert is_known(3)
-        await shared_names.retract(one, one.lora_requests.pop("acme"))
-        await until(lambda: not served(two))
-        assert not is_known(3)
-
-    run(scenario)
+    await load(1)
+    await load(2)
+    assert is_known(1)
+    monkeypatch.setattr(http_calls, "GRACE_S", 0.0)
+    await load(3)
+    await until(lambda: not is_known(2))
+    assert is_known(3)
+    await shared_names.retract(one, one.lora_requests.pop("acme"))
+    await until(lambda: not served(two))
+    assert not is_known(3)
 
 
-def test_when_a_change_is_answered_all_api_servers_know_of_it(
-    monkeypatch: pytest.MonkeyPatch,
+@beside_stores
+async def test_when_a_change_is_answered_all_api_servers_know_of_it(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_names, "_SETTLE_LIMIT_S", 2 * PATIENT_S)
-
-    async def scenario(stores: Stores) -> None:
-        one, two = api_server(stores), api_server(stores)
-        async with asyncio.timeout(PATIENT_S):
-            await registration.serve(one, adapter(1))
-            assert served(two) == {"acme": 1}
-            await shared_names.retract(one, one.lora_requests.pop("acme"))
-            assert not served(two)
-
-    run(scenario)
+    one, two = api_server(stores), api_server(stores)
+    async with asyncio.timeout(PATIENT_S):
+        await registration.serve(one, adapter(1))
+        assert served(two) == {"acme": 1}
+        await shared_names.retract(one, one.lora_requests.pop("acme"))
+        assert not served(two)
 
 
-def test_an_api_server_that_finds_no_store_hears_of_changes_once_there_is_one() -> None:
-    async def scenario(stores: Stores) -> None:
-        one, two = api_server(stores), api_server(stores)
-        stores.is_down = True
+@beside_stores
+async def test_an_api_server_that_finds_no_store_hears_of_changes_once_there_is_one(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = api_server(stores), api_server(stores)
+    stores.is_down = True
+    stores.die()
+    await until(lambda: stores.attempts >= 6)
+    stores.is_down = False
+    await registration.serve(one, adapter(101))
+    await until(lambda: served(two) == {"acme": 101})
+
+
+@beside_stores
+async def test_a_registration_that_finds_the_store_dead_is_made_at_the_next_one(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = api_server(stores), api_server(stores)
+    await registration.serve(one, adapter(101, "first"))
+    for number in range(2, 5):
         stores.die()
-        await until(lambda: stores.attempts >= 6)
-        stores.is_down = False
-        await registration.serve(one, adapter(101))
-        await until(lambda: served(two) == {"acme": 101})
-
-    run(scenario)
-
-
-def test_a_registration_that_finds_the_store_dead_is_made_at_the_next_one() -> None:
-    async def scenario(stores: Stores) -> None:
-        one, two = api_server(stores), api_server(stores)
-        await registration.serve(one, adapter(101, "first"))
-        for number in range(2, 5):
-            stores.die()
-            await registration.serve(one, adapter(number))
-            await until(lambda: served(two) == served(one))
-
-    run(scenario)
+        await registration.serve(one, adapter(number))
+        await until(lambda: served(two) == served(one))
 
 
 def test_api_servers_have_numbers_of_their_own_for_as_long_as_they_run(

@@ -24,11 +24,8 @@ from vllm_multilora.integration.worker.model.module_naming import (
 
 MODELS = {
     "no-mapper": ("llama", "LlamaForCausalLM"),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "qwen2-vl": ("qwen2_vl", "Qwen2VLForConditionalGeneration"),
     "qwen3-vl": ("qwen3_vl", "Qwen3VLForConditionalGeneration"),
-    "llava": ("llava", "LlavaForConditionalGeneration"),
-    "gemma3": ("gemma3_mm", "Gemma3ForConditionalGeneration"),
     "regex-aria": ("aria", "AriaForConditionalGeneration"),
     "regex-mistral": ("mistral_large_3", "MistralLarge3ForCausalLM"),
     "nemotron": ("nemotron_h", "NemotronHForCausalLM"),
