@@ -32,9 +32,11 @@ def lora(number: int, *, path: str | None = None, inplace: bool = False) -> LoRA
     return LoRARequest(f"adapter {number}", number, path, load_inplace=inplace)
 
 
-def pack_info(pack: int, digest: str = "", *, special: bool = False, nbytes: int = 64) -> PackInfo:
+def pack_info(
+    pack: int, digest: str = "", *, special: bool = False, nbytes: int = 64, rank: int = 8
+) -> PackInfo:
     return PackInfo(
-        rank=8,
+        rank=rank,
         has_special=special,
         invocation_tokens=(),
         dora=False,
@@ -249,19 +251,41 @@ class Engine:
     def host(self, number: int, pack: int | None = None, **content) -> None:
         """A request has come for an adapter, and the store has it."""
         self.adapters.request_load(lora(number))
-        self.store.loaded(pack_info(pack or number, **content))
-        self.poll()
+        self.loaded(pack_info(pack or number, **content))
 
     def fill(self, number: int, pack: int | None = None, **content) -> None:
         """A request has come for an adapter, and it is in its slot."""
         self.host(number, pack, **content)
         assert self.adapters.is_ready(number)
-        assert not self.adapters.bring(number)
-        self.poll()
-        self.workers.filled()
-        self.poll()
+        assert not self.bring(number)
+        self.filled()
         assert self.adapters.bring(number)
         self.step(number)
+
+    def loaded(self, pack: PackInfo, *of: LoadRequest, was_read: bool = True) -> None:
+        self.store.loaded(pack, *of, was_read=was_read)
+        self.poll()
+
+    def failed(self, *of: LoadRequest, **why) -> None:
+        self.store.failed(*of, **why)
+        self.poll()
+
+    def evict(self, pack: int) -> None:
+        self.store.evict(pack)
+        self.poll()
+
+    def bring(self, number: int) -> bool:
+        is_there = self.adapters.bring(number)
+        self.poll()
+        return is_there
+
+    def filled(self, *order: Fill | Check, ranks=None) -> None:
+        self.workers.filled(*order, ranks=ranks)
+        self.poll()
+
+    def refused(self, *order: Fill | Check, ranks=None) -> None:
+        self.workers.refused(*order, ranks=ranks)
+        self.poll()
 
     def answer(self) -> None:
         """The store and the workers answer everything."""

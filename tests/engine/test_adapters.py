@@ -12,7 +12,7 @@ from vllm_multilora.integration.engine.adapters.adapter_entries import Entries
 from vllm_multilora.integration.engine.adapters.arrivals import MAX_TIMES_GONE
 from vllm_multilora.integration.failed_requests import AdapterRefusedError
 from vllm_multilora.integration.seals import Seal
-from vllm_multilora.integration.worker_link.fill_link import Filled, FillFailed, Missing
+from vllm_multilora.integration.worker_link.fill_link import Filled, FillFailed
 from vllm_multilora.integration.worker_link.orders import Check, Fill
 from vllm_multilora.slots.pins import PinLimitError
 from vllm_multilora.states import AdapterState
@@ -37,8 +37,7 @@ def test_a_request_takes_its_adapter_from_the_disk_to_a_slot(engine):
     engine.store.reading()
     engine.poll()
     assert adapters.state(1) is AdapterState.READING
-    engine.store.loaded(pack_info(7))
-    engine.poll()
+    engine.loaded(pack_info(7))
     assert adapters.state(1) is AdapterState.HOST
     assert adapters.is_ready(1)
     assert not adapters.bring(1)
@@ -46,29 +45,13 @@ def test_a_request_takes_its_adapter_from_the_disk_to_a_slot(engine):
     order = engine.workers.only()
     assert isinstance(order, Fill)
     assert (order.slot, order.pack.pack) == (0, 7)
-    engine.workers.filled(ranks=[0])
-    engine.poll()
+    engine.filled(ranks=[0])
     assert adapters.state(1) is AdapterState.HOST
     assert engine.store.leased == {7: 1}
-    engine.workers.filled(ranks=[1])
-    engine.poll()
+    engine.filled(ranks=[1])
     assert adapters.state(1) is AdapterState.SLOT
     assert adapters.bring(1)
     assert engine.store.leased == {}
-
-
-def test_many_requests_of_an_adapter_request_it_once(engine):
-    for _ in range(3):
-        engine.adapters.request_load(lora(1))
-        assert not engine.adapters.is_ready(1)
-    engine.store.loaded(pack_info(7))
-    engine.poll()
-    for _ in range(3):
-        assert engine.adapters.is_ready(1)
-        engine.adapters.bring(1)
-        engine.poll()
-    assert engine.workers.only().slot == 0
-    assert not engine.store.load_requests
 
 
 def test_what_waits_for_slots_is_given_back_without_a_look_at_all_adapters(engine, monkeypatch):
@@ -79,18 +62,6 @@ def test_what_waits_for_slots_is_given_back_without_a_look_at_all_adapters(engin
     monkeypatch.setattr(Entries, "__iter__", None)
     engine.adapters.yield_host_memory()
     assert not engine.store.leased
-
-
-def test_without_a_slot_to_spare_an_adapter_stays_in_host_memory(engine):
-    for number in (1, 2):
-        engine.fill(number)
-        engine.step(1, number)
-    engine.host(3)
-    assert engine.adapters.is_ready(3)
-    assert not engine.adapters.bring(3)
-    engine.poll()
-    assert not engine.workers.orders
-    assert engine.store.leased == {3: 1}
 
 
 def test_the_store_learns_what_steps_use_when_that_has_changed(engine):
@@ -107,64 +78,43 @@ def test_the_store_learns_what_steps_use_when_that_has_changed(engine):
 def test_a_copy_that_fails_on_one_rank_fails_the_adapter_and_no_other(engine):
     engine.fill(1)
     engine.host(2)
-    engine.adapters.bring(2)
-    engine.poll()
+    engine.bring(2)
     order = engine.workers.only()
-    engine.workers.refused(ranks=[1])
-    engine.poll()
+    engine.refused(ranks=[1])
     assert engine.adapters.state(2) is AdapterState.FAILED
     assert engine.adapters.failure(2).message == "it does not fit"
     assert not engine.adapters.is_ready(2)
     assert engine.adapters.state(1) is AdapterState.SLOT
-    engine.workers.filled(order, ranks=[0])
-    engine.poll()
+    engine.filled(order, ranks=[0])
     assert engine.adapters.slots.contents == (1, None)
-
-
-def test_a_pack_stays_on_lease_until_the_last_rank_has_answered(engine):
-    engine.host(1)
-    engine.adapters.bring(1)
-    engine.poll()
-    order = engine.workers.only()
-    engine.workers.refused(ranks=[0])
-    engine.poll()
-    assert engine.store.leased == {1: 1}
-    engine.workers.filled(order, ranks=[1])
-    engine.poll()
-    assert engine.store.leased == {}
 
 
 # Copies that are waited for
 
 
-def test_a_small_copy_that_ends_while_it_is_waited_for_counts_in_the_same_step(engines):
+def test_a_copy_that_ends_while_it_is_waited_for_counts_in_the_same_step(engines):
     engine = engines(copy_s=60.0)
-    engine.host(1)
+    for number in (1, 2):
+        engine.host(number)
     engine.workers.answers = engine.workers.filled
     assert engine.adapters.bring(1)
-    assert engine.store.leased == {}
+    assert engine.store.leased == {2: 1}
     assert engine.adapters.state(1) is AdapterState.SLOT
+    engine.step()
+    engine.workers.answers = engine.workers.refused
+    assert not engine.adapters.bring(2)
+    assert engine.adapters.failure(2).message == "it does not fit"
 
 
 @pytest.mark.parametrize(("mib", "waited"), [(3, 1), (5, 0)])
-def test_nobody_waits_for_the_copy_of_a_large_adapter(engines, mib, waited):
+def test_a_copy_is_waited_for_once_unless_it_is_large(engines, mib, waited):
     engine = engines(copy_s=0.001)
     engine.host(1, nbytes=mib * 2**20)
-    assert not engine.adapters.bring(1)
-    assert engine.workers.waited == waited
-    engine.step()
-    assert engine.workers.only().slot == 0
-
-
-def test_a_copy_is_waited_for_once(engines):
-    engine = engines(copy_s=0.001)
-    engine.host(1)
     for _ in range(2):
         assert not engine.adapters.bring(1)
         engine.step()
-    assert engine.workers.waited == 1
-    engine.workers.filled()
-    engine.poll()
+        assert engine.workers.waited == waited
+    engine.filled()
     assert engine.adapters.bring(1)
 
 
@@ -179,14 +129,6 @@ def test_a_step_waits_so_long_for_all_of_its_copies_together(engines):
     assert [order.slot for order in engine.workers.orders] == [0, 1]
     assert not engine.adapters.bring(3)
     assert engine.workers.waited == 2
-
-
-def test_a_copy_that_fails_while_it_is_waited_for_fails_its_adapter(engines):
-    engine = engines(copy_s=60.0)
-    engine.host(1)
-    engine.workers.answers = engine.workers.refused
-    assert not engine.adapters.bring(1)
-    assert engine.adapters.failure(1).message == "it does not fit"
 
 
 def test_a_store_that_dies_while_a_copy_is_waited_for_fails_nobody(engines):
@@ -220,8 +162,7 @@ def test_a_version_that_comes_while_the_one_before_is_copied_is_not_taken_for_it
     engine.workers.answers = reload
     assert not engine.adapters.bring(1)
     assert not engine.adapters.is_ready(1)
-    engine.store.loaded(pack_info(8))
-    engine.poll()
+    engine.loaded(pack_info(8))
     engine.workers.answers = engine.workers.filled
     assert engine.adapters.is_ready(1)
     assert engine.adapters.bring(1)
@@ -235,24 +176,15 @@ def test_a_lease_on_what_is_in_memory_is_waited_for_once(engine):
     engine.host(1, 7)
     engine.adapters.drop(1)
     engine.adapters.request_load(lora(1))
+    engine.adapters.poll()  # others look before the step does
+    assert engine.store.waited == 0
     engine.adapters.poll(0.01)
     assert engine.store.waited == 1
     engine.adapters.poll(0.01)
     assert engine.store.waited == 1
     assert not engine.adapters.is_ready(1)
-    engine.store.loaded(pack_info(7))
-    engine.poll()
+    engine.loaded(pack_info(7))
     assert engine.adapters.is_ready(1)
-
-
-def test_a_lease_is_waited_for_by_a_step_though_others_have_looked_before(engine):
-    engine.host(1, 7)
-    engine.adapters.drop(1)
-    engine.adapters.request_load(lora(1))
-    engine.adapters.poll()
-    assert engine.store.waited == 0
-    engine.adapters.poll(0.01)
-    assert engine.store.waited == 1
 
 
 def test_a_lease_that_comes_while_it_is_waited_for_counts_at_once(engine):
@@ -275,34 +207,18 @@ def test_nobody_waits_for_files_to_be_read(engine, number):
 
 def test_a_new_request_is_a_new_try(engine):
     engine.adapters.request_load(lora(1))
-    engine.store.failed(kind=FailureKind.GONE)
-    engine.poll()
+    engine.failed(kind=FailureKind.GONE)
     assert engine.adapters.state(1) is AdapterState.FAILED
     assert engine.adapters.failure(1).kind is FailureKind.GONE
     assert not engine.adapters.is_ready(1)
     assert not engine.store.load_requests
     engine.adapters.request_load(lora(1))
     assert engine.adapters.state(1) is AdapterState.QUEUED
-    engine.store.loaded(pack_info(7))
-    engine.poll()
+    engine.loaded(pack_info(7))
     assert engine.adapters.is_ready(1)
 
 
 # Requests that end early
-
-
-def test_an_aborted_request_takes_its_load_request_back(engine):
-    engine.adapters.request_load(lora(1))
-    engine.adapters.drop(1)
-    assert not engine.store.load_requests
-    assert engine.adapters.state(1) is AdapterState.ABSENT
-
-
-def test_an_aborted_request_takes_back_an_answer_that_nobody_has_looked_at(engine):
-    engine.adapters.request_load(lora(1))
-    engine.store.loaded(pack_info(7))
-    engine.adapters.drop(1)
-    assert not engine.store.leased
 
 
 def test_what_the_store_says_of_a_load_request_that_was_taken_back_is_no_matter(engine):
@@ -317,108 +233,37 @@ def test_what_the_store_says_of_a_load_request_that_was_taken_back_is_no_matter(
     assert engine.adapters.state(1) is AdapterState.ABSENT
 
 
-def test_an_aborted_request_gives_the_lease_back(engine):
-    engine.host(1)
-    engine.adapters.drop(1)
-    assert not engine.store.leased
-    assert engine.adapters.state(1) is AdapterState.HOST
-
-
 def test_a_copy_for_an_aborted_request_is_made_to_its_end(engine):
     engine.host(1)
-    engine.adapters.bring(1)
-    engine.poll()
+    engine.bring(1)
     engine.adapters.drop(1)
     engine.check()
-    engine.workers.filled()
-    engine.poll()
+    engine.filled()
     assert engine.adapters.state(1) is AdapterState.SLOT
     assert not engine.store.leased
-
-
-def test_dropping_what_nobody_knows_is_no_matter(engine):
-    engine.adapters.drop(5)
 
 
 # Losses
 
 
-def test_an_adapter_evicted_while_its_requests_wait_is_requested_again(engine):
-    engine.host(1)
-    engine.adapters.drop(1)
-    engine.store.evict(1)
-    engine.poll()
-    assert engine.adapters.state(1) is AdapterState.ABSENT
-    engine.adapters.request_load(lora(1))
-    engine.store.loaded(pack_info(2))
-    engine.poll()
-    assert engine.adapters.is_ready(1)
-
-
 def test_an_adapter_in_a_slot_does_not_need_host_memory(engine):
     engine.fill(1)
-    engine.store.evict(1)
-    engine.poll()
+    engine.evict(1)
     assert engine.adapters.state(1) is AdapterState.SLOT
     engine.adapters.request_load(lora(1))
     assert engine.adapters.is_ready(1)
     assert not engine.store.load_requests
 
 
-def test_a_store_that_is_started_again_is_asked_again_for_what_waits(engine):
-    engine.fill(1)
-    engine.host(2)
-    engine.adapters.request_load(lora(3))
-    load_request = engine.store.only()
-    engine.restart_store()
-    assert engine.adapters.state(1) is AdapterState.SLOT
-    assert not engine.adapters.is_ready(2)
-    assert engine.store.load_requests.keys() > {load_request.ticket}
-    again = next(one for one in engine.store.load_requests.values() if one.adapter == 2)
-    engine.store.loaded(pack_info(20), again)
-    engine.store.loaded(pack_info(30), load_request)
-    engine.poll()
-    assert engine.adapters.is_ready(2)
-    assert engine.adapters.is_ready(3)
-
-
 def test_a_copy_that_fails_because_the_store_has_gone_is_made_again(engine):
     engine.host(1)
-    engine.adapters.bring(1)
-    engine.poll()
+    engine.bring(1)
     engine.workers.refused()  # told before the engine core has heard of the store's end
     engine.restart_store()
     assert engine.adapters.failure(1) is None
     assert not engine.adapters.is_ready(1)
-    engine.store.loaded(pack_info(2))
-    engine.poll()
+    engine.loaded(pack_info(2))
     assert engine.adapters.is_ready(1)
-
-
-def test_nobody_waits_for_a_store_that_has_gone_to_forget(engine):
-    engine.fill(1)
-    engine.step()
-    gone = engine.adapters.remove(1)
-    for _ in range(2):
-        engine.restart_store()
-    assert gone.result(0) is True
-
-
-def test_slots_that_are_lost_are_filled_again(engine):
-    engine.fill(1)
-    engine.adapters.slots_lost()
-    assert engine.adapters.slots.unfilled == {1}
-    assert engine.adapters.state(1) is AdapterState.HOST
-    assert not engine.adapters.is_ready(1)
-    engine.store.loaded(pack_info(1), was_read=False)
-    engine.poll()
-    assert engine.adapters.is_ready(1)
-    engine.adapters.bring(1)
-    engine.poll()
-    engine.workers.filled()
-    engine.poll()
-    assert engine.adapters.bring(1)
-    assert engine.adapters.slots.unfilled == frozenset()
 
 
 @pytest.mark.parametrize("is_sent", [True, False], ids=["order sent", "order not sent yet"])
@@ -429,29 +274,12 @@ def test_slots_lost_while_one_is_filled(engine, is_sent):
         engine.poll()
     engine.adapters.slots_lost()
     engine.poll()
-    engine.workers.filled()
-    engine.poll()
+    engine.filled()
     assert engine.adapters.state(1) is AdapterState.HOST
     assert not engine.store.leased
     assert not engine.adapters.is_ready(1)
-    engine.store.loaded(pack_info(1))
-    engine.poll()
+    engine.loaded(pack_info(1))
     assert engine.adapters.is_ready(1)
-
-
-def test_a_worker_without_an_adapter_has_it_filled_again(engine):
-    engine.fill(1)
-    engine.workers.say(Missing(1), ranks=[0])
-    engine.poll()
-    assert engine.adapters.take_lost().keys() == {1}
-    assert engine.adapters.take_lost() == {}
-    engine.adapters.drop(1)
-    engine.step()
-    engine.adapters.request_load(lora(1))
-    engine.store.loaded(pack_info(1))
-    engine.poll()
-    assert engine.adapters.is_ready(1)
-    assert not engine.adapters.bring(1)
 
 
 def test_answers_to_orders_that_nobody_knows_are_no_matter(engine):
@@ -461,13 +289,6 @@ def test_answers_to_orders_that_nobody_knows_are_no_matter(engine):
     assert not engine.adapters.known()
 
 
-def test_an_answer_that_is_given_twice_counts_once(engine):
-    engine.fill(1)
-    engine.workers.say_anything(Filled(engine.workers.sent[-1].order, 0.1))
-    engine.poll()
-    assert engine.adapters.state(1) is AdapterState.SLOT
-
-
 # New versions
 
 
@@ -475,8 +296,7 @@ def test_a_reload_of_the_same_weights_copies_nothing(engine):
     engine.fill(1, 10, digest="same")
     engine.adapters.request_load(lora(1, inplace=True))
     assert engine.store.only().fresh
-    engine.store.loaded(pack_info(11, "same"))
-    engine.poll()
+    engine.loaded(pack_info(11, "same"))
     assert engine.adapters.state(1) is AdapterState.SLOT
     assert engine.adapters.bring(1)
     assert not engine.store.leased
@@ -485,45 +305,17 @@ def test_a_reload_of_the_same_weights_copies_nothing(engine):
 def test_a_reload_of_other_weights_waits_for_the_running_requests(engine):
     engine.fill(1, 10)
     engine.adapters.request_load(lora(1, inplace=True))
-    engine.store.loaded(pack_info(11))
-    engine.poll()
+    engine.loaded(pack_info(11))
     assert engine.adapters.is_ready(1)
     assert not engine.adapters.bring(1)
     engine.step(1)
     assert not engine.workers.orders
     engine.idle()
-    assert not engine.adapters.bring(1)
-    engine.poll()
+    assert not engine.bring(1)
     order = engine.workers.only()
     assert (order.slot, order.pack.pack) == (0, 11)
-    engine.workers.filled()
-    engine.poll()
+    engine.filled()
     assert engine.adapters.bring(1)
-    assert not engine.store.leased
-
-
-def test_a_version_that_comes_while_the_one_before_is_copied_takes_nothing_away(engine):
-    engine.host(1, 10)
-    engine.adapters.bring(1)
-    engine.poll()
-    engine.adapters.request_load(lora(1, inplace=True))
-    assert not engine.adapters.is_ready(1)
-    engine.store.loaded(pack_info(11))
-    engine.poll()
-    assert engine.store.leased == {10: 1, 11: 1}
-    engine.workers.filled()
-    engine.poll()
-    assert engine.store.leased == {11: 1}
-    assert engine.adapters.is_ready(1)
-
-
-def test_a_version_whose_request_is_aborted_is_not_kept_for_the_running_ones(engine):
-    """The scheduler drops an adapter with its last request."""
-    engine.fill(1, 10)
-    engine.adapters.request_load(lora(1, inplace=True))
-    engine.store.loaded(pack_info(11))
-    engine.poll()
-    engine.adapters.drop(1)
     assert not engine.store.leased
 
 
@@ -535,8 +327,7 @@ def test_a_stale_version_makes_room_for_the_new_one(engine, by):
         engine.adapters.request_load(lora(1, inplace=True))
     else:
         engine.adapters.register(lora(1, inplace=True))
-        engine.store.loaded(pack_info(0, "newer"))
-        engine.poll()
+        engine.loaded(pack_info(0, "newer"))
         assert not engine.adapters.is_ready(1)
     assert engine.store.only().fresh
     assert not engine.store.leased
@@ -549,16 +340,14 @@ def test_a_reload_of_broken_files_leaves_the_version_before_serving(engine, plac
     else:
         engine.host(1, 10)
     engine.adapters.request_load(lora(1, inplace=True))
-    engine.store.failed()
-    engine.poll()
+    engine.failed()
     assert engine.adapters.failure(1, reload=True).message == "it is bad"
     assert not engine.adapters.is_ready(1, reload=True)
     assert engine.adapters.failure(1) is None
     if place == "host":
         assert not engine.adapters.is_ready(1)
         assert not engine.store.only().fresh
-        engine.store.loaded(pack_info(10), was_read=False)
-        engine.poll()
+        engine.loaded(pack_info(10), was_read=False)
     assert engine.adapters.is_ready(1)
     assert engine.adapters.bring(1) is (place == "slot")
 
@@ -571,8 +360,7 @@ def test_a_reload_is_not_answered_by_the_load_that_was_under_way(engine):
     engine.adapters.request_load(lora(1, inplace=True))
     assert engine.store.only().fresh
     assert engine.store.tickets == 2
-    engine.store.loaded(pack_info(11))
-    engine.poll()
+    engine.loaded(pack_info(11))
     assert engine.adapters.is_ready(1, reload=True)
 
 
@@ -582,25 +370,10 @@ def test_a_reload_is_not_answered_by_a_check_that_was_under_way(engine):
     future = engine.adapters.register(lora(1, inplace=True))
     check = engine.store.only()
     engine.adapters.request_load(lora(1, inplace=True))
-    engine.store.loaded(pack_info(0, "same"), check)
-    engine.poll()
+    engine.loaded(pack_info(0, "same"), check)
     assert not engine.adapters.is_ready(1, reload=True)
-    engine.store.loaded(pack_info(11))
-    engine.poll()
+    engine.loaded(pack_info(11))
     assert future.result(0) is True
-    assert engine.adapters.is_ready(1, reload=True)
-
-
-def test_a_new_reload_is_a_new_try(engine):
-    engine.fill(1, 10)
-    engine.adapters.request_load(lora(1, inplace=True))
-    engine.store.failed()
-    engine.poll()
-    engine.adapters.request_load(lora(1, inplace=True))
-    assert engine.adapters.failure(1, reload=True) is None
-    assert engine.store.only().fresh
-    engine.store.loaded(pack_info(11))
-    engine.poll()
     assert engine.adapters.is_ready(1, reload=True)
 
 
@@ -610,12 +383,10 @@ def test_a_version_that_was_registered_and_cannot_be_had_does_not_leave_the_one_
     """The operator was told that the new one serves."""
     engine.fill(1, 10)
     future = engine.adapters.register(lora(1, inplace=True))
-    engine.store.loaded(pack_info(0, "newer"))
-    engine.poll()
+    engine.loaded(pack_info(0, "newer"))
     assert future.result(0) is True
     engine.adapters.request_load(lora(1))
-    engine.store.failed()
-    engine.poll()
+    engine.failed()
     assert engine.adapters.failure(1).message == "it is bad"
     engine.adapters.request_load(lora(1))
     assert engine.store.only().fresh
@@ -624,11 +395,9 @@ def test_a_version_that_was_registered_and_cannot_be_had_does_not_leave_the_one_
 def test_a_version_that_comes_back_before_a_newer_one_could_be_had_serves_on(engine):
     engine.fill(1, 10, digest="first")
     engine.adapters.register(lora(1, inplace=True))
-    engine.store.loaded(pack_info(0, "newer"))
-    engine.poll()
+    engine.loaded(pack_info(0, "newer"))
     engine.adapters.request_load(lora(1))
-    engine.store.loaded(pack_info(11, "first"))
-    engine.poll()
+    engine.loaded(pack_info(11, "first"))
     assert engine.adapters.is_ready(1)
     assert engine.adapters.bring(1)
     assert not engine.store.load_requests
@@ -645,8 +414,7 @@ def test_a_number_whose_adapter_nobody_uses_may_become_another_adapters(engine):
     assert engine.adapters.request_load(lora(1, path="/adapters/other")) is None
     assert engine.store.forgotten == [1]
     assert engine.store.only().path == "/adapters/other"
-    engine.store.loaded(pack_info(11))
-    engine.poll()
+    engine.loaded(pack_info(11))
     assert engine.adapters.is_ready(1)
     assert not engine.adapters.bring(1)
 
@@ -670,23 +438,15 @@ def assert_refused(future) -> AdapterRefusedError:
     return error
 
 
-def test_an_adapter_is_registered_when_it_was_checked(engine):
+@pytest.mark.parametrize(("pack", "state"), [(7, AdapterState.HOST), (0, AdapterState.ABSENT)])
+def test_an_adapter_is_registered_when_it_was_checked_with_or_without_room(engine, pack, state):
     future = engine.adapters.register(lora(1))
     load_request = engine.store.only()
     assert (load_request.keep, load_request.fresh) == (False, False)
     assert not future.done()
-    engine.store.loaded(pack_info(7))
-    engine.poll()
+    engine.loaded(pack_info(pack, "digest", special=not pack))
     assert future.result(0) is True
-    assert engine.adapters.state(1) is AdapterState.HOST
-
-
-def test_an_adapter_that_finds_no_room_is_registered_as_well(engine):
-    future = engine.adapters.register(lora(1))
-    engine.store.loaded(pack_info(0, "digest", special=True))
-    engine.poll()
-    assert future.result(0) is True
-    assert engine.adapters.state(1) is AdapterState.ABSENT
+    assert engine.adapters.state(1) is state
     engine.adapters.request_load(lora(1))
     assert engine.store.only().keep
 
@@ -697,8 +457,7 @@ def test_an_adapter_that_a_request_has_registered_is_kept_until_the_request_come
     future = engine.adapters.register(lora(number))
     load_request = engine.store.only()
     assert (load_request.keep, load_request.fresh) == (True, False)
-    engine.store.loaded(pack_info(7))
-    engine.poll()
+    engine.loaded(pack_info(7))
     assert future.result(0) is True
     assert not engine.store.leased  # it may leave again
     engine.adapters.request_load(lora(number))
@@ -709,35 +468,16 @@ def test_a_new_version_of_a_directorys_adapter_takes_nobodys_room(engine):
     """Nobody waits for it. Where all memory is on lease, it would hold up those after it."""
     old, new = (lora(FIRST_NUMBER + number, path="/adapters/acme") for number in (1, 2))
     engine.adapters.register(old)
-    engine.store.loaded(pack_info(7))
-    engine.poll()
+    engine.loaded(pack_info(7))
     future = engine.adapters.register(new)
     load_request = engine.store.only()
     assert not load_request.keep
-    engine.store.loaded(pack_info(0, "another"), load_request)
-    engine.poll()
+    engine.loaded(pack_info(0, "another"), load_request)
     assert future.result(0) is True
     engine.adapters.remove(old.lora_int_id)
     engine.adapters.remove(new.lora_int_id)
     engine.adapters.register(new)  # as the first request after an unload does
     assert engine.store.only().keep
-
-
-def test_what_is_there_is_registered_at_once(engine):
-    engine.fill(1)
-    assert engine.adapters.register(lora(1)).result(0) is True
-    assert not engine.store.load_requests
-
-
-def test_registering_anew_looks_at_the_files_again(engine):
-    engine.fill(1, 10)
-    future = engine.adapters.register(lora(1, inplace=True))
-    assert engine.store.only().fresh
-    assert not future.done()
-    engine.store.loaded(pack_info(11))
-    engine.poll()
-    assert future.result(0) is True
-    assert engine.adapters.state(1) is AdapterState.HOST
 
 
 def test_a_directorys_adapter_is_looked_at_again_when_its_folder_is_put_back(engine):
@@ -746,8 +486,7 @@ def test_a_directorys_adapter_is_looked_at_again_when_its_folder_is_put_back(eng
     engine.fill(number, 10)
     future = engine.adapters.register(lora(number))
     assert engine.store.only().fresh
-    engine.store.loaded(pack_info(11))
-    engine.poll()
+    engine.loaded(pack_info(11))
     assert future.result(0) is True
     assert engine.adapters.version(number).digest == "digest 11"
 
@@ -756,18 +495,15 @@ def test_registering_anew_while_the_files_are_checked_looks_at_them_again(engine
     """All that come meanwhile get the next check, and none waits for more than two."""
     first = engine.adapters.register(lora(1))
     second, third = (engine.adapters.register(lora(1, inplace=True)) for _ in range(2))
-    engine.store.loaded(pack_info(11))
-    engine.poll()
+    engine.loaded(pack_info(11))
     assert first.result(0) is True
     assert not second.done()
     assert engine.store.only().fresh
     last = engine.adapters.register(lora(1, inplace=True))
-    engine.store.loaded(pack_info(12))
-    engine.poll()
+    engine.loaded(pack_info(12))
     assert (second.result(0), third.result(0)) == (True, True)
     assert not last.done()
-    engine.store.loaded(pack_info(13))
-    engine.poll()
+    engine.loaded(pack_info(13))
     assert last.result(0) is True
     assert not engine.store.load_requests
 
@@ -777,12 +513,10 @@ def test_registering_anew_while_bad_files_are_checked_looks_at_them_again(engine
     if is_known:
         engine.fill(1, 10)
     first, second = (engine.adapters.register(lora(1, inplace=True)) for _ in range(2))
-    engine.store.failed()
-    engine.poll()
+    engine.failed()
     assert_refused(first)
     assert not second.done()
-    engine.store.loaded(pack_info(11))
-    engine.poll()
+    engine.loaded(pack_info(11))
     assert second.result(0) is True
 
 
@@ -797,8 +531,7 @@ def test_all_registrations_of_what_is_removed_are_refused(engine):
 def test_a_refused_registration_says_all_problems_and_leaves_nothing(engine):
     future = engine.adapters.register(lora(1))
     problems = [{"message": "rank 400", "hint": "raise --max-lora-rank"}]
-    engine.store.failed(problems=problems)
-    engine.poll()
+    engine.failed(problems=problems)
     error = assert_refused(future)
     assert error.problems == problems
     assert engine.adapters.state(1) is AdapterState.ABSENT
@@ -808,8 +541,7 @@ def test_a_refused_registration_says_all_problems_and_leaves_nothing(engine):
 def test_a_reload_that_fails_leaves_the_version_before_serving(engine):
     engine.fill(1, 10)
     future = engine.adapters.register(lora(1, inplace=True))
-    engine.store.failed()
-    engine.poll()
+    engine.failed()
     assert_refused(future)
     assert engine.adapters.state(1) is AdapterState.SLOT
     engine.adapters.request_load(lora(1))
@@ -818,19 +550,15 @@ def test_a_reload_that_fails_leaves_the_version_before_serving(engine):
 
 def test_workers_check_what_vllm_fills_in(engine):
     future = engine.adapters.register(lora(1))
-    engine.store.loaded(pack_info(7, special=True))
-    engine.poll()
+    engine.loaded(pack_info(7, special=True))
     again = engine.store.only()
     assert (again.keep, again.fresh) == (True, False)
-    engine.store.loaded(pack_info(7, special=True), was_read=False)
-    engine.poll()
+    engine.loaded(pack_info(7, special=True), was_read=False)
     assert isinstance(engine.workers.only(), Check)
     assert engine.adapters.state(1) is AdapterState.READING
-    engine.workers.filled(ranks=[0])
-    engine.poll()
+    engine.filled(ranks=[0])
     assert not future.done()
-    engine.workers.filled(ranks=[1])
-    engine.poll()
+    engine.filled(ranks=[1])
     assert future.result(0) is True
     assert engine.adapters.state(1) is AdapterState.HOST
     assert not engine.store.leased
@@ -838,39 +566,29 @@ def test_workers_check_what_vllm_fills_in(engine):
 
 def begin_check(engine: Engine, number: int, pack: int, *, inplace: bool = False):
     future = engine.adapters.register(lora(number, inplace=inplace))
-    engine.store.loaded(pack_info(pack, special=True))
-    engine.poll()
+    engine.loaded(pack_info(pack, special=True))
     engine.store.loaded(pack_info(pack, special=True))
     engine.poll()
     return future
 
 
-def test_what_workers_refuse_is_not_registered(engine):
-    future = begin_check(engine, 1, 7)
-    engine.workers.refused(ranks=[0])
-    engine.poll()
+@pytest.mark.parametrize("is_known", [False, True])
+def test_what_workers_refuse_is_not_registered(engine, is_known):
+    """Nor does it take the place of the version before."""
+    if is_known:
+        engine.fill(1, 10)
+    future = begin_check(engine, 1, 11, inplace=is_known)
+    engine.refused(ranks=[0])
     assert assert_refused(future).failure.message == "it does not fit"
-    assert engine.adapters.state(1) is AdapterState.ABSENT
-    engine.workers.refused(ranks=[1])
-    engine.poll()
+    assert engine.adapters.state(1) is (AdapterState.SLOT if is_known else AdapterState.ABSENT)
+    engine.refused(ranks=[1])
     assert not engine.store.leased
-
-
-def test_a_version_that_workers_refuse_does_not_take_the_place_of_the_one_before(engine):
-    engine.fill(1, 10)
-    future = begin_check(engine, 1, 11, inplace=True)
-    engine.workers.refused()
-    engine.poll()
-    assert_refused(future)
-    assert engine.adapters.state(1) is AdapterState.SLOT
-    assert engine.adapters.bring(1)
 
 
 def test_weights_that_are_in_a_slot_need_no_check(engine):
     engine.fill(1, 10, digest="same", special=True)
     future = engine.adapters.register(lora(1, inplace=True))
-    engine.store.loaded(pack_info(11, "same", special=True))
-    engine.poll()
+    engine.loaded(pack_info(11, "same", special=True))
     assert future.result(0) is True
 
 
@@ -878,47 +596,11 @@ def test_a_check_reads_on_when_the_requests_beside_it_are_aborted(engine):
     future = begin_check(engine, 1, 7)
     engine.adapters.request_load(lora(1))
     if engine.store.load_requests:
-        engine.store.loaded(pack_info(7, special=True))
-        engine.poll()
+        engine.loaded(pack_info(7, special=True))
     engine.adapters.drop(1)
     engine.check()
-    engine.workers.filled()
-    engine.poll()
+    engine.filled()
     assert future.result(0) is True
-
-
-def test_an_adapter_that_was_used_once_is_not_kept_for_its_check(engine):
-    engine.fill(1, 10)
-    engine.step()
-    engine.adapters.drop(1)
-    future = begin_check(engine, 1, 11, inplace=True)
-    engine.workers.filled()
-    engine.poll()
-    assert future.result(0) is True
-    assert not engine.store.leased
-
-
-def test_a_check_whose_store_has_gone_is_made_again(engine):
-    future = begin_check(engine, 1, 7)
-    order = engine.workers.only()
-    engine.restart_store()
-    engine.workers.refused(order)
-    engine.poll()
-    assert not future.done()
-    engine.store.loaded(pack_info(0, special=True))
-    engine.poll()
-    assert future.result(0) is True
-
-
-def test_a_registration_and_a_request_that_fail_together(engine):
-    future = engine.adapters.register(lora(1))
-    engine.adapters.request_load(lora(1))
-    for load_request in list(engine.store.load_requests.values()):
-        engine.store.failed(load_request)
-    engine.poll()
-    assert_refused(future)
-    assert engine.adapters.state(1) is AdapterState.FAILED
-    assert not engine.adapters.is_ready(1)
 
 
 def test_a_check_of_a_pack_that_has_gone_is_made_again(engine):
@@ -933,8 +615,7 @@ def test_a_check_of_a_pack_that_has_gone_is_made_again(engine):
 
 def test_a_copy_of_a_pack_that_has_gone_fails_nobody(engine):
     engine.host(1, 10)
-    engine.adapters.bring(1)
-    engine.poll()
+    engine.bring(1)
     order = engine.workers.only()
     engine.workers.say(FillFailed(order.order, FailureKind.INTERNAL, "it is gone", is_gone=True))
     engine.poll()
@@ -956,14 +637,11 @@ def say_gone(engine):
 def test_requests_do_not_wait_for_ever_for_a_worker_that_cannot_have_an_adapter(engine):
     engine.host(1, 10)
     for _ in range(MAX_TIMES_GONE):
-        engine.adapters.bring(1)
-        engine.poll()
+        engine.bring(1)
         say_gone(engine)
         assert not engine.adapters.is_ready(1)
-        engine.store.loaded(pack_info(10))
-        engine.poll()
-    engine.adapters.bring(1)
-    engine.poll()
+        engine.loaded(pack_info(10))
+    engine.bring(1)
     say_gone(engine)
     failure = engine.adapters.failure(1)
     assert failure is not None
@@ -974,13 +652,11 @@ def test_requests_do_not_wait_for_ever_for_a_worker_that_cannot_have_an_adapter(
 def test_an_adapter_is_loaded_again_as_often_as_stores_die(engine):
     engine.host(1, 10)
     for _ in range(2 * MAX_TIMES_GONE):
-        engine.adapters.bring(1)
-        engine.poll()
+        engine.bring(1)
         engine.store.restart()
         say_gone(engine)
         assert not engine.adapters.is_ready(1)
-        engine.store.loaded(pack_info(10))
-        engine.poll()
+        engine.loaded(pack_info(10))
     assert engine.adapters.failure(1) is None
 
 
@@ -990,20 +666,17 @@ def test_a_registration_does_not_wait_for_ever_for_a_worker_that_cannot_have_its
         say_gone(engine)
         assert not future.done()
         for _ in ("without a lease", "with one"):
-            engine.store.loaded(pack_info(7, special=True))
-            engine.poll()
+            engine.loaded(pack_info(7, special=True))
     say_gone(engine)
     assert_refused(future)
 
 
 def test_a_copy_of_an_old_pack_that_has_gone_says_nothing_of_the_new_one(engine):
     engine.host(1, 10)
-    engine.adapters.bring(1)
-    engine.poll()
+    engine.bring(1)
     old = engine.workers.only()
     engine.adapters.request_load(lora(1, inplace=True))
-    engine.store.loaded(pack_info(11))
-    engine.poll()
+    engine.loaded(pack_info(11))
     engine.workers.say(FillFailed(old.order, FailureKind.INTERNAL, "it is gone", is_gone=True))
     engine.poll()
     assert engine.adapters.state(1) is AdapterState.HOST
@@ -1015,35 +688,20 @@ def test_a_registration_gets_the_answer_of_its_own_check(engine):
     first_request = engine.store.only()
     future = engine.adapters.register(lora(1, inplace=True))
     check_request = engine.store.load_requests[2]
-    engine.store.failed(first_request)
-    engine.poll()
+    engine.failed(first_request)
     assert engine.adapters.state(1) is AdapterState.FAILED
     assert not future.done()
-    engine.store.loaded(pack_info(7), check_request)
-    engine.poll()
+    engine.loaded(pack_info(7), check_request)
     assert future.result(0) is True
     assert engine.adapters.state(1) is AdapterState.HOST
-
-
-def test_a_newer_version_that_was_checked_leaves_no_lease_of_the_one_before(engine):
-    engine.host(1, 10)
-    future = engine.adapters.register(lora(1, inplace=True))
-    engine.store.loaded(pack_info(11, "newer"))
-    engine.poll()
-    assert future.result(0)
-    assert not engine.store.leased
-    assert not engine.adapters.is_ready(1)
-    assert engine.store.only().keep
 
 
 def test_a_version_that_workers_have_checked_while_it_waits_for_a_slot_is_on_lease_once(engine):
     engine.host(1, 10, special=True)
     future = engine.adapters.register(lora(1, inplace=True))
     for _ in range(2):  # the second time to stay, for the workers
-        engine.store.loaded(pack_info(10, special=True))
-        engine.poll()
-    engine.workers.filled()
-    engine.poll()
+        engine.loaded(pack_info(10, special=True))
+    engine.filled()
     assert future.result(0)
     assert engine.store.leased == {10: 1}
 
@@ -1066,24 +724,10 @@ def test_a_check_takes_no_lease_from_requests_that_wait_for_a_slot(engine, is_re
 def test_a_check_of_what_is_in_host_memory_gives_no_lease_on_it(engine):
     for _ in range(2):
         engine.adapters.register(lora(1, inplace=True))
-        engine.store.loaded(pack_info(10))
-        engine.poll()
+        engine.loaded(pack_info(10))
     engine.adapters.request_load(lora(1))
     assert not engine.adapters.is_ready(1)
     assert engine.store.only().keep
-
-
-def test_what_an_aborted_request_has_brought_beside_a_check_that_fails_is_given_back(engine):
-    future = engine.adapters.register(lora(1))
-    engine.adapters.request_load(lora(1))
-    engine.adapters.drop(1)
-    check, requested = engine.store.load_requests.values()
-    engine.store.loaded(pack_info(10), requested)
-    engine.poll()
-    engine.store.failed(check)
-    engine.poll()
-    assert_refused(future)
-    assert not engine.store.leased
 
 
 def test_a_registration_that_fails_leaves_the_reload_that_requests_wait_for(engine):
@@ -1095,13 +739,11 @@ def test_a_registration_that_fails_leaves_the_reload_that_requests_wait_for(engi
         for load_request in engine.store.load_requests.values()
         if not load_request.keep
     ]
-    engine.store.failed(check)
-    engine.poll()
+    engine.failed(check)
     assert_refused(future)
     assert engine.adapters.failure(1, reload=True) is None
     assert engine.adapters.state(1) is AdapterState.QUEUED
-    engine.store.loaded(pack_info(11, "newer"))
-    engine.poll()
+    engine.loaded(pack_info(11, "newer"))
     assert engine.adapters.state(1) is AdapterState.HOST
 
 
@@ -1113,8 +755,7 @@ def test_a_reload_that_fails_where_a_newer_version_was_checked_fails_all(engine)
     engine.poll()
     assert registered.result(0)
     engine.adapters.request_load(lora(1, inplace=True))
-    engine.store.failed()
-    engine.poll()
+    engine.failed()
     assert engine.adapters.failure(1) is not None
 
 
@@ -1123,8 +764,7 @@ def test_a_registration_ends_the_wait_for_a_reload_that_nobody_waits_for_any_mor
     engine.adapters.request_load(lora(1, inplace=True))
     engine.adapters.drop(1)
     future = engine.adapters.register(lora(1))
-    engine.store.loaded(pack_info(11, "same"))
-    engine.poll()
+    engine.loaded(pack_info(11, "same"))
     assert future.result(0)
     assert engine.adapters.state(1) is AdapterState.SLOT
 
@@ -1134,15 +774,12 @@ def test_a_registration_ends_the_wait_for_a_reload_that_nobody_waits_for_any_mor
 
 def test_a_pinned_adapter_gets_a_slot_at_once_and_keeps_it(engine):
     engine.adapters.register(lora(1))
-    engine.store.loaded(pack_info(7))
-    engine.poll()
+    engine.loaded(pack_info(7))
     future = engine.adapters.pin(1)
     assert engine.store.only().keep
-    engine.store.loaded(pack_info(7), was_read=False)
-    engine.poll()
+    engine.loaded(pack_info(7), was_read=False)
     assert future.result(0) is True
-    engine.workers.filled()
-    engine.poll()
+    engine.filled()
     assert engine.adapters.state(1) is AdapterState.SLOT
     for number in (2, 3):
         engine.fill(number)
@@ -1165,11 +802,9 @@ def test_a_pin_that_finds_no_slot_keeps_nothing_on_lease(engine):
         engine.fill(number)
         engine.step(1, number)
     engine.adapters.register(lora(3))
-    engine.store.loaded(pack_info(3))
-    engine.poll()
+    engine.loaded(pack_info(3))
     future = engine.adapters.pin(3)
-    engine.store.loaded(pack_info(3))
-    engine.poll()
+    engine.loaded(pack_info(3))
     assert future.result(0) is True
     assert not engine.store.leased
 
@@ -1178,11 +813,9 @@ def test_an_adapter_that_cannot_be_had_is_not_pinned(engine, monkeypatch):
     shown_as_pinned: list[frozenset[int]] = []
     monkeypatch.setattr(engine.adapters.observer, "pinned", shown_as_pinned.append)
     engine.adapters.register(lora(1))
-    engine.store.loaded(pack_info(0, "digest"))
-    engine.poll()
+    engine.loaded(pack_info(0, "digest"))
     future = engine.adapters.pin(1)
-    engine.store.failed(kind=FailureKind.UNREADABLE)
-    engine.poll()
+    engine.failed(kind=FailureKind.UNREADABLE)
     assert_refused(future)
     assert 1 not in engine.adapters.slots.pins
     assert shown_as_pinned == [{1}, set()]
@@ -1190,12 +823,10 @@ def test_an_adapter_that_cannot_be_had_is_not_pinned(engine, monkeypatch):
 
 def test_a_pin_of_an_adapter_that_has_failed_is_a_new_try(engine):
     engine.adapters.request_load(lora(1))
-    engine.store.failed(kind=FailureKind.UNREADABLE)
-    engine.poll()
+    engine.failed(kind=FailureKind.UNREADABLE)
     engine.adapters.drop(1)
     first, second = engine.adapters.pin(1), engine.adapters.pin(1)
-    engine.store.failed(kind=FailureKind.GONE)
-    engine.poll()
+    engine.failed(kind=FailureKind.GONE)
     for future in (first, second):
         assert assert_refused(future).failure.kind is FailureKind.GONE
     assert 1 not in engine.adapters.slots.pins
@@ -1208,34 +839,22 @@ def test_a_second_pin_that_fails_leaves_the_first(engine):
     assert engine.adapters.pin(1).result(0) is True
     engine.adapters.drop(1)
     engine.adapters.slots_lost()
-    engine.store.evict(1)
-    engine.poll()
+    engine.evict(1)
     future = engine.adapters.pin(1)
-    engine.store.failed(kind=FailureKind.UNREADABLE)
-    engine.poll()
+    engine.failed(kind=FailureKind.UNREADABLE)
     assert_refused(future)
     assert 1 in engine.adapters.slots.pins
 
 
 def test_a_pin_outlives_the_requests_that_wait_beside_it(engine):
     engine.adapters.register(lora(1))
-    engine.store.loaded(pack_info(0, "digest"))
-    engine.poll()
+    engine.loaded(pack_info(0, "digest"))
     future = engine.adapters.pin(1)
     engine.adapters.request_load(lora(1))
     engine.adapters.drop(1)
-    engine.store.loaded(pack_info(7))
-    engine.poll()
+    engine.loaded(pack_info(7))
     assert future.result(0) is True
     assert engine.workers.only().pack.pack == 7
-
-
-def test_names_of_the_settings_are_pinned(engines):
-    engine = engines(pinned=["adapter 1"])
-    for number in (1, 2, 3):
-        engine.fill(number)
-        engine.idle()
-    assert engine.adapters.slots.contents == (1, 3)
 
 
 def test_a_pinned_name_stays_with_the_version_that_serves_when_another_is_refused(
@@ -1247,8 +866,7 @@ def test_a_pinned_name_stays_with_the_version_that_serves_when_another_is_refuse
     assert shown(tmp_path)[info] == 1
     future = engine.adapters.register(LoRARequest("adapter 1", 9, "/adapters/new"))
     assert engine.adapters.slots.pins.adapters == {9}
-    engine.store.failed()
-    engine.poll()
+    engine.failed()
     assert_refused(future)
     for number in (2, 3):
         engine.fill(number)
@@ -1260,45 +878,32 @@ def test_a_pinned_name_stays_with_the_version_that_serves_when_another_is_refuse
 # Removal
 
 
-@pytest.mark.parametrize("was_read", [True, False])
-def test_what_was_read_because_a_request_waited_was_not_in_host_memory(engine, was_read):
+@pytest.mark.parametrize("read_for", ["a request", "a registration", "nobody here"])
+def test_what_was_read_because_a_request_waited_was_not_in_host_memory(engine, read_for):
+    if read_for == "a registration":
+        engine.adapters.register(lora(1))
+        engine.loaded(pack_info(1))
     engine.adapters.request_load(lora(1))
-    engine.store.loaded(pack_info(1), was_read=was_read)
-    engine.poll()
+    engine.loaded(pack_info(1), was_read=read_for == "a request")
     engine.adapters.bring(1)
     engine.step(1)
-    assert engine.adapters.observer.usage.of(1).cpu_hits == (not was_read)
-
-
-def test_what_was_read_for_a_registration_was_in_host_memory_when_a_request_came(engine):
-    engine.adapters.register(lora(1))
-    engine.store.loaded(pack_info(1))
-    engine.poll()
-    engine.adapters.request_load(lora(1))
-    engine.store.loaded(pack_info(1), was_read=False)
-    engine.poll()
-    engine.adapters.bring(1)
-    engine.step(1)
-    assert engine.adapters.observer.usage.of(1).cpu_hits == 1
+    assert engine.adapters.observer.usage.of(1).cpu_hits == (read_for != "a request")
 
 
 def test_registrations_that_come_together_are_one_check(engine):
     futures = [engine.adapters.register(lora(1)) for _ in range(2)]
     assert engine.store.tickets == 1
-    engine.store.loaded(pack_info(1))
-    engine.poll()
+    engine.loaded(pack_info(1))
     assert all(future.result() for future in futures)
 
 
 def test_a_registration_that_comes_while_workers_check_gets_their_answer(engine):
     futures = [engine.adapters.register(lora(1))]
     for _ in range(2):  # once more with a lease, for the workers
-        engine.store.loaded(pack_info(1, special=True))
-        engine.poll()
+        engine.loaded(pack_info(1, special=True))
     futures.append(engine.adapters.register(lora(1)))
     assert engine.store.tickets == 2
-    engine.workers.filled()
-    engine.poll()
+    engine.filled()
     assert all(future.result() for future in futures)
 
 
@@ -1329,8 +934,7 @@ def test_an_adapter_that_is_of_use_to_somebody_is_not_forgotten(engine, monkeypa
 
 def test_a_registration_of_an_adapter_that_has_failed_is_a_new_try(engine):
     engine.adapters.request_load(lora(1))
-    engine.store.failed()
-    engine.poll()
+    engine.failed()
     assert engine.adapters.state(1) is AdapterState.FAILED
     engine.adapters.register(lora(1))
     assert engine.adapters.state(1) is AdapterState.QUEUED
@@ -1378,8 +982,7 @@ def test_an_adapter_that_is_removed_again_is_gone_when_the_store_has_said_so_aga
 def test_what_is_requested_for_a_pin_is_not_requested_of_a_removed_adapter(engine):
     engine.host(1)
     engine.adapters.drop(1)
-    engine.store.evict(1)
-    engine.poll()
+    engine.evict(1)
     engine.adapters.pin(1)
     assert engine.store.load_requests
     engine.adapters.remove(1)
@@ -1396,10 +999,6 @@ def test_an_adapter_that_nobody_waits_for_any_more_is_not_being_read(engine):
     assert engine.adapters.state(1) is AdapterState.QUEUED
 
 
-def test_an_adapter_that_nobody_knows_cannot_be_removed(engine):
-    assert engine.adapters.remove(1).result(0) is False
-
-
 @pytest.mark.parametrize("stage", ["queued", "loaded", "filling", "filled", "checking"])
 def test_a_removed_adapter_leaves_nothing_at_any_stage(engine, stage):
     registered = None
@@ -1408,11 +1007,9 @@ def test_a_removed_adapter_leaves_nothing_at_any_stage(engine, stage):
     else:
         engine.adapters.request_load(lora(1))
         if stage != "queued":
-            engine.store.loaded(pack_info(7))
-            engine.poll()
+            engine.loaded(pack_info(7))
         if stage in ("filling", "filled"):
-            engine.adapters.bring(1)
-            engine.poll()
+            engine.bring(1)
         if stage == "filled":
             engine.workers.filled()
     gone = engine.adapters.remove(1)
@@ -1433,18 +1030,14 @@ def test_a_removed_adapter_leaves_nothing_at_any_stage(engine, stage):
 
 def test_the_answers_to_a_removed_adapters_orders_mean_nothing_to_its_successor(engine):
     engine.host(1, 10)
-    engine.adapters.bring(1)
-    engine.poll()
+    engine.bring(1)
     old = engine.workers.only()
     engine.adapters.remove(1)
     engine.host(1, 11)
-    engine.adapters.bring(1)
-    engine.poll()
-    engine.workers.filled(old)
-    engine.poll()
+    engine.bring(1)
+    engine.filled(old)
     assert engine.adapters.state(1) is AdapterState.HOST
-    engine.workers.filled()
-    engine.poll()
+    engine.filled()
     assert engine.adapters.state(1) is AdapterState.SLOT
 
 
@@ -1482,26 +1075,9 @@ def test_those_that_cannot_be_forgotten_keep_none_that_can(engine, few, monkeypa
     assert known(engine) == [1, 2, 5, 6]
 
 
-def test_adapters_that_are_somewhere_or_requested_are_not_forgotten(engines, few):
-    engine = engines(pinned=["adapter 4"])
-    engine.fill(1)
-    engine.host(2)
-    engine.adapters.request_load(lora(3))
-    engine.adapters.request_load(lora(4))
-    engine.adapters.drop(4)
-    registered = engine.adapters.register(lora(5))
-    for number in range(6, 20):
-        engine.adapters.request_load(lora(number))
-        engine.adapters.drop(number)
-    assert {1, 2, 3, 4, 5} < set(known(engine))
-    assert len(known(engine)) == 6
-    assert not registered.done()
-
-
 def test_an_adapter_that_was_forgotten_is_asked_for_anew(engine, few):
     engine.adapters.request_load(lora(1))
-    engine.store.failed()
-    engine.poll()
+    engine.failed()
     engine.adapters.drop(1)
     assert engine.adapters.observer.usage.of(1).last_error is not None
     for number in range(2, 6):
@@ -1517,8 +1093,7 @@ def test_an_eviction_is_that_of_all_adapters_that_are_the_pack(engine):
         engine.host(number, 10)
         engine.adapters.drop(number)
     engine.host(3, 30)
-    engine.store.evict(10)
-    engine.poll()
+    engine.evict(10)
     states = [engine.adapters.state(number) for number in (1, 2, 3)]
     assert states == [AdapterState.ABSENT, AdapterState.ABSENT, AdapterState.HOST]
 
@@ -1566,8 +1141,7 @@ def test_nobody_keeps_room_that_a_store_needs_while_it_makes_everybody_wait(engi
         assert engine.adapters.is_ready(number)
         assert not engine.adapters.bring(number)
         engine.step()
-        engine.workers.filled()
-        engine.poll()
+        engine.filled()
         engine.step(1, number)
     for number in (3, 4, 3, 4):
         assert engine.adapters.is_ready(number)
@@ -1596,16 +1170,13 @@ class Only:
 def test_other_weights_than_those_required_are_refused_and_kept_by_nobody():
     engine = Engine(2, ranks=1, required=Only("adapter 1", "right"))
     wrong = engine.adapters.register(lora(1))
-    engine.store.loaded(pack_info(1, "wrong"))
-    engine.poll()
+    engine.loaded(pack_info(1, "wrong"))
     assert wrong.exception().failure.message == "another is required"
     right = engine.adapters.register(lora(1))
-    engine.store.loaded(pack_info(2, "right"))
-    engine.poll()
+    engine.loaded(pack_info(2, "right"))
     assert right.result() is True
     assert engine.adapters.request_load(lora(2)) is None
-    engine.store.loaded(pack_info(3, "wrong"))
-    engine.poll()
+    engine.loaded(pack_info(3, "wrong"))
     assert engine.adapters.failure(2).kind is FailureKind.INVALID
     engine.adapters.drop(2)
     engine.all_is_given_back()
@@ -1617,8 +1188,7 @@ def test_a_changed_file_of_keys_has_adapters_in_memory_looked_at_again(tmp_path)
     engine = Engine(1, ranks=1, signing_keys=str(keys))
     engine.adapters.request_load(lora(1))
     assert engine.store.only().fresh
-    engine.store.loaded(pack_info(1))
-    engine.poll()
+    engine.loaded(pack_info(1))
     for text, is_fresh, is_signed in (
         (None, False, True),
         ("one more", True, False),
@@ -1651,25 +1221,12 @@ def test_where_keys_are_unknown_or_a_reload_is_asked_for_files_are_looked_at(tmp
     assert engine.store.only().fresh
     keys.unlink()
     for pack in (2, 3):
-        engine.store.loaded(pack_info(pack))
-        engine.poll()
+        engine.loaded(pack_info(pack))
         engine.adapters.drop(1)
         engine.adapters.request_load(lora(1))
         assert engine.store.only().fresh
     engine.adapters.drop(1)
     engine.all_is_given_back()
-
-
-def test_a_slot_that_an_unloaded_adapter_leaves_is_shown_as_free(tmp_path):
-    engine = Engine(2, ranks=1, recorder=recorder(tmp_path, "engine"))
-    engine.fill(1)
-    engine.adapters.drop(1)
-    engine.poll()
-    assert shown(tmp_path)["vllm:lora_slots_free{engine=0}"] == 1
-    engine.adapters.remove(1)
-    engine.store.forgets()
-    engine.poll()
-    assert shown(tmp_path)["vllm:lora_slots_free{engine=0}"] == 2
 
 
 def test_a_step_in_which_nothing_is_computed_is_no_use_of_an_adapter(engine):
@@ -1682,79 +1239,23 @@ def test_a_step_in_which_nothing_is_computed_is_no_use_of_an_adapter(engine):
     assert seen == [{1}]
 
 
-def test_a_copy_is_counted_once_however_many_workers_make_it(tmp_path):
-    engine = Engine(2, ranks=2, recorder=recorder(tmp_path, "engine"))
-    engine.fill(1)
-    series = shown(tmp_path)
-    loads = [key for key in series if "lora_adapter_load_total" in key and "source=cpu" in key]
-    assert [series[key] for key in loads] == [1]
-    engine.adapters.drop(1)
-
-
-def test_a_copy_that_was_not_made_is_not_counted(tmp_path):
-    """While the engine sleeps slots have no memory."""
-    engine = Engine(2, ranks=1, recorder=recorder(tmp_path, "engine"))
-    engine.adapters.request_load(lora(1))
-    engine.store.loaded(pack_info(1), was_read=False)
-    engine.poll()
-    engine.adapters.bring(1)
-    engine.poll()
-    engine.workers.say(Filled(engine.workers.only().order, None))
-    engine.poll()
-    assert engine.adapters.state(1) is AdapterState.SLOT
-    assert not any(key.startswith("vllm:lora_adapter_load_total") for key in shown(tmp_path))
-    engine.adapters.drop(1)
-
-
-def test_adapters_that_leave_host_memory_are_counted(tmp_path):
-    engine = Engine(2, ranks=1, recorder=recorder(tmp_path, "engine"))
-    engine.fill(1)
-    engine.store.evict(1)
-    engine.poll()
-    (key,) = (key for key in shown(tmp_path) if key.startswith("vllm:lora_adapter_evict_total"))
-    assert "tier=cpu" in key
-    engine.adapters.drop(1)
-
-
-def test_an_adapter_that_was_in_memory_already_is_shown_with_its_rank(tmp_path):
-    """Under another name, or for another server of the store."""
-    engine = Engine(2, ranks=1, recorder=recorder(tmp_path, "engine"))
-    engine.adapters.request_load(lora(1))
-    engine.store.loaded(pack_info(1), was_read=False)
-    engine.poll()
-    info = "vllm:lora_adapter_info{engine=0,lora_name=adapter 1,pinned=false,rank=8,tier=cpu}"
-    found = shown(tmp_path)
-    assert found[info] == 1
-    assert not any(key.startswith("vllm:lora_adapter_load_total") for key in found)
-    engine.adapters.drop(1)
-
-
 ACME, OTHER = Seal("acme", 1.0, 3), Seal("other")
 
 
 def test_the_store_learns_whose_requests_wait(engine):
-    engine.adapters.request_load(lora(1), ACME)
-    load_request = engine.store.only()
-    assert (load_request.owners, load_request.most) == (("acme",), 3)
-    engine.adapters.request_load(lora(1), ACME)
-    engine.adapters.request_load(lora(1), OTHER)
-    engine.adapters.request_load(lora(1))
-    load_request = engine.store.only()
-    assert (load_request.owners, load_request.most) == (("acme", "other"), 3)
-
-
-def test_an_adapter_that_is_lost_while_requests_wait_is_asked_for_in_their_tenants_name(engine):
-    engine.adapters.request_load(lora(1), OTHER)
-    engine.store.loaded(pack_info(1))
-    engine.poll()
-    engine.restart_store()
-    assert not engine.adapters.is_ready(1)
-    assert engine.store.only().owners == ("other",)
-
-
-def test_whose_requests_have_ended_is_forgotten(engine):
-    engine.adapters.request_load(lora(1), ACME)
+    for seal, owners in ((ACME, ("acme",)), (ACME, ("acme",)), (OTHER, ("acme", "other"))):
+        engine.adapters.request_load(lora(1), seal)
+        load_request = engine.store.only()
+        assert (load_request.owners, load_request.most) == (owners, 3)
     engine.adapters.drop(1)
     engine.adapters.request_load(lora(1))
     load_request = engine.store.only()
     assert (load_request.owners, load_request.most) == ((), None)
+
+
+def test_an_adapter_that_is_lost_while_requests_wait_is_asked_for_in_their_tenants_name(engine):
+    engine.adapters.request_load(lora(1), OTHER)
+    engine.loaded(pack_info(1))
+    engine.restart_store()
+    assert not engine.adapters.is_ready(1)
+    assert engine.store.only().owners == ("other",)

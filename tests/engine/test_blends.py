@@ -8,7 +8,7 @@ import pytest
 from vllm.lora.request import LoRARequest
 
 from tests.engine.fake_engine import MAX_BLENDS, Engine, lora, pack_info
-from tests.engine.test_quarantine import on
+from tests.engine.test_quarantine import counted, on
 from vllm_multilora.failures import FailureKind, RequestFailure
 from vllm_multilora.integration.blends import blend_of, blended, label_of
 from vllm_multilora.integration.engine.adapter_status import engine_report
@@ -31,8 +31,7 @@ def blend(weight: float, first: int = 1, second: int = 2):
 def serve(engine: Engine, request, pack: int) -> None:
     """A request has come, its blend is in host memory, and it is over."""
     assert engine.adapters.request_load(request) is None
-    engine.store.loaded(pack_info(pack))
-    engine.poll()
+    engine.loaded(pack_info(pack))
     engine.adapters.drop(request.lora_int_id)
 
 
@@ -40,8 +39,7 @@ def known(engine: Engine) -> set[int]:
     return {entry.number for entry in engine.adapters.known()}
 
 
-def test_any_number_of_blends_come_by_and_few_are_known(engines):
-    engine = engines()
+def test_any_number_of_blends_come_by_and_few_are_known(engine):
     requests = [blend(number / 10) for number in range(50)]
     for number, request in enumerate(requests, 1):
         serve(engine, request, number)
@@ -51,8 +49,7 @@ def test_any_number_of_blends_come_by_and_few_are_known(engines):
     assert engine.store.forgotten == [request.lora_int_id for request in requests[:-MAX_BLENDS]]
 
 
-def test_the_one_longest_not_asked_for_is_forgotten(engines):
-    engine = engines()
+def test_the_one_longest_not_asked_for_is_forgotten(engine):
     one, two, three, four = (blend(number / 10) for number in range(4))
     for number, request in enumerate((one, two, three), 1):
         serve(engine, request, number)
@@ -61,8 +58,7 @@ def test_the_one_longest_not_asked_for_is_forgotten(engines):
     assert known(engine) == {request.lora_int_id for request in (one, three, four)}
 
 
-def test_one_too_many_in_use_fails_alone_and_for_now(engines):
-    engine = engines()
+def test_one_too_many_in_use_fails_alone_and_for_now(engine):
     requests = [blend(number / 10) for number in range(MAX_BLENDS)]
     for request in requests:
         assert engine.adapters.request_load(request) is None
@@ -78,8 +74,7 @@ def test_one_too_many_in_use_fails_alone_and_for_now(engines):
     assert requests[1].lora_int_id not in known(engine)
 
 
-def test_a_blend_that_is_being_registered_makes_room_for_none(engines):
-    engine = engines()
+def test_a_blend_that_is_being_registered_makes_room_for_none(engine):
     requests = [blend(number / 10) for number in range(MAX_BLENDS)]
     futures = [engine.adapters.register(request) for request in requests]
     assert engine.adapters.request_load(blend(7.0)) is not None
@@ -87,8 +82,7 @@ def test_a_blend_that_is_being_registered_makes_room_for_none(engines):
     assert not any(future.done() for future in futures)
 
 
-def test_each_tenant_has_its_own(engines):
-    engine = engines()
+def test_each_tenant_has_its_own(engine):
     for number in range(MAX_BLENDS):
         assert engine.adapters.request_load(blend(number / 10), ACME) is None
     assert engine.adapters.request_load(blend(7.0), ACME) is not None
@@ -108,8 +102,7 @@ def test_who_uses_a_tenants_blends_too_keeps_it_from_no_others(engines):
     assert known(engine) >= {request.lora_int_id for request in requests}
 
 
-def test_two_tenants_that_use_each_others_blends_have_no_more_than_two(engines):
-    engine = engines()
+def test_two_tenants_that_use_each_others_blends_have_no_more_than_two(engine):
     served = 0
     for number in range(4 * MAX_BLENDS):
         request = blend(number / 10)
@@ -142,8 +135,7 @@ def test_blends_can_be_switched_off(engines):
     assert "--multilora-max-blends 0" in failure.message
 
 
-def test_without_tenants_all_blends_take_one_turn_of_the_queue(engines):
-    engine = engines()
+def test_without_tenants_all_blends_take_one_turn_of_the_queue(engine):
     for number in range(2):
         engine.adapters.request_load(blend(number / 10))
     engine.adapters.request_load(blend(7.0), ACME)
@@ -153,38 +145,18 @@ def test_without_tenants_all_blends_take_one_turn_of_the_queue(engines):
     assert first.most is None
 
 
-def test_a_blend_of_quarantined_weights_is_quarantined(engines):
-    engine = engines()
-    bad = msgspec.structs.replace(pack_info(5), digest="bad")
-    request = blend(0.5)
-    engine.adapters.request_load(request)
-    engine.store.loaded(msgspec.structs.replace(pack_info(1), parts=("good", "bad")))
-    engine.poll()
-    assert engine.adapters.state(request.lora_int_id) is AdapterState.HOST
-    output = SimpleNamespace(req_ids=["r"], num_nans_in_logits={"r": 1}, pooler_output=None)
-    requests = {"r": on("bad", lora(2))}
-    engine.adapters.quarantine.look(output, requests, lambda number: bad)
-    assert engine.adapters.state(request.lora_int_id) is AdapterState.QUARANTINED
-    assert not engine.adapters.is_ready(request.lora_int_id)
-    assert engine.adapters.failure(request.lora_int_id).kind is FailureKind.QUARANTINED
-
-
 def test_a_blend_is_made_anew_once_its_quarantined_part_has_other_weights(engines):
     engine, request = engines(), blend(0.5)
     engine.host(1, digest="bad")
     engine.adapters.request_load(request)
-    engine.store.loaded(msgspec.structs.replace(pack_info(2), parts=("bad", "good")))
-    engine.poll()
-    output = SimpleNamespace(req_ids=["r"], num_nans_in_logits={"r": 1}, pooler_output=None)
-    engine.adapters.take_quarantined(output, {"r": on("bad", lora(1))})
+    engine.loaded(msgspec.structs.replace(pack_info(2), parts=("bad", "good")))
+    engine.adapters.take_quarantined(counted(r=1), {"r": on("bad", lora(1))})
     assert engine.adapters.state(request.lora_int_id) is AdapterState.QUARANTINED
     engine.adapters.register(lora(1, inplace=True))
-    engine.store.loaded(pack_info(3, "repaired"))
-    engine.poll()
+    engine.loaded(pack_info(3, "repaired"))
     engine.adapters.request_load(request)
     assert engine.adapters.failure(request.lora_int_id) is None
-    engine.store.loaded(msgspec.structs.replace(pack_info(4), parts=("repaired", "good")))
-    engine.poll()
+    engine.loaded(msgspec.structs.replace(pack_info(4), parts=("repaired", "good")))
     assert engine.adapters.is_ready(request.lora_int_id)
 
 
@@ -192,13 +164,12 @@ def test_blends_that_overflow_put_no_adapter_out_of_mind(monkeypatch):
     """Anybody can think of weights that do, as many as they like."""
     monkeypatch.setattr("vllm_multilora.integration.engine.adapters.quarantine._MAX_REMEMBERED", 4)
     quarantine = Quarantine()
-    output = SimpleNamespace(req_ids=["r"], num_nans_in_logits={"r": 1}, pooler_output=None)
     bad = pack_info(1, "bad")
-    quarantine.look(output, {"r": on("bad", lora(2))}, lambda number: bad)
+    quarantine.look(counted(r=1), {"r": on("bad", lora(2))}, lambda number: bad)
     for number in range(10):
         pack = msgspec.structs.replace(pack_info(2, f"blend {number}"), parts=("good",))
         requests = {"r": on(pack.digest, blend(number))}
-        quarantine.look(output, requests, lambda number, pack=pack: pack)
+        quarantine.look(counted(r=1), requests, lambda number, pack=pack: pack)
         assert quarantine.failure(pack) is not None
     assert quarantine.failure(bad) is not None
     assert quarantine.failure(msgspec.structs.replace(pack, digest="other")) is None
@@ -211,11 +182,10 @@ def test_blends_that_overflow_put_no_adapter_out_of_mind(monkeypatch):
 
 def test_a_blend_of_a_quarantined_part_is_served_again_with_the_part():
     quarantine = Quarantine()
-    output = SimpleNamespace(req_ids=["r"], num_nans_in_logits={"r": 1}, pooler_output=None)
     bad = pack_info(1, "bad")
     pack = msgspec.structs.replace(pack_info(2, "blend"), parts=("bad", "good"))
-    quarantine.look(output, {"r": on("bad", lora(2))}, lambda number: bad)
-    quarantine.look(output, {"r": on("blend", blend(0.5))}, lambda number: pack)
+    quarantine.look(counted(r=1), {"r": on("bad", lora(2))}, lambda number: bad)
+    quarantine.look(counted(r=1), {"r": on("blend", blend(0.5))}, lambda number: pack)
     assert quarantine.failure(pack) is not None
     quarantine.lift(bad)
     assert quarantine.failure(pack) is None
@@ -235,25 +205,21 @@ def test_parts_must_have_the_digests_that_are_required(engines):
     ):
         request = blend(number / 10)
         engine.adapters.request_load(request)
-        engine.store.loaded(msgspec.structs.replace(pack_info(number + 1), parts=digests))
-        engine.poll()
+        engine.loaded(msgspec.structs.replace(pack_info(number + 1), parts=digests))
         failure = engine.adapters.failure(request.lora_int_id)
         assert (failure and failure.message) == refusal
 
 
-def test_a_text_that_is_no_blend_is_the_stores_to_refuse(engines):
-    engine = engines()
+def test_a_text_that_is_no_blend_is_the_stores_to_refuse(engine):
     request = lora(7, path="blend:nonsense")
     assert blend_of(request) is None
     assert engine.adapters.request_load(request) is None
     assert engine.store.only().path == "blend:nonsense"
-    engine.store.failed()
-    engine.poll()
+    engine.failed()
     assert engine.adapters.failure(7).kind is FailureKind.INVALID
 
 
-def test_the_blends_of_an_adapter_are_found(engines):
-    engine = engines()
+def test_the_blends_of_an_adapter_are_found(engine):
     requests = [blend(0.5), blend(0.5, 1, 3), blend(0.5, 2, 3)]
     for request in requests:
         engine.adapters.request_load(request)
@@ -300,8 +266,7 @@ def change_part(engine: Engine, number: int, pack: int, digest: str) -> None:
     (load_request,) = (
         each for each in engine.store.load_requests.values() if each.adapter == number
     )
-    engine.store.loaded(pack_info(pack, digest), load_request)
-    engine.poll()
+    engine.loaded(pack_info(pack, digest), load_request)
 
 
 def test_the_next_request_after_a_reload_of_a_part_is_for_a_new_blend(engines):
@@ -309,8 +274,7 @@ def test_the_next_request_after_a_reload_of_a_part_is_for_a_new_blend(engines):
     request, other = blend(0.5), blend(0.5, 2, 3)
     for pack, each in enumerate((request, other), 10):
         engine.adapters.request_load(each)
-        engine.store.loaded(blended_pack(pack, "one", "two"))
-        engine.poll()
+        engine.loaded(blended_pack(pack, "one", "two"))
     number = request.lora_int_id
     assert engine.adapters.is_ready(number)
     change_part(engine, 1, 20, "one")
@@ -319,8 +283,7 @@ def test_the_next_request_after_a_reload_of_a_part_is_for_a_new_blend(engines):
     engine.adapters.request_load(request)
     assert not engine.adapters.is_ready(number)
     assert engine.store.only().fresh
-    engine.store.loaded(blended_pack(12, "new", "two"))
-    engine.poll()
+    engine.loaded(blended_pack(12, "new", "two"))
     assert engine.adapters.is_ready(number)
     assert engine.adapters.version(number).parts == ("new", "two")
     assert engine.adapters.is_ready(other.lora_int_id)
@@ -329,28 +292,24 @@ def test_the_next_request_after_a_reload_of_a_part_is_for_a_new_blend(engines):
 def test_a_blend_is_made_anew_where_its_part_is_first_read_later_and_has_other_weights(engines):
     engine, request = engines(), blend(0.5)
     engine.adapters.request_load(request)
-    engine.store.loaded(blended_pack(10, "one", "two"))
-    engine.poll()
+    engine.loaded(blended_pack(10, "one", "two"))
     change_part(engine, 1, 20, "new")
     assert not engine.adapters.is_ready(request.lora_int_id)
     assert engine.store.only().fresh
 
 
-def test_a_blend_that_is_made_while_a_part_is_reloaded_is_made_again(engines):
-    engine = engines()
+def test_a_blend_that_is_made_while_a_part_is_reloaded_is_made_again(engine):
     change_part(engine, 1, 20, "one")
     request = blend(0.5)
     engine.adapters.request_load(request)
     assert not engine.store.only().fresh
     change_part(engine, 1, 21, "new")
     assert engine.store.only().fresh
-    engine.store.loaded(blended_pack(12, "new", "two"))
-    engine.poll()
+    engine.loaded(blended_pack(12, "new", "two"))
     assert engine.adapters.is_ready(request.lora_int_id)
 
 
-def test_a_blend_that_is_checked_while_a_part_is_reloaded_is_checked_again(engines):
-    engine = engines()
+def test_a_blend_that_is_checked_while_a_part_is_reloaded_is_checked_again(engine):
     change_part(engine, 1, 20, "one")
     engine.adapters.register(blend(0.5))
     tickets = engine.store.tickets
@@ -359,22 +318,18 @@ def test_a_blend_that_is_checked_while_a_part_is_reloaded_is_checked_again(engin
     assert engine.store.only().fresh
 
 
-def test_a_blend_that_workers_check_while_a_part_is_reloaded_is_checked_again(engines):
-    engine = engines()
+def test_a_blend_that_workers_check_while_a_part_is_reloaded_is_checked_again(engine):
     change_part(engine, 1, 20, "one")
     request = blend(0.5)
     future = engine.adapters.register(request)
     made = msgspec.structs.replace(blended_pack(12, "one", "two"), has_special=True)
-    engine.store.loaded(made)
-    engine.poll()
+    engine.loaded(made)
     order = engine.workers.only()
     change_part(engine, 1, 21, "new")
-    engine.workers.filled(order)
-    engine.poll()
+    engine.filled(order)
     assert not future.done()
     assert engine.adapters.version(request.lora_int_id) is None
-    engine.store.loaded(blended_pack(13, "new", "two"))
-    engine.poll()
+    engine.loaded(blended_pack(13, "new", "two"))
     assert future.result()
 
 
@@ -404,8 +359,7 @@ def test_what_becomes_of_a_blend_after_its_parts_new_weights_in_one_poll_is_no_m
     assert engine.store.leased == {20: 1}
 
 
-def test_a_blend_and_its_part_that_come_together_are_read_once(engines):
-    engine = engines()
+def test_a_blend_and_its_part_that_come_together_are_read_once(engine):
     engine.adapters.request_load(blend(0.5))
     change_part(engine, 1, 20, "one")
     assert not engine.store.only().fresh

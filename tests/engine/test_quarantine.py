@@ -44,6 +44,15 @@ def pooled(*results: torch.Tensor | None) -> SimpleNamespace:
     )
 
 
+def quarantined() -> Engine:
+    """An engine in whose slot the weights of adapter 7 have computed NaN."""
+    engine = Engine()
+    engine.fill(7, 10, digest="d1")
+    engine.idle()
+    engine.adapters.take_quarantined(counted(acme_s=3), REQUESTS)
+    return engine
+
+
 @pytest.mark.parametrize(
     "output",
     [
@@ -93,9 +102,7 @@ def test_the_version_that_ran_is_quarantined():
 
 @pytest.mark.parametrize("is_good", [True, False], ids=["succeeds", "fails"])
 def test_a_registration_of_the_same_weights_lifts_it_if_it_succeeds(is_good):
-    engine = Engine()
-    engine.fill(7, 10, digest="d1")
-    engine.adapters.take_quarantined(counted(acme_s=3), REQUESTS)
+    engine = quarantined()
     assert engine.adapters.state(7) is AdapterState.QUARANTINED
     future = engine.adapters.register(lora(7, inplace=True))
     if is_good:
@@ -117,9 +124,7 @@ def test_a_registration_of_the_same_weights_lifts_it_if_it_succeeds(is_good):
     ],
 )
 def test_only_who_registers_the_same_weights_anew_lifts_it(number, lifts):
-    engine = Engine()
-    engine.fill(7, 10, digest="d1")
-    engine.adapters.take_quarantined(counted(acme_s=3), REQUESTS)
+    engine = quarantined()
     future = engine.adapters.register(lora(number))
     for load_request in list(engine.store.load_requests.values()):
         engine.store.loaded(pack_info(10, "d1"), load_request)
@@ -135,8 +140,7 @@ def test_a_registration_of_other_weights_lifts_nothing_where_there_is_no_room_fo
     engine.host(8, 10, digest="d1")
     engine.adapters.take_quarantined(counted(acme_s=3), REQUESTS)
     future = engine.adapters.register(lora(7, inplace=True))
-    engine.store.loaded(pack_info(0, "d2"))
-    engine.poll()
+    engine.loaded(pack_info(0, "d2"))
     assert future.result(0)
     assert engine.adapters.state(7) is AdapterState.ABSENT
     assert engine.adapters.state(8) is AdapterState.QUARANTINED
@@ -144,16 +148,12 @@ def test_a_registration_of_other_weights_lifts_nothing_where_there_is_no_room_fo
 
 @pytest.mark.parametrize("digest", ["d1", "d2"])
 def test_a_reload_that_a_request_asks_for_may_bring_sound_weights(digest):
-    engine = Engine()
-    engine.fill(7, 10, digest="d1")
-    engine.idle()
-    engine.adapters.take_quarantined(counted(acme_s=3), REQUESTS)
+    engine = quarantined()
     assert engine.adapters.request_load(lora(7, inplace=True)) is None
     assert not engine.adapters.is_ready(7, reload=True)
     assert engine.adapters.failure(7, reload=True) is None
     assert engine.adapters.state(7) is AdapterState.QUEUED
-    engine.store.loaded(pack_info(11, digest))
-    engine.poll()
+    engine.loaded(pack_info(11, digest))
     is_sound = digest != "d1"
     assert engine.adapters.is_ready(7, reload=True) == is_sound
     expected = AdapterState.HOST if is_sound else AdapterState.QUARANTINED

@@ -94,10 +94,11 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("base", [Scheduler, AsyncScheduler])
-@pytest.mark.parametrize("fair", [True, False], ids=["fair", "unfair"])
+@pytest.mark.parametrize(
+    ("base", "fair", "adapter"),
+    [(Scheduler, True, None), (Scheduler, False, 5), (AsyncScheduler, True, 5)],
+)
 @pytest.mark.parametrize("salt", FOREIGN.values(), ids=FOREIGN)
-@pytest.mark.parametrize("adapter", [None, 5], ids=["base-model", "adapter"])
 def test_request_without_a_seal_fails_before_its_first_step(config, base, fair, salt, adapter):
     config.additional_config["multilora"]["fair_shares"] = fair
     engine = Engine(config, base)

@@ -1,5 +1,7 @@
 """Every backend against the float64 reference, over batches, ranks, shapes and dtypes."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -22,42 +24,27 @@ from multilora_kernels import (
 
 from .problems import make_problem
 from .tolerances import assert_close
+from .triton.triton_problems import (
+    DEVICE,
+    assert_matches,
+    poisoned_memory,
+    problem_here,
+    run,
+    watched,
+)
 
 BACKENDS = ["native", "torch"]
-BATCHES = {
-    "one-token": [2],
-    "one-token-no-adapter": [-1],
-    "one-adapter": [5] * 67,
-    "all-different": [3, 0, 7, 1, 6, 2, 5, 4],
-    "no-adapter": [-1] * 5,
-    "interleaved": [i % 6 - 1 for i in range(45)],
-    "long-and-short-runs": [0] * 300 + [1, 2, -1, 2] + [3] * 40,
-}
-MODEL_LAYERS = {
-    "plain": (24,),
-    "gate-up": (40, 40),
-    "qkv-gqa": (48, 16, 16),
-    "odd-widths": (5, 17, 33),
-}
+everywhere = pytest.mark.parametrize(
+    "backend", ["torch", "triton"] + ["native"] * (DEVICE == "cpu")
+)
+INTERLEAVED = [i % 6 - 1 for i in range(45)]
+ZIPF = np.minimum(np.random.default_rng(3).zipf(1.5, 77) - 1, 7).tolist()
 
 
-def run(problem, backend, **options) -> torch.Tensor:
-    y = problem.y.clone()
-    lora_linear(
-        y,
-        problem.x,
-        problem.lora_a,
-        problem.lora_b,
-        problem.ranks,
-        problem.plan,
-        backend=backend,
-        **options,
-    )
-    return y
-
-
-def assert_matches(actual: torch.Tensor, problem, **options) -> None:
-    assert_close(actual, problem.expected(**options), problem.magnitude(**options))
+@pytest.fixture(autouse=True)
+def _watched_and_poisoned() -> Iterator[None]:
+    with poisoned_memory(), watched():
+        yield
 
 
 def test_the_native_backend_is_built_here():
@@ -65,28 +52,11 @@ def test_the_native_backend_is_built_here():
     native.load_library()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("widths", MODEL_LAYERS.values(), ids=MODEL_LAYERS.keys())
-@pytest.mark.parametrize("token_slots", BATCHES.values(), ids=BATCHES.keys())
-def test_a_mixed_batch_matches_the_reference(token_slots, widths, backend):
-    problem = make_problem(token_slots, widths=widths)
-    assert_matches(run(problem, backend), problem)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
+@everywhere
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_pair_of_dtypes(dtype, weight_dtype, backend):
-    problem = make_problem(
-        BATCHES["interleaved"], widths=(24, 9), dtype=dtype, weight_dtype=weight_dtype
-    )
-    assert_matches(run(problem, backend), problem)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rank", [1, 3, 8, 12, 33, 64])
-def test_any_rank_up_to_the_maximum(rank, backend):
-    problem = make_problem([0, 1, 1, -1, 0] * 7, slots=2, max_rank=64, ranks=[[rank, 64]])
+    problem = problem_here(INTERLEAVED, widths=(24, 9), dtype=dtype, weight_dtype=weight_dtype)
     assert_matches(run(problem, backend), problem)
 
 
@@ -148,77 +118,77 @@ def test_a_long_prefill_of_8192_tokens(backend):
     assert_close(run(problem, backend), expected + delta, magnitude)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@everywhere
 def test_rows_without_adapter_and_columns_outside_the_span_keep_their_bits(backend):
-    problem = make_problem(BATCHES["interleaved"], margin=4)
-    actual = run(problem, backend, offset=2)
+    problem = problem_here(INTERLEAVED, margin=4)
+    options = {"offset": 2, "scale": -0.5}
+    actual = run(problem, backend, **options)
+    assert_matches(actual, problem, **options)
     base = torch.tensor(problem.token_slots) < 0
     assert actual[base].equal(problem.y[base])
     assert actual[:, :2].equal(problem.y[:, :2])
     assert actual[:, 26:].equal(problem.y[:, 26:])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@everywhere
 def test_rank_zero_leaves_its_slice_untouched(backend):
-    problem = make_problem([0, 1, 0], slots=2, widths=(8, 8), ranks=[[0, 4], [4, 0]])
+    problem = problem_here([0, 1, 0], slots=2, widths=(8, 8), ranks=[[0, 4], [4, 0]])
     actual = run(problem, backend)
     assert actual[0, :8].equal(problem.y[0, :8])
     assert actual[1, 8:16].equal(problem.y[1, 8:16])
     assert_matches(actual, problem)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@everywhere
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_halves_match_the_reference(dtype, backend):
-    problem = make_problem(BATCHES["long-and-short-runs"], widths=(20, 12), dtype=dtype)
-    h = torch.full((2, len(problem.token_slots), 16), float("nan"))
-    lora_shrink(
-        h, problem.x, problem.lora_a, problem.ranks, problem.plan, scale=0.5, backend=backend
-    )
-    expected_h = reference.lora_shrink(
+    problem = problem_here([*ZIPF, -1, -1], widths=(20, 12), k=600, dtype=dtype)
+    shared = problem.ranks, problem.plan
+    h = torch.empty(2, len(problem.token_slots), 16, device=DEVICE)
+    lora_shrink(h, problem.x, problem.lora_a, *shared, scale=0.5, backend=backend)
+    expected = reference.lora_shrink(
         problem.x.double(), problem.lora_a, problem.ranks, problem.token_slots, scale=0.5
     )
-    assert_close(h, expected_h, expected_h.abs())
+    assert_close(h, expected, expected.abs())
     y = problem.y.clone()
-    lora_expand(y, h, problem.lora_b, problem.ranks, problem.plan, backend=backend)
+    lora_expand(y, h, problem.lora_b, *shared, backend=backend)
     assert_matches(y, problem, scale=0.5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_strided_rows_of_x_and_y(backend):
-    problem = make_problem(BATCHES["interleaved"])
-    wide_x, wide_y = (torch.full((len(problem.token_slots), 90), 7.0) for _ in range(2))
+@everywhere
+def test_activations_and_ranks_may_be_strided(backend):
+    problem = problem_here(INTERLEAVED, widths=(16, 8))
+    wide_x, wide_y = (torch.full((len(INTERLEAVED), 90), 7.0, device=DEVICE) for _ in range(2))
     wide_x[:, 5:45], wide_y[:, 9:36] = problem.x, problem.y
-    lora_linear(
-        wide_y[:, 9:36],
-        wide_x[:, 5:45],
-        problem.lora_a,
-        problem.lora_b,
-        problem.ranks,
-        problem.plan,
-        backend=backend,
-    )
+    weights = problem.lora_a, problem.lora_b, problem.ranks.T.contiguous().T
+    lora_linear(wide_y[:, 9:36], wide_x[:, 5:45], *weights, problem.plan, backend=backend)
     assert_matches(wide_y[:, 9:36], problem)
     assert (wide_y[:, :9] == 7).all()
     assert (wide_y[:, 36:] == 7).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_tokens_of_the_plan_past_the_activations_are_skipped(backend):
-    problem = make_problem(BATCHES["interleaved"])
-    expected, magnitude = problem.expected()[:10], problem.magnitude()[:10]
-    problem.x, problem.y = problem.x[:10].clone(), problem.y[:10].clone()
+@everywhere
+@pytest.mark.parametrize("tokens", [1, 10])
+def test_tokens_of_the_plan_past_the_activations_are_skipped(tokens, backend):
+    problem = problem_here(INTERLEAVED)
+    expected, magnitude = problem.expected()[:tokens], problem.magnitude()[:tokens]
+    problem.x, problem.y = problem.x[:tokens].clone(), problem.y[:tokens].clone()
     assert_close(run(problem, backend), expected, magnitude)
+    product = expected - problem.y.double()
+    overwritten = run(problem, backend, add_inputs=False)
+    assert_close(overwritten[:, :24], product[:, :24], magnitude[:, :24])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@everywhere
 def test_rows_past_the_plans_tokens_are_left_alone(backend):
-    problem = make_problem(BATCHES["interleaved"])
-    problem.plan = BatchPlan.build(problem.token_slots[:10], 8)
-    h = torch.full((1, 45, 16), 7.0)
+    """Nor is their part of the plan looked for, which ends before."""
+    problem = problem_here(INTERLEAVED)
+    problem.plan = problem_here(INTERLEAVED[:10]).plan
+    h = torch.full((1, 45, 16), 7.0, device=DEVICE)
     lora_shrink(h, problem.x, problem.lora_a, problem.ranks, problem.plan, backend=backend)
     assert (h[:, :10] != 7).all()
     assert (h[:, 10:] == 7).all()
+    assert run(problem, backend)[10:].equal(problem.y[10:])
     y = problem.y.clone()
     options = {"add_inputs": False, "backend": backend}
     lora_expand(y, h, problem.lora_b, problem.ranks, problem.plan, **options)
@@ -281,7 +251,7 @@ def test_bfloat16_is_summed_in_float32(token_slots, by_column):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_native_results_do_not_depend_on_the_thread_count(threads):
-    problem = make_problem(BATCHES["long-and-short-runs"], widths=(48, 16, 16))
+    problem = make_problem([0] * 300 + [1, 2, -1, 2] + [3] * 40, widths=(48, 16, 16))
     before = torch.get_num_threads()
     expected = run(problem, "native")
     try:
@@ -289,14 +259,6 @@ def test_native_results_do_not_depend_on_the_thread_count(threads):
         assert run(problem, "native").equal(expected)
     finally:
         torch.set_num_threads(before)
-
-
-def test_ranks_may_lie_in_memory_slot_by_slot():
-    problem = make_problem([0, 1, 2], slots=3, widths=(24, 16), ranks=[[1, 2, 3], [4, 5, 6]])
-    expected = run(problem, "native")
-    problem.ranks = problem.ranks.t().contiguous().t()
-    assert not problem.ranks.is_contiguous()
-    assert run(problem, "native").equal(expected)
 
 
 def test_bfloat16_stores_round_to_nearest_even_and_keep_infinities_and_nan():

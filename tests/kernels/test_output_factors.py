@@ -1,5 +1,6 @@
 """Factors of a layer's outputs (DoRA): on base and product together, without the base's bias."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -20,13 +21,19 @@ from .triton.triton_problems import DEVICE, as_on_an_h100, poisoned_memory, prob
 
 MIXED = [i % 6 - 1 for i in range(45)]
 BATCHES = {
-    "decode": [3, 0, 7, 1, -1, 2, 5, 4],
-    "one-row": [1],
-    "mixed": MIXED,
-    "long-runs": [1] * 70 + [-1] * 3 + [2] * 40 + [3],
+    "decode": ([3, 0, 7, 1, -1, 2, 5, 4], (5, 70, 33, 1, 9)),
+    "one-row": ([1], (24,)),
+    "mixed": (MIXED, (5, 70, 33, 1, 9)),
+    "long-runs": ([1] * 70 + [-1] * 3 + [2] * 40 + [3], (80, 16, 16)),
 }
-WIDTHS = {"plain": (24,), "qkv": (80, 16, 16), "odd": (5, 70, 33, 1, 9)}
+BACKENDS = ["torch", "triton"] + ["native"] * (DEVICE == "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _watched_and_poisoned() -> Iterator[None]:
+    with poisoned_memory(), watched():
+        yield
 
 
 def factors_for(problem: Problem, *, bias: bool = True, seed: int = 9) -> OutputFactors:
@@ -63,12 +70,11 @@ def assert_matches(actual: torch.Tensor, problem: Problem, factors: OutputFactor
     assert_close(actual, problem.expected(factors=factors, **options), (sums + bias) * grown)
 
 
-@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS.keys())
-@pytest.mark.parametrize("token_slots", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize(("token_slots", "widths"), BATCHES.values(), ids=BATCHES.keys())
 def test_base_and_product_are_multiplied(token_slots, widths, bias, backend):
-    problem = make_problem(token_slots, widths=widths)
+    problem = problem_here(token_slots, widths=widths)
     factors = factors_for(problem, bias=bias)
     assert_matches(run(problem, backend, factors, offset=2), problem, factors, offset=2)
 
@@ -85,24 +91,34 @@ def test_every_pair_of_dtypes(dtype, weight_dtype, by_column, backend):
     assert_matches(run(problem, backend, factors), problem, factors)
 
 
-@pytest.mark.parametrize("token_slots", BATCHES.values(), ids=BATCHES.keys())
-def test_rows_of_others_keep_their_bits(token_slots):
-    problem = make_problem(token_slots, widths=(80, 16), dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("dtype", "max_rank"), [(torch.bfloat16, 200), (torch.float16, 16), (torch.float32, 200)]
+)
+def test_triton_multiplies_in_any_dtype_and_beyond_a_block_of_ranks(dtype, max_rank):
+    problem = problem_here(MIXED, widths=(70, 9), max_rank=max_rank, dtype=dtype)
     factors = factors_for(problem)
-    plain, mixed = run(problem, "native", None), run(problem, "native", factors)
+    with as_on_an_h100():
+        assert_matches(run(problem, "triton", factors), problem, factors)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_others_keep_their_bits(backend):
+    problem = problem_here(MIXED, widths=(80, 16), dtype=torch.bfloat16)
+    factors = factors_for(problem)
+    plain, mixed = run(problem, backend, None), run(problem, backend, factors)
     first = 0
     for i, width in enumerate((80, 16)):
         span = slice(first, first + width)
-        for t, slot in enumerate(token_slots):
+        for t, slot in enumerate(MIXED):
             if slot < 0 or not factors.marks[i, slot]:
                 assert torch.equal(mixed[t, span], plain[t, span])
         first += width
     unmarked = replace(factors, marks=torch.zeros_like(factors.marks))
-    assert torch.equal(run(problem, "native", unmarked), plain)
+    assert torch.equal(run(problem, backend, unmarked), plain)
 
 
 def test_a_row_has_the_same_bits_alone():
-    problem = make_problem(BATCHES["long-runs"], widths=(80, 16))
+    problem = make_problem([1] * 70 + [-1] * 3 + [2] * 40 + [3], widths=(80, 16))
     factors = factors_for(problem)
     whole = run(problem, "native", factors)
     for t in (0, 69, 75, 113):
@@ -117,9 +133,9 @@ def test_a_row_has_the_same_bits_alone():
         assert torch.equal(run(alone, "native", factors)[0], whole[t])
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"] + ["native"] * (DEVICE == "cpu"))
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_prepared_layer_follows_factors_and_marks(backend):
-    problem = problem_here(BATCHES["decode"], widths=(24, 40))
+    problem = problem_here([3, 0, 7, 1, -1, 2, 5, 4], widths=(24, 40))
     factors = factors_for(problem)
     layer = PreparedLinear(
         problem.lora_a,
@@ -135,34 +151,6 @@ def test_a_prepared_layer_follows_factors_and_marks(backend):
         assert_matches(y, problem, factors)
         factors.values.nan_to_num_(0.25).mul_(2)
         factors.marks.copy_(1 - factors.marks)
-
-
-class TestTriton:
-    @pytest.fixture(autouse=True)
-    def _watched_and_poisoned(self):
-        with poisoned_memory(), watched():
-            yield
-
-    @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-    @pytest.mark.parametrize("token_slots", [[3, 0, -1, 2], MIXED], ids=["decode", "mixed"])
-    def test_base_and_product_are_multiplied(self, token_slots, bias):
-        problem = problem_here(token_slots, widths=WIDTHS["odd"])
-        factors = factors_for(problem, bias=bias)
-        assert_matches(run(problem, "triton", factors, offset=2), problem, factors, offset=2)
-
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("max_rank", [16, 200])
-    def test_dtypes_and_ranks_beyond_a_block(self, dtype, max_rank):
-        problem = problem_here(MIXED, widths=(70, 9), max_rank=max_rank, dtype=dtype)
-        factors = factors_for(problem)
-        with as_on_an_h100():
-            assert_matches(run(problem, "triton", factors), problem, factors)
-
-    def test_rows_of_others_keep_their_bits(self):
-        problem = problem_here(MIXED, widths=(80, 16), dtype=torch.bfloat16)
-        factors = factors_for(problem)
-        unmarked = replace(factors, marks=torch.zeros_like(factors.marks))
-        assert torch.equal(run(problem, "triton", unmarked), run(problem, "triton", None))
 
 
 def test_compiled_code_takes_them():

@@ -26,18 +26,6 @@ def test_without_values_nothing_is_shown(tmp_path: Path) -> None:
     assert list(LoRACollector().collect()) == []
 
 
-def test_the_processes_of_an_engine_are_added_up(tmp_path: Path) -> None:
-    worker, engine = recorder(tmp_path), recorder(tmp_path, "engine")
-    worker.series(defined.LOADS, "disk", "acme").inc()
-    worker.series(defined.ACTIVE).set(3)
-    engine.series(defined.REQUESTS, "acme").inc(2)
-    assert shown(tmp_path) == {
-        "vllm:lora_adapter_load_total{engine=0,lora_name=acme,source=disk}": 1,
-        "vllm:lora_adapters_active{engine=0}": 3,
-        "vllm:lora_requests_by_adapter{engine=0,lora_name=acme}": 2,
-    }
-
-
 def test_engines_are_distinguished_by_a_label_and_servers_have_none(tmp_path: Path) -> None:
     for engine, active in (("0", 3), ("1", 5)):
         recorder(tmp_path, engine=engine).series(defined.ACTIVE).set(active)

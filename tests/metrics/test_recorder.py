@@ -82,16 +82,6 @@ def test_a_name_that_is_long_or_cannot_be_printed_is_no_label(name: str) -> None
     assert names.label(name) == OTHER
 
 
-def test_ten_thousand_names_make_as_many_series_as_are_allowed(tmp_path: Path) -> None:
-    record = recorder(tmp_path, most=3)
-    for number in range(10_000):
-        record.names.admit(f"customer-{number}")
-        record.series(defined.REQUESTS, record.names.label(f"customer-{number}")).inc()
-    found = shown(tmp_path)
-    assert len(found) == 4
-    assert found[f"vllm:lora_requests_by_adapter{{engine=0,lora_name={OTHER}}}"] == 9_997
-
-
 def test_a_name_that_gives_way_takes_all_of_its_series_along_and_begins_again_at_0(
     tmp_path: Path,
 ) -> None:
@@ -169,7 +159,7 @@ def test_what_several_servers_have_counted_falls_only_when_the_last_of_them_forg
     assert count(one, "acme") == 1
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_prometheus_sees_no_more_tokens_than_several_servers_have_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
@@ -315,9 +305,6 @@ def test_a_key_that_does_not_fit_leaves_the_file_as_it_was(tmp_path: Path) -> No
 def test_an_info_survives_being_a_number(tier: str, rank: int, pinned: bool) -> None:
     info = AdapterInfo(tier, rank, pinned)
     assert AdapterInfo.decode(info.encode()) == info
-
-
-def test_no_number_stands_for_no_info() -> None:
     assert AdapterInfo.decode(0.0) is None
 
 

@@ -7,13 +7,6 @@ from vllm_multilora.errors import ConfigError
 from vllm_multilora.slots.budget import CpuBudget
 
 
-def test_nobody_leaves_while_there_is_room() -> None:
-    host = make_host(adapters=2, packs=[1])
-    assert host.take(2, 10 * MIB) == []
-    assert (len(host), host.bytes) == (2, 11 * MIB)
-    assert host.take(3, 1) == [1]
-
-
 def test_packs_leave_in_the_order_of_their_use() -> None:
     host = make_host(adapters=3, packs=[1, 2, 3])
     for batch in ([2], [1], [3]):
@@ -43,19 +36,6 @@ def test_without_enough_victims_nothing_changes(size: int, protected: set[int]) 
     assert host.take(5, size * MIB, protected) is None
     assert (len(host), host.bytes) == (4, 4 * MIB)
     assert 5 not in host
-
-
-def test_a_full_tier_takes_no_other_pack_where_none_may_leave() -> None:
-    host = make_host(adapters=2, packs=[1, 2])
-    assert host.take(3, MIB, frozenset({1, 2})) is None
-    assert len(host) == 2
-
-
-def test_a_dropped_pack_leaves_its_room() -> None:
-    host = make_host(adapters=1, packs=[1])
-    host.drop(1)
-    assert host.bytes == 0
-    assert host.take(2, MIB) == []
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1.5, True, "8"], ids=repr)

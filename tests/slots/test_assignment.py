@@ -5,21 +5,11 @@ import pytest
 from tests.slots.situations import Journal, bring, make_slots, run
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.slots.assignment import MAX_SLOTS
-from vllm_multilora.slots.pins import PinLimitError
 
 NEW, OLD = 2, 1
 """Versions of an adapter."""
 
 # Slots
-
-
-def test_free_slots_are_given_lowest_first() -> None:
-    slots = make_slots(3)
-    given = [slots.assign(adapter_id, OLD) for adapter_id in (7, 5)]
-    assert [(a.slot, a.adapter_id, a.pack) for a in given if a] == [(0, 7, OLD), (1, 5, OLD)]
-    assert slots.contents == (7, 5, None)
-    assert (slots.slot_of(5), slots.pack_in(5)) == (1, OLD)
-    assert (slots.slot_of(6), slots.pack_in(6)) == (None, None)
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "slru", "gdsf"])
@@ -34,13 +24,6 @@ def test_an_adapter_of_the_batch_is_no_victim_though_it_is_the_oldest(policy: st
     assert slots.contents == (a, c)
 
 
-def test_an_adapter_keeps_its_slot_over_steps_without_it() -> None:
-    slots = make_slots(2)
-    run(slots, [1], [2], [])
-    assert slots.admit(1, OLD)
-    assert slots.admit(2, OLD)
-
-
 def test_the_victim_is_the_policys_choice_among_those_without_protection() -> None:
     slots = make_slots(3)
     run(slots, [3], [1], [2], [])
@@ -48,13 +31,6 @@ def test_the_victim_is_the_policys_choice_among_those_without_protection() -> No
     assert given is not None
     assert given.slot == 0
     assert slots.contents == (4, 1, 2)
-
-
-def test_no_slot_is_given_that_the_batch_needs() -> None:
-    slots = make_slots(2)
-    run(slots, [1, 2])
-    assert slots.assign(3, OLD) is None
-    assert slots.slot_of(3) is None
 
 
 def test_the_slot_of_one_whose_requests_have_ended_is_given_in_the_next_step() -> None:
@@ -84,18 +60,6 @@ def test_a_slot_is_not_given_twice() -> None:
     assert slots.assign(1, OLD) is not None
     assert slots.assign(1, OLD) is None
     assert slots.contents == (1, None)
-
-
-def test_an_adapter_on_its_way_is_not_displaced_by_another() -> None:
-    slots = make_slots(1)
-    order = slots.assign(1, OLD)
-    assert order is not None
-    for _ in range(5):
-        slots.running(frozenset())
-        assert slots.assign(2, OLD) is None
-    assert slots.filled(order.order)
-    slots.running(frozenset())
-    assert slots.assign(2, OLD) is not None
 
 
 def test_an_adapter_that_has_arrived_waits_a_step_for_its_request() -> None:
@@ -130,79 +94,7 @@ def test_an_adapter_that_nobody_asks_for_any_more_is_kept_for_nobody() -> None:
     assert slots.assign(2, OLD) is not None
 
 
-def test_an_admitted_adapter_is_not_displaced_in_the_same_step() -> None:
-    slots = make_slots(1)
-    run(slots, [1], [], [])
-    assert slots.admit(1, OLD)
-    assert slots.assign(2, OLD) is None
-
-
-# Versions
-
-
-def test_a_request_runs_with_no_other_version_than_its_own() -> None:
-    slots = make_slots(2)
-    bring(slots, 1, OLD)
-    assert not slots.admit(1, NEW)
-    assert not slots.is_filled(1, NEW)
-    assert slots.is_filled(1, OLD)
-
-
-def test_a_new_version_takes_the_slot_of_the_old_one() -> None:
-    slots = make_slots(2)
-    run(slots, [1], [])
-    given = slots.assign(1, NEW)
-    assert given is not None
-    assert given.slot == 0
-    assert slots.contents == (1, None)
-    assert not slots.admit(1, OLD)
-    assert not slots.admit(1, NEW)
-    slots.filled(given.order)
-    assert slots.admit(1, NEW)
-
-
-def test_a_new_version_waits_until_the_batch_is_done_with_the_old_one() -> None:
-    slots = make_slots(2)
-    run(slots, [1])
-    assert slots.assign(1, NEW) is None
-    assert slots.is_filled(1, OLD)
-    slots.running(frozenset())
-    assert slots.assign(1, NEW) is not None
-
-
-def test_a_new_version_waits_for_a_request_that_was_just_admitted_with_the_old_one() -> None:
-    slots = make_slots(2)
-    run(slots, [1], [], [])
-    assert slots.admit(1, OLD)
-    assert slots.assign(1, NEW) is None
-
-
-def test_a_newer_version_takes_the_place_of_one_that_is_being_copied() -> None:
-    slots = make_slots(2)
-    old, new = slots.assign(1, OLD), slots.assign(1, NEW)
-    assert old is not None
-    assert new is not None
-    assert old.slot == new.slot
-    assert not slots.filled(old.order)
-    assert not slots.admit(1, NEW)
-    assert slots.filled(new.order)
-    assert slots.admit(1, NEW)
-
-
 # Answers
-
-
-def test_a_slot_is_filled_when_all_ranks_have_said_so() -> None:
-    slots = make_slots(ranks=3)
-    order = slots.assign(1, OLD)
-    assert order is not None
-    assert not slots.filled(order.order, rank=2)
-    assert not slots.filled(order.order, rank=2)
-    assert not slots.filled(order.order, rank=0)
-    assert not slots.admit(1, OLD)
-    assert slots.filled(order.order, rank=1)
-    assert slots.admit(1, OLD)
-    assert not slots.filled(order.order, rank=1)  # nothing new
 
 
 def test_an_answer_of_no_rank_is_a_fault_of_the_caller() -> None:
@@ -211,33 +103,6 @@ def test_an_answer_of_no_rank_is_a_fault_of_the_caller() -> None:
     assert order is not None
     with pytest.raises(ValueError, match="rank 2 answered an order and there are 2 ranks"):
         slots.filled(order.order, rank=2)
-
-
-def test_a_failed_copy_frees_the_slot() -> None:
-    slots = make_slots(ranks=2)
-    order = slots.assign(1, OLD)
-    assert order is not None
-    slots.filled(order.order, rank=0)
-    assert slots.fill_failed(order.order) == 1
-    assert slots.contents == (None, None)
-    assert slots.fill_failed(order.order) is None
-    assert not slots.filled(order.order, rank=1)
-
-
-@pytest.mark.parametrize("lost", ["clear", "clear_all"])
-def test_an_answer_from_before_the_weights_were_lost_fills_nothing(lost: str) -> None:
-    """The same version in the same slot, ordered again."""
-    slots = make_slots(1)
-    first = slots.assign(1, OLD)
-    slots.clear(1) if lost == "clear" else slots.clear_all()
-    second = slots.assign(1, OLD)
-    assert first is not None
-    assert second is not None
-    assert first.slot == second.slot
-    assert not slots.filled(first.order)
-    assert slots.fill_failed(first.order) is None
-    assert not slots.is_filled(1, OLD)
-    assert slots.filled(second.order)
 
 
 # Losing slots
@@ -257,33 +122,6 @@ def test_weights_that_a_rank_is_without_are_copied_again_and_nobody_elses() -> N
     assert slots.filled(order.order)
     assert slots.admit(1, OLD)
     slots.missing(3)  # has no slot
-
-
-def test_lost_weights_are_copied_again_before_the_batch_goes_on() -> None:
-    slots = make_slots(2)
-    run(slots, [1, 2])
-    assert slots.unfilled == frozenset()
-    slots.clear_all()
-    assert slots.contents == (None, None)
-    assert slots.unfilled == {1, 2}
-    bring(slots, 2)
-    assert slots.unfilled == {1}
-    order = slots.assign(1, OLD)
-    assert order is not None
-    assert slots.unfilled == {1}
-    slots.filled(order.order)
-    assert slots.unfilled == frozenset()
-
-
-def test_an_unloaded_adapter_leaves_its_slot_and_its_pin_behind() -> None:
-    slots = make_slots(2)
-    run(slots, [1])
-    slots.pins.pin(1)
-    slots.clear(1)
-    slots.clear(1)
-    assert slots.contents == (None, None)
-    slots.pins.pin(2)
-    assert slots.pins.adapters == {2}
 
 
 @pytest.mark.parametrize("steps", [0, 1])
@@ -308,25 +146,10 @@ def test_who_was_admitted_before_its_adapter_was_unloaded_keeps_no_version_out()
 # Pins
 
 
-def test_pinned_adapters_keep_their_slots() -> None:
-    slots = make_slots(2)
-    run(slots, [1], [2], [])
-    slots.pins.pin(1)
-    bring(slots, 3)
-    assert slots.contents == (1, 3)
-
-
 def test_a_pin_assigns_nothing() -> None:
     slots = make_slots(2)
     slots.pins.pin(1)
     assert slots.contents == (None, None)
-
-
-def test_pins_leave_a_slot_whatever_the_settings_pin() -> None:
-    slots = make_slots(3, pinned_names=["acme"])
-    slots.pins.pin(1)
-    with pytest.raises(PinLimitError):
-        slots.pins.pin(2)
 
 
 # Events

@@ -77,6 +77,7 @@ class AssignmentMachine(RuleBasedStateMachine):
         if self.slots.pins.note(adapter_id, str(adapter_id)):
             self.pinned.add(adapter_id)
         if self.slots.admit(adapter_id, pack):
+            assert self.slots.is_filled(adapter_id, pack)
             self.admitted.add(adapter_id)
             return
         before = self.adapters_in_slots()

@@ -191,21 +191,15 @@ def test_the_socket_of_a_dead_store_is_replaced_and_a_living_one_is_not(tmp_path
         store_folder.listen(path)
 
 
-def test_a_store_removes_its_own_socket_only(tmp_path):
+@pytest.mark.parametrize("was_there", [True, False], ids=["renamed since", "removed before"])
+def test_a_store_removes_its_own_socket_only(tmp_path, was_there):
     path = tmp_path / "s.sock"
     with store_folder.listen(path) as first:
+        if not was_there:
+            path.unlink()
         address = store_folder.StoreAddress.of(first)
-        path.rename(tmp_path / "old.sock")
-        with store_folder.listen(path):
-            address.close()
-            assert path.exists()
-
-
-def test_a_store_whose_socket_was_removed_removes_no_other_ones(tmp_path):
-    path = tmp_path / "s.sock"
-    with store_folder.listen(path) as first:
-        path.unlink()
-        address = store_folder.StoreAddress.of(first)
+        if was_there:
+            path.rename(tmp_path / "old.sock")
         with store_folder.listen(path):
             address.close()
             assert path.exists()

@@ -98,20 +98,18 @@ def test_blocks_are_hashed_on_arrival_where_the_weights_are_known():
     assert not {*arrived().block_hashes} & {*hashes}
 
 
-@pytest.mark.parametrize("adapters", [None, Digests()], ids=["first-request", "unknown"])
-def test_blocks_are_hashed_once_the_weights_are_known(adapters):
+@pytest.mark.parametrize(
+    ("adapters", "hashed"),
+    [(None, 0), (Digests(), 0), (Digests(_1="old"), 3)],
+    ids=["first-request", "unknown", "changed"],
+)
+def test_blocks_are_hashed_once_the_weights_are_known(adapters, hashed):
     request = arrived(lora(), adapters)
-    assert not request.block_hashes
+    assert len(request.block_hashes) == hashed
     assert prefix_keys.set_version(request, "d")
     assert request.block_hashes == arrived(lora(), Digests(_1="d")).block_hashes
     request.append_output_token_ids(list(range(BLOCK)))
     assert len(request.block_hashes) == 4
-
-
-def test_blocks_are_hashed_again_where_the_weights_have_changed():
-    request = arrived(lora(), Digests(_1="old"))
-    assert prefix_keys.set_version(request, "new")
-    assert request.block_hashes == arrived(lora(), Digests(_1="new")).block_hashes
 
 
 def test_what_old_weights_have_computed_is_not_mixed_with_new_ones():

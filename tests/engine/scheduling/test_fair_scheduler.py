@@ -113,27 +113,9 @@ def test_a_late_request_stands_before_a_flood_that_came_first(configs, base, fai
         assert finished[-1] == "late"
 
 
-def test_two_that_both_wait_get_the_same_tokens_however_many_requests_they_have(steps):
-    for number in range(40):
-        steps.ask(f"flood {number}", adapter=1, prompt=64)
-    for number in range(16):
-        steps.ask(f"few {number}", adapter=2, prompt=16, generate=16)
-    costs: Counter[str] = Counter()
-    seen: Counter[str] = Counter()
-    while waiting(steps, "flood") and waiting(steps, "few"):
-        for name, tokens in steps.step().items():
-            prompt = 64 if name.startswith("flood") else 16
-            for position in range(seen[name], seen[name] + tokens):
-                costs[name.split()[0]] += 1 if position < prompt else 2
-            seen[name] += tokens
-    assert costs["flood"] > 500
-    assert abs(costs["flood"] - costs["few"]) <= PLACES * (64 + 2 * 16)
-
-
-@pytest.mark.parametrize("base", SCHEDULERS, ids=lambda base: base.__name__)
-def test_eight_equal_tenants_get_equal_shares(configs, base):
+def test_eight_equal_tenants_get_equal_shares(configs):
     """Jain's index of their tokens, while each always has as many requests of any length."""
-    steps, lengths = Steps(configs(places=16), base), Random(0)
+    steps, lengths = Steps(configs(places=16)), Random(0)
     names, asked = "abcdefgh", Counter[str]()
     costs: Counter[str] = Counter()
     for _ in range(500):
@@ -155,14 +137,6 @@ def test_shares_are_by_weight(steps):
     tokens = run(steps, 80)
     assert waiting(steps, "gold")
     assert of(tokens, "gold") / of(tokens, "plain") == pytest.approx(3.0, rel=0.15)
-
-
-def test_all_adapters_of_a_tenant_are_one_flow(steps):
-    for number in range(40):
-        steps.ask(f"many {number}", tenant="many", adapter=1 + number % 4)
-        steps.ask(f"one {number}", tenant="one", adapter=5)
-    tokens = run(steps, 60)
-    assert of(tokens, "many") / of(tokens, "one") == pytest.approx(1.0, rel=0.1)
 
 
 def test_who_is_charged(steps):
@@ -191,18 +165,6 @@ def test_a_small_requests_prompt_stands_before_the_rest_of_a_long_one(steps):
     step = steps.step()
     assert step["small"] == 200
     assert step["long"] == LIMIT
-
-
-def test_prompts_of_several_heavy_flows_share_the_limit(steps):
-    steps.ask("small", adapter=1, prompt=16, generate=60)
-    run(steps, 2)
-    for number in (2, 3):
-        steps.ask(f"long {number}", adapter=number, prompt=1000)
-    run(steps, 5)
-    for _ in range(10):
-        step = steps.step()
-        assert step["small"] == 1
-        assert of(Counter(step), "long") == LIMIT
 
 
 def test_adapters_of_requests_that_a_step_leaves_out_keep_their_slots(configs):
@@ -364,10 +326,9 @@ def test_prompts_that_vllm_does_not_divide_are_not_limited(configs):
 
 
 @pytest.mark.parametrize("base", SCHEDULERS, ids=lambda base: base.__name__)
-@pytest.mark.parametrize("seed", range(3))
-def test_alone_a_flow_is_scheduled_as_without_fair_shares(configs, base, seed):
+def test_alone_a_flow_is_scheduled_as_without_fair_shares(configs, base):
     fair, unfair = (Steps(configs(fair_shares=fair), base, blocks=60) for fair in (True, False))
-    numbers = Random(seed)
+    numbers = Random(0)
     for number in range(200):
         if numbers.random() < 0.4:
             sizes = {"prompt": numbers.randint(1, 300), "generate": numbers.randint(1, 30)}
@@ -377,8 +338,9 @@ def test_alone_a_flow_is_scheduled_as_without_fair_shares(configs, base, seed):
     assert fair.scheduler._shares.served(FLOW) == 0  # nothing was counted
 
 
-def test_who_has_had_most_is_preempted_and_charged_once(steps_of):
-    steps = steps_of(blocks=24)
+@pytest.mark.parametrize("base", SCHEDULERS, ids=lambda base: base.__name__)
+def test_who_has_had_most_is_preempted_and_charged_once(configs, base):
+    steps = Steps(configs(), base, blocks=24)
     for number in range(3):
         steps.ask(f"large {number}", adapter=1, prompt=90, generate=40)
     run(steps, 3)
@@ -414,39 +376,6 @@ def test_what_is_computed_again_after_two_preemptions_is_charged_once(configs, m
     while request.num_computed_tokens < computed:
         steps.step()
     assert charged[FLOW] == pytest.approx(request.num_computed_tokens - computed, abs=1)
-
-
-@pytest.fixture(params=SCHEDULERS, ids=lambda base: base.__name__)
-def steps_of(request, configs):
-    return lambda blocks: Steps(configs(), request.param, blocks=blocks)
-
-
-@pytest.mark.parametrize("is_running", [True, False], ids=["running", "waiting"])
-def test_an_aborted_request_is_nobodys_any_more(steps, is_running):
-    steps.ask("stays", adapter=1, generate=50)
-    for number in range(1 if is_running else 10):
-        steps.ask(f"gone {number}", adapter=2, generate=50)
-    run(steps, 3)
-    gone = [name for name in steps.scheduler.requests if name.startswith("gone")]
-    steps.abort(*gone)
-    assert not steps.scheduler._shares.is_contended
-    assert not steps.scheduler.waiting
-    run(steps, 2)
-    assert steps.scheduler.requests.keys() == {"stays"}
-
-
-def test_an_aborted_part_of_a_queue_leaves_the_rest_in_order(steps):
-    for number in range(12):
-        steps.ask(f"a {number}", adapter=1)
-        steps.ask(f"b {number}", adapter=2)
-    run(steps, 1)
-    left = len(steps.scheduler.waiting)
-    steps.abort("a 5", "b 7", "a 11")
-    assert len(steps.scheduler.waiting) == left - 3 == len(list(steps.scheduler.waiting))
-    finished = steps.drain()
-    for flow in "ab":
-        numbers = [int(name.split()[1]) for name in finished if name.startswith(flow)]
-        assert sorted(numbers) == list(dict.fromkeys(sorted(numbers)))
 
 
 def test_a_session_that_waits_for_input_holds_up_nobodys_prompts(configs):
@@ -581,10 +510,9 @@ def test_requests_of_an_adapter_pay_once_for_reading_it(configs):
     assert shares.served(flow) - before == pytest.approx(16 + 5 * 2)
 
 
-@pytest.mark.parametrize("fair", [True, False], ids=["fair", "unfair"])
-def test_a_tenant_with_many_adapters_has_no_more_of_the_slots(configs, fair):
+def test_a_tenant_with_many_adapters_has_no_more_of_the_slots(configs):
     """Two slots; every adapter always has requests of many lengths, as many as another."""
-    steps = Steps(configs(fair_shares=fair, places=8))
+    steps = Steps(configs(places=8))
     slots = Slots(steps, slots=2)
     lengths, asked, served = Random(0), Counter[int](), Counter[str]()
     for _ in range(1500):
@@ -596,7 +524,7 @@ def test_a_tenant_with_many_adapters_has_no_more_of_the_slots(configs, fair):
                 steps.ask(name, tenant=tenant, adapter=adapter, generate=lengths.randint(1, 20))
         served.update(name.split()[0] for name in slots.step())
     share = served["one"] / served.total()
-    assert share == pytest.approx(0.45 if fair else 1 / 7, abs=0.1)
+    assert share == pytest.approx(0.45, abs=0.1)  # and 1 / 7 by adapters
 
 
 def test_an_adapter_gets_its_turn_for_a_slot_beside_a_heavy_flow(configs):
@@ -730,7 +658,7 @@ TRAFFIC = st.lists(
 
 
 @pytest.mark.parametrize("base", SCHEDULERS, ids=lambda base: base.__name__)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(traffic=TRAFFIC, blocks=st.sampled_from([40, 10_000]), drafts=st.sampled_from([0, 4]))
 def test_no_step_idles_and_every_request_ends(configs, base, traffic, blocks, drafts):
     """Whatever comes, is aborted or preempted: places are taken, and nothing is left at the end."""

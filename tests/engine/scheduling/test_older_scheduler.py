@@ -95,14 +95,6 @@ def test_a_request_without_its_grammar_waits_in_the_one_queue(scheduler):
     assert running(scheduler) == ["b", "a"]
 
 
-def test_a_request_with_its_grammar_may_be_held_back_as_well(scheduler):
-    status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
-    scheduler.add_request(FakeRequest("a", status=status))
-    scheduler.held = {"a"}
-    assert running(scheduler) == []
-    assert waiting(scheduler) == ["a"]
-
-
 def test_a_newer_scheduler_stays_as_it_is():
     newer = type("Newer", (), {"_handle_blocked_waiting_request": lambda self, request: True})
     assert with_newer_parts(newer) is newer

@@ -79,20 +79,18 @@ def test_what_is_built_is_nobody_elses(cache, small):
     assert trust.distrust(path) == trust.distrust(cache) == ""
 
 
-def test_each_library_has_a_build_of_its_own(cache, small):
-    other = replace(small, name="other")
-    assert path_of(small).name.startswith("small-")
-    assert path_of(other).name.startswith("other-")
-
-
-def test_another_source_or_header_gets_another_build(cache, small, tmp_path):
+def test_whatever_differs_gets_another_build(cache, small, tmp_path, monkeypatch):
     first = path_of(small)
+    assert first.name.startswith("small-")
+    assert path_of(replace(small, name="other")).name.startswith("other-")
     header = tmp_path / "small.h"
     header.write_text("/* new */\n")
     second = path_of(replace(small, headers=(header,)))
     small.sources[0].write_text("int answer(void) { return 43; }\n")
     assert len({first, second, path_of(small)}) == 3
     assert answer(small) == 43
+    monkeypatch.setenv("MULTILORA_INSTRUCTIONS", "baseline")
+    assert path_of(small).name.startswith("small-baseline-")
 
 
 def test_the_packing_library_needs_no_openmp(cache):
@@ -321,11 +319,6 @@ def test_a_library_with_structs_of_another_size_is_not_used(
     monkeypatch.setattr(module, constant, other)
     with pytest.raises(NativeUnavailableError, match=r"is \d+ there and \d+ here; reinstall"):
         load()
-
-
-def test_other_instructions_get_another_build(cache, small, monkeypatch):
-    monkeypatch.setenv("MULTILORA_INSTRUCTIONS", "baseline")
-    assert path_of(small).name.startswith("small-baseline-")
 
 
 def test_the_compiler_module_imports_no_torch():

@@ -87,23 +87,21 @@ def assert_same(found: Model, expected: Model) -> None:
             assert torch.equal(x, y), f"{name}[{i}]"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+BY_ROW, BY_COLUMN, MIXED = (False,) * 5, (True,) * 5, (True, False, True, False, True)
+ODD = {0: 5, 1: 3, 2: 1, 3: 7, 4: 16}
+
+
 @pytest.mark.parametrize(
-    "columns",
-    [(False,) * 5, (True,) * 5, (True, False, True, False, True)],
-    ids=["by-row", "by-column", "mixed"],
-)
-@pytest.mark.parametrize(
-    "ranks",
+    ("ranks", "columns", "dtype"),
     [
-        dict.fromkeys(range(5), MAX_RANK),
-        dict.fromkeys(range(5), 8),
-        {0: 5, 1: 3, 2: 1, 3: 7, 4: 16},
-        {3: 4, 1: 2},
-        {0: 0, 1: 6},
-        {},
+        pytest.param(dict.fromkeys(range(5), MAX_RANK), BY_ROW, torch.bfloat16, id="full"),
+        pytest.param(dict.fromkeys(range(5), 8), BY_COLUMN, torch.float16, id="even"),
+        pytest.param(ODD, MIXED, torch.bfloat16, id="odd"),
+        pytest.param(ODD, BY_ROW, torch.float32, id="odd-by-row"),
+        pytest.param({3: 4, 1: 2}, BY_ROW, torch.float16, id="missing-slices"),
+        pytest.param({0: 0, 1: 6}, BY_COLUMN, torch.float32, id="rank-0"),
+        pytest.param({}, MIXED, torch.bfloat16, id="empty"),
     ],
-    ids=["full", "even", "odd", "missing-slices", "rank-0", "empty"],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_adapter_fills_its_slot_and_nothing_else(backend, ranks, columns, dtype):
@@ -153,8 +151,11 @@ def test_slots_without_the_extra_dimension_do_too():
     assert_same(model, expected)
 
 
-@pytest.mark.parametrize("most_bytes", [1, 100, 3000, 1 << 20], ids=str)
-@pytest.mark.parametrize("columns", [(False,) * 5, (True,) * 5], ids=["by-row", "by-column"])
+@pytest.mark.parametrize(
+    ("most_bytes", "columns"),
+    [(1, BY_ROW), (100, BY_COLUMN), (3000, BY_ROW), (1 << 20, BY_COLUMN)],
+    ids=["row-by-row", "columns", "rows", "whole"],
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_groups_of_any_size_hold_every_row_once(backend, columns, most_bytes):
     """Group by group, so that others may use the memory in between."""
@@ -177,9 +178,11 @@ def test_groups_of_any_size_hold_every_row_once(backend, columns, most_bytes):
 def test_a_group_has_no_more_pieces_than_staging_memory_has_room_for():
     model = make_model()
     index, matrices, _buffer = make_adapter(model, {4: 1})
-    often = SlotIndex(*(column.repeat(pieces.MAX_PIECES) for column in vars(index).values()))
+    often = SlotIndex(
+        *(column.repeat(pieces.MAX_PIECES // 2 + 1) for column in vars(index).values())
+    )
     groups = model.table.pieces(1, often)
-    assert [len(group.pieces) for group in groups] == [pieces.MAX_PIECES] * 2
+    assert [len(group.pieces) for group in groups] == [pieces.MAX_PIECES, 2]
     expected = expected_after(model, 1, matrices)
     model.table.scatter(1, often, backend="triton")
     assert_same(model, expected)

@@ -4,25 +4,24 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from multilora_kernels import BatchPlan, PlanLayout, lora_linear, lora_shrink
+from multilora_kernels import lora_linear, lora_shrink
 from multilora_kernels import triton as backend
 from multilora_kernels.triton import expand
 from multilora_kernels.triton.launch import Launch
 from multilora_kernels.triton.tiles import store_grain
 
-from ..problems import Problem, make_problem
+from ..problems import Problem
+from .triton_problems import DEVICE, poisoned_memory, problem_here
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # No load, store or block ends at these ranks, but at the next.
 RANKS = [[13, 24, 3], [0, 9, 17]]
@@ -30,16 +29,9 @@ RANKS = [[13, 24, 3], [0, 9, 17]]
 
 def make(k: int, x: torch.dtype, weights: torch.dtype, max_rank: int = 24) -> Problem:
     """Three adapters in two slices; K of 40 stays whole, K of 1100 is cut."""
-    token_slots = [0, 1, -1, 2] * 6
     options = {"widths": (40, 24), "k": k, "max_rank": max_rank, "slots": 3, "ranks": RANKS}
-    problem = make_problem(token_slots, dtype=x, weight_dtype=weights, **options)
-    for name in ("lora_a", "lora_b"):
-        setattr(problem, name, [tensor.to(DEVICE) for tensor in getattr(problem, name)])
-    for name in ("x", "y", "ranks"):
-        setattr(problem, name, getattr(problem, name).to(DEVICE))
-    problem.plan = BatchPlan(PlanLayout(len(token_slots), 3, 16), DEVICE)
-    problem.plan.update(np.array(token_slots))
-    return problem
+    slots = [0, 1, -1, 2] * 6
+    return problem_here(slots, tile_rows=16, dtype=x, weight_dtype=weights, **options)
 
 
 def run(problem: Problem, y_dtype: torch.dtype) -> torch.Tensor:
@@ -50,22 +42,18 @@ def run(problem: Problem, y_dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.fixture
-def launches(monkeypatch) -> list[Launch]:
+def launches(monkeypatch) -> Iterator[list[Launch]]:
     """What is launched, with memory that is NaN before anybody has written to it."""
     seen: list[Launch] = []
-    empty, start = torch.empty, Launch.run
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+    start = Launch.run
 
     def record(launch: Launch) -> None:
         start(launch)
         seen.append(launch)
 
-    monkeypatch.setattr(torch, "empty", poisoned)
     monkeypatch.setattr(Launch, "run", record)
-    return seen
+    with poisoned_memory():
+        yield seen
 
 
 # y, x, weights: what h is kept in.

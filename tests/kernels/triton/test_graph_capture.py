@@ -83,11 +83,6 @@ def test_what_a_plan_was_given_holds_for_one_batch(monkeypatch, launched, call_a
     assert launched == ALL
 
 
-def test_outside_a_capture_a_batch_without_adapters_launches_nothing(launched, call_all):
-    call_all(make_problem(NOBODY))
-    assert launched == []
-
-
 def test_the_header_says_on_the_host_and_on_the_device_what_the_plan_was_given():
     plan = BatchPlan.build(SOMEBODY, 8)
     plan.update(np.array(NOBODY), own_graphs=True)

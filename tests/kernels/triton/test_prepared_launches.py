@@ -15,8 +15,6 @@ from multilora_kernels.triton import combine, expand, launch, product, shrink
 from multilora_kernels.triton.launch import DeviceFacts, Launch
 from tools.kernels.measure.counted.interpreter import launched_as_on
 
-from ..problems import make_problem
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SLOTS, RANK, K, WIDTHS = 6, 256, 4096, (4096, 1024, 1024)
 H100 = DeviceFacts("sm_90", 132, pdl=False)
@@ -164,24 +162,6 @@ def test_a_batchs_tensors_are_not_kept(recorded):
     del x, y
     gc.collect()
     assert [reference() for reference in watched] == [None] * len(watched)
-
-
-def test_results_have_the_same_bits():
-    """Compares the first batch in a range of token counts with one that finds everything ready."""
-    problem = make_problem([0] * 30, k=300, ranks=[[5] * 8], dtype=torch.bfloat16)
-    weights = [[t.to(DEVICE) for t in each] for each in (problem.lora_a, problem.lora_b)]
-    ranks = problem.ranks.to(DEVICE)
-    plan = BatchPlan(PlanLayout(30, 8, 64), DEVICE)
-    prepared = PreparedLinear(*weights, ranks, plan.layout, backend="triton")
-    for token_slots in ([3, -1, 5] * 10, [7] * 17):
-        plan.update(np.array(token_slots))
-        x = problem.x[: len(token_slots)].to(DEVICE)
-        y = problem.y[: len(token_slots)].to(DEVICE)
-        expected = y.clone()
-        lora_linear(expected, x, *weights, ranks, plan, backend="triton")
-        assert not expected.equal(y)
-        prepared(y, x, plan)
-        assert y.equal(expected)
 
 
 def test_no_tokens_are_no_work(recorded):

@@ -91,12 +91,6 @@ def test_results_are_right_by_rows_however_k_and_ranks_are_cut(monkeypatch, opti
     assert_even(run_with(monkeypatch, own, {"vector_rows": 4}, **changes), own.expected())
 
 
-def test_the_same_call_gives_the_same_bits(monkeypatch, variant):
-    own = problem()
-    first, second = (run_with(monkeypatch, own, variant) for _ in range(2))
-    assert torch.equal(first, second)
-
-
 def test_an_early_start_changes_no_bit(monkeypatch):
     own = problem()
     assert torch.equal(run_with(monkeypatch, own, {"early": True}), run(own))

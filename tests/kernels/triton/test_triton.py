@@ -1,4 +1,7 @@
-"""The Triton kernels against the float64 reference; in the interpreter where there is no GPU."""
+"""The Triton kernels against the float64 reference; in the interpreter where there is no GPU.
+
+What all backends have in common is in `test_lora_linear.py`.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,13 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from multilora_kernels import (
-    column_major,
-    lora_expand,
-    lora_linear,
-    lora_shrink,
-    reference,
-)
+from multilora_kernels import column_major, lora_linear
 from multilora_kernels.configs import default_expand, default_shrink
 from multilora_kernels.configs.config_facts import Workload
 from multilora_kernels.triton import expand
@@ -24,20 +21,14 @@ from ..tolerances import assert_close
 from .triton_problems import DEVICE, assert_matches, poisoned_memory, problem_here, run, watched
 
 INTERLEAVED = [i % 6 - 1 for i in range(45)]
-ZIPF = np.minimum(np.random.default_rng(3).zipf(1.5, 77) - 1, 7).tolist()
 POPULARITY = {
     "one-token": [2],
     "one-adapter": [5] * 67,
     "uniform": np.random.default_rng(2).integers(0, 8, 63).tolist(),
-    "zipf": ZIPF,
+    "zipf": np.minimum(np.random.default_rng(3).zipf(1.5, 77) - 1, 7).tolist(),
     "all-different": [3, 0, 7, 1, 6, 2, 5, 4],
     "none": [-1] * 5,
     "interleaved": INTERLEAVED,
-}
-WIDTHS = {
-    "plain": (24,),
-    "qkv-gqa": (80, 16, 16),
-    "odd": (5, 70, 33, 1, 9),
 }
 
 
@@ -47,48 +38,42 @@ def _watched_and_poisoned() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS.keys())
 @pytest.mark.parametrize("token_slots", POPULARITY.values(), ids=POPULARITY.keys())
-def test_any_popularity_matches_the_reference(token_slots, widths):
-    problem = problem_here(token_slots, widths=widths)
-    assert_matches(run(problem), problem)
-
-
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_every_pair_of_dtypes(dtype, weight_dtype):
-    problem = problem_here(INTERLEAVED, widths=(24, 9), dtype=dtype, weight_dtype=weight_dtype)
+def test_any_popularity_matches_the_reference(token_slots):
+    problem = problem_here(token_slots, widths=(5, 70, 33, 1, 9))
     assert_matches(run(problem), problem)
 
 
 @pytest.mark.parametrize(
     ("rank", "max_rank"),
-    # 1: the lowest. 16 and 17: one block, and one beyond. 13, 33: no load or block ends there.
+    # 1: the lowest. 16 and 17: one block, and one beyond. 33: no load or block ends there.
     # 7 of 7: rows too short for wide loads. 65 and 200: more than one block of the widest kind.
-    [(1, 8), (7, 7), (13, 16), (16, 16), (17, 32), (33, 64), (64, 64), (65, 128), (200, 200)],
+    [(1, 8), (7, 7), (16, 16), (17, 32), (33, 64), (65, 128), (200, 200)],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_any_rank_beside_a_full_one(dtype, rank, max_rank):
+def test_any_rank_beside_a_full_one(rank, max_rank):
     problem = problem_here(
-        [0, 1, 1, -1, 0] * 4, slots=2, max_rank=max_rank, ranks=[[rank, max_rank]], dtype=dtype
+        [0, 1, 1, -1, 0] * 4,
+        slots=2,
+        max_rank=max_rank,
+        ranks=[[rank, max_rank]],
+        dtype=torch.bfloat16,
     )
     assert_matches(run(problem), problem)
 
 
-@pytest.mark.parametrize("tile_rows", [1, 5, 16, 64, 128])
+@pytest.mark.parametrize("tile_rows", [1, 5, 128])
 def test_any_tile_size_of_the_plan(tile_rows):
     """Blocks of 16 tokens cut longer tiles into parts, and leave shorter ones alone."""
     problem = problem_here([0] * 70 + [1, -1, 2] + [3] * 19, tile_rows=tile_rows)
     assert_matches(run(problem), problem)
 
 
-@pytest.mark.parametrize("tokens", [130, 513])
-def test_prefill_blocks(tokens):
-    problem = problem_here([i * 4 // tokens for i in range(tokens)], tile_rows=128, k=72)
+def test_prefill_blocks():
+    problem = problem_here([i * 4 // 130 for i in range(130)], tile_rows=128, k=72)
     assert_matches(run(problem), problem)
 
 
-@pytest.mark.parametrize("k", [1, 40, 300, 1100])
+@pytest.mark.parametrize("k", [1, 300, 1100])
 def test_k_of_any_length_and_split(k):
     """1100: four parts, of which the last is cut short."""
     problem = problem_here([0, 3, 3, -1], k=k)
@@ -117,16 +102,6 @@ def test_slices_of_different_strides_in_one_call():
     assert_matches(run(problem), problem)
 
 
-def test_scale_offset_and_columns_outside_the_span():
-    problem = problem_here(INTERLEAVED, margin=4)
-    actual = run(problem, offset=2, scale=-0.5)
-    assert_matches(actual, problem, offset=2, scale=-0.5)
-    base = torch.tensor(problem.token_slots) < 0
-    assert actual[base].equal(problem.y[base])
-    assert actual[:, :2].equal(problem.y[:, :2])
-    assert actual[:, 26:].equal(problem.y[:, 26:])
-
-
 @pytest.mark.parametrize("token_slots", [INTERLEAVED, [-1] * 40], ids=["some", "none"])
 def test_overwriting_reads_nothing_and_zeroes_what_no_adapter_covers(token_slots):
     ranks = [[3, 0, 7, 16, 0], [0, 0, 5, 2, 9]]
@@ -137,67 +112,6 @@ def test_overwriting_reads_nothing_and_zeroes_what_no_adapter_covers(token_slots
     actual = run(problem, add_inputs=False)
     assert_close(actual[:, :64], expected, magnitude)
     assert torch.isnan(actual[:, 64:]).all()
-
-
-def test_rank_zero_leaves_its_slice_untouched():
-    problem = problem_here([0, 1, 0], slots=2, widths=(8, 8), ranks=[[0, 4], [4, 0]])
-    actual = run(problem)
-    assert actual[0, :8].equal(problem.y[0, :8])
-    assert actual[1, 8:16].equal(problem.y[1, 8:16])
-    assert_matches(actual, problem)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_halves_match_the_reference(dtype):
-    problem = problem_here([*ZIPF, -1, -1], widths=(20, 12), k=600, dtype=dtype)
-    weights = problem.ranks, problem.plan
-    h = torch.empty(2, len(problem.token_slots), 16, device=DEVICE)
-    lora_shrink(h, problem.x, problem.lora_a, *weights, scale=0.5, backend="triton")
-    expected = reference.lora_shrink(
-        problem.x.double(), problem.lora_a, problem.ranks, problem.token_slots, scale=0.5
-    )
-    assert_close(h, expected, expected.abs())
-    y = problem.y.clone()
-    lora_expand(y, h, problem.lora_b, *weights, backend="triton")
-    assert_matches(y, problem, scale=0.5)
-
-
-def test_strided_activations_and_ranks():
-    problem = problem_here(INTERLEAVED, widths=(16, 8))
-    tokens = len(INTERLEAVED)
-    wide_x, wide_y = (torch.full((tokens, 90), 7.0, device=DEVICE) for _ in range(2))
-    wide_x[:, 5:45], wide_y[:, 9:36] = problem.x, problem.y
-    transposed = problem.ranks.T.contiguous().T
-    weights = problem.lora_a, problem.lora_b, transposed
-    lora_linear(wide_y[:, 9:36], wide_x[:, 5:45], *weights, problem.plan, backend="triton")
-    assert_matches(wide_y[:, 9:36], problem)
-    assert (wide_y[:, :9] == 7).all()
-    assert (wide_y[:, 36:] == 7).all()
-
-
-@pytest.mark.parametrize("tokens", [1, 10])
-def test_tokens_of_the_plan_past_the_activations_are_skipped(tokens):
-    problem = problem_here(INTERLEAVED)
-    expected, magnitude = problem.expected()[:tokens], problem.magnitude()[:tokens]
-    problem.x, problem.y = problem.x[:tokens].clone(), problem.y[:tokens].clone()
-    assert_close(run(problem), expected, magnitude)
-    assert_close(
-        run(problem, add_inputs=False)[:, :24],
-        expected[:, :24] - problem.y[:, :24].double(),
-        magnitude[:, :24],
-    )
-
-
-@pytest.mark.parametrize("add_inputs", [True, False])
-def test_rows_past_the_tokens_that_a_plan_can_have_are_left_alone(add_inputs):
-    """Nor does a program look for their part in the plan, which ends before."""
-    problem, short = problem_here([1, 0, 2]), problem_here([1])
-    problem.plan, problem.token_slots = short.plan, [1, -1, -1]
-    actual = run(problem, add_inputs=add_inputs)
-    assert actual[1:].equal(problem.y[1:])
-    if not add_inputs:
-        problem.y[:, :24] = 0
-    assert_close(actual[:1], problem.expected()[:1], problem.magnitude()[:1])
 
 
 def test_no_tokens_is_no_work():

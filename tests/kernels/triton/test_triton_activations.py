@@ -22,10 +22,8 @@ pytestmark = pytest.mark.slow
 WIDTHS, RANK = (40, 13), 24
 PLACES = {
     "late": (1, 0),
-    "longer-rows": (0, 16),
     "odd-rows": (0, 1),
     "rows-of-8-more": (0, 8),
-    "late-and-odd": (5, 3),
 }
 """Elements before the first row, and after each."""
 

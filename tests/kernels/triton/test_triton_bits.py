@@ -28,7 +28,6 @@ from .triton_problems import (
 interpreted = pytest.mark.skipif(
     not backend.INTERPRETED, reason="here the card orders the programs, not the interpreter"
 )
-ZIPF = np.minimum(np.random.default_rng(3).zipf(1.5, 77) - 1, 7).tolist()
 
 
 @pytest.fixture(autouse=True)
@@ -115,17 +114,15 @@ def test_the_first_half_alone_in_any_order():
     assert all(torch.isfinite(h).all() and h.equal(results[0]) for h in results)
 
 
+LOW, HIGH = [[13, 24, 3], [0, 9, 24]], [[136, 70, 3], [0, 133, 64]]
 TYPES = {
-    "bfloat16": (torch.bfloat16, torch.bfloat16),
-    "float32": (torch.float32, torch.float32),
-    "bfloat16-weights": (torch.float32, torch.bfloat16),
+    "bfloat16": (torch.bfloat16, torch.bfloat16, HIGH),
+    "float32": (torch.float32, torch.float32, LOW),
+    "bfloat16-weights": (torch.float32, torch.bfloat16, LOW),
 }
 
 
-@pytest.mark.parametrize(
-    "ranks", [[[13, 24, 3], [0, 9, 24]], [[136, 70, 3], [0, 133, 64]]], ids=str
-)
-@pytest.mark.parametrize(("dtype", "weight_dtype"), TYPES.values(), ids=TYPES.keys())
+@pytest.mark.parametrize(("dtype", "weight_dtype", "ranks"), TYPES.values(), ids=TYPES.keys())
 def test_a_sum_beforehand_has_the_same_bits(monkeypatch, dtype, weight_dtype, ranks):
     """An adapter's rank neither ends a block nor a load, and some tokens have no adapter."""
     max_rank = max(map(max, ranks))
@@ -139,13 +136,6 @@ def test_a_sum_beforehand_has_the_same_bits(monkeypatch, dtype, weight_dtype, ra
         results.append(run(problem))
         assert_matches(results[-1], problem)
     assert results[0].equal(results[1])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("k", [40, 1100])
-def test_two_runs_give_the_same_bits(k):
-    problem = problem_here(ZIPF, widths=(40, 16), k=k, dtype=torch.bfloat16)
-    assert run(problem).equal(run(problem))
 
 
 @pytest.fixture

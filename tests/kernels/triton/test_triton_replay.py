@@ -26,7 +26,6 @@ from multilora_kernels import (
 )
 from multilora_kernels.launches.prepared import Prepared
 from multilora_kernels.triton import expand
-from multilora_kernels.triton.launch import Launch
 
 from ..problems import Problem
 from .triton_problems import (
@@ -81,8 +80,6 @@ class Captured:
 
 CASES = {
     "decode": Captured(),
-    "prepared": Captured("prepared"),
-    "aligned": Captured(k=48, margin=8),
     "aligned-prepared": Captured("prepared", k=48, margin=8),
     "prepared-shrink": Captured("prepared-shrink", k=1100),
     "prepared-expand": Captured("prepared-expand"),
@@ -90,13 +87,9 @@ CASES = {
     "sum-before": Captured(k=1100, sum_before=True),
     "overwriting": Captured(add_inputs=False),
     "shrink": Captured("shrink", k=1100),
-    "expand": Captured("expand"),
     "expand-overwriting": Captured("expand", add_inputs=False),
-    "prefill": Captured(tokens=600),
     "prefill-prepared": Captured("prepared", tokens=300, k=600, add_inputs=False),
-    "prefill-split-k": Captured(tokens=300, k=600),
     "prefill-overwriting": Captured(tokens=600, add_inputs=False),
-    "prefill-shrink": Captured("shrink", tokens=600),
     "prefill-sum-before": Captured(tokens=300, k=600, sum_before=True),
     "invariant": Captured(k=1100, backend="triton-invariant"),
 }
@@ -274,30 +267,3 @@ def test_a_captured_call_repeats_with_any_batch(case: Captured):
         layer.change(fill(slots, case.tokens), seed)
         replay()
         layer.check()
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_kernels_grids_and_numbers_follow_from_shapes_alone(case: Captured, monkeypatch):
-    """Whoever captures with one batch gets the launches of any other."""
-    layer = Layer(case, fill(CAPTURED, case.tokens))
-    launched = []
-
-    def note(launch: Launch) -> None:
-        for each in (launch.before, launch):
-            if each is not None:
-                named = each.arguments | each.constants | each.options
-                numbers = {k: v for k, v in named.items() if not _holds_tensors(v)}
-                launched.append((each.kernel.__name__, each.grid, numbers))
-
-    monkeypatch.setattr(Launch, "run", note)
-    layer()
-    captured, launched[:] = list(launched), []
-    for seed, slots in enumerate(BATCHES.values(), start=1):
-        layer.change(fill(slots, case.tokens), seed)
-        layer()
-        assert launched == (captured if layer.problem.plan.rows else [])
-        launched.clear()
-
-
-def _holds_tensors(value: object) -> bool:
-    return isinstance(value[0] if isinstance(value, tuple) else value, torch.Tensor)

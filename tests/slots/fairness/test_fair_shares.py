@@ -25,6 +25,14 @@ from vllm_multilora.slots.fairness.fair_shares import (
 STEP_TOKENS = 32
 
 
+def joined(*flows: str) -> FairShares:
+    """Shares of flows that each have a request for each time they are named."""
+    shares = FairShares()
+    for flow in flows:
+        shares.join(flow)
+    return shares
+
+
 def begin_step(shares: FairShares) -> None:
     """A step in which everybody wants more."""
     shares.begin_step(shares.ranks())
@@ -160,62 +168,23 @@ def test_nobody_starves_beside_flows_that_never_stop_asking(others, seed, places
     raise AssertionError("it was never served")
 
 
-def test_a_flow_with_many_requests_gets_no_more_than_one_with_few():
-    engine = Engine(places=2)
-    for _ in range(40):
-        engine.ask("flood", 8, 4)
-    for _ in range(10):
-        engine.ask("few", 8, 4)
-    while engine.waiting["few"]:
-        engine.step()
-    most = 2 * Request("", 8, 4).cost
-    assert abs(engine.had["flood"] - engine.had["few"]) <= most
-
-
-def test_idle_time_earns_no_credit():
-    shares = FairShares()
-    shares.join("busy")
-    shares.join("other")
-    for _ in range(100):
-        begin_step(shares)
-        shares.charge("busy", 10)
-        shares.charge("other", 10)
-    shares.join("late")
-    assert shares.served("late") == pytest.approx(990)  # as the others at the last step's begin
-
-
-def test_a_flow_that_gets_all_that_it_asks_for_earns_no_credit():
+@pytest.mark.parametrize("others", [set(), {"loading"}], ids=["two flows", "an adapter is loaded"])
+def test_a_flow_that_gets_all_that_it_asks_for_earns_no_credit(others):
     """Else it could have the engine for itself for as long as it had asked for little."""
-    shares = FairShares()
-    for flow in ("modest", "greedy"):
-        shares.join(flow)
+    shares = joined("modest", "greedy", *others)
     for _ in range(100):
-        shares.begin_step({"greedy"})
+        shares.begin_step({"greedy"} | others)
+        for flow in others:
+            shares.hold(flow)
         shares.charge("greedy", 50)
         shares.charge("modest", 2)
-    shares.begin_step({"greedy", "modest"})  # now it wants more, too
+    shares.begin_step({"greedy", "modest"} | others)  # now it wants more, too
     assert shares.served("modest") == shares.served("greedy") - 48
-
-
-def test_a_flow_that_gets_all_earns_no_credit_while_anothers_adapter_is_loaded():
-    """In a busy server there is always one."""
-    shares = FairShares()
-    for flow in ("modest", "greedy", "loading"):
-        shares.join(flow)
-    for _ in range(100):
-        shares.begin_step({"greedy", "loading"})
-        shares.hold("loading")
-        shares.charge("greedy", 50)
-        shares.charge("modest", 2)
-    shares.begin_step({"greedy", "modest", "loading"})
-    assert shares.served("modest") == shares.served("greedy") - 48
-    assert shares.served("loading") == shares.served("modest")
+    assert all(shares.served(flow) == shares.served("modest") for flow in others)
 
 
 def test_where_nobody_waits_nobody_owes_anything():
-    shares = FairShares()
-    for flow in ("modest", "greedy"):
-        shares.join(flow)
+    shares = joined("modest", "greedy")
     for _ in range(100):
         shares.begin_step(set())
         shares.charge("greedy", 50)
@@ -227,9 +196,7 @@ def test_where_nobody_waits_nobody_owes_anything():
 
 
 def test_those_that_request_no_more_owe_something_while_one_waits_for_a_slot():
-    shares = FairShares()
-    for flow in ("waiting", "modest", "greedy"):
-        shares.join(flow)
+    shares = joined("waiting", "modest", "greedy")
     for _ in range(10):
         shares.begin_step(set())
         shares.hold("waiting", waits_for_slot=True)
@@ -240,9 +207,7 @@ def test_those_that_request_no_more_owe_something_while_one_waits_for_a_slot():
 
 
 def test_what_one_has_had_stays_when_it_requests_no_more():
-    shares = FairShares()
-    for flow in ("satisfied", "wanting"):
-        shares.join(flow)
+    shares = joined("satisfied", "wanting")
     begin_step(shares)
     shares.charge("satisfied", 100)
     shares.begin_step({"wanting"})
@@ -251,9 +216,7 @@ def test_what_one_has_had_stays_when_it_requests_no_more():
 
 @pytest.mark.parametrize("is_alone", [True, False], ids=["alone", "beside another"])
 def test_the_turn_of_one_that_waited_for_a_slot_earns_no_credit_for_those_that_were_idle(is_alone):
-    shares = FairShares()
-    for flow in ("waiting", "idle", "busy"):
-        shares.join(flow)
+    shares = joined("waiting", "idle", "busy")
     shares.leave("idle")
     for _ in range(10):
         begin_step(shares)
@@ -271,9 +234,7 @@ def test_the_turn_of_one_that_waited_for_a_slot_earns_no_credit_for_those_that_w
 
 
 def test_one_that_waits_for_a_slot_keeps_its_credit_though_no_queue_has_it():
-    shares = FairShares()
-    for flow in ("waiting", "greedy"):
-        shares.join(flow)
+    shares = joined("waiting", "greedy")
     for _ in range(10):
         shares.begin_step(set())
         shares.hold("waiting", waits_for_slot=True)
@@ -283,9 +244,7 @@ def test_one_that_waits_for_a_slot_keeps_its_credit_though_no_queue_has_it():
 
 
 def test_a_flow_is_heavy_until_another_has_had_nearly_as_much():
-    shares = FairShares()
-    for flow in ("large", "small"):
-        shares.join(flow)
+    shares = joined("large", "small")
 
     def step(large: float, small: float) -> bool:
         begin_step(shares)
@@ -303,9 +262,7 @@ def test_a_flow_is_heavy_until_another_has_had_nearly_as_much():
 
 
 def test_a_flow_that_leaves_and_comes_back_has_had_what_it_had():
-    shares = FairShares()
-    for flow in ("greedy", "other"):
-        shares.join(flow)
+    shares = joined("greedy", "other")
     begin_step(shares)
     shares.charge("greedy", 500)
     shares.leave("greedy")
@@ -316,8 +273,7 @@ def test_a_flow_that_leaves_and_comes_back_has_had_what_it_had():
 
 @pytest.mark.parametrize("tokens", [1, 100], ids=["little", "much"])
 def test_whoever_was_alone_owes_nothing_and_may_be_heavy(tokens):
-    shares = FairShares()
-    shares.join("alone")
+    shares = joined("alone")
     for _ in range(20):
         assert not shares.is_contended
         shares.step_alone(tokens)
@@ -331,46 +287,9 @@ def test_whoever_was_alone_owes_nothing_and_may_be_heavy(tokens):
     assert not shares.is_heavy("late")
 
 
-def test_a_flow_is_heavy_beside_one_that_has_had_much_less_of_late():
-    shares = FairShares()
-    for flow in ("large", "middle", "small"):
-        shares.join(flow)
-    for _ in range(HALF_LIFE_STEPS):
-        begin_step(shares)
-        shares.charge("large", HEAVY_RATIO + 0.5)
-        shares.charge("middle", HEAVY_RATIO - 0.5)
-        shares.charge("small", 1)
-    begin_step(shares)
-    assert [shares.is_heavy(flow) for flow in ("large", "middle", "small")] == [
-        True,
-        False,
-        False,
-    ]
-    for _ in range(6 * HALF_LIFE_STEPS):
-        shares.charge("large", 1)
-        shares.charge("middle", 1)
-        shares.charge("small", 1)
-        begin_step(shares)
-    assert not shares.is_heavy("large")
-
-
-def test_what_is_heavy_goes_by_weight():
-    shares = FairShares()
-    shares.join("large", weight=8.0)
-    shares.join("small", weight=1.0)
-    for _ in range(6 * HALF_LIFE_STEPS):
-        begin_step(shares)
-        shares.charge("large", 16)
-        shares.charge("small", 1)
-    begin_step(shares)
-    assert not shares.is_heavy("large")
-
-
 def test_shares_of_late_survive_any_number_of_steps(monkeypatch):
     monkeypatch.setattr(fair_shares, "_GROWTH", 2.0)  # a step is a half-life
-    shares = FairShares()
-    shares.join("large")
-    shares.join("small")
+    shares = joined("large", "small")
     for _ in range(2000):  # of 1024 the powers of two are more than a float can be
         begin_step(shares)
         shares.charge("large", 10)
@@ -386,38 +305,22 @@ def test_shares_of_late_survive_any_number_of_steps(monkeypatch):
     assert not shares.is_heavy("large")
 
 
-def test_one_whose_requests_cannot_run_makes_nobody_heavy_and_earns_no_credit():
-    shares = FairShares()
-    for flow in ("loading", "large", "other"):
-        shares.join(flow)
+@pytest.mark.parametrize(("waits_for_slot", "served"), [(False, 90), (True, 0)])
+def test_one_whose_requests_cannot_run_makes_nobody_heavy(waits_for_slot, served):
+    """And earns no credit, unless it is for a slot that it waits."""
+    shares = joined("held", "large", "other")
     for _ in range(10):
         begin_step(shares)
-        shares.hold("loading")
+        shares.hold("held", waits_for_slot=waits_for_slot)
         shares.charge("large", 10)
         shares.charge("other", 9)
     begin_step(shares)
     assert not shares.is_heavy("large")
-    assert shares.served("loading") == shares.served("other") == 90
-
-
-def test_one_that_waits_for_a_slot_makes_nobody_heavy_and_keeps_its_place():
-    shares = FairShares()
-    for flow in ("waiting", "large", "other"):
-        shares.join(flow)
-    for _ in range(10):
-        begin_step(shares)
-        shares.hold("waiting", waits_for_slot=True)
-        shares.charge("large", 10)
-        shares.charge("other", 9)
-    begin_step(shares)
-    assert not shares.is_heavy("large")
-    assert shares.served("waiting") == 0
+    assert (shares.served("held"), shares.served("other")) == (served, 90)
 
 
 def test_a_flow_is_there_until_its_last_request_has_ended():
-    shares = FairShares()
-    for flow in ("one", "one", "two"):
-        shares.join(flow)
+    shares = joined("one", "one", "two")
     shares.leave("one")
     assert shares.is_contended
     shares.leave("one")
@@ -426,9 +329,7 @@ def test_a_flow_is_there_until_its_last_request_has_ended():
 
 
 def test_whoever_comes_or_comes_back_has_had_as_much_as_one_that_is_alone():
-    shares = FairShares()
-    for flow in ("alone", "back"):
-        shares.join(flow)
+    shares = joined("alone", "back")
     begin_step(shares)
     shares.charge("alone", 500)
     shares.leave("back")
@@ -438,21 +339,8 @@ def test_whoever_comes_or_comes_back_has_had_as_much_as_one_that_is_alone():
     assert shares.served("nobody") == 500
 
 
-def test_flows_without_waiting_requests_rise_to_the_least_waiting_one():
-    shares = FairShares()
-    for flow in ("most", "more", "modest"):
-        shares.join(flow)
-    begin_step(shares)
-    shares.charge("most", 100)
-    shares.charge("more", 10)
-    shares.begin_step({"most", "more"})
-    assert shares.served("modest") == 10
-
-
 def held_beside_one_that_has_had_much() -> FairShares:
-    shares = FairShares()
-    for flow in ("held", "large"):
-        shares.join(flow)
+    shares = joined("held", "large")
     begin_step(shares)
     shares.charge("large", 100)
     shares.hold("held")
@@ -532,20 +420,6 @@ def test_a_weight_is_above_zero(weight):
         FairShares().join("flow", weight)
 
 
-def test_counters_of_those_that_have_left_are_kept_within_bounds():
-    shares = FairShares()
-    shares.join("stays")
-    for number in range(3 * MAX_REMEMBERED):
-        shares.join(number)
-        begin_step(shares)
-        shares.charge(number, 1 + number)
-        shares.leave(number)
-    assert len(shares._idle) <= MAX_REMEMBERED
-    last = 3 * MAX_REMEMBERED - 1
-    shares.join(last)
-    assert shares.served(last) >= 1 + last
-
-
 @pytest.mark.parametrize(
     ("prompt", "begin", "end", "cost"),
     [(10, 0, 10, 10), (10, 4, 10, 6), (10, 8, 14, 2 + 8), (10, 10, 11, 2), (10, 5, 5, 0)],
@@ -575,9 +449,7 @@ def test_of_very_many_flows_those_that_left_last_are_remembered():
 
 
 def test_of_very_many_flows_those_are_remembered_that_have_had_more_than_newcomers():
-    shares = FairShares()
-    shares.join("greedy")
-    shares.join("modest")
+    shares = joined("greedy", "modest")
     begin_step(shares)
     shares.charge("greedy", 10)
     shares.leave("greedy")
@@ -588,21 +460,8 @@ def test_of_very_many_flows_those_are_remembered_that_have_had_more_than_newcome
     assert shares.served("greedy") == 10
 
 
-def test_what_a_flow_has_had_alone_of_late_makes_it_heavy_beside_another():
-    shares = FairShares()
-    shares.join("alone")
-    for _ in range(10 * HALF_LIFE_STEPS):
-        shares.step_alone(1)
-    shares.join("late")
-    begin_step(shares)
-    shares.charge("late", 10)
-    begin_step(shares)
-    assert shares.is_heavy("alone")
-
-
 def test_a_flow_that_was_alone_for_long_is_heavy_for_a_few_half_lives():
-    shares = FairShares()
-    shares.join("alone")
+    shares = joined("alone")
     for _ in range(20 * HALF_LIFE_STEPS):
         shares.step_alone(10)
     shares.join("late")
@@ -615,8 +474,7 @@ def test_a_flow_that_was_alone_for_long_is_heavy_for_a_few_half_lives():
 
 def test_what_a_flow_had_long_ago_makes_it_not_heavy_when_it_comes_back():
     """However long: the unit of what was had of late has been changed since."""
-    shares = FairShares()
-    shares.join("stays")
+    shares = joined("stays")
     for _ in range(300 * HALF_LIFE_STEPS):
         shares.step_alone(1)
     shares.join("gone")

@@ -79,6 +79,15 @@ def flood(slots: int) -> list[tuple[int, int]]:
     return [(adapter, MAX_STEPS) for adapter in range(1, slots + 1)]
 
 
+def turns_with(adapter: int, *, waiting: int | None = None) -> SlotTurns:
+    """One slot, which this adapter has; the other one waits for it."""
+    turns = SlotTurns(PATIENCE)
+    turns.begin_step((), 1)
+    assert turns.admit(adapter)
+    assert waiting is None or not turns.admit(waiting)
+    return turns
+
+
 TRAFFIC = st.lists(st.tuples(st.integers(1, 5), st.integers(1, MAX_STEPS)), max_size=4)
 
 
@@ -146,17 +155,6 @@ def test_nobody_is_closed_for_one_that_has_a_free_slot_waiting() -> None:
     assert not scheduler.queue
 
 
-def test_a_slot_that_was_made_free_goes_to_the_one_that_waited() -> None:
-    """Though requests of the one that gave it up are always before it in the queue."""
-    scheduler = saturated(1)
-    scheduler.run_step((W, 1))
-    for _ in range(PATIENCE + MAX_STEPS):
-        scheduler.queue.insert(0, Request(A, MAX_STEPS))
-        if W in scheduler.run_step():
-            break
-    assert scheduler.waiting == [A]
-
-
 def test_those_that_wait_are_served_in_the_order_in_which_they_came() -> None:
     scheduler = saturated(1)
     scheduler.run_step((W, 1))
@@ -164,13 +162,6 @@ def test_those_that_wait_are_served_in_the_order_in_which_they_came() -> None:
     scheduler.queue.reverse()
     scheduler.steps_until(W, (A, 1))
     assert scheduler.run_step((W, 1)) == [X]
-
-
-def test_one_turn_is_for_the_requests_that_are_there() -> None:
-    """An adapter that waited does not keep others out by further requests."""
-    scheduler = saturated(1)
-    scheduler.steps_until(W, (W, MAX_STEPS), (A, MAX_STEPS))
-    assert scheduler.steps_until(A, (W, MAX_STEPS), (A, MAX_STEPS)) <= PATIENCE + MAX_STEPS
 
 
 def test_patience_is_not_lost_in_steps_without_a_question() -> None:
@@ -194,18 +185,6 @@ def test_aborted_waiters_are_forgotten() -> None:
     scheduler.run_step((W, 1), *flood(1))
     scheduler.run_step(*flood(1))
     assert [request.adapter for request in scheduler.queue] == [W]
-
-
-def test_nobody_is_closed_any_more_for_one_that_was_forgotten() -> None:
-    turns = SlotTurns(PATIENCE)
-    turns.begin_step((), 1)
-    assert [turns.admit(adapter) for adapter in (A, W)] == [True, False]
-    for _ in range(PATIENCE):
-        turns.begin_step({A}, 1)
-    assert not turns.admit(A)
-    turns.forget(W)
-    turns.begin_step({A}, 1)
-    assert turns.admit(A)
 
 
 def test_no_slot_is_kept_for_one_that_was_forgotten() -> None:
@@ -286,9 +265,7 @@ def test_a_turn_lasts_until_the_slot_is_filled_and_asked_for_however_seldom_that
 
 def test_no_slot_is_kept_for_long_for_one_that_does_not_come() -> None:
     """Its request was aborted, say, and others of the adapter do not need a slot yet."""
-    turns = SlotTurns(PATIENCE)
-    turns.begin_step((), 1)
-    assert [turns.admit(adapter) for adapter in (A, W)] == [True, False]
+    turns = turns_with(A, waiting=W)
     for _ in range(PATIENCE):
         turns.begin_step({A}, 1)
     turned_away = 0
@@ -302,9 +279,7 @@ def test_no_slot_is_kept_for_long_for_one_that_does_not_come() -> None:
 
 
 def test_a_slot_is_kept_while_nobody_else_requests_it_for_one_that_comes_late() -> None:
-    turns = SlotTurns(PATIENCE)
-    turns.begin_step((), 1)
-    assert [turns.admit(adapter) for adapter in (A, W)] == [True, False]
+    turns = turns_with(A, waiting=W)
     for _ in range(3 * PATIENCE):
         turns.begin_step({A}, 1)
     for _ in range(3 * PATIENCE):
@@ -314,9 +289,7 @@ def test_a_slot_is_kept_while_nobody_else_requests_it_for_one_that_comes_late() 
 
 def test_a_slot_is_kept_for_one_that_is_not_looked_at_though_it_waits_in_the_queue() -> None:
     """Requests before it take all places in the batch, and others are before those."""
-    turns = SlotTurns(PATIENCE)
-    turns.begin_step((), 1)
-    assert [turns.admit(adapter) for adapter in (A, W)] == [True, False]
+    turns = turns_with(A, waiting=W)
     for _ in range(PATIENCE):
         turns.begin_step({A}, 1)
     asked: list[int] = []
@@ -396,12 +369,16 @@ def test_with_an_order_too_no_slot_is_kept_for_one_whose_weights_are_fetched_ane
     assert turns.admit(B)
 
 
-def test_one_that_lost_its_weights_on_its_way_into_its_slot_gives_it_up() -> None:
-    turns = SlotTurns(PATIENCE)
-    turns.begin_step((), 1)
-    assert turns.admit(W)
+@pytest.mark.parametrize("lost", ["its weights", "its patience", "its requests"])
+def test_one_on_its_way_into_its_slot_gives_it_up(lost: str) -> None:
+    turns = turns_with(W)
     turns.place(W)
-    turns.begin_step((), 1, at_hand={B}.__contains__)
+    if lost == "its requests":
+        turns.forget(W)
+    for _ in range(PATIENCE if lost == "its patience" else 0):
+        turns.begin_step((), 1)
+        assert not turns.admit(B)
+    turns.begin_step((), 1, at_hand=lambda adapter: adapter == B or lost != "its weights")
     assert turns.admit(B)
 
 
@@ -414,44 +391,6 @@ def test_one_whose_slot_takes_long_to_fill_keeps_it_as_long_as_it_comes() -> Non
         assert not turns.admit(B)
         turns.begin_step((), 1)
     assert turns.admit(W)
-
-
-def test_one_on_its_way_into_its_slot_that_does_not_come_for_it_gives_it_up() -> None:
-    turns = SlotTurns(PATIENCE)
-    turns.begin_step((), 1)
-    assert turns.admit(W)
-    turns.place(W)
-    for _ in range(PATIENCE):
-        turns.begin_step((), 1)
-        assert not turns.admit(B)
-    turns.begin_step((), 1)
-    assert turns.admit(B)
-
-
-def test_one_on_its_way_into_its_slot_that_was_forgotten_has_none() -> None:
-    turns = SlotTurns(PATIENCE)
-    turns.begin_step((), 1)
-    assert turns.admit(W)
-    turns.place(W)
-    turns.forget(W)
-    turns.begin_step((), 1)
-    assert turns.admit(B)
-
-
-def test_with_an_order_the_one_with_the_least_of_it_goes_first() -> None:
-    """As with fair shares: an adapter of whoever has had least, however long others wait."""
-    had = {A: 2.0, B: 2.0, C: 1.0, X: 1.0}
-    turns = SlotTurns(PATIENCE)
-    turns.begin_step((), 1)
-    assert turns.admit(A)
-    assert not turns.admit(B)
-    for _ in range(PATIENCE):
-        turns.begin_step({A}, 1, order=had.__getitem__)
-    assert not turns.admit(A)  # B is overdue: it makes room
-    assert not turns.admit(C)
-    assert not turns.admit(X)
-    turns.begin_step((), 1, order=had.__getitem__)
-    assert [turns.admit(adapter) for adapter in (B, X, C)] == [False, False, True]
 
 
 def test_with_an_order_the_one_with_the_most_of_it_makes_room() -> None:
@@ -479,32 +418,17 @@ def test_with_an_order_as_many_make_room_as_are_overdue() -> None:
 
 
 def test_with_an_order_no_free_slot_is_kept_for_one_that_is_not_overdue() -> None:
-    turns = SlotTurns(PATIENCE)
-    turns.begin_step((), 1)
-    assert [turns.admit(adapter) for adapter in (A, W)] == [True, False]
+    turns = turns_with(A, waiting=W)
     turns.begin_step((), 1, order={W: 0.0, B: 1.0}.__getitem__)
     assert turns.admit(B)
 
 
 def test_with_an_order_nobody_makes_room_for_one_with_more_of_it() -> None:
     had = {A: 1.0, B: 2.0}
-    turns = SlotTurns(PATIENCE)
-    turns.begin_step((), 1)
-    assert turns.admit(A)
-    assert not turns.admit(B)
+    turns = turns_with(A, waiting=B)
     for _ in range(3 * PATIENCE):
         turns.begin_step({A}, 1, order=had.__getitem__)
         assert turns.admit(A)
     had[A] = 2.0
     turns.begin_step({A}, 1, order=had.__getitem__)
     assert not turns.admit(A)
-
-
-def test_who_keeps_waiting_for_a_slot_is_reported() -> None:
-    turns = SlotTurns(PATIENCE)
-    turns.begin_step({A}, 1)
-    assert not turns.admit(B)
-    assert B in turns.waiting
-    assert A not in turns.waiting
-    turns.forget(B)
-    assert B not in turns.waiting

@@ -6,7 +6,8 @@ import resource
 import signal
 import sys
 import time
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,23 @@ def messages_of(channel):
         yield from (message for message, _ in channel.receive())
 
 
+def start_fake(path: str = "/fake/a", reader: FakeReader | None = None, **settings) -> tuple:
+    load = Load(1, Binding("server", None, 1), path, [], [], StoreSettings(**settings))
+    return ForkRunner().start(load, reader or FakeReader())
+
+
+@contextmanager
+def started(*what, **settings) -> Iterator[tuple]:
+    """A job that has been started, its channel, and what it says."""
+    job, sock = start_fake(*what, **settings)
+    sock.settimeout(PATIENT_S)
+    try:
+        with closing(Channel(sock, FromJob)) as channel:
+            yield job, channel, messages_of(channel)
+    finally:
+        job.kill()
+
+
 def test_a_pack_may_lie_in_many_segments_and_in_several_extents_of_each(segments):
     numbers = range(MAX_DESCRIPTORS)
     for number in numbers:
@@ -48,53 +66,34 @@ def test_a_pack_may_lie_in_many_segments_and_in_several_extents_of_each(segments
     extents = [(number, page * PAGE, PAGE) for page in (3, 1) for number in numbers]
     places = np.array([(number << PLACE_BITS) | offset for number, offset, _ in extents])
     path = "/fake/a?blocks=" + ",".join([str(PAGE)] * len(extents))
-    load = Load(1, Binding("server", None, 1), path, [], [], StoreSettings())
-    job, sock = ForkRunner().start(load, FakeReader())
-    sock.settimeout(PATIENT_S)
-    with closing(Channel(sock, FromJob)) as channel:
-        messages = messages_of(channel)
+    with started(path) as (_, channel, messages):
         assert isinstance(next(messages), Opened)
         assert isinstance(next(messages), Checked)
         channel.send(Place(places.tobytes(), extents), list(map(segments.descriptor, numbers)))
         assert isinstance(next(messages), Done)
-    job.kill()
     empty, full = bytes(PAGE), content_of(path) * PAGE
     for number in numbers:
         found = os.pread(segments.descriptor(number), 5 * PAGE, 0)
         assert found == empty + full + empty + full + empty
 
 
-def start_fake() -> tuple:
-    load = Load(1, Binding("server", None, 1), "/fake/a", [], [], StoreSettings())
-    return ForkRunner().start(load, FakeReader())
-
-
 def test_a_job_says_what_the_system_gives_it_no_memory_for(segments):
     segments.create(0, PAGE)
     places, too_large = np.zeros(1, np.int64), 1 << 47  # more than a process has addresses for
-    job, sock = start_fake()
-    sock.settimeout(PATIENT_S)
-    with closing(Channel(sock, FromJob)) as channel:
-        messages = messages_of(channel)
+    with started() as (_, channel, messages):
         assert isinstance(next(messages), Opened)
         assert isinstance(next(messages), Checked)
         channel.send(Place(places.tobytes(), [(0, 0, too_large)]), [segments.descriptor(0)])
         failure = next(messages)
-    job.kill()
     assert failure.kind is FailureKind.NO_MEMORY
     assert f"{too_large} bytes of host memory cannot be mapped" in failure.message
 
 
 def held_by_a_job() -> set[str]:
     """The descriptors of one that has begun, those of standard streams left out."""
-    job, sock = start_fake()
-    try:
-        sock.settimeout(PATIENT_S)
-        with closing(Channel(sock, FromJob)) as channel:
-            assert isinstance(next(messages_of(channel)), Opened)
-            held = {path.name for path in Path(f"/proc/{job._pid}/fd").iterdir()}
-    finally:
-        job.kill()
+    with started() as (job, _, messages):
+        assert isinstance(next(messages), Opened)
+        held = {path.name for path in Path(f"/proc/{job._pid}/fd").iterdir()}
     return held - {"0", "1", "2"}
 
 
@@ -129,24 +128,19 @@ def test_a_job_is_confined_before_it_opens_an_adapter(tmp_path):
             return super().open(path, rules)
 
     def begin(name):
-        load = Load(1, Binding("server", None, 1), str(tmp_path / name), [], [], settings)
-        job, sock = ForkRunner().start(load, Reader())
-        sock.settimeout(PATIENT_S)
-        with closing(Channel(sock, FromJob)) as channel:
-            said = next(messages_of(channel))
+        with started(str(tmp_path / name), Reader(), **settings) as (job, _, messages):
+            said = next(messages)
             limited = (resource.RLIMIT_CPU, resource.RLIMIT_FSIZE)
-            limits = [resource.prlimit(job._pid, number) for number in limited]
-        job.kill()
-        return said, limits
+            return said, [resource.prlimit(job._pid, number) for number in limited]
 
     for name in ("root", "directory", "elsewhere"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("")
-    settings = StoreSettings(
-        allowed_roots=[str(tmp_path / "root")],
-        directories=[str(tmp_path / "directory")],
-        timeout_s=8.0,
-    )
+    settings = {
+        "allowed_roots": [str(tmp_path / "root")],
+        "directories": [str(tmp_path / "directory")],
+        "timeout_s": 8.0,
+    }
     for name in ("root", "directory"):
         said, limits = begin(f"{name}/file")
         assert isinstance(said, Opened)

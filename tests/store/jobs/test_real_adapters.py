@@ -21,13 +21,16 @@ from vllm_multilora.store.store_launch import StoreProcess, StoreThread
 RANKS = {module: 4 for module, _, _ in MODULES}
 
 
-@pytest.fixture(params=["process", "thread"])
+@pytest.fixture
 def engine(request, tmp_path):
-    host = StoreProcess() if request.param == "process" else StoreThread()
+    host = getattr(request, "param", StoreProcess)()
     roots = (str(tmp_path / "adapters"),)
     engine = Engine(StoreClient(host, "server"), [layout()], allowed_roots=roots)
     yield engine
     engine.client.close()
+
+
+everywhere = pytest.mark.parametrize("engine", [StoreProcess, StoreThread], indirect=True)
 
 
 @pytest.fixture
@@ -35,6 +38,7 @@ def adapter(tmp_path):
     return write(tmp_path / "adapters" / "a", weights(RANKS), rank=4, alpha=6)
 
 
+@everywhere
 def test_what_is_packed_is_what_was_written(engine, adapter):
     pack = engine.load(1, str(adapter)).pack
     mapper = SegmentMapper(engine.client.address, "server")
@@ -112,6 +116,7 @@ def test_equal_adapters_in_two_folders_take_memory_once(engine, adapter, tmp_pat
     engine.until(lambda: engine.describe().totals.adapters == 1)
 
 
+@everywhere
 def test_all_that_is_wrong_comes_in_fields(engine, tmp_path):
     tensors = weights(RANKS)
     tensors[f"{PREFIX}{MODULES[0][0]}.lora_A.weight"][0, 0] = float("nan")
@@ -149,6 +154,7 @@ def test_a_pipe_in_place_of_a_file_holds_nobody_up(engine, adapter, tmp_path, na
     assert time.perf_counter() - begun < 5.0
 
 
+@everywhere
 def test_a_link_that_leads_out_of_the_roots_is_refused(engine, tmp_path):
     outside = write(tmp_path / "secret", weights(RANKS), rank=4, alpha=6)
     (tmp_path / "adapters").mkdir(exist_ok=True)

@@ -40,6 +40,15 @@ def refused(code: str, *roots: str, before: str = "") -> str:
     return done.stderr.strip().splitlines()[-1]
 
 
+def assert_all_refused(codes: list[str], *roots: str) -> None:
+    """The sandbox permits none of these, one after the other in one process."""
+    tried = "".join(
+        f"try:\n    {code}\nexcept PermissionError:\n    print('refused')\n" for code in codes
+    )
+    done = run(tried, *roots)
+    assert done.stdout == "refused\n" * len(codes), done
+
+
 @pytest.fixture
 def root(tmp_path):
     (tmp_path / "allowed").mkdir()
@@ -55,10 +64,9 @@ def test_files_below_the_roots_can_be_read(root):
 
 
 @needs_landlock
-@pytest.mark.parametrize("path", ["/etc/passwd", "/../secret", "/link", "/proc/1/environ"])
-def test_nothing_else_can_be_read(root, path):
-    name = path if path.startswith(("/etc", "/proc")) else root + path
-    assert "PermissionError" in refused(f"open({name!r}).read()", root)
+def test_nothing_else_can_be_read(root):
+    paths = "/etc/passwd", f"{root}/../secret", f"{root}/link", "/proc/1/environ"
+    assert_all_refused([f"open({path!r}).read()" for path in paths], root)
 
 
 @needs_landlock
@@ -73,9 +81,12 @@ def test_a_root_that_cannot_be_opened_gives_no_right(root, name):
 @needs_landlock
 def test_without_roots_everything_can_be_read_and_nothing_written(root, tmp_path):
     assert run("print(len(open('/etc/passwd').read()) > 0)").stdout == "True\n"
-    assert "PermissionError" in refused(f"open({str(tmp_path / 'new')!r}, 'w')")
-    assert "PermissionError" in refused(f"os.unlink({root + '/file'!r})")
-    assert "PermissionError" in refused(f"os.symlink('/', {root + '/new'!r})")
+    codes = [
+        f"open({str(tmp_path / 'new')!r}, 'w')",
+        f"os.unlink({root + '/file'!r})",
+        f"os.symlink('/', {root + '/new'!r})",
+    ]
+    assert_all_refused(codes)
 
 
 @needs_landlock
@@ -114,25 +125,23 @@ def test_whoever_looks_for_a_library_goes_on_without(root, tmp_path, monkeypatch
 
 
 @needs_seccomp
-@pytest.mark.parametrize(
-    "code",
-    [
-        "socket.socket(socket.AF_INET)",
-        "socket.socket(socket.AF_UNIX)",
-        "socket.socketpair()",
-        "pair[0].connect('/tmp/x')",
-        "os.execv('/bin/true', ['true'])",
-        "subprocess.run(['/bin/true'])",
-        "os.kill(os.getppid(), 0)",
-        "os.pidfd_open(os.getppid())",
-        "os.memfd_create('x')",
-        "os.fork()",
-        "syscalls.call(syscalls.clone(), signal.SIGCHLD, 0, 0, 0, 0)",
-        "os.ftruncate(pair[0].fileno(), 0)",
-    ],
-)
-def test_no_connection_no_program_no_other_process(code):
-    assert "PermissionError" in refused(code)
+def test_no_connection_no_program_no_other_process():
+    assert_all_refused(
+        [
+            "socket.socket(socket.AF_INET)",
+            "socket.socket(socket.AF_UNIX)",
+            "socket.socketpair()",
+            "pair[0].connect('/tmp/x')",
+            "os.execv('/bin/true', ['true'])",
+            "subprocess.run(['/bin/true'])",
+            "os.kill(os.getppid(), 0)",
+            "os.pidfd_open(os.getppid())",
+            "os.memfd_create('x')",
+            "os.fork()",
+            "syscalls.call(syscalls.clone(), signal.SIGCHLD, 0, 0, 0, 0)",
+            "os.ftruncate(pair[0].fileno(), 0)",
+        ]
+    )
 
 
 @needs_seccomp

@@ -155,6 +155,22 @@ class World:
         self.registry.loads.gone(job, failure, self.now)
         self.registry.loads.tick(self.now)
 
+    def open_all(self, version: str | None = None) -> None:
+        for job in list(self.jobs):
+            self.opened(job, version)
+
+    def read_one(self, version: str, digest: str | None = None) -> None:
+        """The only job finds this version of its files, and reads them."""
+        (job,) = self.jobs
+        self.opened(job, version)
+        self.checked(job)
+        self.done(job, digest)
+
+    def fail_one(self) -> None:
+        """The first job finds something wrong with its files, and ends."""
+        self.failed(next(iter(self.jobs)))
+        self.settle()
+
     def step(self, job: int, pages: int = 1) -> None:
         """Takes a job one step on; one that waits for the store stays where it is."""
         match self.jobs[job]:

@@ -192,25 +192,18 @@ def test_a_job_that_hangs_up_is_killed_and_its_adapter_fails(world):
     assert "was killed by signal 9" in world.answer(client, ticket).message
 
 
-def test_job_yields_processors_once_it_has_used_more_than_a_brief_time(world):
+@pytest.mark.parametrize("refused", [0, 2])
+def test_job_yields_processors_once_it_has_used_more_than_a_brief_time(world, refused):
+    """It is asked again where the system was busy."""
     world.request_load(world.client(-1), 1)
     job = world.started["/adapters/1"]
-    job.processor_s = BRIEF_S / 2
+    job.processor_s, job.refused_yields = BRIEF_S / 2, refused
     world.look()
     assert job.yields == 0
     job.processor_s = BRIEF_S
-    for _ in range(3):
-        world.look()
-    assert job.yields == 1
-
-
-def test_job_is_asked_again_to_yield_processors_where_the_system_was_busy(world):
-    world.request_load(world.client(-1), 1)
-    job = world.started["/adapters/1"]
-    job.processor_s, job.refused_yields = BRIEF_S, 2
     for _ in range(5):
         world.look()
-    assert job.yields == 3
+    assert job.yields == refused + 1
 
 
 def test_what_jobs_do_is_looked_at_while_others_wait(world, monkeypatch):
@@ -224,20 +217,6 @@ def test_what_jobs_do_is_looked_at_while_others_wait(world, monkeypatch):
     world.request_load(client, 2)
     world.look()
     assert seen == [world.number("/adapters/1")]
-
-
-@pytest.mark.parametrize(
-    ("path", "source"),
-    [
-        ("/slow/a", "/slow"),
-        ("/slow", "/slow"),
-        ("/slow/deep/er/a", "/slow/deep"),
-        ("/slower/a", "/slower"),
-        ("/a/b", "/a"),
-    ],
-)
-def test_what_hangs_is_the_nearest_mount(path, source):
-    assert job_pools._source_of(path, ["/", "/slow", "/slow/deep"]) == source
 
 
 def test_a_job_that_waits_for_room_has_nothing_to_say(world, monkeypatch):
@@ -370,7 +349,7 @@ def test_numbers_that_no_honest_job_gives_fail_its_adapter(world, said, reason):
 
 
 def test_jobs_that_hang_on_one_mount_stop_new_ones_there_and_nowhere_else(world, monkeypatch):
-    monkeypatch.setattr(job_pools, "_mount_points", lambda: ["/slow", "/sound"])
+    monkeypatch.setattr(job_pools, "_mount_points", lambda: ["/", "/slow", "/slow/deep", "/sound"])
     client = world.client(-1)
     for number in range(MAX_STUCK):
         world.request_load(client, number, path=f"/slow/{number}")
@@ -382,7 +361,9 @@ def test_jobs_that_hang_on_one_mount_stop_new_ones_there_and_nowhere_else(world,
     refusal = world.refusal("/slow/another")
     assert refusal is not None
     assert "/slow do not end" in refusal
-    assert world.refusal("/sound/another") is None
+    assert world.refusal("/slow") is not None
+    for path in ("/sound/another", "/slow/deep/er/a", "/slower/a"):
+        assert world.refusal(path) is None
     parts = (BlendPart(1, "a", "/slow/a", 1.0), BlendPart(2, "b", "/sound/b", 1.0))
     assert world.refusal(Blend.of(parts).source) is not None
     world.started["/slow/0"].can_end = True

@@ -39,12 +39,6 @@ def order(queue: LoadQueue) -> list[int]:
     return found
 
 
-def test_owners_take_turns_and_their_loads_keep_their_order():
-    queue = LoadQueue()
-    fill(queue, "aaaabbc")
-    assert order(queue) == [0, 4, 6, 1, 5, 2, 3]
-
-
 @pytest.mark.parametrize("purpose", Purpose)
 def test_servers_take_turns_whatever_each_of_them_waits_for(purpose):
     queue = LoadQueue()
@@ -65,26 +59,12 @@ def test_while_a_server_waits_for_room_its_requests_and_nobody_elses_wait_too():
     assert order(queue) == [1]
 
 
-def test_registrations_and_requests_take_turns():
-    queue = LoadQueue()
-    fill(queue, "aaa")
-    fill(queue, "bbb", Purpose.REGISTRATION, first=10)
-    assert order(queue) == [0, 10, 1, 11, 2, 12]
-
-
 def test_a_registration_that_a_request_waits_for_too_is_in_the_requests_queue():
     queue = LoadQueue()
     fill(queue, "aa")
     fill(queue, "xyz", Purpose.REGISTRATION, first=10)
     queue.promote(12)
     assert order(queue) == [0, 10, 12, 11, 1]
-
-
-def test_a_load_that_one_more_request_waits_for_keeps_its_turn():
-    queue = LoadQueue()
-    fill(queue, "aa")
-    queue.promote(0)
-    assert order(queue) == [0, 1]
 
 
 def test_only_so_many_work_at_once():
@@ -224,14 +204,6 @@ def test_nothing_is_due_while_those_that_were_started_wait_for_room():
     assert queue.next_event(0.0) is None
 
 
-def test_the_next_event_is_the_first_deadline():
-    queue = LoadQueue()
-    for number, timeout_s in ((0, 9.0), (1, 5.0)):
-        queue.add(number, "server", ["a"], Purpose.REQUEST, timeout_s)
-    started(queue, 0.0)
-    assert queue.next_event(0.0) == 5.0
-
-
 def test_the_time_that_the_store_stood_still_is_no_jobs():
     queue = LoadQueue(places=1)
     queue.add(0, "server", ["a"], Purpose.REQUEST, 5.0)
@@ -255,35 +227,3 @@ def test_while_a_job_waits_for_room_registrations_go_on_and_requests_wait():
     queue.go_on(0, 0.0)
     queue.remove(0)
     assert started(queue, 0.0) == [1]
-
-
-def test_nothing_is_due_where_nothing_waits_and_nothing_runs():
-    assert LoadQueue().next_event(0.0) is None
-
-
-def test_a_load_that_several_wait_for_takes_whichever_turn_comes_first():
-    """A flood cannot hold up what another one wants too by asking for it first, or last."""
-    queue = LoadQueue()
-    fill(queue, "a" * 50)
-    queue.share(49, "b")
-    queue.share(49, "b")
-    assert order(queue)[:4] == [0, 49, 1, 2]
-    assert queue.queued == 0
-
-
-def test_sharing_a_load_that_has_been_started_is_no_matter():
-    queue = LoadQueue()
-    fill(queue, "ab")
-    assert started(queue, 0.0) == [0, 1]
-    queue.share(0, "c")
-    assert queue.queued == 0
-
-
-def test_a_shared_registration_is_in_the_requests_queue_for_all_its_owners():
-    queue = LoadQueue()
-    fill(queue, "aab")
-    fill(queue, "x", Purpose.REGISTRATION, first=10)
-    queue.share(10, "b")
-    queue.promote(10)
-    queue.remove(2)
-    assert order(queue) == [0, 10, 1]

@@ -35,13 +35,6 @@ def test_a_load_request_is_notified_of_its_turn_and_of_its_pack(world):
     assert loaded.pack.index_bytes == PAGE
 
 
-def test_what_is_in_memory_is_answered_at_once(world):
-    first = world.load(1)
-    ticket = world.request_load(1)
-    again = world.answer(1, ticket)
-    assert (again.pack, again.was_read, world.jobs) == (first.pack, False, {})
-
-
 def test_two_engines_of_a_server_share_one_load(world):
     world.client(2)
     tickets = [(1, world.request_load(1)), (2, world.request_load(2))]
@@ -110,13 +103,17 @@ def test_the_end_of_a_server_leaves_others_loads_to_their_engines(world):
     assert len(world.jobs) == 1
 
 
-def test_the_failures_of_a_server_end_with_it(world):
+@pytest.mark.parametrize("then", ["another folder", "a fresh request", "forgotten", "server gone"])
+def test_a_failure_answers_for_nothing_else(world, then):
     world.request_load(1)
-    world.failed(next(iter(world.jobs)))
-    world.registry.client_gone(1, world.now)
-    world.client(2)
-    world.settle()
-    assert isinstance(world.load(2), Loaded)
+    world.fail_one()
+    if then == "forgotten":
+        world.registry.forget(1, 1, world.now)
+    elif then == "server gone":
+        world.registry.client_gone(1, world.now)
+        world.client(1)
+    path = "/whole" if then == "another folder" else None
+    assert isinstance(world.load(1, path=path, fresh=then == "a fresh request"), Loaded)
 
 
 def test_one_reading_for_two_adapters_of_an_engine_counts_once(world):
@@ -130,28 +127,15 @@ def test_who_joins_those_that_follow_a_load_learns_that_it_is_read(world):
         world.client(client, server="other")
     world.request_load(1, path="/same")
     world.request_load(2, path="/same")
-    for job in list(world.jobs):
-        world.opened(job)
+    world.open_all()
     world.request_load(3, path="/same")
     assert [type(message) for message in world.said[3]] == [Reading]
-
-
-def test_a_load_ends_when_neither_it_nor_what_follows_it_is_requested(world):
-    world.client(2, server="other")
-    tickets = world.request_load(1, path="/same"), world.request_load(2, path="/same")
-    for job in list(world.jobs):
-        world.opened(job)
-    for client, ticket in zip((1, 2), tickets, strict=True):
-        assert world.jobs
-        world.registry.cancel(client, ticket, world.now)
-    assert not world.jobs
 
 
 def test_who_follows_a_load_shares_its_failure(world):
     world.client(2, server="other")
     tickets = world.request_load(1, path="/same"), world.request_load(2, path="/same")
-    for job in list(world.jobs):
-        world.opened(job)
+    world.open_all()
     (leader,) = world.jobs
     world.failed(leader)
     world.settle()
@@ -159,25 +143,11 @@ def test_who_follows_a_load_shares_its_failure(world):
     assert world.answer(2, tickets[1]).kind is FailureKind.INVALID
 
 
-def test_nobody_follows_a_load_that_follows_another(world):
-    for client, server in ((2, "other"), (3, "third")):
-        world.client(client, server=server)
-    tickets = {client: world.request_load(client, path="/same") for client in (1, 2)}
-    first, second = world.jobs
-    world.opened(second)
-    world.opened(first)
-    tickets[3] = world.request_load(3, path="/same")
-    world.settle()
-    assert all(isinstance(world.answer(*ticket), Loaded) for ticket in tickets.items())
-    assert world.read == {"/same": 1}
-
-
 def test_a_failure_names_nobody_elses_adapter(world):
     world.client(2, server="other")
     world.request_load(1, adapter=1, path="/same")
     ticket = world.request_load(2, adapter=2, path="/same")
-    for job in list(world.jobs):
-        world.opened(job)
+    world.open_all()
     (leader,) = world.jobs
     world.checked(leader, pages=11)
     failed = world.answer(2, ticket)
@@ -189,8 +159,7 @@ def test_a_failure_names_no_other_folder_of_the_same_files(world):
     world.client(2, server="other")
     world.request_load(1, path="/same")
     ticket = world.request_load(2, path="/linked")
-    for job in list(world.jobs):
-        world.opened(job, "the same files")
+    world.open_all("the same files")
     world.now += world.settings.timeout_s
     world.registry.loads.tick(world.now)
     assert "/linked" in world.answer(2, ticket).message
@@ -199,8 +168,7 @@ def test_a_failure_names_no_other_folder_of_the_same_files(world):
 def test_nobody_follows_a_load_that_has_less_time(world):
     world.client(2, server="patient", timeout_s=world.settings.timeout_s + 60)
     tickets = world.request_load(1, path="/same"), world.request_load(2, path="/same")
-    for job in list(world.jobs):
-        world.opened(job)
+    world.open_all()
     world.now += world.settings.timeout_s
     world.registry.loads.tick(world.now)
     assert world.answer(1, tickets[0]).kind is FailureKind.TIMEOUT
@@ -209,22 +177,15 @@ def test_nobody_follows_a_load_that_has_less_time(world):
     assert isinstance(world.answer(2, tickets[1]), Loaded)
 
 
-def test_who_follows_a_load_keeps_it_going_when_its_own_load_requests_are_cancelled(world):
-    world.client(2, server="other")
-    tickets = world.request_load(1, path="/same"), world.request_load(2, path="/same")
-    for job in list(world.jobs):
-        world.opened(job)
-    world.registry.cancel(1, tickets[0], world.now)
-    world.settle()
-    assert isinstance(world.answer(2, tickets[1]), Loaded)
-
-
-def test_models_and_rules_share_nothing(world):
-    world.load(1, path="/same")
+@pytest.mark.parametrize("together", [False, True])
+def test_models_and_rules_share_nothing(world, together):
     world.client(2, server="b", model="another")
     world.client(3, server="c", budget_bytes=10 * PAGE, allowed_roots=("/same",))
-    world.load(2, path="/same")
-    world.load(3, path="/same")
+    for client in (1, 2, 3):
+        world.request_load(client, path="/same")
+        if not together:
+            world.settle()
+    world.settle()
     assert world.read == {"/same": 3}
 
 
@@ -252,14 +213,6 @@ def test_what_was_checked_by_other_rules_is_checked_again(world, rule):
     assert list(world.evicted(2)) == [], "it has never heard of that one"
 
 
-def test_models_and_rules_share_no_load_either(world):
-    world.client(2, server="b", model="another")
-    for client in (1, 2):
-        world.request_load(client, path="/same")
-    world.settle()
-    assert world.read == {"/same": 2}
-
-
 def test_equal_bytes_take_memory_once(world):
     world.request_load(1, 1, "/a")
     world.request_load(1, 2, "/b")
@@ -278,10 +231,7 @@ def test_equal_bytes_take_memory_once(world):
 def test_changed_files_are_another_pack_and_the_old_one_leaves_with_its_last_lease(world):
     old = world.load(1)
     ticket = world.request_load(1, fresh=True)
-    (job,) = world.jobs
-    world.opened(job, "changed")
-    world.checked(job)
-    world.done(job, "changed")
+    world.read_one("changed", "changed")
     world.settle()
     new = world.answer(1, ticket)
     assert new.pack.pack != old.pack.pack
@@ -300,10 +250,7 @@ def test_an_adapter_of_another_folder_is_not_the_one_in_memory(world):
 def test_files_without_a_version_are_read_each_time(world):
     for adapter, path in ((1, "/a"), (2, "/b")):
         ticket = world.request_load(1, adapter, path)
-        (job,) = world.jobs
-        world.opened(job, "")
-        world.checked(job)
-        world.done(job)
+        world.read_one("")
         assert world.answer(1, ticket).was_read
         world.settle()
     assert world.read == {"/a": 1, "/b": 1}
@@ -313,8 +260,7 @@ def test_nobody_follows_a_load_of_files_without_a_version(world):
     world.client(2, server="other")
     for client in (1, 2):
         world.request_load(client, path="/same")
-    for job in list(world.jobs):
-        world.opened(job, "")
+    world.open_all("")
     assert list(world.jobs.values()) == ["checking"] * 2
 
 
@@ -390,14 +336,6 @@ def test_a_fresh_request_outlives_the_load_before_it(world, cancelled):
     assert len(world.answers(1, fresh)) == (not cancelled)
 
 
-def test_a_fresh_request_outlives_the_one_before_it(world):
-    first = world.request_load(1)
-    fresh = world.request_load(1, fresh=True)
-    world.registry.cancel(1, first, world.now)
-    world.settle()
-    assert isinstance(world.answer(1, fresh), Loaded)
-
-
 def test_a_registration_keeps_what_there_is_free_room_for(world):
     loaded = world.load(1, keep=False)
     assert not loaded.leased
@@ -435,25 +373,6 @@ def test_a_request_that_joins_a_registration_gets_room(world):
     assert world.answer(1, registration).pack.pack == 0
     assert world.answer(1, request).pack.pack in world.memory.packs
     assert kept(world, "acme") == ["/adapters/2"]
-
-
-def test_a_registration_goes_on_when_its_request_ends_before_there_is_need_of_room(world):
-    registration, request = world.request_load(1, 2, keep=False), world.request_load(1, 2)
-    world.registry.cancel(1, request, world.now)
-    assert list(world.jobs.values()) == ["opening"]
-    world.settle()
-    assert world.answer(1, registration).pack.pack in world.memory.packs
-
-
-def test_a_load_waits_on_for_room_when_one_of_its_requests_has_ended(world):
-    full = world.load(1, 1, pages=10).pack.pack
-    tickets = [world.request_load(1, 2) for _ in range(2)]
-    world.settle()
-    world.registry.cancel(1, tickets[0], world.now)
-    world.registry.release(1, full, world.now)
-    world.settle()
-    assert world.answer(1, tickets[1]).leased
-    assert world.read["/adapters/2"] == 1
 
 
 @pytest.mark.parametrize("by", ["cancelling", "going"])
@@ -518,19 +437,6 @@ def test_nothing_leaves_for_what_would_not_fit_even_then(world):
     assert list(world.evicted(1)) == []
 
 
-def test_a_load_waits_for_room_until_a_lease_is_given_back(world):
-    first = world.load(1, 1, pages=10)
-    ticket = world.request_load(1, 2)
-    world.settle(pages=10)
-    world.now += 1000.0
-    world.registry.loads.tick(world.now)
-    assert world.answers(1, ticket) == []
-    world.registry.release(1, first.pack.pack, world.now)
-    world.settle()
-    assert isinstance(world.answer(1, ticket), Loaded)
-    assert list(world.evicted(1)) == [first.pack.pack]
-
-
 def test_the_clock_of_a_job_goes_on_when_it_has_room(world):
     full = world.load(1, 1, pages=10).pack.pack
     ticket = world.request_load(1, 2)
@@ -567,52 +473,6 @@ def test_nobody_overtakes_who_waits_for_room(world):
     assert isinstance(world.answer(1, small), Loaded)
 
 
-@pytest.mark.parametrize("by", ["cancelling", "crash"])
-def test_the_next_in_line_gets_room_when_the_first_needs_none_any_more(world, by):
-    world.load(1, 1, pages=6)
-    large, small = world.request_load(1, 2), world.request_load(1, 3)
-    first, second = world.jobs
-    for job, pages in ((first, 6), (second, 2)):
-        world.opened(job)
-        world.checked(job, pages)
-    assert world.jobs[second] == "checked"
-    if by == "cancelling":
-        world.registry.cancel(1, large, world.now)
-    else:
-        world.gone(first)
-    assert world.jobs[second] == "reading"
-    world.settle()
-    assert isinstance(world.answer(1, small), Loaded)
-
-
-def test_the_room_of_a_job_that_has_ended_is_the_next_ones(world):
-    ticket, other = world.request_load(1, 1), world.request_load(1, 2)
-    first, second = world.jobs
-    for job in (first, second):
-        world.opened(job)
-        world.checked(job, pages=10)
-    world.registry.cancel(1, ticket, world.now)
-    assert world.jobs[second] == "checked"
-    world.gone(first)
-    assert world.jobs[second] == "reading"
-    world.settle()
-    assert isinstance(world.answer(1, other), Loaded)
-
-
-def test_what_a_registration_has_brought_makes_room_for_who_waits(world):
-    world.request_load(1, 1, keep=False)
-    request = world.request_load(1, 2)
-    first, second = world.jobs
-    for job, pages in ((first, 6), (second, 5)):
-        world.opened(job)
-        world.checked(job, pages)
-    assert world.jobs[second] == "checked"
-    world.done(first)
-    assert world.jobs[second] == "reading"
-    world.settle()
-    assert isinstance(world.answer(1, request), Loaded)
-
-
 def test_what_can_never_fit_fails_at_once_with_both_sizes(world):
     failed = world.load(1, pages=11)
     assert failed.kind is FailureKind.NO_MEMORY
@@ -632,16 +492,6 @@ def test_what_can_never_fit_any_more_fails_when_the_server_with_the_largest_budg
     world.registry.client_gone(1, world.now)
     assert world.answer(2, large).kind is FailureKind.NO_MEMORY
     assert isinstance(world.load(2, 3), Loaded)
-    world.check()
-
-
-def test_the_number_of_adapters_has_a_budget_too():
-    world = World(StoreSettings(budget_adapters=2))
-    world.client(1)
-    for adapter in (1, 2, 3):
-        world.registry.release(1, world.load(1, adapter).pack.pack, world.now)
-    assert world.memory.totals().adapters == 2
-    assert len(list(world.evicted(1))) == 1
     world.check()
 
 
@@ -693,23 +543,6 @@ def test_a_smaller_budget_is_kept_to_as_soon_as_leases_allow_it():
     world.check()
 
 
-def test_adapters_that_are_being_read_count_among_those_in_memory():
-    world = World(StoreSettings(budget_adapters=1))
-    world.client(1)
-    tickets = [world.request_load(1, adapter) for adapter in (1, 2)]
-    first, second = list(world.jobs)
-    for job in (first, second):
-        world.opened(job)
-        world.checked(job)
-    assert [world.jobs[job] for job in (first, second)] == ["reading", "checked"]
-    world.done(first)
-    world.settle()
-    world.registry.release(1, world.answer(1, tickets[0]).pack.pack, world.now)
-    world.settle()
-    assert isinstance(world.answer(1, tickets[1]), Loaded)
-    world.check()
-
-
 def test_servers_that_count_adapters_and_bytes_both_bound_the_memory():
     """Each one's budget is enough: together they are not without a limit."""
     world = World()
@@ -750,20 +583,6 @@ def test_a_failure_answers_for_a_while_and_is_forgotten(world):
     assert world.jobs
 
 
-def test_a_failure_does_not_answer_for_another_folder(world):
-    world.request_load(1, path="/broken")
-    world.failed(next(iter(world.jobs)))
-    world.settle()
-    assert isinstance(world.load(1, path="/whole"), Loaded)
-
-
-def test_a_fresh_request_does_not_take_a_remembered_failure_for_an_answer(world):
-    world.request_load(1)
-    world.failed(next(iter(world.jobs)))
-    world.settle()
-    assert isinstance(world.load(1, fresh=True), Loaded)
-
-
 def test_the_latest_failures_are_kept_in_bounded_number(world):
     for adapter in (*range(MAX_FAILURES), 0, MAX_FAILURES):
         world.request_load(1, adapter, fresh=True)
@@ -775,19 +594,16 @@ def test_the_latest_failures_are_kept_in_bounded_number(world):
     assert world.jobs, "the oldest failure is forgotten"
 
 
-def test_a_crashed_job_fails_its_adapter_and_frees_its_room(world):
-    ticket = world.request_load(1)
+def until_reading(world: World, pages: int) -> int:
     (job,) = world.jobs
     world.opened(job)
-    world.checked(job)
-    world.gone(job)
-    assert world.answer(1, ticket).kind is FailureKind.INTERNAL
-    assert world.memory.totals().bytes == 0
-
-
-def until_reading(world: World, job: int, pages: int) -> None:
-    world.opened(job)
     world.checked(job, pages)
+    return job
+
+
+def starve(world: World, pages: int) -> None:
+    """The kernel ends the only job while it reads."""
+    world.gone(until_reading(world, pages), FailureKind.NO_MEMORY)
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -797,9 +613,7 @@ def test_where_memory_is_used_up_below_the_budget_an_adapter_is_read_once_more(w
     for pack in idle:
         world.registry.release(1, pack, world.now)
     ticket = world.request_load(1, keep=keep)
-    (job,) = world.jobs
-    until_reading(world, job, 3)
-    world.gone(job, FailureKind.NO_MEMORY)
+    starve(world, 3)
     world.settle(3)
     assert list(world.evicted(1)) == (idle[:2] if keep else [])
     loaded = world.answer(1, ticket)
@@ -812,13 +626,10 @@ def test_a_request_that_joins_a_check_begun_anew_has_others_leave_for_it(world):
     idle = world.load(1, 2, pages=2).pack.pack
     world.registry.release(1, idle, world.now)
     world.request_load(1, keep=False)
-    (job,) = world.jobs
-    until_reading(world, job, 2)
-    world.gone(job, FailureKind.NO_MEMORY)
+    starve(world, 2)
     ticket = world.request_load(1)
-    (job,) = world.jobs
     assert not list(world.evicted(1))
-    until_reading(world, job, 2)
+    job = until_reading(world, 2)
     assert list(world.evicted(1)) == [idle]
     world.done(job)
     assert isinstance(world.answer(1, ticket), Loaded)
@@ -833,9 +644,7 @@ def test_the_system_gets_small_packs_pages_where_memory_is_used_up(world, monkey
     given = []
     monkeypatch.setattr(world.memory.arena._memory, "give_back", lambda *run: given.append(run))
     world.request_load(1)
-    (job,) = world.jobs
-    until_reading(world, job, 3)
-    world.gone(job, FailureKind.NO_MEMORY)
+    starve(world, 3)
     world.settle(3)
     assert tuple(first) in given
 
@@ -850,31 +659,9 @@ def test_an_adapter_fails_whose_job_is_ended_again_or_for_which_nobody_can_leave
     ticket = world.request_load(1)
     for _ in range(jobs):
         assert not world.answers(1, ticket)
-        (job,) = world.jobs
-        until_reading(world, job, 2)
-        world.gone(job, FailureKind.NO_MEMORY)
+        starve(world, 2)
     assert world.answer(1, ticket).kind is FailureKind.NO_MEMORY
     assert len(world.memory.packs) == leased
-
-
-def test_the_room_of_a_killed_job_is_free_only_when_it_cannot_write_any_more(world):
-    ticket = world.request_load(1)
-    (job,) = world.jobs
-    world.opened(job)
-    world.checked(job)
-    world.registry.cancel(1, ticket, world.now)
-    assert job in world.dying
-    assert world.memory.totals().bytes == PAGE
-    world.gone(job)
-    assert world.memory.totals().bytes == 0
-
-
-def test_a_job_past_its_time_is_killed_and_its_adapter_times_out(world):
-    ticket = world.request_load(1)
-    world.now += world.settings.timeout_s
-    world.registry.loads.tick(world.now)
-    assert world.answer(1, ticket).kind is FailureKind.TIMEOUT
-    assert world.dying
 
 
 def test_a_source_that_hangs_is_refused_at_once(world):
@@ -892,14 +679,6 @@ def test_what_becomes_of_a_job_whose_load_is_over_is_no_matter(world):
     assert isinstance(world.load(1), Loaded)
 
 
-def test_a_cancelled_request_is_not_answered_and_what_waits_is_not_read(world):
-    tickets = [world.request_load(1, adapter) for adapter in range(4)]
-    world.registry.cancel(1, tickets[3], world.now)
-    world.settle()
-    assert world.answers(1, tickets[3]) == []
-    assert "/adapters/3" not in world.read
-
-
 def test_a_withdrawn_adapter_leaves_and_its_load_requests_fail(world):
     loaded = world.load(1, 1)
     waiting = world.request_load(1, 2)
@@ -913,39 +692,25 @@ def test_a_withdrawn_adapter_leaves_and_its_load_requests_fail(world):
     assert world.memory.totals().bytes == 0
 
 
-def test_the_failure_of_a_withdrawn_adapter_is_not_that_of_the_next_of_its_number(world):
-    world.request_load(1)
-    world.failed(next(iter(world.jobs)))
-    world.registry.forget(1, 1, world.now)
-    world.settle()
-    assert isinstance(world.load(1), Loaded)
-
-
 def test_the_failures_of_other_adapters_and_servers_outlive_a_withdrawn_adapter(world):
     world.client(2, server="other")
     for client, adapter in ((1, 2), (2, 1)):
         world.request_load(client, adapter)
-        world.failed(next(iter(world.jobs)))
-    world.settle()
+        world.fail_one()
     world.registry.forget(1, 1, world.now)
     assert isinstance(world.answer(1, world.request_load(1, 2)), Failed)
     assert isinstance(world.answer(2, world.request_load(2, 1)), Failed)
 
 
-def test_another_servers_adapter_of_the_same_number_keeps_no_withdrawn_one(world):
+@pytest.mark.parametrize("path", ["/same", "/other"])
+def test_a_withdrawn_adapter_stays_for_other_servers_that_have_it(world, path):
+    """And for none whose adapter of the same number is another one."""
     world.client(2, server="other")
-    world.load(2, 1, path="/other")
-    pack = world.load(1, 1).pack.pack
+    pack = world.load(1, 1, path="/same").pack.pack
+    world.load(2, 1, path=path)
     world.registry.release(1, pack, world.now)
     world.registry.forget(1, 1, world.now)
-    assert pack not in world.memory.packs
-
-
-def test_an_adapter_can_be_withdrawn_that_nobody_has_any_more(world):
-    world.registry.release(1, world.load(1, 1).pack.pack, world.now)
-    for _ in range(2):
-        world.registry.forget(1, 1, world.now)
-    assert not world.memory.packs
+    assert (pack in world.memory.packs) == (path == "/same")
 
 
 def test_a_withdrawn_adapter_leaves_every_model_of_its_server(world):
@@ -958,43 +723,19 @@ def test_a_withdrawn_adapter_leaves_every_model_of_its_server(world):
     assert not world.memory.packs
 
 
-def test_the_other_load_requests_of_who_withdraws_an_adapter_go_on(world):
-    withdrawn, other = world.request_load(1, 1), world.request_load(1, 2)
-    world.registry.forget(1, 1, world.now)
-    assert world.answer(1, withdrawn).kind is FailureKind.GONE
-    assert [world.loads[job].path for job in world.jobs] == ["/adapters/2"]
-    world.settle()
-    assert isinstance(world.answer(1, other), Loaded)
-
-
-def test_a_withdrawn_adapter_stays_for_the_others_that_have_it(world):
-    one = world.load(1, path="/same")
-    world.client(2, server="other")
-    world.load(2, path="/same")
-    world.registry.release(1, one.pack.pack, world.now)
-    world.registry.forget(1, 1, world.now)
-    assert one.pack.pack in world.memory.packs
-
-
 def test_an_adapter_that_one_engine_has_forgotten_still_comes_for_the_others(world):
-    world.client(2)
+    for client in (2, 3):
+        world.client(client)
     tickets = [world.request_load(client, 1) for client in (1, 2)]
     world.registry.forget(1, 1, world.now)
     assert world.answer(1, tickets[0]).kind is FailureKind.GONE
-    world.settle()
-    pack = world.answer(2, tickets[1]).pack.pack
-    again = world.load(2, 1)
-    assert (again.pack.pack, again.was_read) == (pack, False)
-
-
-def test_an_adapter_that_one_engine_has_forgotten_is_on_its_way_for_all_others(world):
-    for client in (2, 3):
-        world.client(client)
-    for client in (1, 2):
-        world.request_load(client, 1)
-    world.registry.forget(1, 1, world.now)
-    world.request_load(3, 1)
+    joined = world.request_load(3, 1)
     assert len(world.jobs) == 1
+    world.settle()
+    pack = world.answer(2, tickets[1]).pack
+    assert world.answer(3, joined).pack == pack
+    again = world.load(2, 1)
+    assert (again.pack, again.was_read) == (pack, False)
 
 
 @pytest.mark.parametrize("by", ["forgetting", "giving back", "death"])
@@ -1043,10 +784,7 @@ def test_an_engine_that_forgot_an_adapter_gets_what_the_files_are_now(world):
     world.registry.release(1, old, world.now)
     world.registry.forget(1, 1, world.now)
     ticket = world.request_load(1, 1)
-    (job,) = world.jobs
-    world.opened(job, "newer")
-    world.checked(job)
-    world.done(job, "newer")
+    world.read_one("newer", "newer")
     world.settle()
     new = world.answer(1, ticket).pack.pack
     assert new != old
@@ -1061,10 +799,7 @@ def test_a_pack_knows_the_latest_versions_of_its_files_only(world):
     pack = world.load(1, 1).pack.pack
     for copy in range(MAX_VERSIONS + 4):
         world.request_load(1, 1, fresh=True)
-        (job,) = world.jobs
-        world.opened(job, f"copy {copy}")
-        world.checked(job)
-        world.done(job, "/adapters/1")
+        world.read_one(f"copy {copy}", "/adapters/1")
         world.settle()
     (kept,) = world.memory.packs.values()
     assert kept.info.pack == pack
@@ -1103,8 +838,7 @@ def test_withdrawing_what_another_server_follows_does_not_end_it(world):
     world.client(2, server="other")
     world.request_load(1, path="/same")
     second = world.request_load(2, path="/same")
-    for job in list(world.jobs):
-        world.opened(job)
+    world.open_all()
     world.registry.forget(1, 1, world.now)
     world.request_load(1, path="/same")
     assert len(world.jobs) == 2, "what has begun before is not what it is registered for now"
@@ -1117,8 +851,7 @@ def test_the_end_of_a_load_that_was_withdrawn_leaves_the_next_one_to_be_joined(w
     world.client(2, server="other")
     for client in (1, 2):
         world.request_load(client, path="/same")
-    for job in list(world.jobs):
-        world.opened(job)
+    world.open_all()
     (withdrawn,) = world.jobs
     world.registry.forget(1, 1, world.now)
     world.request_load(1, path="/same")
@@ -1133,33 +866,10 @@ def test_the_failure_of_a_load_that_others_follow_is_not_a_withdrawn_adapters(wo
     world.client(2, server="other")
     for client in (1, 2):
         world.request_load(client, path="/same")
-    for job in list(world.jobs):
-        world.opened(job)
+    world.open_all()
     world.registry.forget(1, 1, world.now)
-    world.failed(next(iter(world.jobs)))
-    world.settle()
+    world.fail_one()
     assert isinstance(world.load(1, path="/same"), Loaded)
-
-
-def test_the_death_of_a_client_frees_its_leases_and_load_requests(world):
-    world.client(2, server="other")
-    world.load(2, 1, pages=10)
-    world.request_load(2, 2)
-    ticket = world.request_load(1, 3)
-    world.settle(pages=10)
-    assert world.answers(1, ticket) == []
-    world.registry.client_gone(2, world.now)
-    world.settle(pages=10)
-    assert isinstance(world.answer(1, ticket), Loaded)
-
-
-def test_the_death_of_a_client_frees_all_leases_that_it_has_on_a_pack(world):
-    world.client(2, server="other")
-    for _ in range(3):
-        pack = world.load(2, 1).pack.pack
-    world.load(1, 1)
-    world.registry.client_gone(2, world.now)
-    assert world.memory.packs[pack].leases == 1
 
 
 def test_a_lease_that_one_does_not_have_cannot_be_given_back(world):
@@ -1192,13 +902,6 @@ def test_a_ticket_is_for_one_load_request(world):
     assert isinstance(world.answers(1, ticket)[1], Loaded)
 
 
-def test_a_load_request_that_is_over_can_be_taken_back(world):
-    ticket = world.request_load(1)
-    world.registry.cancel(1, ticket, world.now)
-    world.registry.cancel(1, ticket, world.now)
-    assert not world.jobs
-
-
 class _ChoosesStrangers(LruPolicy):
     def victim(self, candidates):
         return 12345
@@ -1227,10 +930,7 @@ def test_every_engine_hears_that_a_pack_has_left_whoever_has_caused_it(by):
         world.registry.release(client, old, world.now)
     if by == "reload":
         ticket = world.request_load(first, fresh=True)
-        (job,) = world.jobs
-        world.opened(job, "newer")
-        world.checked(job)
-        world.done(job, "newer")
+        world.read_one("newer", "newer")
         world.settle()
         assert world.answer(first, ticket).pack.pack != old
     else:
@@ -1369,15 +1069,6 @@ def test_an_adapter_that_was_registered_is_its_first_users(world):
     assert kept(world, "other") == []
 
 
-def test_a_limit_counts_what_is_read_while_a_registration_is_under_way(world):
-    world.request_load(1, 1, keep=False)
-    world.request_load(1, 1, owners=("acme",), most=1)
-    world.settle()
-    release_all(world)
-    world.load(1, 2, owners=("acme",), most=1)
-    assert kept(world, "acme") == ["/adapters/2"]
-
-
 def test_what_is_being_read_for_a_tenant_counts_before_anybody_else_makes_room():
     world = World(StoreSettings(budget_bytes=4 * PAGE, jobs=2))
     world.client(1)
@@ -1455,8 +1146,7 @@ def test_what_a_tenant_requests_no_more_is_not_its_own_though_others_follow_its_
     world.client(2, "other")
     ticket = world.request_load(1, 2, "/same", owners=("acme",), most=1)
     followed = world.request_load(2, 7, "/same")
-    for job in list(world.jobs):
-        world.opened(job)
+    world.open_all()
     world.registry.cancel(1, ticket, world.now)
     world.settle()
     assert isinstance(world.answer(2, followed), Loaded)
@@ -1473,8 +1163,7 @@ def test_a_tenant_that_follows_a_load_of_nobody_makes_room_with_its_own(world):
         world.request_load(2, 7, "/same"),
         world.request_load(1, 2, "/same", owners=("acme",), most=1),
     )
-    for job in list(world.jobs):
-        world.opened(job)
+    world.open_all()
     world.settle(pages=4)
     assert world.answer(2, tickets[0]).pack == world.answer(1, tickets[1]).pack
     assert kept(world) == ["/adapters/5"]
@@ -1572,8 +1261,7 @@ def test_what_a_server_that_has_gone_had_begun_is_counted_for_its_followers(worl
     world.client(2, "other")
     world.request_load(2, 1, "/adapters/1", owners=("acme",), most=1)
     ticket = world.request_load(1, 1, "/adapters/1", owners=("acme",), most=1)
-    for job in list(world.jobs):
-        world.opened(job)
+    world.open_all()
     world.registry.client_gone(2, world.now)
     world.settle()
     assert world.answer(1, ticket).leased

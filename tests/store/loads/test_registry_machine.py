@@ -131,7 +131,9 @@ class RegistryMachine(RuleBasedStateMachine):
         if not hasattr(self, "world"):
             return
         self.world.check()
-        assert self.world.memory.totals().bytes <= self.budget
+        memory = self.world.memory
+        assert memory.totals().bytes <= self.budget
+        assert self.count is None or len(memory.packs) + memory.staged <= self.count
         for ticket, client in list(self.open.items()):
             answers = self.world.answers(client, ticket)
             assert len(answers) <= 1
@@ -169,6 +171,6 @@ class RegistryMachine(RuleBasedStateMachine):
 
 
 RegistryMachine.TestCase.settings = settings(
-    max_examples=300, stateful_step_count=50, deadline=None
+    max_examples=150, stateful_step_count=50, deadline=None
 )
 TestRegistryMachine = RegistryMachine.TestCase

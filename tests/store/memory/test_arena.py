@@ -119,12 +119,6 @@ def test_free_pages_of_different_segments_are_never_one_run(order):
         assert free.add(run) == run
 
 
-def test_nothing_is_left_of_a_run_that_is_taken_whole():
-    free = FreeRuns()
-    free.take(free.add(Run(1, 0, PAGE)), PAGE)
-    assert not list(free.largest_first())
-
-
 def test_the_smallest_free_run_that_is_large_enough_is_taken():
     free = FreeRuns()
     for run in (Run(1, 0, PAGE), Run(1, 2 * PAGE, 3 * PAGE), Run(1, 6 * PAGE, 2 * PAGE)):
