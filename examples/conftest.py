@@ -13,7 +13,7 @@ from tests.serving.kinds.test_demo_adapters import scenario
 def pefts_answer() -> Pefts:
     from transformers import AutoTokenizer
 
-    found, reference = scenario(PEFT_TOKENS, "float32")
+    found, reference = scenario(PEFT_TOKENS)
     prompts = {who.name: case.prompt for who, case in zip(CUSTOMERS, found.cases, strict=True)}
     tokenizer = AutoTokenizer.from_pretrained(found.base)
 

@@ -11,6 +11,8 @@ import pytest
 pytest.importorskip("vllm")
 
 
+from fastapi.testclient import TestClient
+
 from vllm_multilora.gateway.app import stop_at_first_errors
 from vllm_multilora.integration.server.settings.gateway_activation import GATEWAY, mount_gateway
 from vllm_multilora.integration.settings.flags import merge_flags

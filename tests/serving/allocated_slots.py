@@ -34,12 +34,6 @@ CONFIGS = {
         "num_attention_heads": 4,
         "tie_word_embeddings": True,
     },
-    # A sliding window.
-    "mistral": {
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
-        "sliding_window": 64,
-    },
     # One key-value head, which two workers both hold.
     "gemma": {"architectures": ["GemmaForCausalLM"], "model_type": "gemma"}
     | {"num_key_value_heads": 1},

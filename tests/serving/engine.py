@@ -4,7 +4,7 @@ import gc
 import os
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from .models.cases import NEW_TOKENS, Case, Scenario
 
 if TYPE_CHECKING:
     import torch
-    from vllm import LLM, RequestOutput
+    from vllm import LLM, RequestOutput, SamplingParams
     from vllm.lora.request import LoRARequest
 
 MAX_LORAS = 4
@@ -186,6 +186,41 @@ def lora_request(scenario: Scenario, name: str) -> "LoRARequest":
     return LoRARequest(name, scenario.adapter_id(name), str(scenario.adapters[name]))
 
 
+def loras_of(scenario: Scenario, cases: Iterable[Case]) -> "list[LoRARequest | None]":
+    """What asks for the adapter of each case; None for the base model."""
+    return [lora_request(scenario, case.adapter) if case.adapter else None for case in cases]
+
+
+def greedy(**options: Any) -> "SamplingParams":
+    """What asks for the likeliest tokens, as PEFT has found them, without their text."""
+    from vllm import SamplingParams
+
+    settings = {"max_tokens": NEW_TOKENS, "ignore_eos": True, "detokenize": False}
+    return SamplingParams(**{"temperature": 0.0, **settings, **options})
+
+
+def generate(
+    llm: "LLM",
+    prompts: Iterable[Sequence[int]],
+    loras: "Iterable[LoRARequest | None]",
+    **options: Any,
+) -> "list[RequestOutput]":
+    """Sends all prompts to the engine at once and returns its outputs in the same order.
+
+    Args:
+        llm: The engine.
+        prompts: Token ids.
+        loras: The adapter of each prompt.
+        **options: As for `greedy`.
+    """
+    return llm.generate(
+        [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+        greedy(**options),
+        lora_request=list(loras),
+        use_tqdm=False,
+    )
+
+
 def prompt_logprobs(output: "RequestOutput") -> "torch.Tensor":
     """As `PeftReference.prompt_logprobs`, of a request with `prompt_logprobs`."""
     import torch
@@ -199,23 +234,9 @@ def prompt_logprobs(output: "RequestOutput") -> "torch.Tensor":
 def answer(
     llm: "LLM", scenario: Scenario, cases: Sequence[Case], *, new_tokens: int = NEW_TOKENS
 ) -> "list[RequestOutput]":
-    """Sends all cases to the engine at once and returns its outputs in the same order."""
-    from vllm import SamplingParams
-
-    return llm.generate(
-        [{"prompt_token_ids": list(case.prompt)} for case in cases],
-        SamplingParams(
-            temperature=0.0,
-            max_tokens=new_tokens,
-            ignore_eos=True,
-            logprobs=TOP_LOGPROBS,
-            detokenize=False,
-        ),
-        lora_request=[
-            None if case.adapter is None else lora_request(scenario, case.adapter) for case in cases
-        ],
-        use_tqdm=False,
-    )
+    """As `generate`, of cases."""
+    prompts, loras = [case.prompt for case in cases], loras_of(scenario, cases)
+    return generate(llm, prompts, loras, max_tokens=new_tokens, logprobs=TOP_LOGPROBS)
 
 
 def assert_as_peft(outputs: "Sequence[RequestOutput]", cases: Sequence[Case]) -> None:

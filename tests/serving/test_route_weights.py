@@ -92,10 +92,8 @@ def words(case: Case) -> list[str]:
     return text(case.expected.tokens).split()
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one-server", "two-servers"])
-def server(
-    request: Any, llama: Scenario, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[VllmServer]:
+@pytest.fixture(scope="module")
+def server(llama: Scenario, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     folder = tmp_path_factory.mktemp("weights")
     tenants = folder / "tenants.json"
     acme = {"keys": [stored(ACME)], "adapters": [OWN]}
@@ -105,7 +103,7 @@ def server(
         *("--served-model-name", BASE, "--dtype", "float32", "--enforce-eager", "--seed", "0"),
         *("--chat-template", CHAT, "--max-model-len", "128", "--max-num-seqs", "16"),
         *("--block-size", "32", "--enable-lora", "--max-loras", "2", "--max-cpu-loras", "2"),
-        *("--max-lora-rank", "64", "--api-server-count", str(request.param)),
+        *("--max-lora-rank", "64", "--api-server-count", "2"),
         *("--multilora-tenants", str(tenants)),
         *("--lora-modules", *(f"{name}={llama.adapters[name]}" for name in (OWN, OTHERS))),
         log=folder / "vllm.log",

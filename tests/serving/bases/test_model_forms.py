@@ -17,6 +17,7 @@ from ..engine import (
     answer,
     assert_as_peft,
     assert_others_as_peft,
+    generate,
     lora_request,
     prompt_logprobs,
     running_engine,
@@ -89,14 +90,13 @@ def test_adapters_of_what_transformers_has_as_one_act_on_all_of_it(tmp_path: Pat
 @pytest.mark.parametrize(
     ("write", "experts"),
     [
-        (write_mixtral, "block_sparse_moe.experts.0.w1"),
-        (write_mixtral, "mlp.experts"),
-        (write_qwen2_moe, "mlp.experts.3.down_proj"),
+        (write_mixtral, ("block_sparse_moe.experts.0.w1", "mlp.experts")),
+        (write_qwen2_moe, ("mlp.experts.3.down_proj",)),
     ],
-    ids=["one-by-one", "held-as-one", "shared-expert"],
+    ids=["one-by-one-or-held-as-one", "shared-expert"],
 )
 def test_experts_answer_beside_adapters_of_other_layers(
-    tmp_path: Path, write: Callable[[Path], Path], experts: str
+    tmp_path: Path, write: Callable[[Path], Path], experts: tuple[str, ...]
 ) -> None:
     """Without Triton nothing computes adapters of experts: these are refused."""
     from vllm.triton_utils import HAS_TRITON
@@ -105,18 +105,21 @@ def test_experts_answer_beside_adapters_of_other_layers(
         pytest.skip("Triton computes adapters of experts")
     recipes = (AdapterRecipe("others-r8", ("q_proj", "v_proj", "down_proj"), gain=1.0),)
     model = build_scenario(tmp_path, write, recipes, lengths=(7, LENGTH))
-    of_experts = shutil.copytree(model.adapters["others-r8"], tmp_path / "experts")
-    tensors = load_file(of_experts / "adapter_model.safetensors")
-    for matrix in "AB":
-        module = f"base_model.model.model.layers.0.{experts}.lora_{matrix}.weight"
-        tensors[module] = torch.ones(8, 8)
-    save_file(tensors, of_experts / "adapter_model.safetensors")
-    deployed = Scenario(model.base, {**model.adapters, "experts": of_experts}, ())
-    refused = [replace(model.cases[0], adapter="experts")]
+    adapters = dict(model.adapters)
+    for module in experts:
+        of_experts = shutil.copytree(model.adapters["others-r8"], tmp_path / module)
+        tensors = load_file(of_experts / "adapter_model.safetensors")
+        for matrix in "AB":
+            name = f"base_model.model.model.layers.0.{module}.lora_{matrix}.weight"
+            tensors[name] = torch.ones(8, 8)
+        save_file(tensors, of_experts / "adapter_model.safetensors")
+        adapters[module] = of_experts
+    deployed = Scenario(model.base, adapters, ())
+    refused = [replace(model.cases[0], adapter=module) for module in experts]
     with running_engine(model.base, in_process=True, max_loras=2) as llm:
         assert_as_peft(answer(llm, deployed, model.cases), model.cases)
-        [output] = answer(llm, deployed, refused)
-        assert "in Triton only" in str(output.outputs[0].stop_reason)
+        for output in answer(llm, deployed, refused):
+            assert "in Triton only" in str(output.outputs[0].stop_reason)
 
 
 @pytest.mark.skipif(BEFORE_0_32, reason="on CPUs in bfloat16 alone before vLLM 0.32")
@@ -151,8 +154,6 @@ def test_layers_of_state_answer_as_peft_beside_adapters_that_fail(tmp_path: Path
 
 @pytest.mark.smoke("models with a state")
 def test_layers_of_state_score_prompts_in_bfloat16_as_peft_does_in_float32(tmp_path: Path) -> None:
-    from vllm import SamplingParams
-
     recipes = (
         AdapterRecipe("state-in", ("in_proj", "q_proj"), gain=1.0),
         AdapterRecipe("state-out", ("out_proj", "o_proj"), gain=1.0),
@@ -164,12 +165,9 @@ def test_layers_of_state_score_prompts_in_bfloat16_as_peft_does_in_float32(tmp_p
     prompts = [tuple(dice.randrange(240) for _ in range(length)) for length in (LENGTH, 40)]
     asked = [(name, prompt) for prompt in prompts for name in (None, *hybrid.adapters)]
     with running_engine(base, in_process=True, dtype="bfloat16", max_loras=1) as llm:
-        outputs = llm.generate(
-            [{"prompt_token_ids": list(prompt)} for _, prompt in asked],
-            SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
-            lora_request=[name and lora_request(hybrid, name) for name, _ in asked],
-            use_tqdm=False,
-        )
+        loras = [name and lora_request(hybrid, name) for name, _ in asked]
+        prompts = [prompt for _, prompt in asked]
+        outputs = generate(llm, prompts, loras, max_tokens=1, prompt_logprobs=0)
     found = torch.cat([prompt_logprobs(output) for output in outputs])
     exact = torch.cat([reference.prompt_logprobs(*one) for one in asked])
     plain = torch.cat([reference.prompt_logprobs(None, prompt) for _, prompt in asked])
@@ -184,7 +182,6 @@ def rms(errors: torch.Tensor) -> float:
 @pytest.mark.skipif(BEFORE_0_32, reason="on CPUs in bfloat16 alone before vLLM 0.32")
 def test_layers_of_state_take_adapters_of_every_kind(tmp_path: Path) -> None:
     """What they project is five parts to vLLM, and one to checkpoints."""
-    from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
     from vllm_multilora.integration.blends import blended
@@ -227,12 +224,6 @@ def test_layers_of_state_take_adapters_of_every_kind(tmp_path: Path) -> None:
         max_num_batched_tokens=24,
         additional_config={"multilora": {"dora": True}},
     ) as llm:
-        outputs = llm.generate(
-            [{"prompt_token_ids": list(case.prompt)} for case in cases],
-            SamplingParams(
-                temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False
-            ),
-            lora_request=[case.adapter and loras[case.adapter] for case in cases],
-            use_tqdm=False,
-        )
+        asked = [case.adapter and loras[case.adapter] for case in cases]
+        outputs = generate(llm, [case.prompt for case in cases], asked)
     assert_as_peft(outputs, cases)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from ..engine import lora_request, running_engine
-from ..models.cases import NEW_TOKENS, Scenario
+from ..engine import generate, loras_of, prompt_logprobs, running_engine
+from ..models.cases import Scenario
 from ..models.peft_reference import PeftReference
 from ..models.recipes import EMBEDDING_RECIPE, LINEAR_RECIPES
 from ..models.scenarios import build_scenario
@@ -61,7 +61,6 @@ def test_prompts_and_answers_are_scored_as_by_peft(
     served: "tuple[Scenario, LLM]", tmp_path: Path
 ) -> None:
     """In one batch with an adapter that fails, which alone says so."""
-    from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
     scenario, llm = served
@@ -73,20 +72,11 @@ def test_prompts_and_answers_are_scored_as_by_peft(
         if len(case.prompt) == length
     ]
     gone = LoRARequest("gone", 99, str(tmp_path / "gone"))
-    outputs = llm.generate(
-        [{"prompt_token_ids": list(case.prompt)} for case in (*cases, cases[0])],
-        SamplingParams(
-            temperature=0.0,
-            max_tokens=NEW_TOKENS,
-            ignore_eos=True,
-            prompt_logprobs=1,
-            detokenize=False,
-        ),
-        lora_request=[
-            *(lora_request(scenario, case.adapter) if case.adapter else None for case in cases),
-            gone,
-        ],
-        use_tqdm=False,
+    outputs = generate(
+        llm,
+        [case.prompt for case in (*cases, cases[0])],
+        [*loras_of(scenario, cases), gone],
+        prompt_logprobs=1,
     )
     assert outputs[-1].outputs[0].finish_reason == "error"
     references = {
@@ -95,12 +85,5 @@ def test_prompts_and_answers_are_scored_as_by_peft(
     }
     for output, case in zip(outputs, cases, strict=False):
         assert tuple(output.outputs[0].token_ids) == case.expected.tokens, case.adapter
-        prompt = torch.tensor([case.prompt])
-        logits = references[case.adapter].logits(case.adapter, prompt)[0]
-        expected = logits.log_softmax(dim=-1)[range(len(case.prompt) - 1), case.prompt[1:]]
-        found = [step[token].logprob for step, token in _scored(output, case.prompt)]
-        assert found == pytest.approx(expected.tolist(), abs=2e-3), case.adapter
-
-
-def _scored(output: Any, prompt: tuple[int, ...]) -> Iterator[tuple[Any, int]]:
-    return zip(output.prompt_logprobs[1:], prompt[1:], strict=True)
+        expected = references[case.adapter].prompt_logprobs(case.adapter, case.prompt)
+        torch.testing.assert_close(prompt_logprobs(output), expected, atol=2e-3, rtol=0)

@@ -15,7 +15,7 @@ from vllm_multilora.metrics.definitions import LOAD_DURATION, REQUEST_WAIT, REQU
 
 from ..engine import BLOCK_SIZE, answer, running_engine
 from ..models.cases import PROMPT_LENGTHS, Case, Scenario
-from ..models.recipes import EMBEDDING_RECIPE, LINEAR_RECIPES
+from ..models.recipes import LINEAR_RECIPES
 from ..models.scenarios import build_scenario
 from ..models.tiny_models import write_llama
 
@@ -30,9 +30,7 @@ pytestmark = pytest.mark.serving
 # of one module's delta in one layer moves some log-probability of every scenario by more than 1.
 LOGPROB_ATOL = 5e-4
 
-LINEAR_NAMES = (None, *(recipe.name for recipe in LINEAR_RECIPES))
 EXACT_SCALES = {"all-linear-r8", "max-rank-r64", "gate-only-r8", "layer1-only-r8"}
-ALL_NAMES = (*LINEAR_NAMES, EMBEDDING_RECIPE.name)
 
 
 def adapter_id(name: str | None) -> str:
@@ -126,11 +124,8 @@ def packed_layers(worker: Any) -> set[str]:
 class TestLlama:
     """Nine adapters over four slots and six host places, prefix caching on."""
 
-    @pytest.mark.parametrize("name", ALL_NAMES, ids=adapter_id)
-    def test_one_mixed_batch_answers_as_peft(
-        self, llama_answers: "Answers", name: str | None
-    ) -> None:
-        assert_as_peft(llama_answers[name])
+    def test_one_mixed_batch_answers_as_peft(self, llama_answers: "Answers") -> None:
+        assert_all_as_peft(llama_answers)
 
     def test_cached_prefixes_are_reused_and_stay_with_their_adapter(
         self, llama_engine: "LLM", llama: Scenario, llama_answers: "Answers"
@@ -160,11 +155,8 @@ class TestLlama:
 class TestQwen2:
     """Biases on q, k and v beneath the adapters."""
 
-    @pytest.mark.parametrize("name", LINEAR_NAMES, ids=adapter_id)
-    def test_one_mixed_batch_answers_as_peft(
-        self, qwen2_answers: "Answers", name: str | None
-    ) -> None:
-        assert_as_peft(qwen2_answers[name])
+    def test_one_mixed_batch_answers_as_peft(self, qwen2_answers: "Answers") -> None:
+        assert_all_as_peft(qwen2_answers)
 
     def test_the_short_forward_gives_what_vllms_gives(
         self, qwen2_engine: "LLM", qwen2: Scenario, qwen2_answers: "Answers"

@@ -114,14 +114,6 @@ def test_embeddings_equal_peft_beside_an_adapter_whose_files_have_gone(
         assert GONE in response.json()["error"]["message"]
 
 
-@pytest.mark.smoke("embeddings")
-def test_the_server_serves_on(deployment: Deployment) -> None:
-    assert deployment.embed(GONE).status_code == 404
-    assert deployment.server.get("/health").status_code == 200
-    for name in GOOD:
-        deployment.assert_serves(name)
-
-
 @pytest.mark.smoke("embeddings", "quarantine")
 def test_an_adapter_whose_numbers_overflow_changes_nobody_elses_embeddings(
     deployment: Deployment,

@@ -23,7 +23,7 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 from tests.attacks.poison import poisoned
 from vllm_multilora.tenants.keys import stored
 
-from ..engine import running_engine
+from ..engine import greedy, running_engine
 from ..models.cases import MIN_MARGIN
 from ..models.recipes import SPEECH_RECIPES
 from ..models.tiny_adapters import write_adapters
@@ -128,7 +128,6 @@ def speech(tmp_path_factory: pytest.TempPathFactory) -> Speech:
 def test_recordings_are_heard_as_by_peft_beside_adapters_that_fail(
     speech: Speech, tmp_path: Path
 ) -> None:
-    from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
     answers = speech.answers["transcribe"]
@@ -153,9 +152,7 @@ def test_recordings_are_heard_as_by_peft_beside_adapters_that_fail(
                 }
                 for _, number in asked
             ],
-            SamplingParams(
-                temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False
-            ),
+            greedy(max_tokens=NEW_TOKENS),
             lora_request=[
                 LoRARequest(name, (1 << 40) + list(adapters).index(name), str(adapters[name]))
                 if name

@@ -22,11 +22,6 @@ RECIPES = (
     AdapterRecipe("embedding-r5", ("embed_tokens",), rank=5, gain=1.0),
     AdapterRecipe("head-r16", ("lm_head",), rank=16, gain=1.0),
 )
-RECIPES_WITH_QUERIES = (
-    LINEAR_RECIPES[0],
-    AdapterRecipe("head", targets=("q_proj", "lm_head")),
-    AdapterRecipe("embedding", targets=("q_proj", "embed_tokens")),
-)
 
 
 @pytest.mark.smoke("`embed_tokens` and `lm_head` that are tied")
@@ -46,16 +41,3 @@ def test_answers_are_pefts_beside_adapters_that_fail(tmp_path: Path) -> None:
     gone, poison = (str(output.outputs[0].stop_reason) for output in outputs[5:7])
     assert "gone" in gone
     assert "quarantined" in poison
-
-
-@pytest.mark.smoke("`embed_tokens` and `lm_head` that are tied")
-def test_a_head_that_is_the_embedding_is_adapted_as_either(tmp_path: Path) -> None:
-    scenario = build_scenario(
-        tmp_path,
-        partial(write_llama, tied=True),
-        RECIPES_WITH_QUERIES,
-        lengths=(7, 23),
-        min_margin=0.01,
-    )
-    with running_engine(scenario.base, in_process=True, max_loras=2) as llm:
-        assert_as_peft(answer(llm, scenario, scenario.cases), scenario.cases)

@@ -74,7 +74,7 @@ def own_shared_memory() -> set[str]:
     return {name for name in names if not name.startswith("multilora-metrics-")}
 
 
-@pytest.mark.parametrize("victim", ["engine core", "worker", "all", "all and the store"])
+@pytest.mark.parametrize("victim", ["engine core", "worker", "all and the store"])
 def test_nothing_is_left_when_processes_are_killed(
     fleet: Scenario, folder: Path, tmp_path: Path, victim: str
 ) -> None:
@@ -88,8 +88,7 @@ def test_nothing_is_left_when_processes_are_killed(
         elif victim == "worker":
             started(core).kill()
         else:
-            if victim.endswith("store"):
-                store.kill()
+            store.kill()
             os.killpg(server.pid, signal.SIGKILL)
         _, alive = psutil.wait_procs(members, timeout=EXIT_LIMIT_S)
         assert not alive, server.log_tail()
@@ -99,19 +98,10 @@ def test_nothing_is_left_when_processes_are_killed(
     assert socket_path(folder).exists() == (victim == "all and the store")
 
 
-def test_a_server_that_is_stopped_takes_its_store_along_whatever_was_left_before(
-    fleet: Scenario, folder: Path, tmp_path: Path
-) -> None:
-    with make_server(fleet, folder, tmp_path / "vllm.log") as server:
-        serve(server, fleet)
-        store = store_process(socket_path(folder))
-    await_end(store, STORE_LIMIT_S)
-    assert not socket_path(folder).exists()
-
-
 def test_a_server_that_is_being_stopped_says_so_and_answers_what_waits_for_its_adapter(
     fleet: Scenario, folder: Path, tmp_path: Path
 ) -> None:
+    """It takes its store along, whatever a killed one has left before."""
     (case,) = fleet.cases_of(COLD)
     limit_s = ("--shutdown-timeout", "60")
     with (
@@ -144,6 +134,8 @@ def test_a_server_that_is_being_stopped_says_so_and_answers_what_waits_for_its_a
             assert refusal.headers["retry-after"] == "2"
         assert token_ids(cold.result()) == case.expected.tokens
         leader.wait(EXIT_LIMIT_S)
+    await_end(store, STORE_LIMIT_S)
+    assert not socket_path(folder).exists()
     assert "Exception in ASGI application" not in server.log.read_text()
 
 

@@ -13,7 +13,7 @@ from vllm_multilora.store.clients.client import StoreClient
 from vllm_multilora.store.protocol.store_folder import FOLDER_VARIABLE
 from vllm_multilora.store.store_launch import StoreProcess
 
-from ..engine import answer, assert_as_peft, lora_request, running_engine, store_folder
+from ..engine import answer, assert_as_peft, running_engine, store_folder
 from ..models.cases import Case, Scenario
 from .faulty_reader import FAULT, FAULTY_READER
 
@@ -56,7 +56,6 @@ def engine(fleet: Scenario) -> "Iterator[LLM]":
                 max_loras=SLOTS,
                 max_cpu_loras=SLOTS,
                 additional_config={"multilora": settings},
-                skip_tokenizer_init=False,  # for the beam search
             )
         )
 
@@ -95,28 +94,6 @@ def test_a_fault_ends_the_adapters_requests_and_no_others(
     engine.llm_engine.remove_lora(number)  # the failure would answer for a while
     again = cases_of(deployed, VICTIM)
     assert_as_peft(answer(engine, deployed, again), again)
-
-
-def test_a_beam_search_with_a_failed_adapter_finds_nothing_and_ends_no_other(
-    engine: "LLM", deployed: Scenario, victim: Path
-) -> None:
-    from vllm.sampling_params import BeamSearchParams
-
-    number = deployed.adapter_id(VICTIM)
-    engine.llm_engine.remove_lora(number)
-    (victim / FAULT).write_text("disk error")
-    cases = cases_of(deployed, VICTIM, *OTHERS, None)
-    failed, *served = engine.beam_search(
-        [{"prompt_token_ids": list(case.prompt)} for case in cases],
-        BeamSearchParams(beam_width=1, max_tokens=4, ignore_eos=True),
-        lora_request=[case.adapter and lora_request(deployed, case.adapter) for case in cases],
-    )
-    (victim / FAULT).unlink()
-    engine.llm_engine.remove_lora(number)
-    assert failed.sequences == []
-    for search, case in zip(served, cases[1:], strict=True):
-        new = search.sequences[0].tokens[len(case.prompt) :]
-        assert tuple(new) == case.expected.tokens[:4], case.adapter
 
 
 def test_a_pipe_in_the_place_of_weights_is_refused_and_holds_nobody_up(

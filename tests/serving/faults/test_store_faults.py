@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from ..cache_probe import report
-from ..engine import answer, assert_as_peft, lora_request, running_engine
-from ..models.cases import NEW_TOKENS, Case, Scenario
+from ..engine import answer, assert_as_peft, greedy, lora_request, running_engine
+from ..models.cases import Case, Scenario
 from ..stores import await_end, store_process, store_process_now
 
 if TYPE_CHECKING:
@@ -47,16 +47,6 @@ def cases_of(fleet: Scenario, numbers: Sequence[int]) -> list[Case]:
     return [case for number in numbers for case in fleet.cases_of(f"customer-{number}")]
 
 
-def test_a_store_that_was_killed_while_idle_is_started_again(
-    engine: "LLM", fleet: Scenario
-) -> None:
-    cases = cases_of(fleet, range(6))
-    assert_as_peft(answer(engine, fleet, cases), cases)
-    kill(store_of(engine))
-    cases = cases_of(fleet, range(8))
-    assert_as_peft(answer(engine, fleet, cases), cases)
-
-
 def test_a_store_that_is_killed_while_it_reads_loses_no_request(
     engine: "LLM", fleet: Scenario
 ) -> None:
@@ -82,18 +72,10 @@ def test_a_store_that_is_killed_while_it_reads_loses_no_request(
     assert len(set(killed)) >= 2, killed
 
 
-def test_an_adapter_serves_whose_store_was_killed_after_it_was_registered(
-    engine: "LLM", fleet: Scenario
-) -> None:
-    assert engine.llm_engine.add_lora(lora_request(fleet, "customer-35"))
-    kill(store_of(engine))
-    cases = cases_of(fleet, [35])
-    assert_as_peft(answer(engine, fleet, cases), cases)
-
-
 def test_a_registration_outlives_the_store_that_it_was_asked_of(
     engine: "LLM", fleet: Scenario
 ) -> None:
+    assert engine.llm_engine.add_lora(lora_request(fleet, "customer-35"))  # there is a store now
     process = store_of(engine)
     process.suspend()
     threading.Timer(1.0, process.kill).start()
@@ -125,13 +107,11 @@ def test_while_the_store_stands_still_slots_serve_and_cold_requests_wait(
 
 
 def submit(llm: "LLM", fleet: Scenario, name: str, case: Case) -> None:
-    from vllm import SamplingParams
-
     assert case.adapter is not None
     llm.llm_engine.add_request(
         name,
         {"prompt_token_ids": list(case.prompt)},
-        SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False),
+        greedy(),
         lora_request=lora_request(fleet, case.adapter),
     )
 

@@ -10,8 +10,8 @@ import pytest
 from vllm_multilora.store.protocol.store_folder import FOLDER_VARIABLE
 
 from .. import template
-from ..engine import lora_request, store_folder
-from ..models.cases import NEW_TOKENS, Case, Scenario
+from ..engine import greedy, lora_request, store_folder
+from ..models.cases import Case, Scenario
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -49,21 +49,13 @@ def engine(llama: Scenario, monkeypatch: pytest.MonkeyPatch) -> "Iterator[AsyncL
 
 
 async def answer(engine: "AsyncLLM", llama: Scenario, case: Case) -> tuple[int, ...]:
-    from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    settings = SamplingParams(
-        temperature=0.0,
-        max_tokens=NEW_TOKENS,
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
     (output,) = [
         output
         async for output in engine.generate(
             {"prompt_token_ids": list(case.prompt)},
-            settings,
+            greedy(output_kind=RequestOutputKind.FINAL_ONLY),
             f"request of {case.adapter}",
             lora_request=case.adapter and lora_request(llama, case.adapter),
         )
@@ -71,8 +63,16 @@ async def answer(engine: "AsyncLLM", llama: Scenario, case: Case) -> tuple[int, 
     return tuple(output.outputs[0].token_ids)
 
 
-def test_calls_and_answers_go_on_beside_each_other(engine: "AsyncLLM", llama: Scenario) -> None:
+def test_calls_and_answers_go_on_beside_each_other(
+    engine: "AsyncLLM", llama: Scenario, tmp_path: Path
+) -> None:
+    from vllm.lora.request import LoRARequest
+
     async def use() -> None:
+        missing = str(tmp_path / "missing")
+        with pytest.raises(Exception, match=f"{missing}.* does not exist, expected") as raised:
+            await engine.add_lora(LoRARequest("missing", 91, missing))
+        assert "multilora" not in str(raised.value)
         first, *others = llama.adapters
         requests = [lora_request(llama, name) for name in llama.adapters]
         assert await asyncio.gather(*map(engine.add_lora, requests)) == [True] * len(requests)
@@ -92,14 +92,3 @@ def test_calls_and_answers_go_on_beside_each_other(engine: "AsyncLLM", llama: Sc
         assert await engine.list_loras() == {llama.adapter_id(first)}
 
     asyncio.run(use())
-
-
-def test_a_refused_adapter_raises_its_reason_and_nothing_internal(
-    engine: "AsyncLLM", tmp_path: Path
-) -> None:
-    from vllm.lora.request import LoRARequest
-
-    path = str(tmp_path / "missing")
-    with pytest.raises(Exception, match=f"{path}.* does not exist, expected") as raised:
-        asyncio.run(engine.add_lora(LoRARequest("missing", 1, path)))
-    assert "multilora" not in str(raised.value)

@@ -20,7 +20,9 @@ from tests.attacks.poison import poisoned
 from ..engine import (
     BLOCK_SIZE,
     assert_as_peft,
+    greedy,
     lora_request,
+    loras_of,
     needs_drafts,
     needs_ngram_drafts,
     refused_by_second_runner_of_0_29,
@@ -69,10 +71,6 @@ def engine(llama: Scenario) -> "Iterator[LLM]":
 
 def prompts_of(cases: Sequence[Case]) -> list[dict[str, list[int]]]:
     return [{"prompt_token_ids": list(case.prompt)} for case in cases]
-
-
-def loras_of(llama: Scenario, cases: Sequence[Case]) -> "list[LoRARequest | None]":
-    return [lora_request(llama, case.adapter) if case.adapter else None for case in cases]
 
 
 _numbers = count(90)
@@ -130,13 +128,6 @@ def decisive(
     ]
     assert {case.adapter for case in found} == {None, *adapters}
     return found
-
-
-def greedy(**options: Any) -> "SamplingParams":
-    from vllm import SamplingParams
-
-    settings = {"max_tokens": NEW_TOKENS, "ignore_eos": True, "detokenize": False}
-    return SamplingParams(**{"temperature": 0.0, **settings, **options})
 
 
 def counter(llm: "LLM", name: str) -> float:
@@ -230,33 +221,6 @@ def test_a_grammar_chooses_among_the_adapters_likeliest_tokens(
     for output, case in zip(outputs, cases, strict=False):
         assert list(output.outputs[0].token_ids) == [likeliest(case)[2]], case.adapter
     assert_as_peft(outputs[len(cases) :], cases)
-
-
-def others_allowed(ranked: list[int]) -> dict[str, Any]:
-    return {"allowed_token_ids": sorted(ranked[1:])}
-
-
-def likeliest_biased(ranked: list[int]) -> dict[str, Any]:
-    return {"logit_bias": {ranked[0]: -100.0}}
-
-
-def likeliest_forbidden(ranked: list[int]) -> dict[str, Any]:
-    return {"bad_words": [f"t{ranked[0]}"], "detokenize": True}
-
-
-@pytest.mark.parametrize("steer", [others_allowed, likeliest_biased, likeliest_forbidden])
-def test_the_tokens_that_remain_are_ranked_by_the_adapter(
-    engine: "LLM",
-    llama: Scenario,
-    cases: list[Case],
-    failing: "list[LoRARequest]",
-    steer: Callable[[list[int]], dict[str, Any]],
-) -> None:
-    ranked = [list(case.expected.top[0]) for case in cases]
-    parameters = [greedy(**{"max_tokens": 1, **steer(likeliest)}) for likeliest in ranked]
-    outputs = generate(engine, llama, cases, failing, parameters)
-    for output, likeliest, case in zip(outputs, ranked, cases, strict=True):
-        assert list(output.outputs[0].token_ids) == [likeliest[1]], case.adapter
 
 
 def test_what_a_requests_parameters_make_of_sound_numbers_quarantines_nobody(

@@ -130,13 +130,6 @@ def test_the_path_is_as_guarded_and_as_read_only_as_vllms_own(served: Served) ->
     assert served.server.post("/v1/load_lora_adapter", {}).status_code == 404
 
 
-def test_the_page_that_shows_it_needs_no_key(served: Served) -> None:
-    stranger = httpx.get(f"{served.server.url}/multilora", trust_env=False)
-    assert stranger.status_code == 200
-    assert stranger.headers["content-security-policy"].startswith("default-src 'none';")
-    assert not any(name in stranger.text for name in (WARM, HOT))
-
-
 @pytest.mark.parametrize(
     "state",
     [

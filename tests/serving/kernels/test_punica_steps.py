@@ -242,33 +242,6 @@ def test_compiled_code_calls_what_was_prepared_for_its_own_layer(monkeypatch: py
     assert wrapper.linear(*weights[0]) is None
 
 
-def test_rows_are_staged_in_turn(monkeypatch: pytest.MonkeyPatch):
-    """The host may run steps ahead: it waits for the copy from a buffer that it uses again."""
-    from multilora_kernels.batch import staging
-    from vllm_multilora.integration.step.staged_rows import StagedRows
-
-    log: list[str] = []
-
-    def make_event(_: torch.device) -> SimpleNamespace:
-        name = f"buffer {len(log)}"
-        log.append(name)
-        return SimpleNamespace(
-            synchronize=lambda: log.append(f"wait for {name}"),
-            record=lambda: log.append(f"copy from {name}"),
-        )
-
-    monkeypatch.setattr(staging, "copy_event", make_event)
-    rows = StagedRows(4, "meta")
-    names, log[:] = list(log), []
-    assert len(names) == staging.BUFFERS
-    for _ in range(2 * staging.BUFFERS):
-        rows.update(np.array([1, 2]))
-    steps = [(log[i].removeprefix("wait for "), log[i + 1]) for i in range(0, len(log), 2)]
-    assert [copied for _, copied in steps] == [f"copy from {name}" for name, _ in steps]
-    assert {name for name, _ in steps[: staging.BUFFERS]} == set(names)
-    assert steps[staging.BUFFERS :] == steps[: staging.BUFFERS]
-
-
 def config(*, specialize: bool = True, drafter: Any = None) -> Any:
     return SimpleNamespace(
         compilation_config=SimpleNamespace(cudagraph_specialize_lora=specialize),
@@ -328,11 +301,6 @@ class TestGraphs:
             step(wrapper, [2, 1], adapters)
             wrapper.add_lora_linear(torch.zeros(3, 24), torch.zeros(3, 16), a, b, 1.0, (24,))
         assert len(calls) == (1 if specialize else 2)
-
-
-@pytest.mark.parametrize("backend", ["native", "torch", "triton", "triton-invariant"])
-def test_tiles_are_as_long_as_the_backends_longest_blocks(backend):
-    assert make_wrapper(backend=backend).plan.layout.tile_rows == 128
 
 
 @pytest.fixture

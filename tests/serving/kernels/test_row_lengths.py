@@ -179,20 +179,6 @@ def test_an_adapter_of_other_stages_alone_has_no_factors():
     factors.finish([1])
 
 
-def test_plan_counts_what_is_set_apart():
-    from vllm_multilora.integration.worker.model.output_factors import SlotFactors
-
-    layers = make_layers(torch.bfloat16, torch.bfloat16)
-    one, two = (SlotFactors(layers, slots, "meta").nbytes for slots in (1, 2))
-    here = SlotFactors(layers, 1, "cpu")
-    own = [here, here._squares]
-    tensors = [t for each in own for t in vars(each).values() if isinstance(t, torch.Tensor)]
-    assert one == here.nbytes == sum(t.nbytes for t in tensors)
-    outputs = sum(n for _, widths in LAYERS for n in widths)
-    assert two - one == 4 * outputs + 4 * 4  # factors, and a mark for each slice
-    assert 2 * one - two > 16 << 20  # the scratch memory, whatever the slots
-
-
 def test_sharded_layers_take_no_factors():
     """Their halves are calls of their own, on one rank too, and nothing multiplies their sum."""
     from vllm.lora import layers

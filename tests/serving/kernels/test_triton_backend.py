@@ -5,7 +5,6 @@ short here, and two slots for five adapters make them change hands all the time.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import torch
 from tests.kernels.triton.triton_problems import watched
 from vllm_multilora.metrics.definitions import EVICTIONS
 
-from ..engine import lora_request, running_engine
+from ..engine import greedy, loras_of, running_engine
 from ..models.cases import Case, Scenario
 from ..models.recipes import EMBEDDING_RECIPE
 
@@ -28,14 +27,6 @@ LENGTHS = (3, 5, 4)
 """New tokens of the requests, in turn: they end at different steps, beside others that go on."""
 ADAPTERS = ("patterns", "qv-r5", EMBEDDING_RECIPE.name, "rslora-r16", "layer1-only-r8")
 """Ranks that differ by module, an odd rank, embedding and head, a scaling, untouched layers."""
-SETTINGS = {
-    "torch": {"backend": "torch"},
-    "triton": {"backend": "triton"},
-    "triton-invariant": {"backend": "triton", "batch_invariant": True},
-}
-# Both round every output to 8 bits, in other orders of summation; an adapter that is missing moves
-# some log-probability by more than 1.
-LOGPROB_RMS = 0.15
 
 
 def backends_of_layers(worker: Any) -> set[str]:
@@ -65,8 +56,14 @@ def steps_seen(worker: Any) -> list[tuple[set[int], int]]:
     return worker.steps_seen
 
 
-@contextmanager
-def engine_of(llama: Scenario, backend: str, **overrides: Any) -> "Iterator[LLM]":
+@pytest.fixture(
+    scope="module",
+    params=[
+        "torch",
+        pytest.param("triton", marks=pytest.mark.smoke("Triton kernels")),
+    ],
+)
+def engine(request, llama: Scenario) -> "Iterator[tuple[str, LLM]]":
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
             patch.setenv("TRITON_INTERPRET", "1")
@@ -78,38 +75,18 @@ def engine_of(llama: Scenario, backend: str, **overrides: Any) -> "Iterator[LLM]
                 max_loras=2,
                 enable_prefix_caching=False,
                 disable_log_stats=False,
-                additional_config={"multilora": SETTINGS[backend]},
-                **overrides,
+                additional_config={"multilora": {"backend": request.param}},
             ) as llm,
         ):
-            yield llm
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(name, marks=pytest.mark.smoke("Triton kernels") if name == "triton" else ())
-        for name in SETTINGS
-    ],
-)
-def engine(request, llama: Scenario) -> "Iterator[tuple[str, LLM]]":
-    with engine_of(llama, request.param) as llm:
-        yield request.param, llm
+            yield request.param, llm
 
 
 def answer(llm: "LLM", llama: Scenario, cases: list[Case]) -> "list[RequestOutput]":
     """Sends all cases at once; outputs in the same order, of `LENGTHS` in turn."""
-    from vllm import SamplingParams
-
-    def params(new_tokens: int) -> SamplingParams:
-        return SamplingParams(
-            temperature=0.0, max_tokens=new_tokens, ignore_eos=True, logprobs=1, detokenize=False
-        )
-
     return llm.generate(
         [{"prompt_token_ids": list(case.prompt)} for case in cases],
-        [params(length) for case, length in zip(cases, cycle(LENGTHS), strict=False)],
-        lora_request=[case.adapter and lora_request(llama, case.adapter) for case in cases],
+        [greedy(max_tokens=length) for _, length in zip(cases, cycle(LENGTHS), strict=False)],
+        lora_request=loras_of(llama, cases),
         use_tqdm=False,
     )
 
@@ -136,28 +113,6 @@ def mixed(llama: Scenario) -> list[Case]:
     own = [next(c for c in by_name[name] if len(c.prompt) == 7) for name in ADAPTERS]
     base = [c for c in by_name[None] if len(c.prompt) in (1, 7)]
     return [own[0], base[0], *own[1:3], base[1], *own[3:]]
-
-
-@pytest.mark.slow
-def test_in_bfloat16_backends_agree_as_far_as_rounding_allows(llama: Scenario):
-    """Log-probabilities of each new token, up to the first one that is not the same.
-
-    Its engines come before the fixture's: there is one at a time in a process.
-    """
-    cases = mixed(llama)[:3]  # two adapters, and a base row between them
-    found = {}
-    for backend in ("torch", "triton"):
-        with engine_of(llama, backend, dtype="bfloat16") as llm:
-            found[backend] = [output.outputs[0] for output in answer(llm, llama, cases)]
-    differences = []
-    for one, other in zip(found["torch"], found["triton"], strict=True):
-        pairs = zip(one.token_ids, other.token_ids, strict=True)
-        same = next((step for step, (a, b) in enumerate(pairs) if a != b), len(one.token_ids))
-        for step, token in enumerate(one.token_ids[:same]):
-            a, b = (each.logprobs[step][token].logprob for each in (one, other))
-            differences.append(a - b)
-    assert len(differences) > 8  # of 12
-    assert torch.tensor(differences).square().mean().sqrt() < LOGPROB_RMS
 
 
 def test_every_layer_runs_on_the_backend_that_was_asked_for(engine):

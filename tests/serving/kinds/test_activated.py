@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from ..engine import lora_request, needs_drafts, needs_ngram_drafts, prompt_logprobs, running_engine
+from ..engine import generate, greedy, loras_of, needs_drafts, needs_ngram_drafts, running_engine
 from ..models.activated_models import CHUNK, RECIPES, TWIN, invocation_of
-from ..models.cases import NEW_TOKENS, Case, Scenario
+from ..models.cases import Case, Scenario
 
 if TYPE_CHECKING:
-    from vllm import LLM, RequestOutput, SamplingParams
+    from vllm import LLM, RequestOutput
 
 pytestmark = pytest.mark.serving
 
 BLOCK = 32
-BFLOAT16_RMS = 0.5  # PEFT in bfloat16 is 0.38 from float32 itself
 NAMES = tuple(recipe.name for recipe in RECIPES)
 
 
@@ -46,24 +45,11 @@ def engine(activated: Scenario) -> "Iterator[LLM]":
         yield llm
 
 
-def greedy(**options: Any) -> "SamplingParams":
-    from vllm import SamplingParams
-
-    settings = {"max_tokens": NEW_TOKENS, "ignore_eos": True, "detokenize": False}
-    return SamplingParams(**{"temperature": 0.0, **settings, **options})
-
-
 def ask(
     llm: "LLM", activated: Scenario, cases: Sequence[Case], **options: Any
 ) -> "list[RequestOutput]":
-    return llm.generate(
-        [{"prompt_token_ids": list(case.prompt)} for case in cases],
-        greedy(**options),
-        lora_request=[
-            lora_request(activated, case.adapter) if case.adapter else None for case in cases
-        ],
-        use_tqdm=False,
-    )
+    prompts, loras = [case.prompt for case in cases], loras_of(activated, cases)
+    return generate(llm, prompts, loras, **options)
 
 
 def assert_as_peft(outputs: "Sequence[RequestOutput]", cases: Sequence[Case]) -> None:
@@ -162,9 +148,7 @@ def test_context_is_computed_once_for_six_activated_adapters_and_the_base_model(
     ]
 
     def computed(prompt: list[int], lora: Any) -> int:
-        (output,) = roomy.generate(
-            {"prompt_token_ids": prompt}, greedy(), lora_request=lora, use_tqdm=False
-        )
+        (output,) = generate(roomy, [prompt], [lora])
         assert output.outputs[0].finish_reason == "length", output.outputs[0].stop_reason
         return len(prompt) - output.num_cached_tokens
 
@@ -245,25 +229,6 @@ def test_two_ranks_verify_drafted_tokens_as_peft(activated: Scenario) -> None:
         cases = activated.cases[::4]
         assert_as_peft(ask(llm, activated, cases), cases)
         assert counter(llm, "vllm:spec_decode_num_drafts") > 0
-
-
-def test_bfloat16_scores_are_near_pefts_in_float32(activated: Scenario) -> None:
-    """Scores the prompts' tokens from the invocation on; PEFT's own in bfloat16 are as near."""
-    from ..models.peft_reference import PeftReference
-
-    reference = PeftReference(activated.base, activated.adapters)
-    cases = [case for case in invoking(activated) if _active_from(case) < len(case.prompt) - 1]
-    with running_engine(activated.base, in_process=True, dtype="bfloat16", max_loras=2) as llm:
-        outputs = ask(llm, activated, cases, prompt_logprobs=0)
-
-    errors, effects = [], []
-    for output, case in zip(outputs, cases, strict=True):
-        exact = reference.prompt_logprobs(case.adapter, case.prompt)
-        active = slice(_active_from(case), None)
-        errors.append((prompt_logprobs(output) - exact)[active])
-        effects.append((reference.prompt_logprobs(None, case.prompt) - exact)[active])
-    assert torch.cat(errors).square().mean().sqrt() < BFLOAT16_RMS
-    assert torch.cat(effects).square().mean().sqrt() > 5 * BFLOAT16_RMS
 
 
 def _active_from(case: Case) -> int:

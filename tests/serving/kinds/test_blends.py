@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ..engine import assert_as_peft, prompt_logprobs, running_engine
+from ..engine import assert_as_peft, generate, prompt_logprobs, running_engine
 from ..models.blend_models import BLENDS, BlendScenario, blending_reference
-from ..models.cases import NEW_TOKENS, Case
+from ..models.cases import Case
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -37,16 +37,8 @@ def engine(blends: BlendScenario) -> "Iterator[LLM]":
 
 
 def ask(llm: "LLM", blends: BlendScenario, cases: Sequence[Case]) -> "list[RequestOutput]":
-    from vllm import SamplingParams
-
-    return llm.generate(
-        [{"prompt_token_ids": list(case.prompt)} for case in cases],
-        SamplingParams(
-            temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=5, detokenize=False
-        ),
-        lora_request=[blends.request(case.adapter) for case in cases],
-        use_tqdm=False,
-    )
+    prompts = [case.prompt for case in cases]
+    return generate(llm, prompts, [blends.request(case.adapter) for case in cases])
 
 
 def counted(llm: "LLM", name: str) -> dict[str, float]:
@@ -107,16 +99,8 @@ def test_a_part_that_is_no_sum_fails_the_blend_and_not_the_others(
     style = blends.request("qv-r5")
     assert style is not None
     nowhere = blended([(style, 1.0), (LoRARequest("nowhere", 99, "/nowhere"), 1.0)])
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=5)
-    params.detokenize = False
-    failed, sound = engine.generate(
-        [{"prompt_token_ids": list(case.prompt)}] * 2,
-        params,
-        lora_request=[nowhere, blends.request("two")],
-        use_tqdm=False,
-    )
+    loras = [nowhere, blends.request("two")]
+    failed, sound = generate(engine, [case.prompt] * 2, loras)
     assert failed.outputs[0].finish_reason == "error"
     assert "nowhere" in failed.outputs[0].stop_reason
     assert_as_peft([sound], [case])
@@ -136,19 +120,12 @@ def test_two_ranks_that_share_the_rank_answer_as_peft(blends: BlendScenario) -> 
 
 def test_bfloat16_scores_are_near_pefts_in_float32(blends: BlendScenario) -> None:
     """Scores of prompt tokens are as near as the base model's and plain adapters' are."""
-    from vllm import SamplingParams
-
     reference = blending_reference(blends.base, blends.adapters)
     names = [None, *blends.adapters, *BLENDS]
     prompts = [blends.cases_of(name)[-1].prompt for name in names]
-    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
     with running_engine(blends.base, in_process=True, dtype="bfloat16", max_loras=3) as llm:
-        outputs = llm.generate(
-            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-            params,
-            lora_request=[blends.request(name) for name in names],
-            use_tqdm=False,
-        )
+        loras = [blends.request(name) for name in names]
+        outputs = generate(llm, prompts, loras, max_tokens=1, prompt_logprobs=0)
 
     apart, effect = {}, {}
     for name, prompt, output in zip(names, prompts, outputs, strict=True):

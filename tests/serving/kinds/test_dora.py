@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from .. import completions
 from ..bases.test_parity import assert_as_peft
-from ..engine import answer, lora_request, prompt_logprobs, running_engine
-from ..models.cases import NEW_TOKENS, Case, Scenario
-from ..server import VllmServer
+from ..engine import answer, generate, lora_request, loras_of, prompt_logprobs, running_engine
+from ..models.cases import Case, Scenario
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -134,7 +132,6 @@ def test_a_row_without_length_takes_its_adapter_out_of_service_alone(
     """PEFT divides by zero there, too."""
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
-    from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
     source = dora.adapters["dora-up-only-r8"]
@@ -150,15 +147,11 @@ def test_a_row_without_length_takes_its_adapter_out_of_service_alone(
     config = (source / "adapter_config.json").read_text()
     (tmp_path / "adapter_config.json").write_text(config)
     case = next(case for case in dora.cases if case.adapter == "dora-all-r8")
-    bad, good = engine.generate(
-        [{"prompt_token_ids": list(case.prompt)}] * 2,
-        SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False),
-        lora_request=[
-            LoRARequest("without-length", 99, str(tmp_path)),
-            lora_request(dora, "dora-all-r8"),
-        ],
-        use_tqdm=False,
-    )
+    loras = [
+        LoRARequest("without-length", 99, str(tmp_path)),
+        lora_request(dora, "dora-all-r8"),
+    ]
+    bad, good = generate(engine, [case.prompt] * 2, loras)
     assert bad.outputs[0].finish_reason == "error"
     assert "not finite" in str(bad.outputs[0].stop_reason)
     assert tuple(good.outputs[0].token_ids) == case.expected.tokens
@@ -173,8 +166,6 @@ def test_two_workers_answer_as_peft(dora: Scenario) -> None:
 
 
 def test_log_probabilities_in_bfloat16(dora: Scenario) -> None:
-    from vllm import SamplingParams
-
     from ..models.peft_reference import PeftReference
 
     names = [None, *(name for name in dora.adapters if name.startswith("dora"))]
@@ -183,34 +174,11 @@ def test_log_probabilities_in_bfloat16(dora: Scenario) -> None:
     with running_engine(
         dora.base, in_process=True, dtype="bfloat16", additional_config=DORA
     ) as llm:
-        outputs = llm.generate(
-            [{"prompt_token_ids": list(case.prompt)} for case in cases],
-            SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
-            lora_request=[
-                lora_request(dora, case.adapter) if case.adapter else None for case in cases
-            ],
-            use_tqdm=False,
-        )
+        prompts = [case.prompt for case in cases]
+        loras = loras_of(dora, cases)
+        outputs = generate(llm, prompts, loras, max_tokens=1, prompt_logprobs=0)
     errors = {}
     for output, case in zip(outputs, cases, strict=True):
         expected = reference.prompt_logprobs(case.adapter, case.prompt)
         errors[case.adapter] = (prompt_logprobs(output) - expected).square().mean().sqrt().item()
     assert max(errors.values()) < BFLOAT16_RMS, errors
-
-
-def test_over_http_they_answer_as_peft_and_are_listed(dora: Scenario, tmp_path: Path) -> None:
-    with VllmServer(
-        dora.base,
-        *("--served-model-name", "base", "--dtype", "float32", "--enforce-eager"),
-        *("--max-model-len", "128", "--max-num-seqs", "16"),
-        *("--enable-lora", "--max-loras", "2", "--max-lora-rank", "64", "--multilora-dora"),
-        *("--lora-modules", *(f"{name}={path}" for name, path in dora.adapters.items())),
-        log=tmp_path / "vllm.log",
-    ) as server:
-        for case in dora.cases:
-            completions.assert_serves(server, case.adapter or "base", case)
-        for path in ("/v1/lora_adapters", "/v1/models"):
-            kinds = {row["id"]: row.get("kind") for row in server.get(path).json()["data"]}
-            assert {name for name, kind in kinds.items() if kind == "dora"} == {
-                name for name in dora.adapters if name.startswith("dora")
-            }, path

@@ -71,16 +71,3 @@ def test_checks_that_nothing_would_make_are_refused(llama: Scenario) -> None:
         running_engine(llama.base, in_process=True, additional_config=settings),
     ):
         pass
-
-
-@pytest.mark.usefixtures("_vllms_own_loader")
-def test_what_comes_too_late_learns_what_to_do(llama: Scenario) -> None:
-    """Not taken for loaded: nothing would ever use it."""
-    from .tensor_loader import of_tensors, take_over
-
-    with running_engine(llama.base, in_process=True) as llm:
-        take_over()
-        request = of_tensors(NUMBER, next(iter(llama.adapters.values())))
-        for call, argument in (("add", request), ("remove", NUMBER), ("pin", NUMBER)):
-            with pytest.raises(Exception, match=f"workers {call} no LoRA adapters"):
-                llm.collective_rpc(f"{call}_lora", args=(argument,))

@@ -8,7 +8,7 @@ import torch
 from tests.adapters.corpus import VALID
 
 from ..bases.test_parity import LOGPROB_ATOL
-from ..engine import running_engine
+from ..engine import generate, prompt_logprobs, running_engine
 from ..models.tiny_models import VOCAB_SIZE, write_llama
 
 pytestmark = [pytest.mark.serving, pytest.mark.slow]
@@ -61,32 +61,15 @@ def expected(base: Path, folders: dict[str, Path], prompt: list[int]) -> dict[st
 @pytest.fixture(scope="module")
 def served(base: Path, folders: dict[str, Path], prompt: list[int]) -> dict[str, torch.Tensor]:
     """The same from one engine and one batch."""
-    from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
+    loras = [
+        LoRARequest(name, number, str(folder))
+        for number, (name, folder) in enumerate(folders.items(), 1)
+    ]
     with running_engine(base, in_process=True, max_cpu_loras=len(NAMES)) as llm:
-        outputs = llm.generate(
-            [{"prompt_token_ids": prompt}] * len(NAMES),
-            SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
-            lora_request=[
-                LoRARequest(name, number, str(folder))
-                for number, (name, folder) in enumerate(folders.items(), 1)
-            ],
-            use_tqdm=False,
-        )
-    return {
-        name: torch.tensor(
-            [
-                row[token].logprob
-                for row, token in zip(output.prompt_logprobs[1:], prompt[1:], strict=True)
-            ]
-        )
-        for name, output in zip(NAMES, outputs, strict=True)
-    }
-
-
-def test_there_are_twenty_at_least():
-    assert len(NAMES) >= 20
+        outputs = generate(llm, [prompt] * len(NAMES), loras, max_tokens=1, prompt_logprobs=0)
+    return {name: prompt_logprobs(output) for name, output in zip(NAMES, outputs, strict=True)}
 
 
 @pytest.mark.parametrize("name", NAMES)

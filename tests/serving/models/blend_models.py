@@ -56,9 +56,9 @@ def blend_scenario(root: Path) -> BlendScenario:
     return BlendScenario(base, adapters, tuple(_cases(reference, list(adapters))))
 
 
-def blending_reference(base: Path, adapters: Mapping[str, Path], **options) -> PeftReference:
+def blending_reference(base: Path, adapters: Mapping[str, Path]) -> PeftReference:
     """A reference that has the blends, too."""
-    reference = PeftReference(base, adapters, **options)
+    reference = PeftReference(base, adapters)
     for name, weights in BLENDS.items():
         reference.blend(name, weights)
     return reference

@@ -21,13 +21,10 @@ class PeftReference:
     Args:
         base: Directory of the base checkpoint.
         adapters: Adapter directories by name.
-        dtype: Type of the base's and the adapters' weights, and of the arithmetic.
     """
 
-    def __init__(
-        self, base: Path, adapters: Mapping[str, Path], *, dtype: torch.dtype = torch.float32
-    ) -> None:
-        self._base = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
+    def __init__(self, base: Path, adapters: Mapping[str, Path]) -> None:
+        self._base = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
         self._peft: PeftModel | None = None
         for name, path in adapters.items():
             if self._peft is None:
@@ -149,8 +146,6 @@ def reference_continuations(
     adapters: Mapping[str, Path],
     prompts: Sequence[Prompt],
     new_tokens: int,
-    *,
-    dtype: torch.dtype = torch.float32,
 ) -> dict[Key, Continuation]:
     """Decodes every prompt under the base model and under every adapter.
 
@@ -159,12 +154,11 @@ def reference_continuations(
         adapters: Adapter directories by name.
         prompts: Token ids.
         new_tokens: Tokens to add to each prompt.
-        dtype: As for `PeftReference`.
 
     Returns:
         Continuations by (adapter or None, prompt).
     """
-    reference = PeftReference(base, adapters, dtype=dtype)
+    reference = PeftReference(base, adapters)
     return {
         (name, prompt): continuation
         for name in (None, *adapters)

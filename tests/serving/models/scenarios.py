@@ -4,8 +4,6 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from .cases import MIN_MARGIN, NEW_TOKENS, PROMPT_LENGTHS, Case, Continuation, Key, Prompt, Scenario
 from .peft_reference import PeftReference, reference_continuations
 from .recipes import DORA_RECIPES, EMBEDDING_RECIPE, FLEET_RECIPES, LINEAR_RECIPES, AdapterRecipe
@@ -57,7 +55,6 @@ def build_scenario(
     lengths: Sequence[int] = PROMPT_LENGTHS,
     min_margin: float = MIN_MARGIN,
     new_tokens: int = NEW_TOKENS,
-    dtype: torch.dtype = torch.float32,
 ) -> Scenario:
     """Writes the checkpoints below ``root`` and answers the prompts with PEFT.
 
@@ -68,7 +65,6 @@ def build_scenario(
         lengths: Of the prompts, in tokens; one case of each for every adapter.
         min_margin: Least logit margin of every step of a case.
         new_tokens: Of each continuation.
-        dtype: Type in which the reference computes.
 
     Raises:
         LookupError: No candidate prompt of some length can be a case of some adapter.
@@ -76,7 +72,7 @@ def build_scenario(
     base = write_base(root / "base")
     adapters = write_adapters(base, root, recipes)
     prompts = _candidate_prompts(lengths)
-    truth = reference_continuations(base, adapters, prompts, new_tokens, dtype=dtype)
+    truth = reference_continuations(base, adapters, prompts, new_tokens)
     # Neighbours differ in their adapter, so that a batch taken from the front is mixed.
     cases = [
         _first_case(

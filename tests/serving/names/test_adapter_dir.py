@@ -161,25 +161,6 @@ def test_a_changed_folder_answers_with_the_new_weights(deployment: Deployment) -
     assert eventually(lambda: deployment.serves("versions", NAMES[4]))
 
 
-def test_a_folder_that_is_put_back_answers_with_its_own_weights_again(
-    deployment: Deployment,
-) -> None:
-    """What has been in its place was read under its number, before a scan had found that."""
-    folder = deployment.put(NAMES[0], "put-back")
-    assert deployment.serves("put-back", NAMES[0])
-    deployment.put(EMBEDDING_RECIPE.name, "ninth")
-    for name in ("ninth", *(customer(number)[0] for number in range(1, 8))):
-        deployment.status(name)  # host memory is full of these
-    before = deployment.row("put-back")["int_id"]
-    prepared = folder.rename(deployment.directory / ".first")
-    deployment.put(NAMES[4], "put-back")
-    assert deployment.serves("put-back", NAMES[4])  # under that number, unless a scan was quicker
-    assert eventually(lambda: deployment.row("put-back")["int_id"] != before)
-    shutil.rmtree(folder)
-    prepared.rename(folder)
-    assert eventually(lambda: deployment.serves("put-back", NAMES[0]))
-
-
 def test_a_removed_folder_is_not_found_and_its_memory_free(deployment: Deployment) -> None:
     # Weights that no other folder has: equal ones are in memory once, for all.
     folder = deployment.put(EMBEDDING_RECIPE.name, "leaves")

@@ -1,9 +1,10 @@
 """One API server's table of names follows its adapter directories; the engine is a stand-in."""
 
 import asyncio
+import functools
 import threading
 import warnings
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -221,8 +222,14 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(work)
+def in_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Has a test's coroutine run to its end."""
+
+    @functools.wraps(test)
+    def run(**fixtures: Any) -> None:
+        asyncio.run(test(**fixtures))
+
+    return run
 
 
 @pytest.fixture(autouse=True)
@@ -230,115 +237,94 @@ def without_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter_directory, "_GRACE_S", 0.0)
 
 
-def test_all_names_are_known_and_nothing_is_read_before_its_first_use(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        site = Site(tmp_path)
-        for number in range(20):
-            site.put(f"customer-{number}", f"weights {number}")
-        await site.look(times=1)
-        assert len(site.models[0].lora_requests) == 20
-        assert site.engine.read == []
-        for _ in range(2):
-            assert await site.ask("customer-7") == "weights 7"
-        assert site.engine.read == ["customer-7: weights 7"]
-
-    run(scenario())
+@in_a_loop
+async def test_all_names_are_known_and_nothing_is_read_before_its_first_use(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    for number in range(20):
+        site.put(f"customer-{number}", f"weights {number}")
+    await site.look(times=1)
+    assert len(site.models[0].lora_requests) == 20
+    assert site.engine.read == []
+    for _ in range(2):
+        assert await site.ask("customer-7") == "weights 7"
+    assert site.engine.read == ["customer-7: weights 7"]
 
 
-def test_a_new_folder_is_found_by_its_first_request(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        site = Site(tmp_path)
-        await site.look(times=1)
-        assert await site.ask("acme") is None
-        site.put("acme", "one")
-        assert await site.ask("acme") == "one"
-        assert list(site.models[0].lora_requests) == ["acme"]
-
-    run(scenario())
-
-
-def test_where_every_name_is_the_base_models_an_adapters_is_its_own(
+@in_a_loop
+async def test_where_every_name_is_the_base_models_an_adapters_is_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_SKIP_MODEL_NAME_VALIDATION", "1")
     monkeypatch.setattr(registration, "acts_for", lambda models: True)
 
-    async def scenario() -> None:
-        site = Site(tmp_path)
-        (models,) = site.models
-        DIRECTORY.set(models, site.servers[0])
-        processor = site.engine.output_processor = SimpleNamespace()
-        METER.set(processor, ServerMeter(None))
+    site = Site(tmp_path)
+    (models,) = site.models
+    DIRECTORY.set(models, site.servers[0])
+    processor = site.engine.output_processor = SimpleNamespace()
+    METER.set(processor, ServerMeter(None))
 
-        async def status(name: str) -> int | None:
-            chosen = await model_names.choose(HttpCall({}), models, name, {})
-            return None if isinstance(chosen, model_names.Chosen) else chosen.error.code
+    async def status(name: str) -> int | None:
+        chosen = await model_names.choose(HttpCall({}), models, name, {})
+        return None if isinstance(chosen, model_names.Chosen) else chosen.error.code
 
-        await site.look(times=1)
-        site.put("acme", "one")
-        site.put("broken", "bad")
-        assert await status("acme") is None
-        assert models.lora_requests["acme"].lora_int_id in site.engine.held
-        assert await status("broken") == 400
-        for name in ("nobody", "nobody\n"):
-            assert await status(name) is None
-            assert name not in models.lora_requests
-
-    run(scenario())
+    await site.look(times=1)
+    site.put("acme", "one")
+    site.put("broken", "bad")
+    assert await status("acme") is None
+    assert models.lora_requests["acme"].lora_int_id in site.engine.held
+    assert await status("broken") == 400
+    for name in ("nobody", "nobody\n"):
+        assert await status(name) is None
+        assert name not in models.lora_requests
 
 
-def test_many_first_requests_read_an_adapter_once(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        site = Site(tmp_path)
-        site.put("acme", "one")
-        assert await asyncio.gather(*(site.ask("acme") for _ in range(50))) == ["one"] * 50
-        assert site.engine.read == ["acme: one"]
-
-    run(scenario())
+@in_a_loop
+async def test_many_first_requests_read_an_adapter_once(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    site.put("acme", "one")
+    assert await asyncio.gather(*(site.ask("acme") for _ in range(50))) == ["one"] * 50
+    assert site.engine.read == ["acme: one"]
 
 
-def test_what_was_read_for_a_client_that_has_disconnected_goes_with_its_folder(
+@in_a_loop
+async def test_what_was_read_for_a_client_that_has_disconnected_goes_with_its_folder(
     tmp_path: Path,
 ) -> None:
-    async def scenario() -> None:
-        engine = SlowEngine()
-        site = Site(tmp_path, engine=engine)
-        site.put("acme")
-        await engine.read_for_nobody(asyncio.create_task(site.ask("acme")))
-        assert list(engine.held.values()) == ["good"]
-        site.take("acme")
-        await site.look()
-        assert engine.held == {}
-
-    run(scenario())
+    engine = SlowEngine()
+    site = Site(tmp_path, engine=engine)
+    site.put("acme")
+    await engine.read_for_nobody(asyncio.create_task(site.ask("acme")))
+    assert list(engine.held.values()) == ["good"]
+    site.take("acme")
+    await site.look()
+    assert engine.held == {}
 
 
-def test_a_tenant_has_no_more_adapters_read_for_the_first_time_by_disconnecting(
+@in_a_loop
+async def test_a_tenant_has_no_more_adapters_read_for_the_first_time_by_disconnecting(
     tmp_path: Path,
 ) -> None:
-    async def scenario() -> None:
-        engine, turns = SlowEngine(), asyncio.Semaphore(1)
-        site = Site(tmp_path, engine=engine)
-        site.put("acme")
+    engine, turns = SlowEngine(), asyncio.Semaphore(1)
+    site = Site(tmp_path, engine=engine)
+    site.put("acme")
 
-        async def ask() -> Any:
-            caller = Caller(Role.TENANT, account=SimpleNamespace(first_readings=turns))
-            current_caller.set(caller)
-            return await site.ask("acme")
+    async def ask() -> Any:
+        caller = Caller(Role.TENANT, account=SimpleNamespace(first_readings=turns))
+        current_caller.set(caller)
+        return await site.ask("acme")
 
-        request = asyncio.create_task(ask())
-        await asyncio.wait_for(engine.is_asked.wait(), 10)
-        request.cancel()
-        await settle()
-        assert turns.locked()
-        engine.may_read.set()
-        await asyncio.wait({request}, timeout=10)
-        assert not turns.locked()
-
-    run(scenario())
+    request = asyncio.create_task(ask())
+    await asyncio.wait_for(engine.is_asked.wait(), 10)
+    request.cancel()
+    await settle()
+    assert turns.locked()
+    engine.may_read.set()
+    await asyncio.wait({request}, timeout=10)
+    assert not turns.locked()
 
 
-def test_few_names_of_a_tenant_are_looked_for_at_once(tmp_path: Path) -> None:
+@in_a_loop
+async def test_few_names_of_a_tenant_are_looked_for_at_once(tmp_path: Path) -> None:
     """One thread looks, and the storage may be slow: others' names wait behind them."""
     under_way = most = 0
 
@@ -350,119 +336,88 @@ def test_few_names_of_a_tenant_are_looked_for_at_once(tmp_path: Path) -> None:
         under_way -= 1
         return find()
 
-    async def scenario() -> None:
-        site = Site(tmp_path)
-        site.servers[0]._look = look  # type: ignore[method-assign]
-        current_caller.set(Caller(Role.TENANT, account=Account(Tenant("acme"))))
-        asked = await asyncio.gather(*(site.ask(f"acme-{number}") for number in range(20)))
-        assert asked == [None] * 20
-
-    run(scenario())
+    site = Site(tmp_path)
+    site.servers[0]._look = look  # type: ignore[method-assign]
+    current_caller.set(Caller(Role.TENANT, account=Account(Tenant("acme"))))
+    asked = await asyncio.gather(*(site.ask(f"acme-{number}") for number in range(20)))
+    assert asked == [None] * 20
     assert most == MAX_FIRST_READINGS
 
 
-def test_requests_that_come_while_storage_hangs_leave_little_behind(
+@in_a_loop
+async def test_requests_that_come_while_storage_hangs_leave_little_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adapter_directory, "_FIND_LIMIT_S", 0.0001)
     answers = threading.Event()
-
-    async def scenario() -> None:
-        site = Site(tmp_path)
-        server = site.servers[0]
-        monkeypatch.setattr(server._directories, "find", lambda name: answers.wait(60) and None)
+    site = Site(tmp_path)
+    server = site.servers[0]
+    monkeypatch.setattr(server._directories, "find", lambda name: answers.wait(60) and None)
+    try:
         for number in range(3_000):
             assert await site.ask(f"nobody-{number}") is None
         assert server._thread._work_queue.qsize() < 2_000
-
-    try:
-        run(scenario())
     finally:
         answers.set()
 
 
-def test_a_changed_folder_is_reloaded_and_the_old_version_freed(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        site = Site(tmp_path)
-        site.put("acme", "one")
+@in_a_loop
+async def test_a_version_that_is_refused_replaces_nothing_and_is_read_once(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    site.put("acme", "good")
+    await site.look(times=1)
+    assert await site.ask("acme") == "good"
+    site.put("acme", "bad")
+    await site.look(times=6)
+    assert await site.ask("acme") == "good"
+    assert site.engine.read == ["acme: good", "acme: bad"]
+    site.put("acme", "better")
+    await site.look()
+    assert await site.ask("acme") == "better"
+
+
+@in_a_loop
+async def test_a_version_that_the_storage_withholds_is_tried_again(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    site.put("acme", "good")
+    await site.look(times=1)
+    assert await site.ask("acme") == "good"
+    site.put("acme", "away")
+    for _ in range(60):  # two minutes
         await site.look(times=1)
-        assert await site.ask("acme") == "one"
-        site.put("acme", "version two")
-        await site.look(times=1)
-        assert await site.ask("acme") == "one"  # it may still be being written
-        await site.look(times=1)
-        assert await site.ask("acme") == "version two"
-        await settle()
-        assert list(site.engine.held.values()) == ["version two"]
-
-    run(scenario())
+        site.pass_time(SCAN_S)
+    # After 2, 6, 14, 30, 62 and 122 seconds.
+    assert site.engine.read == ["acme: good", *["acme: away"] * 6]
+    assert await site.ask("acme") == "good"
 
 
-def test_a_version_that_is_refused_replaces_nothing_and_is_read_once(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        site = Site(tmp_path)
-        site.put("acme", "good")
-        await site.look(times=1)
-        assert await site.ask("acme") == "good"
-        site.put("acme", "bad")
-        await site.look(times=6)
-        assert await site.ask("acme") == "good"
-        assert site.engine.read == ["acme: good", "acme: bad"]
-        site.put("acme", "better")
-        await site.look()
-        assert await site.ask("acme") == "better"
-
-    run(scenario())
-
-
-def test_a_version_that_the_storage_withholds_is_tried_again(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        site = Site(tmp_path)
-        site.put("acme", "good")
-        await site.look(times=1)
-        assert await site.ask("acme") == "good"
-        site.put("acme", "away")
-        for _ in range(60):  # two minutes
-            await site.look(times=1)
-            site.pass_time(SCAN_S)
-        # After 2, 6, 14, 30, 62 and 122 seconds.
-        assert site.engine.read == ["acme: good", *["acme: away"] * 6]
-        assert await site.ask("acme") == "good"
-
-    run(scenario())
-
-
-def test_requests_for_what_the_storage_withholds_are_answered_from_memory_for_a_while(
+@in_a_loop
+async def test_requests_for_what_the_storage_withholds_are_answered_from_memory_for_a_while(
     tmp_path: Path,
 ) -> None:
-    async def scenario() -> None:
-        site = Site(tmp_path)
-        site.put("acme", "away")
-        await site.look(times=1)
-        for _ in range(100):
-            assert await site.ask("acme") == 503
-        assert site.engine.read == ["acme: away"]
-        site.pass_time(2)
+    site = Site(tmp_path)
+    site.put("acme", "away")
+    await site.look(times=1)
+    for _ in range(100):
         assert await site.ask("acme") == 503
-        assert site.engine.read == ["acme: away"] * 2
-        site.put("acme", "other files")
-        assert await site.ask("acme") == "other files"
+    assert site.engine.read == ["acme: away"]
+    site.pass_time(2)
+    assert await site.ask("acme") == 503
+    assert site.engine.read == ["acme: away"] * 2
+    site.put("acme", "other files")
+    assert await site.ask("acme") == "other files"
 
-    run(scenario())
 
-
-def test_a_bad_adapter_is_refused_from_memory_until_its_files_change(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        site = Site(tmp_path)
-        site.put("acme", "bad")
-        await site.look()
-        for _ in range(3):
-            assert await site.ask("acme") == 400
-        assert site.engine.read == ["acme: bad"]
-        site.put("acme", "now good")
-        assert await site.ask("acme") == "now good"
-
-    run(scenario())
+@in_a_loop
+async def test_a_bad_adapter_is_refused_from_memory_until_its_files_change(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    site.put("acme", "bad")
+    await site.look()
+    for _ in range(3):
+        assert await site.ask("acme") == 400
+    assert site.engine.read == ["acme: bad"]
+    site.put("acme", "now good")
+    assert await site.ask("acme") == "now good"
 
 
 @pytest.mark.parametrize(
@@ -470,127 +425,99 @@ def test_a_bad_adapter_is_refused_from_memory_until_its_files_change(tmp_path: P
     [(), (Code.NOT_SIGNED,), (Code.WRONG_SIGNATURE,), (Code.NOT_AS_SIGNED, Code.NOT_AS_SIGNED)],
     ids=["digest", "not-signed", "wrong-signature", "not-as-signed"],
 )
-def test_what_is_refused_for_what_is_not_in_its_files_serves_once_it_may(
+@in_a_loop
+async def test_what_is_refused_for_what_is_not_in_its_files_serves_once_it_may(
     tmp_path: Path, codes: tuple[Code, ...]
 ) -> None:
     """As soon as its digest is required, or it is signed: neither changes its two files."""
-
-    async def scenario() -> None:
-        engine = StrictEngine()
-        site = Site(tmp_path, engine=engine)
-        site.put("acme")
-        engine.codes = codes
-        assert await site.ask("acme") == 400
-        engine.codes = None
-        assert await site.ask("acme") == 400
-        site.pass_time(2.1)
-        assert await site.ask("acme") == "good"
-
-    run(scenario())
+    engine = StrictEngine()
+    site = Site(tmp_path, engine=engine)
+    site.put("acme")
+    engine.codes = codes
+    assert await site.ask("acme") == 400
+    engine.codes = None
+    assert await site.ask("acme") == 400
+    site.pass_time(2.1)
+    assert await site.ask("acme") == "good"
 
 
-def test_a_refusal_is_written_without_a_warning(tmp_path: Path) -> None:
+@in_a_loop
+async def test_a_refusal_is_written_without_a_warning(tmp_path: Path) -> None:
     """Each would be three lines in the server's log."""
-
-    async def scenario() -> None:
-        site = Site(tmp_path)
-        site.put("acme", "bad")
-        refusal = await site.servers[0].prepare("acme")
-        assert refusal is not None
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert refusal.model_dump()["error"]["problems"][0]["code"] == "not-finite"
-
-    run(scenario())
+    site = Site(tmp_path)
+    site.put("acme", "bad")
+    refusal = await site.servers[0].prepare("acme")
+    assert refusal is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert refusal.model_dump()["error"]["problems"][0]["code"] == "not-finite"
 
 
 @pytest.mark.parametrize("weights", ["bad", "away"])
-def test_the_reason_of_a_refusal_is_reported_until_the_adapter_serves(
+@in_a_loop
+async def test_the_reason_of_a_refusal_is_reported_until_the_adapter_serves(
     tmp_path: Path, weights: str
 ) -> None:
-    async def scenario() -> None:
-        site = Site(tmp_path)
-        site.put("acme", weights)
-        await site.look()
-        assert site.servers[0].refused() == {}, "nobody has tried it"
-        await site.ask("acme")
-        number = site.models[0].lora_requests["acme"].lora_int_id
-        site.pass_time(3600)
-        reported = site.servers[0].refused()
-        assert reported.keys() == {number}
-        assert f"{weights} weights" in reported[number]
-        site.put("acme", "now good")
-        assert await site.ask("acme") == "now good"
-        assert site.servers[0].refused() == {}
-        site.put("acme", "bad")
-        await site.look()
-        number = site.models[0].lora_requests["acme"].lora_int_id
-        assert "bad weights" in site.servers[0].refused()[number], "the old version serves on"
-        site.take("acme")
-        await site.look()
-        assert site.servers[0].refused() == {}
-
-    run(scenario())
+    site = Site(tmp_path)
+    site.put("acme", weights)
+    await site.look()
+    assert site.servers[0].refused() == {}, "nobody has tried it"
+    await site.ask("acme")
+    number = site.models[0].lora_requests["acme"].lora_int_id
+    site.pass_time(3600)
+    reported = site.servers[0].refused()
+    assert reported.keys() == {number}
+    assert f"{weights} weights" in reported[number]
+    site.put("acme", "now good")
+    assert await site.ask("acme") == "now good"
+    assert site.servers[0].refused() == {}
+    site.put("acme", "bad")
+    await site.look()
+    number = site.models[0].lora_requests["acme"].lora_int_id
+    assert "bad weights" in site.servers[0].refused()[number], "the old version serves on"
+    site.take("acme")
+    await site.look()
+    assert site.servers[0].refused() == {}
 
 
-def test_a_removed_folder_is_forgotten_and_freed(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        site = Site(tmp_path)
-        site.put("acme")
-        site.put("globex")
-        await site.look(times=1)
-        assert await site.ask("acme") == "good"
-        site.take("acme")
-        site.take("globex")
-        await site.look()
-        assert await site.ask("acme") is None
-        assert site.models[0].lora_requests == {}
-        assert site.engine.held == {}
-
-    run(scenario())
-
-
-def test_a_folder_that_comes_back_as_it_was_is_not_freed_afterwards(
+@in_a_loop
+async def test_a_folder_that_comes_back_as_it_was_is_not_freed_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def scenario() -> None:
-        monkeypatch.setattr(adapter_directory, "_GRACE_S", 0.1)
-        site = Site(tmp_path)
-        site.put("acme")
-        assert await site.ask("acme") == "good"
-        (tmp_path / "acme").rename(tmp_path / ".acme")
-        await site.look()
-        assert await site.ask("acme") is None
-        (tmp_path / ".acme").rename(tmp_path / "acme")
-        assert await site.ask("acme") == "good"
-        await asyncio.sleep(0.2)
-        assert await site.ask("acme") == "good"
-
-    run(scenario())
+    monkeypatch.setattr(adapter_directory, "_GRACE_S", 0.1)
+    site = Site(tmp_path)
+    site.put("acme")
+    assert await site.ask("acme") == "good"
+    (tmp_path / "acme").rename(tmp_path / ".acme")
+    await site.look()
+    assert await site.ask("acme") is None
+    (tmp_path / ".acme").rename(tmp_path / "acme")
+    assert await site.ask("acme") == "good"
+    await asyncio.sleep(0.2)
+    assert await site.ask("acme") == "good"
 
 
 @pytest.mark.parametrize("name", [BASE, "registered"])
-def test_a_name_that_is_taken_stays_with_its_owner(
+@in_a_loop
+async def test_a_name_that_is_taken_stays_with_its_owner(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    async def scenario() -> None:
-        site = Site(tmp_path)
-        owner = LoRARequest("registered", 1, "/elsewhere")
-        site.models[0].lora_requests["registered"] = owner
-        site.put(name)
-        await site.look(times=3)
-        assert await site.ask(name) in (None, "not loaded")
-        assert site.models[0].lora_requests == {"registered": owner}
-        assert site.engine.read == []
-        if name == "registered":  # its folder takes over once it has been unloaded
-            del site.models[0].lora_requests["registered"]
-            assert await site.ask(name) == "good"
-
-    run(scenario())
+    site = Site(tmp_path)
+    owner = LoRARequest("registered", 1, "/elsewhere")
+    site.models[0].lora_requests["registered"] = owner
+    site.put(name)
+    await site.look(times=3)
+    assert await site.ask(name) in (None, "not loaded")
+    assert site.models[0].lora_requests == {"registered": owner}
+    assert site.engine.read == []
+    if name == "registered":  # its folder takes over once it has been unloaded
+        del site.models[0].lora_requests["registered"]
+        assert await site.ask(name) == "good"
     assert caplog.text.count("is not served: another model has its name") == 1
 
 
-def test_a_folder_that_is_named_like_a_route_keeps_no_server_from_starting(
+@in_a_loop
+async def test_a_folder_that_is_named_like_a_route_keeps_no_server_from_starting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whoever fills the directory need not know the routes."""
@@ -609,23 +536,20 @@ def test_a_folder_that_is_named_like_a_route_keeps_no_server_from_starting(
         monkeypatch.setattr(module, "start", lambda models: None)
     monkeypatch.setattr(start.metering, "end_all_at_shutdown", lambda client: None)
 
-    async def scenario() -> None:
-        site = Site(directory)
-        for name in ("acme", "help"):
-            site.put(name)
-        models: Any = site.models[0]
-        models.base_model_paths = [SimpleNamespace(name=BASE)]
-        parallel = SimpleNamespace(_api_process_count=1)
-        models.engine_client = SimpleNamespace(
-            engine_core=site.engine,
-            output_processor=SimpleNamespace(request_states={}),
-            vllm_config=SimpleNamespace(parallel_config=parallel),
-        )
-        await start.start(models)
-        assert set(public_names(models)) == {"acme"}
-        assert "help" in (ROUTES.get(models) or ())
-
-    run(scenario())
+    site = Site(directory)
+    for name in ("acme", "help"):
+        site.put(name)
+    models: Any = site.models[0]
+    models.base_model_paths = [SimpleNamespace(name=BASE)]
+    parallel = SimpleNamespace(_api_process_count=1)
+    models.engine_client = SimpleNamespace(
+        engine_core=site.engine,
+        output_processor=SimpleNamespace(request_states={}),
+        vllm_config=SimpleNamespace(parallel_config=parallel),
+    )
+    await start.start(models)
+    assert set(public_names(models)) == {"acme"}
+    assert "help" in (ROUTES.get(models) or ())
     assert caplog.text.count("help is not served: another model has its name") == 1
     assert "'old' leads to names that nobody serves yet: gone" in caplog.text
     assert "'help' leads" not in caplog.text
@@ -635,67 +559,64 @@ async def nothing(*_: Any) -> None:
     """Does what is not looked at here."""
 
 
-def test_an_adapter_unloaded_over_http_stays_away_until_its_folder_changes(
+@in_a_loop
+async def test_an_adapter_unloaded_over_http_stays_away_until_its_folder_changes(
     tmp_path: Path,
 ) -> None:
-    async def scenario() -> None:
-        site = Site(tmp_path)
-        site.put("acme", "one")
-        assert await site.ask("acme") == "one"
-        request = SimpleNamespace(lora_name="acme")
-        models: Any = site.models[0]
-        assert "removed" in await registration.unload_adapter(models, request)
-        assert site.engine.held == {}
-        assert await site.ask("acme") is None
-        await site.look()
-        assert await site.ask("acme") is None
-        site.put("acme", "version two")
-        await site.look()
-        assert await site.ask("acme") == "version two"
-
-    run(scenario())
+    site = Site(tmp_path)
+    site.put("acme", "one")
+    assert await site.ask("acme") == "one"
+    request = SimpleNamespace(lora_name="acme")
+    models: Any = site.models[0]
+    assert "removed" in await registration.unload_adapter(models, request)
+    assert site.engine.held == {}
+    assert await site.ask("acme") is None
+    await site.look()
+    assert await site.ask("acme") is None
+    site.put("acme", "version two")
+    await site.look()
+    assert await site.ask("acme") == "version two"
 
 
-def test_a_look_that_fails_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@in_a_loop
+async def test_a_look_that_fails_is_not_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(adapter_directory, "SCAN_S", 0.0)
 
-    async def scenario() -> None:
-        site = Site(tmp_path)
-        (server,) = site.servers
-        looks = asyncio.Queue[int]()
+    site = Site(tmp_path)
+    (server,) = site.servers
+    looks = asyncio.Queue[int]()
 
-        async def fail() -> None:
-            looks.put_nowait(1)
-            raise OSError("the storage is away")
+    async def fail() -> None:
+        looks.put_nowait(1)
+        raise OSError("the storage is away")
 
-        monkeypatch.setattr(server, "scan", fail)
-        watching = asyncio.create_task(server.watch())
-        for _ in range(3):
-            await asyncio.wait_for(looks.get(), 10)
-        watching.cancel()
-
-    run(scenario())
+    monkeypatch.setattr(server, "scan", fail)
+    watching = asyncio.create_task(server.watch())
+    for _ in range(3):
+        await asyncio.wait_for(looks.get(), 10)
+    watching.cancel()
 
 
-def test_of_a_folder_that_had_gone_before_its_first_request_nothing_stays_in_the_engine(
+@in_a_loop
+async def test_of_a_folder_that_had_gone_before_its_first_request_nothing_stays_in_the_engine(
     tmp_path: Path,
 ) -> None:
-    async def scenario() -> None:
-        site = Site(tmp_path)
-        site.put("acme")
-        await site.look()
-        site.take("acme")
-        assert await site.ask("acme") == "not loaded"  # the request goes to the engine
-        lora = site.models[0].lora_requests["acme"]
-        site.engine.held[lora.lora_int_id] = "the folder does not exist"
-        await site.look()
-        assert "acme" not in site.models[0].lora_requests
-        assert site.engine.held == {}
-
-    run(scenario())
+    site = Site(tmp_path)
+    site.put("acme")
+    await site.look()
+    site.take("acme")
+    assert await site.ask("acme") == "not loaded"  # the request goes to the engine
+    lora = site.models[0].lora_requests["acme"]
+    site.engine.held[lora.lora_int_id] = "the folder does not exist"
+    await site.look()
+    assert "acme" not in site.models[0].lora_requests
+    assert site.engine.held == {}
 
 
-def test_only_looks_that_always_take_long_are_rare(
+@in_a_loop
+async def test_only_looks_that_always_take_long_are_rare(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Storage that has hung once has whatever changes seen as soon as ever."""
@@ -710,69 +631,62 @@ def test_only_looks_that_always_take_long_are_rare(
         if not took_s:
             raise asyncio.CancelledError
 
-    async def scenario() -> None:
-        (server,) = Site(tmp_path).servers
-        monkeypatch.setattr(server, "scan", scan)
-        monkeypatch.setattr(adapter_directory, "time", SimpleNamespace(monotonic=lambda: now))
-        monkeypatch.setattr(adapter_directory.asyncio, "sleep", pause)
-        with pytest.raises(asyncio.CancelledError):
-            await server.watch()
-
-    run(scenario())
+    (server,) = Site(tmp_path).servers
+    monkeypatch.setattr(server, "scan", scan)
+    monkeypatch.setattr(adapter_directory, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(adapter_directory.asyncio, "sleep", pause)
+    with pytest.raises(asyncio.CancelledError):
+        await server.watch()
     assert pauses == pytest.approx([SCAN_S] * 5 + [200.0])
 
 
-def test_a_name_that_another_adapter_has_now_is_not_taken_away_with_the_folder(
+@in_a_loop
+async def test_a_name_that_another_adapter_has_now_is_not_taken_away_with_the_folder(
     tmp_path: Path,
 ) -> None:
-    async def scenario() -> None:
-        site = Site(tmp_path)
-        site.put("acme", "one")
-        await site.look()
-        site.take("acme")
-        await site.look(times=1)
-        table = site.models[0].lora_requests
-        table["acme"] = LoRARequest("acme", 1, "/registered/over/http")
-        await site.look(times=1)
-        assert {name: lora.lora_int_id for name, lora in table.items()} == {"acme": 1}
-
-    run(scenario())
+    site = Site(tmp_path)
+    site.put("acme", "one")
+    await site.look()
+    site.take("acme")
+    await site.look(times=1)
+    table = site.models[0].lora_requests
+    table["acme"] = LoRARequest("acme", 1, "/registered/over/http")
+    await site.look(times=1)
+    assert {name: lora.lora_int_id for name, lora in table.items()} == {"acme": 1}
 
 
-def test_api_servers_agree_without_asking_each_other(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        site = Site(tmp_path, servers=2)
-        site.put("acme", "one")
-        for server in range(2):
-            await site.look(server, times=1)
-            assert await site.ask("acme", server) == "one"
-        assert site.engine.read == ["acme: one"]
-        site.put("acme", "version two")
-        await site.look(0)
-        assert await site.ask("acme", 0) == "version two"
-        for server in range(2):
-            await site.look(server)
-            assert await site.ask("acme", server) == "version two"
-        assert list(site.engine.held.values()) == ["version two"]
-        assert all(number >= FIRST_NUMBER for number in site.engine.held)
-
-    run(scenario())
+@in_a_loop
+async def test_api_servers_agree_without_asking_each_other(tmp_path: Path) -> None:
+    site = Site(tmp_path, servers=2)
+    site.put("acme", "one")
+    for server in range(2):
+        await site.look(server, times=1)
+        assert await site.ask("acme", server) == "one"
+    assert site.engine.read == ["acme: one"]
+    site.put("acme", "version two")
+    await site.look(0)
+    assert await site.ask("acme", 0) == "version two"
+    for server in range(2):
+        await site.look(server)
+        assert await site.ask("acme", server) == "version two"
+    assert list(site.engine.held.values()) == ["version two"]
+    assert all(number >= FIRST_NUMBER for number in site.engine.held)
 
 
-def test_a_server_that_has_not_used_an_adapter_keeps_what_another_serves(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        site = Site(tmp_path, servers=2)
-        site.put("acme", "good")
-        for server in range(2):
-            await site.look(server, times=1)
-        assert await site.ask("acme", 0) == "good"
-        site.put("acme", "bad")
-        for server in range(2):
-            await site.look(server)
-        for _ in range(2):
-            assert await site.ask("acme", 1) == "good"
-
-    run(scenario())
+@in_a_loop
+async def test_a_server_that_has_not_used_an_adapter_keeps_what_another_serves(
+    tmp_path: Path,
+) -> None:
+    site = Site(tmp_path, servers=2)
+    site.put("acme", "good")
+    for server in range(2):
+        await site.look(server, times=1)
+    assert await site.ask("acme", 0) == "good"
+    site.put("acme", "bad")
+    for server in range(2):
+        await site.look(server)
+    for _ in range(2):
+        assert await site.ask("acme", 1) == "good"
 
 
 @pytest.mark.parametrize(
@@ -780,78 +694,69 @@ def test_a_server_that_has_not_used_an_adapter_keeps_what_another_serves(tmp_pat
     [("bad", 400, 1), ("bad", 400, 2), ("away", 503, 1)],
     ids=["bad", "bad-several-servers", "away"],
 )
-def test_what_one_engine_refuses_no_other_keeps(
+@in_a_loop
+async def test_what_one_engine_refuses_no_other_keeps(
     tmp_path: Path, fault: str, status: int, servers: int
 ) -> None:
-    async def scenario() -> None:
-        engine = TwoEngines()
-        site = Site(tmp_path, servers, engine)
-        site.put("acme", "good")
-        engine.fault = fault
-        assert await site.ask("acme") == status
-        await settle()
-        assert engine.held == engine.held_by_second == {}
-        engine.fault = None
-        site.put("acme", "version two")
-        assert await site.ask("acme") == "version two"
-        engine.fault = fault
-        site.put("acme", "version three")
-        await site.look()
-        assert await site.ask("acme") == "version two"
-        for held in (engine.held, engine.held_by_second):
-            assert list(held.values()) == ["version two"]
-
-    run(scenario())
+    engine = TwoEngines()
+    site = Site(tmp_path, servers, engine)
+    site.put("acme", "good")
+    engine.fault = fault
+    assert await site.ask("acme") == status
+    await settle()
+    assert engine.held == engine.held_by_second == {}
+    engine.fault = None
+    site.put("acme", "version two")
+    assert await site.ask("acme") == "version two"
+    engine.fault = fault
+    site.put("acme", "version three")
+    await site.look()
+    assert await site.ask("acme") == "version two"
+    for held in (engine.held, engine.held_by_second):
+        assert list(held.values()) == ["version two"]
 
 
-def test_a_new_version_that_one_engine_refuses_stays_nowhere_under_an_old_number(
+@in_a_loop
+async def test_a_new_version_that_one_engine_refuses_stays_nowhere_under_an_old_number(
     tmp_path: Path,
 ) -> None:
     """No request has used the old version: there is none to go on with."""
-
-    async def scenario() -> None:
-        engine = TwoEngines()
-        site = Site(tmp_path, engine=engine)
-        site.put("acme", "good")
-        await site.look()
-        site.put("acme", "version two")
-        engine.fault = "bad"
-        assert await site.ask("acme") == 400
-        await settle()
-        assert engine.held == {}
-
-    run(scenario())
+    engine = TwoEngines()
+    site = Site(tmp_path, engine=engine)
+    site.put("acme", "good")
+    await site.look()
+    site.put("acme", "version two")
+    engine.fault = "bad"
+    assert await site.ask("acme") == 400
+    await settle()
+    assert engine.held == {}
 
 
-def test_what_another_server_serves_stays_while_an_engine_cannot_read_it_again(
+@in_a_loop
+async def test_what_another_server_serves_stays_while_an_engine_cannot_read_it_again(
     tmp_path: Path,
 ) -> None:
-    async def scenario() -> None:
-        engine = TwoEngines()
-        site = Site(tmp_path, 2, engine)
-        site.put("acme", "good")
-        assert await site.ask("acme", 0) == "good"
-        engine.held_by_second.clear()  # evicted, and now the storage hangs
-        engine.fault = "away"
-        assert await site.ask("acme", 1) == 503
-        await settle()
-        assert await site.ask("acme", 0) == "good"
-
-    run(scenario())
+    engine = TwoEngines()
+    site = Site(tmp_path, 2, engine)
+    site.put("acme", "good")
+    assert await site.ask("acme", 0) == "good"
+    engine.held_by_second.clear()  # evicted, and now the storage hangs
+    engine.fault = "away"
+    assert await site.ask("acme", 1) == 503
+    await settle()
+    assert await site.ask("acme", 0) == "good"
 
 
-def test_what_one_engine_could_not_read_goes_with_its_folder(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        engine = TwoEngines()
-        site = Site(tmp_path, 2, engine)
-        site.put("acme", "good")
-        engine.fault = "away"
-        assert await site.ask("acme") == 503
-        site.take("acme")
-        await site.look()
-        assert engine.held == {}
-
-    run(scenario())
+@in_a_loop
+async def test_what_one_engine_could_not_read_goes_with_its_folder(tmp_path: Path) -> None:
+    engine = TwoEngines()
+    site = Site(tmp_path, 2, engine)
+    site.put("acme", "good")
+    engine.fault = "away"
+    assert await site.ask("acme") == 503
+    site.take("acme")
+    await site.look()
+    assert engine.held == {}
 
 
 def test_second_model_runner_s_adapter_numbers_have_room() -> None:

@@ -126,6 +126,19 @@ def test_an_answer_says_which_weights_made_it(deployment: Deployment) -> None:
     assert "x-multilora-version" not in base.headers
 
 
+def test_a_models_own_route_says_what_the_list_does(deployment: Deployment) -> None:
+    deployment.load("listed", NAMES[0])
+    models = deployment.server.get("/v1/models").json()["data"]
+    assert len({model["max_model_len"] for model in models} - {None}) == 1
+    for model in models:
+        alone = deployment.server.get(f"/v1/models/{model['id']}").json()
+        made_anew = {"created": 0, "permission": []}
+        assert alone | made_anew == model | made_anew
+    missing = deployment.server.get("/v1/models/nobody")
+    assert missing.status_code == 404
+    assert missing.json()["error"]["message"] == "The model `nobody` does not exist."
+
+
 def test_a_client_may_ask_for_one_version(deployment: Deployment) -> None:
     old = deployment.load("wanted", NAMES[0])
     new = deployment.load("wanted", NAMES[1])

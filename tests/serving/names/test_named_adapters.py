@@ -10,12 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.attacks.poison import poisoned
 from vllm_multilora.store.protocol.store_folder import FOLDER_VARIABLE
 
-from .. import template
+from .. import completions, template
 from ..bases.test_classification import SERVED_RECIPES, classifier, text
 from ..engine import KV_CACHE_BYTES, environment, store_folder
 from ..exposition import scrape, values
@@ -31,6 +32,7 @@ FOUND = LINEAR_RECIPES[3].name
 """An adapter that nobody registers: vLLM's filesystem resolver finds it."""
 CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 LENGTH = 23
+SAGEMAKER_HEADER = "X-Amzn-SageMaker-Adapter-Identifier"
 SETTINGS = (
     *("--dtype", "float32", "--enforce-eager", "--seed", "0", "--chat-template", CHAT),
     *("--max-model-len", "128", "--max-num-seqs", "16", "--block-size", "32"),
@@ -130,6 +132,23 @@ def test_each_route_answers_as_peft_for_the_adapter_that_is_named(
             done.result()
     unknown = server.post(path, {"model": "nobody", **ask(case_of(llama, None))})
     assert unknown.status_code == 404, unknown.text
+
+
+def test_sagemakers_route_looks_at_the_body_where_its_header_names_nobody(
+    server: VllmServer, llama: Scenario
+) -> None:
+    def invoke(model: str, headers: dict[str, str]) -> httpx.Response:
+        content = completions.body(model, case)
+        return httpx.post(
+            f"{server.url}/invocations", json=content, headers=headers, timeout=60, trust_env=False
+        )
+
+    one, other, _ = NAMED
+    case = case_of(llama, one)
+    assert completions.token_ids(invoke(one, {})) == case.expected.tokens
+    assert completions.token_ids(invoke(one, {SAGEMAKER_HEADER: ""})) == case.expected.tokens
+    assert completions.token_ids(invoke(other, {SAGEMAKER_HEADER: one})) == case.expected.tokens
+    assert invoke("nobody", {}).status_code == 404
 
 
 @pytest.mark.smoke("`vllm run-batch` and `vllm bench serve`")

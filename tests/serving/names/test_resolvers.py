@@ -11,7 +11,7 @@ import pytest
 from vllm.lora.request import LoRARequest
 from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver
 
-from tests.serving.names.test_adapter_directory import Models, SlowEngine
+from tests.serving.names.test_adapter_directory import Models, SlowEngine, in_a_loop
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.integration.server.names import registration, resolvers
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller
@@ -61,7 +61,8 @@ def test_no_more_adapters_are_resolved_than_a_server_may_have(
     assert "this server has 1 adapters" in refusal.error.message
 
 
-def test_few_names_of_a_tenant_are_resolved_at_once(
+@in_a_loop
+async def test_few_names_of_a_tenant_are_resolved_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Others' names wait for the same threads, and their adapters behind those that are found."""
@@ -76,18 +77,16 @@ def test_few_names_of_a_tenant_are_resolved_at_once(
         await asyncio.sleep(0)
         under_way -= 1
 
-    async def scenario() -> None:
-        models: Any = Models(SlowEngine())
-        models.lora_resolvers = [Resolver(tmp_path)]
-        current_caller.set(Caller(Role.TENANT, account=Account(Tenant("acme"))))
-        await asyncio.gather(*(resolvers.prepare(models, f"acme-{n}") for n in range(20)))
-
     monkeypatch.setattr(resolvers, "_resolve", resolve)
-    asyncio.run(scenario())
+    models: Any = Models(SlowEngine())
+    models.lora_resolvers = [Resolver(tmp_path)]
+    current_caller.set(Caller(Role.TENANT, account=Account(Tenant("acme"))))
+    await asyncio.gather(*(resolvers.prepare(models, f"acme-{n}") for n in range(20)))
     assert most == MAX_FIRST_READINGS
 
 
-def test_what_is_read_for_a_client_that_disconnects_serves(
+@in_a_loop
+async def test_what_is_read_for_a_client_that_disconnects_serves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the engine would hold, under a number that nobody knows, one more for each of them."""
@@ -96,14 +95,11 @@ def test_what_is_read_for_a_client_that_disconnects_serves(
     (tmp_path / "acme").mkdir()
     (tmp_path / "acme" / "adapter_model.safetensors").write_text("good")
 
-    async def scenario() -> None:
-        engine = SlowEngine()
-        models: Any = Models(engine)
-        models.lora_resolvers = [Resolver(tmp_path)]
-        models.model_config = SimpleNamespace(model="base")
-        models.lora_id_counter = SimpleNamespace(inc=lambda by: 17)
-        await engine.read_for_nobody(asyncio.create_task(resolvers.prepare(models, "acme")))
-        assert engine.held == {17: "good"}
-        assert models.lora_requests["acme"].lora_int_id == 17
-
-    asyncio.run(scenario())
+    engine = SlowEngine()
+    models: Any = Models(engine)
+    models.lora_resolvers = [Resolver(tmp_path)]
+    models.model_config = SimpleNamespace(model="base")
+    models.lora_id_counter = SimpleNamespace(inc=lambda by: 17)
+    await engine.read_for_nobody(asyncio.create_task(resolvers.prepare(models, "acme")))
+    assert engine.held == {17: "good"}
+    assert models.lora_requests["acme"].lora_int_id == 17

@@ -204,16 +204,6 @@ def test_streams_name_the_adapter(deployment: Deployment, path: str) -> None:
     assert {chunk["model"] for chunk in chunks} == {"support-fr"}
 
 
-def test_a_customer_stays_with_one_variant(deployment: Deployment) -> None:
-    def adapters() -> list[str]:
-        users = [f"customer-{number}" for number in range(30)]
-        return [deployment.complete("assistant", user=user).headers[HEADER] for user in users]
-
-    first = adapters()
-    assert set(first) == {"v2-stable", "v3-candidate"}
-    assert adapters() == first
-
-
 def test_a_change_of_the_file_is_in_force_without_a_restart(deployment: Deployment) -> None:
     deployment.write(routes_text("latest: v3-candidate"))
     assert deployment.complete("latest").headers[HEADER] == "v3-candidate"  # new: at once
@@ -260,20 +250,6 @@ def test_without_adapter_and_fallback_a_route_is_not_found(deployment: Deploymen
     response = deployment.complete("strict", user="b")
     assert response.status_code == 400
     assert "found 'b', expected one of a" in response.json()["error"]["message"]
-    deployment.write(routes_text())
-
-
-def test_a_fallback_answers_while_an_adapter_is_not_registered(deployment: Deployment) -> None:
-    deployment.write(routes_text("x: {adapter: late, fallback: [nobody, support-de]}"))
-    case = deployment.case("support-de")
-    assert deployment.complete("x").headers[HEADER] == "support-de"
-    completions.assert_serves(deployment.server, "x", case)
-    path = deployment.put(SOURCES["support-fr"], "late")
-    body = {"lora_name": "late", "lora_path": str(path)}
-    assert deployment.post("/v1/load_lora_adapter", body).status_code == 200
-    assert deployment.complete("x").headers[HEADER] == "late"
-    deployment.post("/v1/unload_lora_adapter", {"lora_name": "late"})
-    assert deployment.complete("x").headers[HEADER] == "support-de"
     deployment.write(routes_text())
 
 

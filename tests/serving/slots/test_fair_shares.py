@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ..engine import running_engine
+from ..engine import greedy, lora_request, running_engine
 from ..models.cases import NEW_TOKENS, Scenario
 
 if TYPE_CHECKING:
@@ -33,9 +33,6 @@ class Engine:
         self._seen: dict[str, int] = {}
 
     def ask(self, name: str, requests: int) -> None:
-        from vllm import SamplingParams
-        from vllm.lora.request import LoRARequest
-
         (case,) = self._fleet.cases_of(name)
         for _ in range(requests):
             self._asked += 1
@@ -43,12 +40,8 @@ class Engine:
             self._engine.add_request(
                 f"{name} {self._asked}",
                 {"prompt_token_ids": list(case.prompt)},
-                SamplingParams(
-                    temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False
-                ),
-                lora_request=LoRARequest(
-                    name, self._fleet.adapter_id(name), str(self._fleet.adapters[name])
-                ),
+                greedy(),
+                lora_request=lora_request(self._fleet, name),
             )
 
     def step(self) -> None:
@@ -125,20 +118,6 @@ def test_whoever_sends_eight_times_the_requests_first_gets_no_more_while_both_wa
     engine.run()
 
 
-def test_two_that_always_wait_get_the_same(engine: Engine) -> None:
-    engine.finished.clear()
-    engine.ask(GREEDY, 40)
-    engine.ask(MODEST, 20)
-    engine.cost.clear()
-    while engine.pending[MODEST] > PLACES:
-        engine.step()
-        # What both have seen lags by a step behind what shares are decided by.
-        difference = abs(engine.cost[GREEDY] - engine.cost[MODEST])
-        assert difference <= PLACES * (REQUEST_COST + 2)
-    assert engine.cost[MODEST] >= 10 * REQUEST_COST
-    engine.run()
-
-
 def test_requests_that_steps_leave_out_are_answered_right(engine: Engine) -> None:
     scheduler = engine._engine.engine_core.engine_core.scheduler
     scheduler._shares._idle.clear()  # neither has had anything lately
@@ -160,13 +139,3 @@ def test_requests_that_steps_leave_out_are_answered_right(engine: Engine) -> Non
     tokens = sum(count * number for count, number in steps.items())
     assert 3 <= tokens <= 1.5 * steps.total() + 1
     engine.run()
-
-
-def test_alone_a_customer_has_all_places(engine: Engine) -> None:
-    engine.finished.clear()
-    engine.ask(GREEDY, 4 * PLACES)
-    steps = 0
-    while engine.pending[GREEDY]:
-        engine.step()
-        steps += 1
-    assert steps <= 4 * NEW_TOKENS + 8

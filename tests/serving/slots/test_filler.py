@@ -52,7 +52,7 @@ class Model:
         self.factors = None
         self.lora_slots = SLOTS
         self.error: Exception | None = None
-        self.filled: list[tuple[int, Any, str]] = []
+        self.filled: list[int] = []
 
     def give_slot(self, slot: int, lora_id: int) -> None:
         self.lora_index_to_id[slot] = lora_id
@@ -65,7 +65,7 @@ class Model:
         error, self.error = self.error, None
         if error is not None:
             raise error
-        self.filled.append((slot, special, threading.current_thread().name))
+        self.filled.append(slot)
 
 
 class Special:
@@ -157,29 +157,6 @@ def assert_holds(rig: Rig, slot: int, adapter: int, rank: int) -> None:
         assert torch.equal(b, 2 * tensors[f"{PREFIX}{module}.lora_B.weight"])
 
 
-def test_an_order_puts_an_adapter_into_its_slot_and_leaves_the_others_alone(rig: Rig) -> None:
-    rig.filler.begin(rig.fill(5, 1, 7, rig.load(7, rank=4)))
-    answer = rig.link.next()
-    assert isinstance(answer, Filled)
-    assert answer.order == 5
-    assert rig.model.lora_index_to_id == [None, 7]
-    assert_holds(rig, 1, 7, rank=4)
-    assert not any(a[0].any() for a in rig.model.lora_a)
-    ((slot, special, thread),) = rig.model.filled
-    assert (slot, special) == (1, None)
-    assert thread.startswith("multilora-fill")
-
-
-def test_beginning_keeps_nobody_waiting(rig: Rig) -> None:
-    pack = rig.load(7, rank=4)
-    rig.model.may_fill.clear()
-    rig.filler.begin(rig.fill(0, 1, 7, pack))
-    assert rig.model.lora_index_to_id == [None, 7]
-    assert rig.link.answers == []
-    rig.model.may_fill.set()
-    assert isinstance(rig.link.next(), Filled)
-
-
 def test_nothing_is_copied_while_the_slots_memory_is_not_there(rig: Rig) -> None:
     pack = rig.load(7, rank=4)
     rig.filler.slots_away()
@@ -241,13 +218,6 @@ def test_orders_are_carried_out_one_after_the_other(rig: Rig) -> None:
     rig.filler.await_all()
     assert [rig.link.next().order for _ in range(4)] == [0, 1, 2, 3]  # type: ignore[union-attr]
     assert_holds(rig, 0, 8, rank=4)
-
-
-def test_whoever_has_no_link_waits_for_the_answer(rig: Rig) -> None:
-    answer = rig.filler.fill_now(rig.fill(3, 0, 7, rig.load(7, rank=4)))
-    assert isinstance(answer, Filled)
-    assert rig.link.answers == []
-    assert_holds(rig, 0, 7, rank=4)
 
 
 @pytest.mark.parametrize(
@@ -317,13 +287,6 @@ def test_memory_that_is_gone_is_reported_as_such(rig: Rig) -> None:
     answer = rig.link.next()
     assert isinstance(answer, FillFailed)
     assert answer.is_gone
-
-
-def test_what_vllm_fills_itself_is_made_from_the_pack(rig: Rig) -> None:
-    pack = msgspec.structs.replace(rig.load(7, rank=4), has_special=True)
-    rig.filler.begin(rig.fill(0, 1, 7, pack))
-    assert isinstance(rig.link.next(), Filled)
-    assert [special for _, special, _ in rig.model.filled] == ["special parts"]
 
 
 def test_a_check_changes_nothing_and_says_what_vllm_says(rig: Rig) -> None:

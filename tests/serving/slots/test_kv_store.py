@@ -11,7 +11,14 @@ import pytest
 from tests.attacks.poison import poisoned
 from vllm_multilora.errors import ConfigError
 
-from ..engine import BLOCK_SIZE, answer, assert_as_peft, assert_others_as_peft, running_engine
+from ..engine import (
+    BLOCK_SIZE,
+    answer,
+    assert_as_peft,
+    assert_others_as_peft,
+    generate,
+    running_engine,
+)
 from ..models.cases import Case, Scenario
 from ..models.recipes import LINEAR_RECIPES
 from .test_prefix_keys import changed_by_a_byte, reordered, request
@@ -44,14 +51,7 @@ def engine_with(base: Path, store: Path) -> Iterator["LLM"]:
 
 def found(llm: "LLM", name: str, number: int, folder: Path) -> int:
     """How many of the prompt's tokens an adapter finds in the store."""
-    from vllm import SamplingParams
-
-    (output,) = llm.generate(
-        {"prompt_token_ids": PROMPT},
-        SamplingParams(max_tokens=1, detokenize=False),
-        lora_request=request(name, number, folder),
-        use_tqdm=False,
-    )
+    (output,) = generate(llm, [PROMPT], [request(name, number, folder)], max_tokens=1)
     return output.num_cached_tokens
 
 

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from vllm_multilora.adapters.intake import Rules, open_adapter
-
 from ..cache_probe import CacheProbe
-from ..engine import answer, assert_as_peft, lora_request, running_engine
+from ..engine import answer, assert_as_peft, generate, greedy, lora_request, running_engine
 from ..models.cases import Case, Scenario
 from ..models.recipes import LINEAR_RECIPES
 
@@ -45,12 +43,6 @@ def engine(llm: "LLM") -> "LLMEngine":
 
 def case_of(llama: Scenario, name: str) -> Case:
     return next(case for case in llama.cases_of(name) if len(case.prompt) == LENGTH)
-
-
-def digest_of(folder: Path) -> str:
-    """What `vllm-multilora digest` prints of it."""
-    with open_adapter(str(folder), Rules()) as source:
-        return source.digest()
 
 
 def numbers(llama: Scenario, *names: str) -> set[int]:
@@ -174,30 +166,16 @@ def test_what_cannot_be_a_path_is_refused_before_anything_is_taken_in(
 
 
 def tokens(llm: "LLM", case: Case, request: "LoRARequest") -> tuple[int, ...]:
-    from vllm import SamplingParams
-
-    (output,) = llm.generate(
-        {"prompt_token_ids": list(case.prompt)},
-        SamplingParams(
-            temperature=0.0,
-            max_tokens=len(case.expected.tokens),
-            ignore_eos=True,
-            detokenize=False,
-        ),
-        lora_request=request,
-        use_tqdm=False,
-    )
+    (output,) = generate(llm, [case.prompt], [request])
     return tuple(output.outputs[0].token_ids)
 
 
 def test_one_adapter_answers_many_prompts_and_a_list_names_each_ones(
     llm: "LLM", engine: "LLMEngine", llama: Scenario
 ) -> None:
-    from vllm import SamplingParams
-
     cases = llama.cases_of(FIRST)
     prompts = [{"prompt_token_ids": list(case.prompt)} for case in cases]
-    settings = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, detokenize=False)
+    settings = greedy(max_tokens=4)
     request = lora_request(llama, FIRST)
     outputs = llm.generate(prompts, settings, lora_request=request, use_tqdm=False)
     for output, case in zip(outputs, cases, strict=True):

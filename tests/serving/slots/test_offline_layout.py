@@ -1,8 +1,9 @@
 """The layout found without weights is the one that a worker has."""
 
 import json
+from pathlib import Path
+from typing import Any
 
-import msgspec
 import pytest
 import torch
 from transformers import Qwen2Config
@@ -27,6 +28,13 @@ UNKNOWN = ("model.layers.9.self_attn.q_proj", "model.layers.0.self_attn.qkv_proj
 def folder(request, tmp_path_factory):
     write = {"llama": tiny_models.write_llama, "qwen2": tiny_models.write_qwen2}[request.param]
     return write(tmp_path_factory.mktemp(request.param))
+
+
+def layout_of(folder: Path, **flags: Any) -> ModelLayout:
+    """What is found of a base model with a server's flags."""
+    from vllm_multilora.integration.offline.model_without_weights import ServerFlags, offline_layout
+
+    return offline_layout(ServerFlags(str(folder), **flags))
 
 
 def worker_layout(folder, rank: int, *, layers_elsewhere: tuple[int, ...] = ()):
@@ -68,11 +76,9 @@ def worker_layout(folder, rank: int, *, layers_elsewhere: tuple[int, ...] = ()):
 
 
 def test_it_is_that_of_a_worker(folder):
-    from vllm_multilora.integration.offline.model_without_weights import ServerFlags, offline_layout
-
     (folder / "model.safetensors").rename(folder / "weights.away")
     try:
-        offline = offline_layout(ServerFlags(str(folder), max_lora_rank=64))
+        offline = layout_of(folder, max_lora_rank=64)
     finally:
         (folder / "weights.away").rename(folder / "model.safetensors")
     worker = worker_layout(folder, 64)
@@ -86,10 +92,8 @@ def test_it_is_that_of_a_worker(folder):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_it_knows_whether_the_head_is_the_embedding(tmp_path, tied):
-    from vllm_multilora.integration.offline.model_without_weights import ServerFlags, offline_layout
-
     folder = tiny_models.write_llama(tmp_path, tied=tied)
-    assert offline_layout(ServerFlags(str(folder), max_lora_rank=64)).tied == tied
+    assert layout_of(folder, max_lora_rank=64).tied == tied
 
 
 def test_a_worker_knows_what_others_have_from_what_nobody_has(tmp_path):
@@ -107,14 +111,10 @@ def test_a_worker_knows_what_others_have_from_what_nobody_has(tmp_path):
 
 
 def test_adapters_that_the_servers_target_modules_leave_nothing_of_are_refused(tmp_path):
-    from vllm_multilora.integration.offline.model_without_weights import ServerFlags, offline_layout
-
-    layout = offline_layout(
-        ServerFlags(
-            str(tiny_models.write_llama(tmp_path / "model")),
-            max_lora_rank=64,
-            lora_target_modules=("o_proj", "gate_proj"),
-        )
+    layout = layout_of(
+        tiny_models.write_llama(tmp_path / "model"),
+        max_lora_rank=64,
+        lora_target_modules=("o_proj", "gate_proj"),
     )
     # vLLM adapts a fused layer whole, whichever part of it is named.
     kinds = {name.rpartition(".")[2] for name in layout.by_name}
@@ -129,10 +129,8 @@ def test_adapters_that_the_servers_target_modules_leave_nothing_of_are_refused(t
 
 def test_adapters_of_what_latent_attention_does_not_call_are_refused(tmp_path):
     """It multiplies with that layer's weights itself: the base model would answer."""
-    from vllm_multilora.integration.offline.model_without_weights import ServerFlags, offline_layout
-
     folder = tiny_models.write_deepseek(tmp_path / "model")
-    layout = offline_layout(ServerFlags(str(folder), max_lora_rank=64))
+    layout = layout_of(folder, max_lora_rank=64)
     attention = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
     for kinds in (attention, (*attention, "kv_b_proj")):
         recipe = AdapterRecipe("-".join(kinds), kinds)
@@ -147,9 +145,7 @@ def test_adapters_of_what_latent_attention_does_not_call_are_refused(tmp_path):
 @pytest.mark.parametrize("kind", ["in_proj", "x_proj", "dt_proj", "out_proj"])
 def test_adapters_of_what_mamba_computes_in_two_parts_are_refused(tmp_path, kind):
     """vLLM takes both parts for a step's first rows: those of other requests."""
-    from vllm_multilora.integration.offline.model_without_weights import ServerFlags, offline_layout
-
-    layout = offline_layout(ServerFlags(str(tiny_models.write_jamba_config(tmp_path / "model"))))
+    layout = layout_of(tiny_models.write_jamba_config(tmp_path / "model"))
     module = f"model.layers.0.mamba.{kind}"
     assert (module in layout.bypassed) == (kind in ("x_proj", "dt_proj"))
     assert module in layout.by_name or layout.is_special(module)
@@ -167,10 +163,8 @@ def test_layers_of_several_slices_that_checkpoints_have_as_one_are_of_their_size
     tmp_path, of, inputs, outputs, workers
 ):
     """vLLM would cut off what it has no room for, and leave the rest as it is."""
-    from vllm_multilora.integration.offline.model_without_weights import ServerFlags, offline_layout
-
     folder = tiny_models.write_granite_hybrid(tmp_path / "model")
-    layout = offline_layout(ServerFlags(str(folder), tensor_parallel_size=workers))
+    layout = layout_of(folder, tensor_parallel_size=workers)
     module = f"model.layers.0.{of}"
     assert layout.is_special(module) == (workers > 1)  # where each has some rows of every slice
     assert "model.layers.0.mamba.conv1d" in layout.bypassed
@@ -198,10 +192,8 @@ def test_layers_of_several_slices_that_checkpoints_have_as_one_are_of_their_size
 )
 def test_layers_that_ranks_share_out_part_by_part_may_be_activated(tmp_path, kind, found):
     """Rows are theirs like those of any linear layer; their outputs nobody here multiplies."""
-    from vllm_multilora.integration.offline.model_without_weights import ServerFlags, offline_layout
-
     folder = tiny_models.write_phi3_config(tmp_path / "model")
-    layout = offline_layout(ServerFlags(str(folder), tensor_parallel_size=2, dora=True))
+    layout = layout_of(folder, tensor_parallel_size=2, dora=True)
     module = "model.layers.0.mlp.gate_up_proj"
     assert layout.is_special(module)
     adapter = good(["model.layers.0.self_attn.q_proj"])
@@ -220,9 +212,7 @@ def test_layers_that_ranks_share_out_part_by_part_may_be_activated(tmp_path, kin
 
 
 def test_adapters_of_an_encoder_that_a_decoder_follows_are_served(tmp_path):
-    from vllm_multilora.integration.offline.model_without_weights import ServerFlags, offline_layout
-
-    layout = offline_layout(ServerFlags(str(tiny_speech.write_whisper(tmp_path))))
+    layout = layout_of(tiny_speech.write_whisper(tmp_path))
     assert set(layout.bypassed) == {"proj_out"}  # the output head, which vLLM does not adapt
     for part in ("encoder", "decoder"):
         assert f"model.{part}.layers.0.self_attn.q_proj" in layout.by_name
@@ -230,12 +220,10 @@ def test_adapters_of_an_encoder_that_a_decoder_follows_are_served(tmp_path):
 
 def test_adapters_of_a_longer_decoder_are_not_cut_off(tmp_path):
     """A Whisper "turbo" has the encoder of a "large", and a few layers of its decoder."""
-    from vllm_multilora.integration.offline.model_without_weights import ServerFlags, offline_layout
-
     path = tiny_speech.write_whisper(tmp_path) / "config.json"
     config = json.loads(path.read_text()) | {"encoder_layers": 4, "num_hidden_layers": 4}
     path.write_text(json.dumps(config))
-    naming = offline_layout(ServerFlags(str(tmp_path))).naming
+    naming = layout_of(tmp_path).naming
     beyond = "model.decoder.layers.3.self_attn.q_proj"
     assert naming.rename(beyond) == beyond
 
@@ -243,10 +231,8 @@ def test_adapters_of_a_longer_decoder_are_not_cut_off(tmp_path):
 def test_layers_that_read_numbers_back_while_they_are_made_have_them(tmp_path):
     from vllm.model_executor.layers.activation import XIELU
 
-    from vllm_multilora.integration.offline.model_without_weights import ServerFlags, offline_layout
-
     made = XIELU.__init__
-    layout = offline_layout(ServerFlags(str(tiny_models.write_apertus_config(tmp_path))))
+    layout = layout_of(tiny_models.write_apertus_config(tmp_path))
     assert "model.layers.0.mlp.up_proj" in layout.by_name
     assert XIELU.__init__ is made
 
@@ -255,21 +241,16 @@ def test_it_leaves_nothing_for_the_next_model_of_the_process(tmp_path):
     """vLLM shares rotary embeddings between models; one without memory would end the next."""
     from vllm.model_executor.layers import rotary_embedding
 
-    from vllm_multilora.integration.offline.model_without_weights import ServerFlags, offline_layout
-
     shared = rotary_embedding._ROPE_DICT
     before = dict(shared)
     shared["of another model"] = "kept"
-    offline_layout(ServerFlags(str(tiny_models.write_llama(tmp_path))))
+    layout_of(tiny_models.write_llama(tmp_path))
     assert shared.pop("of another model") == "kept"
     assert shared == before
 
 
 def test_the_corpus_was_made_for_that_of_the_tiny_llama(tmp_path):
-    from vllm_multilora.integration.offline.model_without_weights import ServerFlags, offline_layout
-
-    model = str(tiny_models.write_llama(tmp_path))
-    found = offline_layout(ServerFlags(model, max_lora_rank=64, dtype="float32"))
+    found = layout_of(tiny_models.write_llama(tmp_path), max_lora_rank=64, dtype="float32")
     assert found.by_name == LAYOUT.by_name
     assert found.special == LAYOUT.special
     assert found.special_shapes == LAYOUT.special_shapes
@@ -279,12 +260,10 @@ def test_the_corpus_was_made_for_that_of_the_tiny_llama(tmp_path):
 
 
 def test_heads_that_vllm_does_not_adapt_are_known_with_the_reason(tmp_path):
-    from vllm_multilora.integration.offline.model_without_weights import ServerFlags, offline_layout
-
     architecture = "Qwen2ForCausalLM"
     config = Qwen2Config(**tiny_models.TWO_LAYERS, architectures=[architecture])
     config.save_pretrained(tmp_path)
-    layout = offline_layout(ServerFlags(str(tmp_path), max_lora_rank=64))
+    layout = layout_of(tmp_path, max_lora_rank=64)
     heads = {name for name, shape in layout.special_shapes.items() if not shape.embedding}
     [embedding] = layout.special_shapes.keys() - heads
     assert heads == {"lm_head"}
@@ -304,17 +283,13 @@ def test_the_ranks_that_hints_name_are_those_that_vllm_takes():
 
 
 def test_a_model_that_vllm_does_not_take_is_an_error(tmp_path):
-    from vllm_multilora.integration.offline.model_without_weights import (
-        BaseModelError,
-        ServerFlags,
-        offline_layout,
-    )
+    from vllm_multilora.integration.offline.model_without_weights import BaseModelError
 
     with pytest.raises(BaseModelError, match="cannot load the base model"):
-        offline_layout(ServerFlags(str(tmp_path)))
-    model = str(tiny_models.write_llama(tmp_path / "model"))
+        layout_of(tmp_path)
+    model = tiny_models.write_llama(tmp_path / "model")
     with pytest.raises(BaseModelError, match="max_lora_rank"):
-        offline_layout(ServerFlags(model, max_lora_rank=7))
+        layout_of(model, max_lora_rank=7)
 
 
 @pytest.mark.parametrize(
@@ -333,27 +308,14 @@ def test_a_model_that_vllm_does_not_take_is_an_error(tmp_path):
     ids=["list", "size", "activation", "no LoRA"],
 )
 def test_a_wrong_configuration_is_an_error(tmp_path, text, message):
-    from vllm_multilora.integration.offline.model_without_weights import (
-        BaseModelError,
-        ServerFlags,
-        offline_layout,
-    )
+    from vllm_multilora.integration.offline.model_without_weights import BaseModelError
 
     file = tiny_models.write_llama(tmp_path) / "config.json"
     changed = json.loads(text)
     right = json.loads(file.read_text())
     file.write_text(json.dumps(right | changed if isinstance(changed, dict) else changed))
     with pytest.raises(BaseModelError, match=message):
-        offline_layout(ServerFlags(str(tmp_path)))
-
-
-def test_it_can_be_sent_and_means_the_same_where_it_arrives(tmp_path):
-    from vllm_multilora.integration.offline.model_without_weights import ServerFlags, offline_layout
-
-    layout = offline_layout(ServerFlags(str(tiny_models.write_llama(tmp_path)), max_lora_rank=64))
-    arrived = msgspec.msgpack.decode(msgspec.msgpack.encode(layout), type=ModelLayout)
-    assert arrived == layout
-    assert arrived.largest_bytes() == layout.largest_bytes()
+        layout_of(tmp_path)
 
 
 QWEN2_VL = {
@@ -373,11 +335,9 @@ PROCESSOR = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, 
 
 
 def test_adapters_of_a_multimodal_model_are_served_without_its_tower(tmp_path):
-    from vllm_multilora.integration.offline.model_without_weights import ServerFlags, offline_layout
-
     (tmp_path / "config.json").write_text(json.dumps(QWEN2_VL))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    layout = offline_layout(ServerFlags(str(tmp_path)))
+    layout = layout_of(tmp_path)
     language = "language_model.model.layers.0.self_attn.q_proj"
     assert language in layout.by_name
     rename = layout.naming.rename

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import zmq
 
-from ..engine import BLOCK_SIZE, answer, assert_as_peft, running_engine
+from ..engine import BLOCK_SIZE, answer, assert_as_peft, generate, running_engine
 from ..models.cases import Case, Scenario
 from ..models.recipes import LINEAR_RECIPES
 from ..server import free_port
@@ -50,14 +50,7 @@ class Engine:
 
     def ask(self, lora: "LoRARequest | None", prompt: list[int] = PROMPT) -> int:
         """Has a prompt computed; returns how many of its tokens came from the cache."""
-        from vllm import SamplingParams
-
-        (output,) = self.llm.generate(
-            {"prompt_token_ids": prompt},
-            SamplingParams(max_tokens=1, detokenize=False),
-            lora_request=lora,
-            use_tqdm=False,
-        )
+        (output,) = generate(self.llm, [prompt], [lora], max_tokens=1)
         assert output.outputs[0].finish_reason == "length", output.outputs[0].stop_reason
         return output.num_cached_tokens
 

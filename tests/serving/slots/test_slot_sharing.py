@@ -4,18 +4,15 @@ import itertools
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from vllm_multilora.slots.fairness.slot_turns import PATIENCE_STEPS
 from vllm_multilora.states import AdapterState
 
-from ..engine import running_engine
+from ..engine import greedy, lora_request, running_engine
 from ..models.cases import NEW_TOKENS, Case, Scenario
 
 if TYPE_CHECKING:
@@ -24,13 +21,11 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.serving
 
 SLOTS, ADAPTERS = 3, 6
-REQUESTS_EACH = 60
+REQUESTS_EACH = 30
 MAX_STEPS = 20_000
 """Several times what a fair engine takes."""
 MAX_IDLE_STEPS = 100_000
 LONGEST_COPY_S = 60.0
-STEPS_ON_TOP = 4
-"""What vLLM's pipeline adds: a step from request to schedule, and one from result to slot."""
 
 
 @dataclass
@@ -59,21 +54,14 @@ class Stepper:
         return sum(pending.case.adapter == name for pending in self._pending.values())
 
     def submit(self, name: str, new_tokens: int = NEW_TOKENS) -> None:
-        from vllm import SamplingParams
-        from vllm.lora.request import LoRARequest
-
         (case,) = self._fleet.cases_of(name)
         request_id = f"{name}-{next(self._numbers)}"
         self._pending[request_id] = Pending(case, self.step)
         self._engine.add_request(
             request_id,
             {"prompt_token_ids": list(case.prompt)},
-            SamplingParams(
-                temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
-            ),
-            lora_request=LoRARequest(
-                name, self._fleet.adapter_id(name), str(self._fleet.adapters[name])
-            ),
+            greedy(max_tokens=new_tokens),
+            lora_request=lora_request(self._fleet, name),
         )
 
     def run_step(self) -> None:
@@ -103,21 +91,6 @@ class Stepper:
             time.sleep(0.0005)
             adapters.poll()
 
-    def run_until_served(self, name: str) -> int:
-        """The steps until the adapter has no request left."""
-        first = self.step
-        while self.pending(name):
-            self.run_step()
-        return self.step - first
-
-
-@contextmanager
-def stepper(fleet: Scenario, **settings: Any) -> Iterator[Stepper]:
-    with running_engine(
-        fleet.base, in_process=True, enable_prefix_caching=False, **settings
-    ) as llm:
-        yield Stepper(llm, fleet)
-
 
 def test_adapters_that_share_slots_wait_alike(fleet: Scenario) -> None:
     """Every adapter has four requests at all times, a new one as soon as one is answered.
@@ -126,10 +99,18 @@ def test_adapters_that_share_slots_wait_alike(fleet: Scenario) -> None:
     """
     lengths = random.Random(0)
     names = [f"customer-{number}" for number in range(ADAPTERS)]
-    with stepper(fleet, max_loras=SLOTS, max_cpu_loras=ADAPTERS) as engine:
+    with running_engine(
+        fleet.base,
+        in_process=True,
+        enable_prefix_caching=False,
+        max_loras=SLOTS,
+        max_cpu_loras=ADAPTERS,
+    ) as llm:
+        engine = Stepper(llm, fleet)
         for name in names:  # else some have turns while others are read
             engine.submit(name)
-            engine.run_until_served(name)
+            while engine.pending(name):
+                engine.run_step()
         engine.latencies.clear()
         while min(len(engine.latencies[name]) for name in names) < REQUESTS_EACH:
             for name in names:
@@ -139,32 +120,3 @@ def test_adapters_that_share_slots_wait_alike(fleet: Scenario) -> None:
             assert engine.step < MAX_STEPS, {n: len(engine.latencies[n]) for n in names}
     means = {name: mean(engine.latencies[name]) for name in names}
     assert max(means.values()) < 2 * min(means.values()), means
-
-
-def test_a_flood_for_one_adapter_does_not_keep_another_out_of_the_only_slot(
-    fleet: Scenario,
-) -> None:
-    flooding, single, places = "customer-0", "customer-1", 2
-    with stepper(fleet, max_loras=1, max_cpu_loras=2, max_num_seqs=places) as engine:
-        engine.submit(single)  # from here on it is in host memory
-        engine.run_until_served(single)
-
-        def flood(most: int = places + 3) -> None:
-            while engine.pending(flooding) < most:
-                engine.submit(flooding)
-            engine.run_step()
-
-        flood(1)
-        for _ in range(NEW_TOKENS // 2):  # so that two never end in the same step
-            flood(1)
-        for _ in range(3 * NEW_TOKENS):
-            flood()
-        engine.submit(single, new_tokens=1)
-        begin = engine.step
-        ahead = engine.pending(flooding)
-        # The queue's turn comes, with a place for every request before it; then patience, then
-        # the end of what runs in the slot.
-        bound = ahead * NEW_TOKENS + PATIENCE_STEPS + NEW_TOKENS + STEPS_ON_TOP
-        while engine.pending(single):
-            flood()
-            assert engine.step - begin <= bound
