@@ -1,26 +1,31 @@
-"""What each path is for, whoever asks."""
+"""What each path is for, whoever asks, and the form that refusals have there.
+
+That is the form of the API that was called: OpenAI's, Anthropic's or Cohere's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping
+from http import HTTPStatus
 from typing import Any
 
-from vllm_multilora.gateway.table import TENANT_ROUTES, Route
+from starlette.responses import Response
+
+from vllm_multilora.gateway.table import TENANT_ROUTES
+from vllm_multilora.integration.server.requests.callers import TYPES
 from vllm_multilora.tenants.rules import STATUS, STATUS_PAGE, Endpoint
 
 _HEALTH = ("/health", "/ping")
 _MANAGE = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _SAGEMAKER_ADAPTERS = "/adapters"
 _MODELS = "/v1/models"
+_ANTHROPIC = ("/v1/messages", "/v1/messages/count_tokens")
+_COHERE = "/cohere/v2/chat"
 
 
 def endpoint_of(method: str, path: str) -> Endpoint:
-    """Says what a request's method and path are for.
-
-    Args:
-        method: In capitals.
-        path: Decoded, without the server's root path.
-    """
+    """Says what a method and a path, decoded and without the server's root path, are for."""
     path = path.rstrip("/")
     if path in _HEALTH:
         return Endpoint.HEALTH
@@ -37,17 +42,6 @@ def endpoint_of(method: str, path: str) -> Endpoint:
     return Endpoint.OTHER
 
 
-def called_route(path: str) -> Route:
-    """What the table says of the path of a tenant's call."""
-    return TENANT_ROUTES[path.rstrip("/")]
-
-
-def refused_word(endpoint: Endpoint, path: str, allow: Collection[str]) -> str | None:
-    """The word that a tenant lacks for a path that tenants may call; None where it lacks none."""
-    word = called_route(path).word if endpoint is Endpoint.CALL else None
-    return None if word is None or word in allow else word
-
-
 def header(pairs: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
     """The first value of a header, whose name is in lower case; None where there is none."""
     for each, value in pairs:
@@ -62,3 +56,32 @@ def route_path(scope: Mapping[str, Any]) -> str:
     if root and (path == root or path.startswith(f"{root}/")):
         return path[len(root) :]
     return path
+
+
+def error_answer(
+    status: HTTPStatus, message: str, *, path: str, param: str | None = None
+) -> Response:
+    """An error as clients of a path read it; OpenAI's are told the field that is at fault."""
+    kind = TYPES[status]
+    content: dict[str, Any]
+    if path in _ANTHROPIC:
+        content = {"type": "error", "error": {"type": kind, "message": message}}
+    elif path == _COHERE:
+        content = {"message": message}
+    else:
+        error = {"message": message, "type": kind, "param": param, "code": status.value}
+        content = {"error": error}
+    return _json(content, status)
+
+
+def refusal_answer(refusal: Any, *, path: str) -> Response:
+    """An `ErrorResponse` of vLLM's, or with an adapter's problems, as clients of a path read it."""
+    error = refusal.error
+    if path in _ANTHROPIC or path == _COHERE:
+        return error_answer(HTTPStatus(error.code), error.message, path=path)
+    return _json(refusal.model_dump(), error.code)
+
+
+def _json(content: dict[str, Any], status: int) -> Response:
+    """JSON in ASCII: what a client has sent, and an error repeats, may be no Unicode."""
+    return Response(json.dumps(content), status, media_type="application/json")
