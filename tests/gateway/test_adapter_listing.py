@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_multilora.gateway.status.adapter_list import listing
+from vllm_multilora.gateway.status.status_route import listing
 
 
 def report(*, store: str = "unix:/run/store", requests: int = 5, **fields: object) -> dict:

@@ -245,4 +245,4 @@ def test_others_have_their_turns_while_a_tenants_form_is_taken_apart(tenants):
     asyncio.run(
         call(app, Access(tenants_path=str(tenants)), path, ACME, more=headers, bodies=bodies)
     )
-    assert found[0] > len(bodies)
+    assert found[0] >= len(bodies)

@@ -23,7 +23,6 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.lora.request import LoRARequest
 
 from vllm_multilora.gateway.answers import HttpCallMiddleware
-from vllm_multilora.gateway.failed_streams import FailedStreamsMiddleware
 from vllm_multilora.integration.server.requests.http_calls import current_call
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
@@ -71,7 +70,6 @@ def ask(path, events, *, adapter=True, server=FastAPI):
             current_call.get().lora = LoRARequest("acme", 1, "/acme")
         return StreamingResponse(make(), media_type="text/event-stream")
 
-    app.add_middleware(FailedStreamsMiddleware)
     app.add_middleware(HttpCallMiddleware)
 
     async def send():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_multilora.routing import load_routes, parse_routes
+from vllm_multilora.routing.routes_file import load_routes, parse_routes
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "examples" / "routing").glob("*.yaml"))

@@ -6,8 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_multilora.routing import BadValueError, RequestFacts
-from vllm_multilora.routing.request_facts import LONGEST_VALUE, FactSource
+from vllm_multilora.routing.request_facts import (
+    LONGEST_VALUE,
+    BadValueError,
+    FactSource,
+    RequestFacts,
+)
 
 LANGUAGE = FactSource.parse("language")
 MAX_TAGS, LONGEST_TAG = 32 * 32, 64

@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 from vllm_multilora.documents import DocumentError
-from vllm_multilora.routing import Blended, RequestFacts, Turns, parse_routes
+from vllm_multilora.routing.request_facts import RequestFacts
+from vllm_multilora.routing.route_targets import Blended, Turns
+from vllm_multilora.routing.routes_file import parse_routes
 
 FULL = """
 routes:

@@ -4,8 +4,9 @@ from collections import Counter
 
 import pytest
 
-from vllm_multilora.routing import RequestFacts, Turns, parse_routes
-from vllm_multilora.routing.route_targets import sticky_choice, turn_choice
+from vllm_multilora.routing.request_facts import RequestFacts
+from vllm_multilora.routing.route_targets import Turns, sticky_choice, turn_choice
+from vllm_multilora.routing.routes_file import parse_routes
 
 REQUESTS = 10_000
 USERS = tuple(f"user-{number}" for number in range(REQUESTS))

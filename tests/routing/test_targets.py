@@ -2,7 +2,9 @@
 
 import pytest
 
-from vllm_multilora.routing import NoCaseError, RequestFacts, Turns, parse_routes
+from vllm_multilora.routing.request_facts import NoCaseError, RequestFacts
+from vllm_multilora.routing.route_targets import Turns
+from vllm_multilora.routing.routes_file import parse_routes
 
 CASES = "cases: {fr: french, pt-br: brazilian, de: german}"
 

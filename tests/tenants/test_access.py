@@ -31,13 +31,13 @@ from tests.gateway.calls import ACME, ADMIN, CLIENT, App, call, write
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.documents import DocumentError
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.gateway.endpoints import error_answer
 from vllm_multilora.gateway.keys import access as access_module
 from vllm_multilora.gateway.keys import middleware
 from vllm_multilora.gateway.keys.access import Access, access_for
 from vllm_multilora.gateway.keys.middleware import AccessMiddleware, presented_key
 from vllm_multilora.gateway.limits import tenant_turns
 from vllm_multilora.gateway.limits.tenant_turns import turn_of
-from vllm_multilora.gateway.refused_answers import error_answer
 from vllm_multilora.integration.api_server import failure_delivery
 from vllm_multilora.integration.api_server.failure_delivery import process_outputs
 from vllm_multilora.integration.engine_config import check_access
@@ -50,7 +50,7 @@ from vllm_multilora.integration.server.requests.metering import (
 )
 from vllm_multilora.integration.server.settings import start_checks
 from vllm_multilora.integration.server.settings.gateway_activation import mount_gateway
-from vllm_multilora.integration.server.settings.key_settings import read_admin_keys
+from vllm_multilora.integration.server.settings.start_checks import read_admin_keys
 from vllm_multilora.store.store_launch import environment
 from vllm_multilora.tenants.keys import ADMIN_KEY_VARIABLE, stored
 from vllm_multilora.tenants.limits import Account, Pace, TokenBucket

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_multilora.documents import DocumentError, WatchedFile, watched
-from vllm_multilora.routing import load_routes, parse_routes
+from vllm_multilora.routing.routes_file import load_routes, parse_routes
 
 LOGGER = "vllm_multilora.documents.watched"
 

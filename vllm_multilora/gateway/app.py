@@ -14,13 +14,11 @@ from pydantic_core import SchemaValidator
 
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.gateway.answers import HttpCallMiddleware
-from vllm_multilora.gateway.endpoints import route_path
-from vllm_multilora.gateway.failed_streams import FailedStreamsMiddleware
+from vllm_multilora.gateway.endpoints import error_answer, route_path
 from vllm_multilora.gateway.keys.access import Access, access_for
 from vllm_multilora.gateway.keys.middleware import AccessMiddleware
 from vllm_multilora.gateway.names import models_list
 from vllm_multilora.gateway.names.names_middleware import NamesMiddleware
-from vllm_multilora.gateway.refused_answers import error_answer
 from vllm_multilora.gateway.status import page
 from vllm_multilora.gateway.status.status_route import AdaptersRoute
 from vllm_multilora.integration.logs import join_vllm_logging
@@ -40,11 +38,7 @@ _NOT_OF_SCHEMA = ("default", "metadata")
 
 
 class Gateway:
-    """Everything of this plugin that acts on HTTP before vLLM does.
-
-    Args:
-        app: What vLLM has behind this middleware.
-    """
+    """Everything of this plugin that acts on HTTP before vLLM does."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -83,7 +77,7 @@ class Gateway:
             inner = self._app
             if (models := getattr(server.state, "openai_serving_models", None)) is not None:
                 inner = NamesMiddleware(inner, models)
-            inner = HttpCallMiddleware(FailedStreamsMiddleware(inner))
+            inner = HttpCallMiddleware(inner)
             access = access_for(server.state.args)
             add_routes(server, access)
             if access is not None:
@@ -95,12 +89,7 @@ class Gateway:
 
 
 def add_routes(server: FastAPI, access: Access | None) -> None:
-    """Adds this plugin's routes to vLLM's application, behind vLLM's own checks.
-
-    Args:
-        server: vLLM's application, with its own routes.
-        access: Whose keys the server knows; None where it has none.
-    """
+    """Adds this plugin's routes to vLLM's application, behind vLLM's own checks."""
     AdaptersRoute(access).add_to(server)
     page.add_route(server)
     models_list.add_routes(server)
@@ -114,9 +103,6 @@ def stop_at_first_errors(app: Any) -> None:
     vLLM says of each item of a list what is wrong with it, for each kind of item that there might
     be: of five thousand in `/v1/responses`, which are fifteen kilobytes, it takes seconds for that,
     in which nobody is answered, and six gigabytes of memory.
-
-    Args:
-        app: vLLM's, with all its routes.
     """
     for route in app.routes:
         dependant = getattr(route, "dependant", None)
@@ -124,9 +110,8 @@ def stop_at_first_errors(app: Any) -> None:
             if (adapter := getattr(field, "_type_adapter", None)) is None:
                 logger.warning("vLLM says of all in a list what is wrong: FastAPI is not as known.")
                 return
-            adapter.validator = SchemaValidator(
-                _failing_fast(adapter.core_schema), _use_prebuilt=False
-            )
+            schema = _failing_fast(adapter.core_schema)
+            adapter.validator = SchemaValidator(schema, _use_prebuilt=False)
 
 
 def _failing_fast(schema: Any) -> Any:

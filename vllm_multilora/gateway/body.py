@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.gateway.fields import FieldError, check_body
+from vllm_multilora.gateway.names.bodies import again
 from vllm_multilora.gateway.sealed_bodies import SALT_FIELD, with_seal
 from vllm_multilora.gateway.table import Route
 from vllm_multilora.tenants.tenant import MEDIA
@@ -53,13 +52,7 @@ class LargeBodyError(MultiLoRAError):
 async def read_body(receive: Receive, route: Route, caller: Caller) -> Receive:
     """Reads a tenant's call whole, as vLLM would, and checks it before vLLM does.
 
-    A form is not checked, and is passed on in the parts in which it came, with others' turns
-    between them: vLLM takes it apart on the event loop, which takes half a minute for the largest.
-
-    Args:
-        receive: Gives the client's messages.
-        route: What the path allows.
-        caller: A tenant's.
+    A form is not checked, and is passed on in the parts in which it came.
 
     Returns:
         What vLLM receives from: the body, and then whatever the client still sends.
@@ -68,37 +61,26 @@ async def read_body(receive: Receive, route: Route, caller: Caller) -> Receive:
         LargeBodyError: There is too much in the body.
         FieldError: Something in it is not allowed.
     """
-    max_bytes = MAX_MEDIA_BODY_BYTES if MEDIA in allowed(caller) else MAX_BODY_BYTES
-    parts = await _read_parts(receive, max_bytes)
+    allow = frozenset[str]() if caller.tenant is None else caller.tenant.allow
+    parts = await _read_parts(receive, MAX_MEDIA_BODY_BYTES if MEDIA in allow else MAX_BODY_BYTES)
     if (last := parts[-1])["type"] != "http.request":
-        parts = deque([last])  # the client has gone
+        parts = [last]  # the client has gone
     elif not route.is_form:
         body = b"".join(part.get("body", b"") for part in parts)
         caller.body_bytes = len(body)
         max_numbers = MAX_TOKENS_REPORTED if route.is_decoding else MAX_NUMBERS
         _require_few_values(body, max_numbers, counts_numbers=route.is_of_any_kind)
-        parts = deque([{**last, "body": _checked(body, route, caller)}])
-
-    async def receive_read() -> Message:
-        if route.is_form:
-            await asyncio.sleep(0)
-        return parts.popleft() if parts else await receive()
-
-    return receive_read
+        parts = [{**last, "body": _checked(body, route, caller, allow)}]
+    return again(parts, receive)
 
 
-def allowed(caller: Caller) -> frozenset[str]:
-    """What the tenants file allows a caller's tenant besides text."""
-    return frozenset() if caller.tenant is None else caller.tenant.allow
-
-
-async def _read_parts(receive: Receive, max_bytes: int) -> deque[Message]:
+async def _read_parts(receive: Receive, max_bytes: int) -> list[Message]:
     """A body's parts; of one that is too large, some more is read and dropped.
 
     An answer before the whole body has been read resets the connection of most clients, which then
     never see why they were refused.
     """
-    parts: deque[Message] = deque()
+    parts: list[Message] = []
     size, has_more = 0, True
     while has_more and size <= DROPPED_BODIES * max_bytes:
         message = await receive()
@@ -113,9 +95,7 @@ async def _read_parts(receive: Receive, max_bytes: int) -> deque[Message]:
     return parts
 
 
-def _checked(body: bytes, route: Route, caller: Caller) -> bytes:
-    """A body that the table allows, with what the gateway sets in it."""
-    allow = allowed(caller)
+def _checked(body: bytes, route: Route, caller: Caller, allow: frozenset[str]) -> bytes:
     try:
         content = json.loads(body)
     except RecursionError:
@@ -131,12 +111,7 @@ def _checked(body: bytes, route: Route, caller: Caller) -> bytes:
 
 
 def _require_few_repeats(content: dict[str, Any], size: int) -> None:
-    """Looks at what is sent or told once for each answer.
-
-    Args:
-        content: A body that the table allows.
-        size: Its bytes, of which a template may take few.
-    """
+    """Looks at what is sent or told once for each answer."""
     repeated = size * ((content.get("n") or 1) - 1)
     if repeated > MAX_REPEATED_BYTES:
         raise FieldError(

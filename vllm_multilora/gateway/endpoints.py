@@ -1,26 +1,50 @@
-"""What each path is for, whoever asks."""
+"""What each path is for, whoever asks, and the form that refusals have there.
+
+That is the form of the API that was called: OpenAI's, Anthropic's or Cohere's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping
+from http import HTTPStatus
 from typing import Any
 
-from vllm_multilora.gateway.table import TENANT_ROUTES, Route
+from starlette.responses import Response
+
+from vllm_multilora.gateway.table import TENANT_ROUTES
+from vllm_multilora.integration.server.requests.callers import TYPES
 from vllm_multilora.tenants.rules import STATUS, STATUS_PAGE, Endpoint
 
 _HEALTH = ("/health", "/ping")
 _MANAGE = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _SAGEMAKER_ADAPTERS = "/adapters"
 _MODELS = "/v1/models"
+_ANTHROPIC = ("/v1/messages", "/v1/messages/count_tokens")
+_ANTHROPIC_TYPES = {
+    HTTPStatus.BAD_REQUEST: "invalid_request_error",
+    HTTPStatus.UNAUTHORIZED: "authentication_error",
+    HTTPStatus.FORBIDDEN: "permission_error",
+    HTTPStatus.NOT_FOUND: "not_found_error",
+    HTTPStatus.CONFLICT: "invalid_request_error",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
+    HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
+    HTTPStatus.INTERNAL_SERVER_ERROR: "api_error",
+    HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
+}
+_COHERE = "/cohere/v2/chat"
+
+RETRY_LATER = "2"
+"""`Retry-After` of an answer with 503 that has none: seconds until a client may ask again."""
+
+_HEADERS = {
+    HTTPStatus.UNAUTHORIZED: {"www-authenticate": "Bearer"},
+    HTTPStatus.SERVICE_UNAVAILABLE: {"retry-after": RETRY_LATER},
+}
 
 
 def endpoint_of(method: str, path: str) -> Endpoint:
-    """Says what a request's method and path are for.
-
-    Args:
-        method: In capitals.
-        path: Decoded, without the server's root path.
-    """
+    """Says what a method and a path, decoded and without the server's root path, are for."""
     path = path.rstrip("/")
     if path in _HEALTH:
         return Endpoint.HEALTH
@@ -37,17 +61,6 @@ def endpoint_of(method: str, path: str) -> Endpoint:
     return Endpoint.OTHER
 
 
-def called_route(path: str) -> Route:
-    """What the table says of the path of a tenant's call."""
-    return TENANT_ROUTES[path.rstrip("/")]
-
-
-def refused_word(endpoint: Endpoint, path: str, allow: Collection[str]) -> str | None:
-    """The word that a tenant lacks for a path that tenants may call; None where it lacks none."""
-    word = called_route(path).word if endpoint is Endpoint.CALL else None
-    return None if word is None or word in allow else word
-
-
 def header(pairs: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
     """The first value of a header, whose name is in lower case; None where there is none."""
     for each, value in pairs:
@@ -62,3 +75,35 @@ def route_path(scope: Mapping[str, Any]) -> str:
     if root and (path == root or path.startswith(f"{root}/")):
         return path[len(root) :]
     return path
+
+
+def error_answer(
+    status: HTTPStatus, message: str, *, path: str, param: str | None = None
+) -> Response:
+    """An error as clients of a path read it; OpenAI's are told the field that is at fault."""
+    content: dict[str, Any]
+    if path in _ANTHROPIC:
+        error = {"type": _ANTHROPIC_TYPES[status], "message": message}
+        content = {"type": "error", "error": error}
+    elif path == _COHERE:
+        content = {"message": message}
+    else:
+        kind = TYPES[status]
+        content = {
+            "error": {"message": message, "type": kind, "param": param, "code": status.value}
+        }
+    return _json(content, status)
+
+
+def refusal_answer(refusal: Any, *, path: str) -> Response:
+    """An `ErrorResponse` of vLLM's, or with an adapter's problems, as clients of a path read it."""
+    error = refusal.error
+    if path in _ANTHROPIC or path == _COHERE:
+        return error_answer(HTTPStatus(error.code), error.message, path=path)
+    return _json(refusal.model_dump(), error.code)
+
+
+def _json(content: dict[str, Any], status: int) -> Response:
+    """JSON in ASCII: what a client has sent, and an error repeats, may be no Unicode."""
+    headers = _HEADERS.get(HTTPStatus(status))
+    return Response(json.dumps(content), status, headers, media_type="application/json")

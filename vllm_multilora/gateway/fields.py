@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 from vllm_multilora.errors import MultiLoRAError
@@ -21,6 +21,7 @@ from vllm_multilora.gateway.table import (
     Route,
 )
 from vllm_multilora.tenants.tenant import GRAMMARS, MEDIA
+from vllm_multilora.wording import listed
 
 MAX_DEPTH = 64
 """Levels of lists and objects in each other. The engine reads some values by recursion."""
@@ -63,12 +64,9 @@ def needs(word: str | None) -> str:
 
 
 def check_body(body: Any, route: Route, allow: Collection[str]) -> dict[str, Any]:
-    """Looks at all of a call's body before vLLM sees it.
+    """Looks at all of a call's body, which is parsed JSON, before vLLM sees it.
 
-    Args:
-        body: The parsed JSON.
-        route: What the path allows.
-        allow: What the tenants file allows the tenant besides.
+    The tenants file allows the tenant some words besides what the route allows.
 
     Returns:
         Fields that are to be set in it.
@@ -84,7 +82,7 @@ def check_body(body: Any, route: Route, allow: Collection[str]) -> dict[str, Any
         )
     for name, value in body.items():
         gate = route.gated.get(name)
-        if gate is not None and gate.word not in allow and not gate.asks_nothing(value):
+        if gate and value is not None and gate.word not in allow and not gate.is_harmless(value):
             raise FieldError(f"`{name}` is {needs(gate.word)}.", name)
         _require_few(name, value)
         check = _Check(name, allow)
@@ -101,28 +99,24 @@ def check_body(body: Any, route: Route, allow: Collection[str]) -> dict[str, Any
 
 
 def _require_few(name: str, value: Any) -> None:
-    """Looks at how many items a field has, or how large a number it is."""
     most = MAX_ITEMS.get(name)
     if most is not None and isinstance(value, (list, dict)) and len(value) > most:
-        raise FieldError(
-            f"`{name}`: found {len(value)} items, expected {most} at most.", _shortened(name)
-        )
+        raise _unexpected(name, f"{len(value)} items", f"{most} at most")
     largest = MAX_NUMBERS.get(name)
     if largest is None or value is None:
         return
     is_number = isinstance(value, (int, float))  # vLLM would also take a text that has one in it
     if not (is_number and abs(value) <= largest):
         found = "a larger one" if is_number else _kind(value)
-        raise FieldError(f"`{name}`: found {found}, expected a number, {largest} at most.", name)
+        raise _unexpected(name, found, f"a number, {largest} at most")
+
+
+def _unexpected(name: str, found: str, expected: str) -> FieldError:
+    return FieldError(f"`{name}`: found {found}, expected {expected}.", name)
 
 
 class _Check:
-    """One field's values.
-
-    Args:
-        name: The field.
-        allow: As `check_body` has it.
-    """
+    """The values of one field of a tenant with some words in its `allow`."""
 
     def __init__(self, name: str, allow: Collection[str]) -> None:
         self._name = name
@@ -154,7 +148,7 @@ class _Check:
         elif isinstance(value, dict):
             self._enter(depth)
             for key, item in value.items():
-                self._key(key)
+                self._text(key, is_long=False, is_url=False, kind="key")
                 self.any(item, depth + 1, is_long=is_long, is_url=is_url)
 
     def content(self, value: Any, depth: int, *, is_long: bool, is_url: bool = False) -> None:
@@ -191,58 +185,31 @@ class _Check:
 
     def _enter(self, depth: int) -> None:
         if depth > MAX_DEPTH:
-            raise FieldError(
-                f"`{self._name}`: found lists and objects in each other that are deeper than "
-                f"{MAX_DEPTH} levels, expected {MAX_DEPTH} at most.",
-                self._name,
-            )
-
-    def _key(self, key: str) -> None:
-        if not is_unicode(key):
-            self._text(key, is_long=False, is_url=False)
-        if len(key) > MAX_SHORT_TEXT:
-            raise FieldError(
-                f"`{self._name}`: found a key of {len(key)} characters, expected {MAX_SHORT_TEXT} "
-                f"at most.",
-                self._name,
-            )
+            found = f"lists and objects in each other that are deeper than {MAX_DEPTH} levels"
+            raise _unexpected(self._name, found, f"{MAX_DEPTH} at most")
 
     def _integer(self, number: int) -> None:
         if abs(number) > MAX_INTEGER:
-            raise FieldError(
-                f"`{self._name}`: found a number of more than 64 bits, expected {MAX_INTEGER} at "
-                f"most.",
-                self._name,
-            )
+            found = "a number of more than 64 bits"
+            raise _unexpected(self._name, found, f"{MAX_INTEGER} at most")
 
-    def _text(self, text: str, *, is_long: bool, is_url: bool) -> None:
+    def _text(self, text: str, *, is_long: bool, is_url: bool, kind: str = "text") -> None:
         if not is_unicode(text):
-            raise FieldError(
-                f"`{self._name}`: found half of a surrogate pair, expected Unicode.", self._name
-            )
+            raise _unexpected(self._name, "half of a surrogate pair", "Unicode")
         if is_url and not text.startswith("data:"):
-            raise FieldError(
-                f"`{self._name}`: found an address, expected a `data:` URL: tenants send images "
-                f"and the like in the request itself.",
-                self._name,
-            )
+            expected = "a `data:` URL: tenants send images and the like in the request itself"
+            raise _unexpected(self._name, "an address", expected)
         most = MAX_TEXT if is_long else MAX_SHORT_TEXT
         if not is_url and len(text) > most:
-            raise FieldError(
-                f"`{self._name}`: found a text of {len(text)} characters, expected {most} at most.",
-                self._name,
-            )
+            raise _unexpected(self._name, f"a {kind} of {len(text)} characters", f"{most} at most")
 
 
 def is_unicode(text: str) -> bool:
     """Whether a text can be sent: JSON may name half of a surrogate pair, which is no character."""
-    if text.isascii():
-        return True
     try:
-        text.encode()
+        return text.isascii() or bool(text.encode())
     except UnicodeEncodeError:
         return False
-    return True
 
 
 def _without_numbers(items: list[Any]) -> list[Any]:
@@ -250,10 +217,8 @@ def _without_numbers(items: list[Any]) -> list[Any]:
     return [] if _NUMBERS.issuperset(map(type, items)) else items
 
 
-def _listed(names: Iterable[str]) -> str:
-    shown = [f"`{_shortened(name)}`" for name in names]
-    rest = len(shown) - MAX_NAMED
-    return ", ".join(shown[:MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+def _listed(names: list[str]) -> str:
+    return listed([f"`{_shortened(name)}`" for name in names], MAX_NAMED)
 
 
 def _shortened(name: str) -> str:
@@ -262,6 +227,5 @@ def _shortened(name: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    """What a JSON value is, in JSON's words."""
     kinds = {bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
     return "null" if value is None else kinds.get(type(value), "a number")

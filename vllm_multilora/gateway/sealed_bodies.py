@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers
 
-from vllm_multilora.gateway.names.bodies import JsonBody, again, read_body
-from vllm_multilora.gateway.replaced_text import ReplacedText
+from vllm_multilora.gateway.names.bodies import JsonBody, ReplacedText, again, read_body
 from vllm_multilora.gateway.table import TENANT_ROUTES
 
 if TYPE_CHECKING:
@@ -44,25 +43,22 @@ def has_salt_field(path: str) -> bool:
 
 
 def is_known_by_id(path: str) -> bool:
-    """Whether the ids of a path's calls say whose they are.
+    """Whether the ids of a path's calls say whose they are: bodies there have no `cache_salt`.
 
-    Where bodies have no `cache_salt`, and where vLLM ends all requests with a call's id when its
-    client has gone: another tenant may choose the same one.
+    Or vLLM ends all requests with the id of a call whose client has gone: others may choose it.
     """
     return not has_salt_field(path) or path.rstrip("/").endswith(_ENDED_BY_ID)
 
 
 def with_seal(content: dict[str, Any], body: bytes, caller: Caller) -> bytes:
-    """A JSON body with the caller's seal.
+    """A JSON body, which holds some content, with the caller's seal.
 
-    Args:
-        content: What the body holds. A client's own salt divides its cache further; one that vLLM
-            refuses stays, so that vLLM says what is wrong with it.
-        body: The body.
-        caller: Who sends it.
+    A client's own salt divides its cache further; one that vLLM refuses stays, so that vLLM says
+    what is wrong with it.
     """
     own = content.get(SALT_FIELD)
-    if own is not None and not _is_salt(own):
+    is_text = isinstance(own, str) and 0 < len(own) <= _MAX_OWN
+    if own is not None and not (is_text and _WRONG_CHARACTERS.isdisjoint(own)):
         return body
     seal = caller.seal(own)
     spliced = None if SALT_FIELD in content else _spliced(body, seal)
@@ -90,11 +86,6 @@ def sealed_by_id(scope: Scope, send: Send, caller: Caller) -> tuple[Scope, Send]
     own = own.replace("~", "-")
     headers.append((ID_HEADER.encode(), (own + carried).encode("latin-1")))
     return {**scope, "headers": headers}, ReplacedText(send, carried, "").send
-
-
-def _is_salt(own: Any) -> bool:
-    is_text = isinstance(own, str) and 0 < len(own) <= _MAX_OWN
-    return is_text and _WRONG_CHARACTERS.isdisjoint(own)
 
 
 def _spliced(body: bytes, seal: str) -> bytes | None:

@@ -31,7 +31,7 @@ class Gated:
 
     Attributes:
         word: The word; None where no tenant may use the field.
-        is_harmless: Whether a value asks for nothing and so needs no word.
+        is_harmless: Whether a value, besides None, asks for nothing and so needs no word.
         written: What the gateway writes for tenants without the word that leave the field out; None
             for nothing.
     """
@@ -39,10 +39,6 @@ class Gated:
     word: str | None
     is_harmless: Callable[[Any], bool] = lambda value: False
     written: Any = None
-
-    def asks_nothing(self, value: Any) -> bool:
-        """Whether a value needs no word."""
-        return value is None or self.is_harmless(value)
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,6 @@ class Route:
 
     @cached_property
     def known(self) -> frozenset[str]:
-        """All fields."""
         return self.plain | self.contents | self.documents | self.gated.keys()
 
 
@@ -210,32 +205,17 @@ TENANT_ROUTES: Mapping[str, Route] = {
 """Paths that tenants may POST to."""
 
 MAX_ITEMS: Mapping[str, int] = {
-    "stop": 64,
-    "stop_sequences": 64,
-    "stop_token_ids": 64,
+    **dict.fromkeys(_words("stop stop_sequences stop_token_ids"), 64),
     "logit_bias": 1_024,
 }
 """Items that a field may have. Those that end an answer are looked for after each token; with more
 tokens to favour, vLLM's second model runner ends its engine."""
 
-_MAX_TOKENS = 1 << 30
+_LONG = _words("seed priority top_k k min_tokens thinking_token_budget stream_interval")
 MAX_NUMBERS: Mapping[str, int] = {
     "n": 2_048,
-    "max_tokens": _MAX_TOKENS,
-    "max_completion_tokens": _MAX_TOKENS,
-    "max_output_tokens": _MAX_TOKENS,
-    **dict.fromkeys(
-        (
-            "seed",
-            "priority",
-            "top_k",
-            "k",
-            "min_tokens",
-            "thinking_token_budget",
-            "stream_interval",
-        ),
-        (1 << 63) - 1,
-    ),
+    **dict.fromkeys(_words("max_tokens max_completion_tokens max_output_tokens"), 1 << 30),
+    **dict.fromkeys(_LONG, (1 << 63) - 1),
 }
 """The largest value that a field may have. Engines end at what their 32 or 64 bits do not hold."""
 
@@ -255,7 +235,7 @@ MESSAGE_TYPES = _words(
 """Values that `type` may have there."""
 
 FREE_KEYS = _words(
-    "arguments input annotations logprobs cache_control citations document tools definition",
+    "arguments input annotations logprobs cache_control citations document tools definition"
 )
 """Keys whose values are any JSON: a tool, what it was called with, and what goes with a text."""
 
@@ -265,17 +245,13 @@ LONG_KEYS = FREE_KEYS | _words(
 )
 """Keys whose texts may be long."""
 
-MEDIA_KEYS = _words(
-    "image_url audio_url video_url input_audio source url detail format media_type",
-)
+MEDIA_KEYS = _words("image_url audio_url video_url input_audio source url detail format media_type")
 """Keys that objects may have besides where a tenant may send media.
 
 No `uuid`: vLLM would take the image that anybody has sent with it.
 """
 
-MEDIA_TYPES = _words(
-    "image image_url input_image audio_url input_audio video_url base64 url",
-)
+MEDIA_TYPES = _words("image image_url input_image audio_url input_audio video_url base64 url")
 
 URL_KEYS = _words("image_url audio_url video_url url images")
 """Keys whose texts must be `data:` URLs."""

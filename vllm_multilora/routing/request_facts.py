@@ -29,13 +29,7 @@ class BadValueError(RequestError):
 
 @dataclass(frozen=True)
 class RequestFacts:
-    """What a request says about itself.
-
-    Attributes:
-        user: OpenAI's `user` field.
-        metadata: OpenAI's `metadata` field.
-        headers: HTTP headers, names in lower case.
-    """
+    """What a request says about itself: OpenAI's fields, and HTTP headers, names in lower case."""
 
     user: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -44,12 +38,9 @@ class RequestFacts:
 
 @dataclass(frozen=True)
 class FactSource:
-    """A place in a request: `user`, `metadata:NAME`, `header:NAME` or `language`.
+    """A place in a request, a kind and a name: `user`, `language`, `metadata:NAME`, `header:NAME`.
 
-    Attributes:
-        text: The place, as the routes file has it.
-        kind: What comes before the colon.
-        name: What comes after it.
+    `text` is as the routes file has it.
     """
 
     text: str
@@ -85,7 +76,7 @@ class FactSource:
         else:
             said = facts.metadata.get("language"), facts.headers.get("accept-language")
             # What is longer than anybody's list of languages counts up to there.
-            texts = (_stripped(text[:_LONGEST_RANGES]) for text in said if isinstance(text, str))
+            texts = (text[:_LONGEST_RANGES].strip() for text in said if isinstance(text, str))
             return next(filter(None, texts), None)
         if isinstance(found, int) and not isinstance(found, bool):
             found = str(found)
@@ -95,7 +86,7 @@ class FactSource:
             raise BadValueError(
                 f"its {self.text} has more than {LONGEST_VALUE} characters, which is the limit"
             )
-        return _stripped(found)
+        return found.strip() or None
 
     def case(self, written: str) -> str:
         """A value in the routes file as `requested` has it."""
@@ -103,19 +94,11 @@ class FactSource:
         return value.replace("_", "-") if self.kind == "language" else value
 
     def requested(self, facts: RequestFacts) -> list[str]:
-        """The cases that would suit the request, best first, in lower case.
-
-        Raises:
-            BadValueError: As for `value`.
-        """
+        """The cases that would suit the request, best first, in lower case; raises as `value`."""
         value = self.value(facts)
         if value is None:
             return []
         return _languages(value) if self.kind == "language" else [value.lower()]
-
-
-def _stripped(text: str) -> str | None:
-    return text.strip() or None
 
 
 def _languages(ranges: str) -> list[str]:

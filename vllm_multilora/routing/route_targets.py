@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 from vllm_multilora.adapters.blend import name_of
 from vllm_multilora.routing.request_facts import FactSource, NoCaseError, RequestFacts
@@ -25,23 +25,14 @@ Turns = Counter[str]
 """How many requests each split has divided that named no customer."""
 
 
-class Target(Protocol):
-    """Where a request may be led."""
-
-    def candidates(self, facts: RequestFacts, turns: Turns) -> tuple[Candidate, ...]:
-        """The names and blends that may answer the request: the first that is available does.
-
-        Raises:
-            RequestError: The route has no answer for such a request.
-        """
-
-    def names(self) -> Iterator[str]:
-        """Every name that may answer some request."""
-
-
 @dataclass(frozen=True)
 class Named:
-    """An adapter, or the base model by a name that it is served under."""
+    """An adapter, or the base model by a name that it is served under.
+
+    Of each target, `candidates` says which names and blends may answer a request: the first that is
+    available does. It raises `RequestError` where there is no answer for such a request. `names`
+    are all that may answer some request.
+    """
 
     name: str
 
@@ -54,11 +45,7 @@ class Named:
 
 @dataclass(frozen=True)
 class Blended:
-    """Several adapters as one.
-
-    Attributes:
-        weights: Each adapter's name and the weight of what it computes.
-    """
+    """Several adapters as one: each one's name and the weight of what it computes."""
 
     weights: tuple[tuple[str, float], ...]
 
@@ -106,12 +93,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Cases:
-    """One target for each value of something that the request says.
+    """One target for each value, in lower case, of something that the request says.
 
     Attributes:
         place: The choice's place in the routes file.
-        by: Where the value is.
-        cases: The targets, by value in lower case.
         default: For all other requests, those without value among them.
     """
 
@@ -136,6 +121,10 @@ class Cases:
             yield from target.names()
         if self.default is not None:
             yield from self.default.names()
+
+
+Target: TypeAlias = "Named | Blended | Split | Cases | WithFallback"
+"""Where a request may be led."""
 
 
 def _shown(value: str | None) -> str:
@@ -166,12 +155,8 @@ def sticky_choice(key: str, weights: Mapping[str, float], salt: str = "") -> str
     Weighted rendezvous hashing (Thaler and Ravishankar 1998; the weights as by Schindelhauer and
     Schomaker 2005): every adapter draws a number for the customer from an exponential
     distribution with its weight as rate, and the least wins. A weight that changes moves
-    customers to or from its own adapter only, and as few as the new shares ask for.
-
-    Args:
-        key: Who the customer is.
-        weights: Of each adapter; at least one is above 0.
-        salt: Customers are divided independently under different salts.
+    customers to or from its own adapter only, and as few as the new shares ask for. Under different
+    salts, customers are divided independently. At least one weight is above 0.
     """
 
     def draw(adapter: str) -> float:
@@ -187,11 +172,7 @@ def turn_choice(turn: int, weights: Mapping[str, float]) -> str:
 
     Multiples of the golden ratio fill an interval more evenly than random numbers do, from any
     turn on (Weyl's equidistribution): after 100 turns each adapter has its share within a few
-    requests, and neighbouring requests are spread over the adapters.
-
-    Args:
-        turn: Counts the requests.
-        weights: Of each adapter; at least one is above 0.
+    requests, and neighbouring requests are spread over the adapters. Some weight is above 0.
     """
     rest = (turn * _GOLDEN) % 1.0 * sum(weights.values())
     chosen = ""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_multilora.adapters.blend import BlendError, weights_in
-from vllm_multilora.documents import Document, Keys, read_document, read_file
+from vllm_multilora.documents import Document, DocumentError, Keys, read_document, read_file
 from vllm_multilora.routing.request_facts import FactSource
 from vllm_multilora.routing.route_targets import (
     MAX_WEIGHT,
@@ -29,25 +29,16 @@ _EXPECTED_TARGET = (
 
 @dataclass(frozen=True)
 class Routes:
-    """The routes of one file.
-
-    Attributes:
-        document: What they were read from.
-        targets: Where each name leads.
-    """
+    """The routes of one file: where each name leads."""
 
     document: Document
     targets: Mapping[str, Target]
 
     def check_names(self, taken: Collection[str], kind: str) -> None:
-        """Checks that no route has the name of something else.
-
-        Args:
-            taken: Names that are served.
-            kind: What has these names.
+        """Checks that no route has the name of something else of a kind.
 
         Raises:
-            DocumentError: A route has one of these names.
+            DocumentError: A route has one of the names that are taken.
         """
         for name in self.targets:
             if name in taken:
@@ -74,11 +65,7 @@ def load_routes(path: str | os.PathLike[str]) -> Routes:
 
 
 def parse_routes(file: str, text: str) -> Routes:
-    """Reads routes.
-
-    Args:
-        file: The file's name, for messages and to tell JSON from YAML.
-        text: What it holds.
+    """Reads routes of a text; the file's name is for messages, and to tell JSON from YAML.
 
     Raises:
         DocumentError: With the file, the line or key, what was found and what was expected.
@@ -104,16 +91,14 @@ def _shown(value: Any) -> str:
 
 
 class _Parser:
-    """Makes targets of data.
-
-    Args:
-        document: What is read.
-        routes: Its routes, by name.
-    """
+    """Makes targets of the routes in a document."""
 
     def __init__(self, document: Document, routes: Mapping[str, Any]) -> None:
         self._check_keys, self._error = document.check_keys, document.error
         self._routes = routes
+
+    def _wrong(self, keys: Keys, found: Any, expected: str) -> DocumentError:
+        return self._error(keys, f"found {_shown(found)}, expected {expected}")
 
     def targets(self) -> dict[str, Target]:
         targets = {}
@@ -150,12 +135,10 @@ class _Parser:
     def _name(self, data: Any, keys: Keys, expected: str) -> str:
         if not isinstance(data, str) or not data.strip():
             hint = "" if data is None or isinstance(data, str | dict | list) else " in quotes"
-            raise self._error(keys, f"found {_shown(data)}, expected {expected}{hint}")
+            raise self._wrong(keys, data, f"{expected}{hint}")
         if data in self._routes:
-            raise self._error(
-                keys,
-                f"found the route {data!r}, expected an adapter: a route cannot lead to a route",
-            )
+            expected = "an adapter: a route cannot lead to a route"
+            raise self._error(keys, f"found the route {data!r}, expected {expected}")
         return data
 
     def _blend(self, data: Any, keys: Keys) -> Blended:
@@ -170,16 +153,13 @@ class _Parser:
     def _split(self, data: Mapping[str, Any], keys: Keys) -> Split:
         weights, place = data["split"], (*keys, "split")
         if not isinstance(weights, dict) or not weights:
-            raise self._error(place, f"found {_shown(weights)}, expected a weight for each adapter")
+            raise self._wrong(place, weights, "a weight for each adapter")
         for name, weight in weights.items():
             self._name(name, (*place, name), "an adapter's name")
             is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
             if not is_number or not 0 <= weight <= MAX_WEIGHT:
-                raise self._error(
-                    (*place, name),
-                    f"found {_shown(weight)}, expected a weight: a number of 0 or more, at most "
-                    f"{MAX_WEIGHT}",
-                )
+                expected = f"a weight: a number of 0 or more, at most {MAX_WEIGHT}"
+                raise self._wrong((*place, name), weight, expected)
         if not any(weights.values()):
             raise self._error(place, "found weights of 0 only, expected one above 0")
         sticky = self._source(data.get("sticky", "user"), (*keys, "sticky"))
@@ -189,7 +169,7 @@ class _Parser:
         by = self._source(data["by"], (*keys, "by"))
         found, place = data.get("cases"), (*keys, "cases")
         if not isinstance(found, dict) or not found:
-            raise self._error(place, f"found {_shown(found)}, expected a target for each value")
+            raise self._wrong(place, found, "a target for each value")
         cases: dict[str, Target] = {}
         for value, target in found.items():
             if (folded := by.case(value)) in cases:
@@ -197,13 +177,10 @@ class _Parser:
                     (*place, value), "found this value twice; upper and lower case are the same"
                 )
             cases[folded] = self._target(target, (*place, value))
-        default = data.get("default")
-        return Cases(
-            ".".join(keys[1:]),
-            by,
-            cases,
-            self._target(default, (*keys, "default")) if "default" in data else None,
-        )
+        default = None
+        if "default" in data:
+            default = self._target(data["default"], (*keys, "default"))
+        return Cases(".".join(keys[1:]), by, cases, default)
 
     def _source(self, data: Any, keys: Keys) -> FactSource:
         try:
@@ -213,8 +190,7 @@ class _Parser:
 
     def _fallback(self, data: Any, keys: Keys) -> tuple[str, ...]:
         names = data if isinstance(data, list) else [data]
+        expected = "an adapter's name or a list of them"
         if not names:
-            raise self._error(keys, "found no name, expected an adapter's name or a list of them")
-        return tuple(
-            self._name(name, keys, "an adapter's name or a list of them") for name in names
-        )
+            raise self._error(keys, f"found no name, expected {expected}")
+        return tuple(self._name(name, keys, expected) for name in names)

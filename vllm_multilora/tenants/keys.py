@@ -78,13 +78,10 @@ def read_stored(text: str) -> bytes:
 
 
 class KeyRing(Generic[_T]):
-    """Finds the owner of a key.
+    """Finds the owner of a key, of those by the digests of their keys.
 
     A look-up hashes the key once and looks once, however many keys there are. What is compared
     are hashes under a secret of this object's own: how long it takes tells nothing of the keys.
-
-    Args:
-        owners: By the digests of their keys.
     """
 
     def __init__(self, owners: Mapping[bytes, _T]) -> None:

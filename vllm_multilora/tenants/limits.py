@@ -8,6 +8,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakSet
 
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.tenants.rules import Endpoint
@@ -37,11 +38,7 @@ class TokenBucket:
     """A rate that may be exceeded for a while: a minute's worth at once after a pause.
 
     What a request costs is known when it ends, so the level may fall below zero; no call begins
-    then until it has risen above.
-
-    Args:
-        per_minute: The rate.
-        clock: Says the time in seconds.
+    then until it has risen above. The clock says the time in seconds.
     """
 
     def __init__(self, per_minute: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -51,12 +48,10 @@ class TokenBucket:
         self._at = clock()
 
     def set_rate(self, per_minute: float) -> None:
-        """Changes the rate from now on."""
         self._fill()
         self._per_minute = per_minute
 
     def charge(self, tokens: int) -> None:
-        """Takes tokens out."""
         self._fill()
         self._level -= tokens
 
@@ -84,13 +79,7 @@ class TokenBucket:
 
 @dataclass
 class Meter:
-    """A request's generated tokens, read when somebody wants to know.
-
-    Attributes:
-        read: How many there are by now.
-        has_ended: Whether there will be no more.
-        counted: How many have been charged.
-    """
+    """A request's generated tokens, read when somebody wants to know; some have been charged."""
 
     read: Callable[[], int]
     has_ended: Callable[[], bool]
@@ -98,11 +87,7 @@ class Meter:
 
 
 class Pace:
-    """Something that is done once at a time, with pauses.
-
-    Args:
-        clock: Says the time in seconds.
-    """
+    """Something that is done once at a time, with pauses."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -140,16 +125,21 @@ SETTLING_SHARE = 0.02
 """Share of the time for reading what a tenant's requests have generated."""
 
 
-class Account:
-    """One tenant in one API server.
+_ACCOUNTS: WeakSet[Account] = WeakSet()
 
-    Args:
-        tenant: As the tenants file has it.
-        servers: How many API servers share its limits.
-        clock: Says the time in seconds.
+
+def stop_waiting() -> None:
+    """Refuses calls that wait for their turn: the engine stops, and the server waits for all."""
+    for account in _ACCOUNTS:
+        account.stop()
+
+
+class Account:
+    """One tenant in one of the API servers that share its limits.
 
     Attributes:
         tenant: As the tenants file has it now.
+        running: Calls that are worked for.
         first_readings: To be held while an adapter is looked for, and read for the first time.
             Neither the thread that looks nor the engine is told whose that is, so others' adapters
             wait for few of a tenant's.
@@ -162,13 +152,13 @@ class Account:
     ) -> None:
         self._servers = servers
         self._clock = clock
-        self._running = 0
+        self.running = 0
         self._is_stopped = False
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._adapters: Counter[str] = Counter()
         self._answers = 0
-        self._texts: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._text_bytes = 0
+        self._text_turn, self._text_ended = asyncio.Lock(), asyncio.Event()
         self._meters: list[Meter] = []
         self._settles_at = -math.inf
         self._bucket: TokenBucket | None = None
@@ -177,27 +167,21 @@ class Account:
         self.listing: defaultdict[Endpoint, Pace] = defaultdict(lambda: Pace(clock))
         self.without_turn = TokenBucket(WITHOUT_TURN_PER_MINUTE, clock)
         self.update(tenant)
-
-    @property
-    def running(self) -> int:
-        """Calls that are worked for."""
-        return self._running
+        _ACCOUNTS.add(self)
 
     @property
     def waiting(self) -> int:
-        """Calls that wait for their turn."""
         return len(self._waiting)
 
     @property
     def adapters_in_use(self) -> int:
-        """Different adapters of its calls."""
         return len(self._adapters)
 
     @property
     def is_idle(self) -> bool:
         """Whether it is as one of a tenant that has never come."""
         self.settle()
-        uses = self._running or self._waiting or self._adapters or self._meters
+        uses = self.running or self._waiting or self._adapters or self._meters
         return not uses and (self._bucket is None or self._bucket.is_full)
 
     def update(self, tenant: Tenant) -> None:
@@ -214,11 +198,10 @@ class Account:
         self._admit()
 
     def begin(self) -> asyncio.Future[None]:
-        """Begins a call; every call that has its turn ends with `end`.
+        """Begins a call, and returns what is done when it has its turn.
 
-        Returns:
-            What is done when the call has its turn; a call that does not want it any more cancels
-            it with `give_up`.
+        A call that has had its turn ends with `end`; one that does not want it any more gives it
+        back with `give_up`.
 
         Raises:
             LimitReachedError: The tenant has too many calls waiting, or has used up its tokens.
@@ -234,7 +217,7 @@ class Account:
             )
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if not self._is_full():
-            self._running += 1
+            self.running += 1
             turn.set_result(None)
         elif limits.waiting is not None and len(self._waiting) >= limits.waiting:
             raise LimitReachedError(
@@ -248,7 +231,6 @@ class Account:
         return turn
 
     def stop(self) -> None:
-        """Lets no call wait any more."""
         self._is_stopped = True
         while self._waiting:
             self._waiting.popleft().set_exception(ServerStoppedError())
@@ -264,8 +246,8 @@ class Account:
 
     def end(self) -> None:
         """Ends a call that had its turn."""
-        self._running -= 1
-        if not self._running:  # the tenant may stay away, and its meters have its requests
+        self.running -= 1
+        if not self.running:  # the tenant may stay away, and its meters have its requests
             self._settles_at = -math.inf
         self._admit()
 
@@ -281,7 +263,6 @@ class Account:
         self._adapters[adapter] += 1
 
     def release(self, adapter: str) -> None:
-        """Undoes one `use`."""
         self._adapters[adapter] -= 1
         if not self._adapters[adapter]:
             del self._adapters[adapter]
@@ -297,48 +278,27 @@ class Account:
         Raises:
             LimitReachedError: The tenant's calls want too many together.
         """
-        limit = self.most_answers
+        limit = self._limits.answers
         if limit is not None and self._answers + answers > limit:
             raise LimitReachedError(f"the limit of answers at a time ({limit}) is reached")
         self._answers += answers
 
     def release_answers(self, answers: int) -> None:
-        """Undoes `reserve_answers`."""
         self._answers -= answers
 
     async def begin_text(self, size: int) -> None:
-        """Waits until vLLM may make tokens of a call's texts; whoever has waited ends it.
-
-        Args:
-            size: Bytes of the call's body.
-        """
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._texts.append((size, turn))
-        self._admit_texts()
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if not turn.cancelled():  # it had its turn by then
-                self.end_text(size)
-            raise
+        """Waits until vLLM may make tokens of a body of some bytes; whoever has waited ends it."""
+        async with self._text_turn:  # in the order in which they come
+            while self._text_bytes and self._text_bytes + size > MAX_TEXT_BYTES:
+                self._text_ended.clear()
+                await self._text_ended.wait()
+            self._text_bytes += size
 
     def end_text(self, size: int) -> None:
-        """Ends what `begin_text` has begun."""
         self._text_bytes -= size
-        self._admit_texts()
-
-    def _admit_texts(self) -> None:
-        while self._texts:
-            size, turn = self._texts[0]
-            if self._text_bytes and self._text_bytes + size > MAX_TEXT_BYTES:
-                return
-            self._texts.popleft()
-            if not turn.cancelled():
-                self._text_bytes += size
-                turn.set_result(None)
+        self._text_ended.set()
 
     def charge(self, tokens: int) -> None:
-        """Counts tokens that the tenant has used."""
         if self._bucket is not None:
             self._bucket.charge(tokens)
 
@@ -381,10 +341,9 @@ class Account:
         self._settles_at = begun + (self._clock() - begun) / SETTLING_SHARE
 
     def _is_full(self) -> bool:
-        return self._limits.running is not None and self._running >= self._limits.running
+        return self._limits.running is not None and self.running >= self._limits.running
 
     def _wait_s(self) -> float:
-        """Seconds until there are tokens for a call; 0 where there are some now."""
         return 0.0 if self._bucket is None else self._bucket.wait_s()
 
     def _admit(self) -> None:
@@ -398,5 +357,5 @@ class Account:
                 loop = asyncio.get_running_loop()
                 self._refilled = loop.call_later(wait, self._admit)
                 return
-            self._running += 1
+            self.running += 1
             self._waiting.popleft().set_result(None)

@@ -39,13 +39,7 @@ class Endpoint(enum.Enum):
 
 @dataclass(frozen=True)
 class Locks:
-    """Which keys a server has.
-
-    Attributes:
-        api_key: vLLM's.
-        admin_key: The operator's own.
-        tenants: Those of a tenants file.
-    """
+    """Which keys a server has: vLLM's, the operator's own, those of a tenants file."""
 
     api_key: bool
     admin_key: bool
@@ -77,14 +71,7 @@ INVOCATIONS = "/invocations"
 def refusal(locks: Locks, role: Role, endpoint: Endpoint, path: str) -> HTTPStatus | None:
     """Why a request is not answered: 401 without a key, 403 with a key of too few rights.
 
-    Args:
-        locks: Which keys the server has; at least one.
-        role: Who sent it.
-        endpoint: What it is for.
-        path: Decoded, without the server's root path.
-
-    Returns:
-        None where it is answered, or left to vLLM's own check of its API key.
+    None where it is answered, or left to vLLM's own check of its API key.
     """
     if endpoint in (Endpoint.HEALTH, Endpoint.PAGE) or role is Role.OPERATOR:
         return None

@@ -9,7 +9,6 @@ from functools import cached_property
 MAX_WEIGHT = 1_000_000_000
 """Sums of weights, and what is divided by them, stay far from what a float cannot hold."""
 
-
 MEDIA = "media"
 GRAMMARS = "grammars"
 
@@ -63,11 +62,7 @@ class TenantLimits:
 
 @dataclass(frozen=True)
 class AllowedNames:
-    """Names that somebody may use: exact ones, and beginnings that end in `*`.
-
-    Args:
-        patterns: As the tenants file has them.
-    """
+    """Names that somebody may use, as the tenants file has them: whole, or beginnings with `*`."""
 
     patterns: tuple[str, ...] = ()
 
@@ -112,11 +107,9 @@ class Tenant:
 
 @dataclass(frozen=True)
 class Tenants:
-    """The tenants of one file.
+    """The tenants of one file, and their names by the digests of their keys.
 
     Attributes:
-        by_name: All of them.
-        keys: Names of tenants, by the digests of their keys.
         cache_salt: What keeps cached prefixes apart; None leaves it to the server.
     """
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from vllm_multilora.documents import Document, Keys, read_document, read_file
+from vllm_multilora.documents import Document, DocumentError, Keys, read_document, read_file
 from vllm_multilora.tenants.keys import read_stored
 from vllm_multilora.tenants.tenant import (
     ALLOWABLE,
@@ -38,11 +38,7 @@ def load_tenants(path: str | os.PathLike[str]) -> Tenants:
 
 
 def parse_tenants(file: str, text: str) -> Tenants:
-    """Reads tenants.
-
-    Args:
-        file: The file's name, for messages and to tell JSON from YAML.
-        text: What it holds.
+    """Reads tenants of a text; the file's name is for messages, and to tell JSON from YAML.
 
     Raises:
         DocumentError: With the file, the line or key, what was found and what was expected. Keys
@@ -63,22 +59,18 @@ def parse_tenants(file: str, text: str) -> Tenants:
 
 
 class _Parser:
-    """Makes tenants of data.
-
-    Args:
-        document: What is read.
-
-    Attributes:
-        keys: Whose the keys are that have been read.
-    """
+    """Makes tenants of a document's data; keeps whose the keys are that have been read."""
 
     def __init__(self, document: Document) -> None:
         self._check_keys, self._error = document.check_keys, document.error
         self.keys: dict[bytes, str] = {}
 
+    def _wrong(self, place: Keys, found: Any, expected: str) -> DocumentError:
+        return self._error(place, f"found {_kind(found)}, expected {expected}")
+
     def mapping(self, data: Any, place: Keys, known: Collection[str]) -> Mapping[str, Any]:
         if not isinstance(data, dict):
-            raise self._error(place, f"found {_kind(data)}, expected {', '.join(known)}")
+            raise self._wrong(place, data, ", ".join(known))
         self._check_keys(place, data, known)
         return data
 
@@ -86,10 +78,8 @@ class _Parser:
         if data is None:
             return None
         if not isinstance(data, str) or len(data) < MIN_SALT_LENGTH:
-            raise self._error(
-                ("cache_salt",),
-                f"found {_kind(data)}, expected at least {MIN_SALT_LENGTH} random characters",
-            )
+            expected = f"at least {MIN_SALT_LENGTH} random characters"
+            raise self._wrong(("cache_salt",), data, expected)
         return data
 
     def tenant(self, name: str, data: Any) -> Tenant:
@@ -104,15 +94,11 @@ class _Parser:
         self._read_keys(name, found.get("keys"), (*place, "keys"))
         base_model = found.get("base_model", False)
         if not isinstance(base_model, bool):
-            raise self._error(
-                (*place, "base_model"), f"found {_kind(base_model)}, expected true or false"
-            )
+            raise self._wrong((*place, "base_model"), base_model, "true or false")
         weight = found.get("weight", 1.0)
         if not is_weight(weight):
-            raise self._error(
-                (*place, "weight"),
-                f"found {_kind(weight)}, expected a number above 0, at most {MAX_WEIGHT}",
-            )
+            expected = f"a number above 0, at most {MAX_WEIGHT}"
+            raise self._wrong((*place, "weight"), weight, expected)
         return Tenant(
             name,
             self._names(found.get("adapters"), (*place, "adapters")),
@@ -125,9 +111,7 @@ class _Parser:
 
     def _read_keys(self, name: str, data: Any, place: Keys) -> None:
         if not isinstance(data, list) or not data:
-            raise self._error(
-                place, f"found {_kind(data)}, expected a list of hashed keys, at least one"
-            )
+            raise self._wrong(place, data, "a list of hashed keys, at least one")
         for number, text in enumerate(data):
             at = (*place, str(number))
             try:
@@ -138,38 +122,31 @@ class _Parser:
                     f"found something other than a hashed key, {error}: vllm-multilora tenants "
                     f"hash makes one from the key",
                 ) from None
-            owner = self.keys.setdefault(digest, name)
-            if owner != name:
+            if (owner := self.keys.setdefault(digest, name)) != name:
                 raise self._error(
                     at, f"found a key that {owner!r} has, too, expected a different one"
                 )
 
     def _names(self, data: Any, place: Keys) -> AllowedNames:
-        if data is None:
-            return AllowedNames()
-        if not isinstance(data, list):
-            raise self._error(place, f"found {_kind(data)}, expected a list of names")
-        for number, name in enumerate(data):
-            if not isinstance(name, str) or not name or "*" in name[:-1]:
-                raise self._error(
-                    (*place, str(number)),
-                    f"found {_kind(name)}, expected a name, or the beginning of names and one * "
-                    f"at its end",
-                )
-        return AllowedNames(tuple(dict.fromkeys(data)))
+        expected = "a name, or the beginning of names and one * at its end"
+        names = self._texts(data, place, "names", expected, lambda name: "*" not in name[:-1])
+        return AllowedNames(tuple(dict.fromkeys(names)))
 
     def _allow(self, data: Any, place: Keys) -> frozenset[str]:
-        if data is None:
-            return frozenset()
         words = ", ".join(ALLOWABLE)
-        if not isinstance(data, list):
-            raise self._error(place, f"found {_kind(data)}, expected a list of {words}")
-        for number, word in enumerate(data):
-            if not isinstance(word, str) or word not in ALLOWABLE:
-                raise self._error(
-                    (*place, str(number)), f"found {_kind(word)}, expected one of {words}"
-                )
-        return frozenset(data)
+        is_word = ALLOWABLE.__contains__
+        return frozenset(self._texts(data, place, words, f"one of {words}", is_word))
+
+    def _texts(
+        self, data: Any, place: Keys, what: str, expected: str, is_good: Callable[[str], bool]
+    ) -> list[str]:
+        """A list of texts that are not empty and are what is expected; nothing is an empty one."""
+        if data is not None and not isinstance(data, list):
+            raise self._wrong(place, data, f"a list of {what}")
+        for number, text in enumerate(data or ()):
+            if not (isinstance(text, str) and text and is_good(text)):
+                raise self._wrong((*place, str(number)), text, expected)
+        return data or []
 
     def _limits(self, data: Any, place: Keys) -> TenantLimits:
         if data is None:
@@ -179,10 +156,7 @@ class _Parser:
             least = 0 if key == "waiting" else 1
             is_whole = isinstance(value, int) and not isinstance(value, bool)
             if not is_whole or value < least:
-                raise self._error(
-                    (*place, key),
-                    f"found {_kind(value)}, expected a whole number of {least} or more",
-                )
+                raise self._wrong((*place, key), value, f"a whole number of {least} or more")
         return TenantLimits(**found)
 
 

@@ -527,8 +527,7 @@ async def test_a_folder_that_is_named_like_a_route_keeps_no_server_from_starting
     settings = MultiLoRAConfig(adapter_dir=(str(directory),), routes=str(file))
     for module in (adapter_directory, routes):
         monkeypatch.setattr(module, "settings_of", lambda config: settings)
-    for module in (routes, start):
-        monkeypatch.setattr(module, "is_active_behind", lambda client: True)
+    monkeypatch.setattr(start, "is_active_behind", lambda client: True)
     monkeypatch.setattr(registration, "acts_for", lambda models: True)
     # What has to do with a real engine.
     monkeypatch.setattr(start.engine_calls, "engine_reports", nothing)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.entrypoints.speech_to_text.realtime.connection import RealtimeConnection
 
 from vllm_multilora.gateway.answers import HttpCallMiddleware
-from vllm_multilora.gateway.names.realtime import only_base_model
+from vllm_multilora.gateway.names.names_middleware import only_base_model
 from vllm_multilora.integration.patching.tables.ledger import PATCHES
 
 BASE, ADAPTER = "base", "acme"
@@ -38,7 +39,7 @@ class Session:
             is_base_model=lambda name: name == BASE,
             lora_requests={ADAPTER: SimpleNamespace()},
         )
-        gateway = HttpCallMiddleware(only_base_model(self._vllm, self._models))
+        gateway = HttpCallMiddleware(partial(only_base_model, self._vllm, self._models))
         scope = {"type": "websocket", "path": "/v1/realtime", "headers": []}
         asyncio.run(gateway(scope, self._receive, self._send))
 

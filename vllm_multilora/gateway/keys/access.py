@@ -8,16 +8,15 @@ import operator
 import os
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.documents import DocumentError, WatchedFile
 from vllm_multilora.integration.seals import SECRET_VARIABLE
 from vllm_multilora.integration.server.requests.callers import Caller
 from vllm_multilora.integration.server.settings.gateway_activation import settings_in
-from vllm_multilora.integration.server.settings.key_settings import (
+from vllm_multilora.integration.server.settings.start_checks import (
     COUNT_VARIABLE,
-    STOPPED_WITH_SERVER,
     api_keys_in,
     parse_admin_keys,
     read_admin_keys,
@@ -37,24 +36,15 @@ REFRESH_S = 1.0
 """Between two looks at the files of keys."""
 
 
-@dataclass(frozen=True)
-class Identity:
-    """The owner of a key.
-
-    Attributes:
-        role: What the key makes of its owner.
-        tenant: The tenant's name; None for everybody else.
-    """
-
-    role: Role
-    tenant: str | None = None
+_Owner = tuple[Role, str | None]
+"""What a key makes of its owner, and the tenant's name; None for everybody else."""
 
 
 class Access:
     """The keys of one API server, and its tenants; used on its event loop only.
 
     Args:
-        api_keys: vLLM's.
+        api_keys: vLLM's; its own check accepts the first, `forwarded_key`.
         admin_keys: The operators', where they have no file.
         admin_path: The file of the operators' keys; None where there is none.
         tenants_path: The tenants file; None where there are no tenants.
@@ -62,10 +52,6 @@ class Access:
         secret: Of this start of the server: of all seals, and of the tenants' salts where the file
             has none.
         servers: How many API servers share the tenants' limits.
-
-    Attributes:
-        locks: Which kinds of keys there are.
-        forwarded_key: The key that vLLM's own check of `--api-key` accepts; None where it has none.
 
     Raises:
         DocumentError: A file of keys cannot be used.
@@ -101,14 +87,11 @@ class Access:
 
     def caller(self, key: str | None) -> Caller:
         """The owner of a key; a stranger where it is nobody's, or there is none."""
-        identity = None if key is None else self._ring.owner(key)
-        if identity is None:
-            identity = Identity(Role.STRANGER)
-        account = None if identity.tenant is None else self._accounts[identity.tenant]
-        hides = not self.locks.shows_folders(identity.role)
-        return Caller(
-            *(identity.role, self._folders, hides, account, self._salt), seal_secret=self._secret
-        )
+        owner = None if key is None else self._ring.owner(key)
+        role, tenant = owner or (Role.STRANGER, None)
+        account = None if tenant is None else self._accounts[tenant]
+        hides = not self.locks.shows_folders(role)
+        return Caller(role, self._folders, hides, account, self._salt, seal_secret=self._secret)
 
     def tenants_now(self) -> list[dict[str, Any]]:
         """What each tenant uses in this API server, and what it may use in all of them together."""
@@ -125,11 +108,6 @@ class Access:
             for name, account in sorted(self._accounts.items())
             if name in self._tenants
         ]
-
-    def stop(self) -> None:
-        """Lets no tenant's call wait for its turn any more."""
-        for account in self._accounts.values():
-            account.stop()
 
     def watch(self) -> None:
         """Has the files looked at every second from now on; on the event loop, more than once."""
@@ -151,7 +129,6 @@ class Access:
         return [file for file in (self._admin, self._file) if file is not None]
 
     def _values(self) -> list[Any]:
-        """What the files say."""
         return [file.value for file in self._files()]
 
     def _take(self) -> None:
@@ -172,21 +149,18 @@ class Access:
             if self._accounts[name].is_idle:
                 del self._accounts[name]
         keys = tenants.keys if tenants is not None else {}
-        self._ring = KeyRing(
-            {**{key: Identity(Role.TENANT, name) for key, name in keys.items()}, **self._fixed()}
-        )
+        owners: dict[bytes, _Owner] = {key: (Role.TENANT, name) for key, name in keys.items()}
+        self._ring = KeyRing({**owners, **self._fixed()})
         own = tenants.cache_salt if tenants is not None else None
         self._salt = self._secret if own is None else own
 
-    def _fixed(self) -> dict[bytes, Identity]:
-        """Identities of the keys that belong to no tenant, by the keys' digests."""
+    def _fixed(self) -> dict[bytes, _Owner]:
+        """Owners of the keys that belong to no tenant, by the keys' digests."""
         # Without an admin key, vLLM's is what operators have.
         role = Role.CLIENT if self.locks.admin_key else Role.OPERATOR
         admin_keys = self._admin_keys if self._admin is None else self._admin.value
-        return {
-            **{digest_of(key): Identity(role) for key in self._api_keys},
-            **{digest_of(key): Identity(Role.OPERATOR) for key in admin_keys},
-        }
+        roles = {**dict.fromkeys(self._api_keys, role), **dict.fromkeys(admin_keys, Role.OPERATOR)}
+        return {digest_of(key): (role, None) for key, role in roles.items()}
 
     def _parse_admin(self, file: str, text: str) -> list[str]:
         keys = parse_admin_keys(file, text)
@@ -224,10 +198,7 @@ def access_for(args: Namespace) -> Access | None:
         servers=int(os.environ.get(COUNT_VARIABLE, "1")),
     )
     warn_of_open_updates(access.locks)
-    if not access.locks.any:
-        return None
-    STOPPED_WITH_SERVER.add(access)
-    return access
+    return access if access.locks.any else None
 
 
 def _as_named(*folders: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from vllm_multilora.adapters.problems import shown_name
 from vllm_multilora.gateway.body import LargeBodyError, read_body
-from vllm_multilora.gateway.endpoints import called_route, endpoint_of, refused_word, route_path
+from vllm_multilora.gateway.endpoints import endpoint_of, error_answer, route_path
 from vllm_multilora.gateway.fields import MAX_SHORT_TEXT, FieldError, needs
 from vllm_multilora.gateway.limits.tenant_turns import (
     STRANGERS_PER_MINUTE,
@@ -24,27 +24,17 @@ from vllm_multilora.gateway.limits.tenant_turns import (
     pause,
     turn_of,
 )
-from vllm_multilora.gateway.refused_answers import error_answer
 from vllm_multilora.gateway.sealed_bodies import (
     has_salt_field,
     is_known_by_id,
     sealed_body,
     sealed_by_id,
 )
+from vllm_multilora.gateway.table import TENANT_ROUTES
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller
 from vllm_multilora.metrics.server_counts import COUNTS
-from vllm_multilora.tenants.limits import (
-    Account,
-    LimitReachedError,
-    ServerStoppedError,
-    TokenBucket,
-)
-from vllm_multilora.tenants.rules import (
-    OF_TENANTS,
-    Endpoint,
-    Role,
-    refusal,
-)
+from vllm_multilora.tenants.limits import LimitReachedError, ServerStoppedError, TokenBucket
+from vllm_multilora.tenants.rules import OF_TENANTS, Endpoint, Role, refusal
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -57,7 +47,7 @@ _MESSAGES = {
     HTTPStatus.FORBIDDEN: "The key does not allow this; expected an admin key or, on a server "
     "without one, the API key.",
 }
-_STATUS = {
+_STATUS: dict[type[Exception], HTTPStatus] = {
     LimitReachedError: HTTPStatus.TOO_MANY_REQUESTS,
     ServerStoppedError: HTTPStatus.SERVICE_UNAVAILABLE,
     LargeBodyError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
@@ -74,13 +64,7 @@ _PACED = (Endpoint.MODELS, Endpoint.STATUS)
 
 
 class AccessMiddleware:
-    """Refuses what a caller may not ask, and passes the rest on with its caller known.
-
-    Args:
-        app: Answers the requests that pass.
-        access: The server's keys.
-        strangers_per_minute: See `STRANGERS_PER_MINUTE`.
-    """
+    """Refuses what a caller may not ask, and passes the rest on with its caller known."""
 
     def __init__(
         self, app: ASGIApp, access: Access, strangers_per_minute: float = STRANGERS_PER_MINUTE
@@ -102,30 +86,31 @@ class AccessMiddleware:
         endpoint = endpoint_of(scope.get("method", "GET"), path)
         caller = self._access.caller(presented_key(headers))
         status = refusal(self._access.locks, caller.role, endpoint, path)
-        message = None if status is None else _MESSAGES[status]
-        if caller.tenant is not None and status is None:
-            word = refused_word(endpoint, path, caller.tenant.allow)
-            if word is not None:
+        message = "" if status is None else _MESSAGES[status]
+        if status is None and caller.tenant is not None and endpoint is Endpoint.CALL:
+            word = TENANT_ROUTES[path.rstrip("/")].word
+            if word is not None and word not in caller.tenant.allow:
                 status, message = HTTPStatus.FORBIDDEN, f"This path is {needs(word)}."
         elif caller.tenant is not None and endpoint is Endpoint.OTHER:
             called = f"{scope.get('method', 'GET')} {shown_name(path)}"
             message = f"Tenants may not call {called}: it is mistyped, or for operators."
         if status is None and scope["type"] == "websocket" and self._access.locks.tenants:
             status, message = HTTPStatus.FORBIDDEN, "A server with tenants has no WebSockets."
-        if status is not None and message is not None:
+        if status is not None:
             COUNTS.count_refused(None if caller.tenant is None else caller.tenant.name, status)
+            answer = error_answer(status, message, path=path)
             if caller.account is not None:
                 await pause(caller.account.without_turn)
             elif status is HTTPStatus.UNAUTHORIZED:
                 await pause(self._strangers)
-            await _refuse(status, message, scope, receive, send)
+            await answer(scope, receive, send)
             return
         if caller.role is not Role.STRANGER:
             scope = self._with_server_key(scope)
         token = current_caller.set(caller)
         try:
             if caller.account is not None and endpoint in OF_TENANTS:
-                await self._call(caller, caller.account, endpoint, scope, receive, send)
+                await self._call(caller, endpoint, scope, receive, send)
             elif caller.role is Role.STRANGER:
                 await self._app(scope, receive, self._refusing(scope, receive, send))
             elif self._access.locks.tenants and scope.get("method") == "POST":
@@ -141,7 +126,6 @@ class AccessMiddleware:
             caller.ended()
 
     def _with_server_key(self, scope: Scope) -> Scope:
-        """The request with the key that vLLM's own check accepts, if there is such a check."""
         if (key := self._access.forwarded_key) is None:
             return scope
         headers = [pair for pair in scope["headers"] if pair[0] != b"authorization"]
@@ -161,26 +145,19 @@ class AccessMiddleware:
                 COUNTS.count_refused(None, HTTPStatus.UNAUTHORIZED)
                 await pause(self._strangers)
                 status = HTTPStatus.UNAUTHORIZED
-                await _refuse(status, _MESSAGES[status], scope, receive, send)
+                answer = error_answer(status, _MESSAGES[status], path=route_path(scope))
+                await answer(scope, receive, send)
             elif not is_refused:
                 await send(message)
 
         return send_refusal
 
     async def _call(
-        self,
-        caller: Caller,
-        account: Account,
-        endpoint: Endpoint,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
+        self, caller: Caller, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        """Passes a tenant's request on when it has its turn.
-
-        Refusals are delayed where there are many.
-        """
-        path = route_path(scope)
+        """Passes a tenant's request on when it has its turn; delays refusals that are many."""
+        account, path = caller.account, route_path(scope)
+        assert account is not None
         headers = [pair for pair in scope["headers"] if pair[0] not in _DROPPED_HEADERS]
         scope = {**scope, "headers": headers}
 
@@ -201,23 +178,18 @@ class AccessMiddleware:
             if endpoint is Endpoint.CALL:
                 receive = await turn_of(account, receive)
                 caller.has_turn = True
-                receive = await read_body(receive, called_route(path), caller)
+                receive = await read_body(receive, TENANT_ROUTES[path.rstrip("/")], caller)
                 if is_known_by_id(path):
                     scope, send_on = sealed_by_id(scope, send_on, caller)
             if endpoint in _PACED:
                 await list_in_turn(self._app, account.listing[endpoint], scope, receive, send_on)
             else:
                 await self._app(scope, receive, send_on)
-        except (
-            LimitReachedError,
-            ServerStoppedError,
-            LargeBodyError,
-            FieldError,
-        ) as error:
+        except tuple(_STATUS) as error:
             if isinstance(error, LimitReachedError):
                 caller.retry_after_s = error.retry_after_s
                 await pause(account.without_turn)
-            param = error.param if isinstance(error, FieldError) else None
+            param = getattr(error, "param", None)
             answer = error_answer(_STATUS[type(error)], str(error), path=path, param=param)
             await answer(scope, receive, send_on)
         except ClientGoneError:  # operators' middlewares expect an answer
@@ -225,26 +197,13 @@ class AccessMiddleware:
 
 
 def _require_short(headers: list[tuple[bytes, bytes]]) -> None:
-    """Looks at what goes to the engine with a request and comes back with each of its tokens.
-
-    Raises:
-        FieldError: There is too much of it.
-    """
+    """Looks at what goes to the engine with a request and comes back with each of its tokens."""
     for name, value in headers:
         if name in _ECHOED_HEADERS and len(value) > MAX_SHORT_TEXT:
             raise FieldError(
                 f"Header `{name.decode()}`: found {len(value)} characters, expected "
                 f"{MAX_SHORT_TEXT} at most."
             )
-
-
-async def _refuse(
-    status: HTTPStatus, message: str, scope: Scope, receive: Receive, send: Send
-) -> None:
-    answer = error_answer(status, message, path=route_path(scope))
-    if status is HTTPStatus.UNAUTHORIZED:
-        answer.headers["www-authenticate"] = "Bearer"
-    await answer(scope, receive, send)
 
 
 def is_preflight(scope: Mapping[str, Any], headers: Mapping[str, str]) -> bool:
@@ -257,10 +216,7 @@ def is_preflight(scope: Mapping[str, Any], headers: Mapping[str, str]) -> bool:
 
 
 def presented_key(headers: Mapping[str, str]) -> str | None:
-    """The key in a request's headers: a bearer token, or `x-api-key` as Anthropic's clients send.
-
-    None where there is none.
-    """
+    """The key in headers: a bearer token, or `x-api-key` as Anthropic's clients send; or None."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and token:
         return token

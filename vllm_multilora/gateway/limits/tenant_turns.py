@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Generator
 from typing import TYPE_CHECKING, Any
 
+from vllm_multilora.gateway.names.bodies import again
 from vllm_multilora.tenants.limits import Account, LimitReachedError, Pace, TokenBucket
 
 if TYPE_CHECKING:
@@ -57,11 +58,7 @@ async def turn_of(account: Account, receive: Receive) -> Receive:
             account.give_up(turn)
             raise ClientGoneError
         turn.result()
-
-    async def receive_rest() -> Message:
-        return held.pop(0) if held else await receive()
-
-    return receive_rest
+    return again(held, receive)
 
 
 async def _listen(receive: Receive, held: list[Message]) -> None:
@@ -77,13 +74,10 @@ def _has_gone(held: list[Message]) -> bool:
 
 
 async def pause(requests: TokenBucket) -> None:
-    """Delays the answer to a refused request where there are many of its kind.
+    """Delays the answer to a refused request where `requests` counts many of its kind.
 
     A connection's next request is read when its last one has been answered. So floods wait in the
     system's buffers and cost the event loop next to nothing.
-
-    Args:
-        requests: Counts the requests of this kind.
     """
     wait_s = requests.wait_s()
     if wait_s < LONGEST_PAUSE_S:
@@ -114,7 +108,8 @@ async def list_in_turn(
         nonlocal is_made
         if not is_made:
             is_made = True
-            pace.end(min(making.seconds / LISTING_SHARE, LONGEST_PAUSE_S))
+            seconds = time.thread_time() - making.begun
+            pace.end(min(seconds / LISTING_SHARE, LONGEST_PAUSE_S))
 
     async def send_made(message: Message) -> None:
         let_next_begin()
@@ -128,31 +123,27 @@ async def list_in_turn(
 
 
 class _Timed:
-    """An awaitable that measures how long it keeps the event loop busy."""
+    """An awaitable that measures how long it keeps the event loop busy.
+
+    Attributes:
+        begun: When it would have begun, by the thread's processor time, without others in between.
+    """
 
     def __init__(self, work: Awaitable[None]) -> None:
-        self._work = work
-        self._seconds = 0.0
-        self._since: float | None = None  # when it was resumed; None while others are
-
-    @property
-    def seconds(self) -> float:
-        """Processor time of this thread that it has taken so far."""
-        return self._seconds + (0.0 if self._since is None else time.thread_time() - self._since)
+        self._work = work.__await__()
+        self.begun = time.thread_time()
 
     def __await__(self) -> Generator[Any, Any, None]:
-        work = self._work.__await__()
-        resume: Callable[[Any], Any] = work.send
+        resume: Callable[[Any], Any] = self._work.send
         value: Any = None
         while True:
-            self._since = time.thread_time()
             try:
                 awaited = resume(value)
             except StopIteration:
                 return
-            finally:
-                self._seconds, self._since = self.seconds, None
+            left = time.thread_time()
             try:
-                resume, value = work.send, (yield awaited)
+                resume, value = self._work.send, (yield awaited)
             except BaseException as error:
-                resume, value = work.throw, error
+                resume, value = self._work.throw, error
+            self.begun += time.thread_time() - left

@@ -1,4 +1,4 @@
-"""The fields of requests' bodies, and bodies with another model's name in them.
+"""Requests' bodies, such with another model's name, and answers with the public name again.
 
 JSON is scanned once, and only the fields that somebody looks at are read. All others stay the
 bytes that they were.
@@ -7,20 +7,22 @@ bytes that they were.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import secrets
 from collections import deque
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from starlette.datastructures import UploadFile
+from starlette.datastructures import MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from vllm_multilora.gateway.endpoints import header
 
 if TYPE_CHECKING:
-    from starlette.types import Message, Receive, Scope
+    from starlette.types import Message, Receive, Scope, Send
 
 MODEL = "model"
 
@@ -34,7 +36,6 @@ class JsonBody(dict[str, Any]):
     """The JSON of each field of an object, by name; `get` reads it."""
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value of a field."""
         if name not in self:
             return default
         try:
@@ -56,11 +57,7 @@ def _written(text: str) -> bytes:
 
 
 class FormBody(dict[str, Any]):
-    """The fields of a form. Of several fields of a name, the last one counts, as for vLLM.
-
-    Args:
-        items: Names and values in their order; files are `UploadFile`.
-    """
+    """The fields of a form. Of several fields of a name, the last one counts, as for vLLM."""
 
     def __init__(self, items: list[tuple[str, str | UploadFile]]) -> None:
         super().__init__(items)
@@ -91,10 +88,6 @@ async def read_body(
 ) -> tuple[JsonBody | FormBody | None, list[Message]]:
     """Reads a request's body.
 
-    Args:
-        scope: The request's.
-        receive: Gives the client's messages.
-
     Returns:
         The body, None where it is neither a form nor a JSON object, or did not come whole; and
         the messages that it came in.
@@ -106,7 +99,9 @@ async def read_body(
     if parts[-1]["type"] != "http.request":
         pass  # the client has gone
     elif (header(scope["headers"], b"content-type") or b"").lower().startswith(_FORM):
-        body = await _read_form(scope, again(parts, receive))
+        with contextlib.suppress(HTTPException):  # vLLM answers it as it does without the gateway
+            form = await Request(scope, again(parts, receive)).form()
+            body = FormBody(form.multi_items())
     else:
         body = read_json(b"".join(part.get("body", b"") for part in parts))
     return body, parts
@@ -143,9 +138,43 @@ def read_json(body: bytes) -> JsonBody | None:
         return None
 
 
-async def _read_form(scope: Scope, receive: Receive) -> FormBody | None:
-    try:
-        form = await Request(scope, receive).form()
-    except HTTPException:
-        return None  # vLLM answers it as it does without the gateway
-    return FormBody(form.multi_items())
+class ReplacedText:
+    """Passes an answer on with one text replaced, in its headers and in each part of its body.
+
+    Most endpoints answer with the adapter's own name. Some repeat the name in the request, or its
+    id: what vLLM was given, in ASCII. It sends each event, and each JSON, in one piece.
+    """
+
+    def __init__(self, send: Send, given: str, shown: str) -> None:
+        self._send = send
+        self._given = given.encode()
+        self._shown = json.dumps(shown)[1:-1].encode()
+        self._start: Message | None = None  # held until the length of the body is known
+
+    def send(self, message: Message) -> Awaitable[None]:
+        """Takes a message of the answer; most are passed on without a coroutine of its own."""
+        if message["type"] == "http.response.body":
+            body = message.get("body", b"")
+            if self._given in body:
+                message = {**message, "body": body.replace(self._given, self._shown)}
+            return self._send(message) if self._start is None else self._send_all(message)
+        if message["type"] == "http.response.start":
+            pairs = message["headers"]
+            pairs = [(name, value.replace(self._given, self._shown)) for name, value in pairs]
+            message = {**message, "headers": pairs}
+            if header(pairs, b"content-length") is not None:
+                return self._hold(message)
+        return self._send(message)
+
+    async def _hold(self, start: Message) -> None:
+        self._start = start
+
+    async def _send_all(self, message: Message) -> None:
+        assert self._start is not None
+        start, self._start = self._start, None
+        headers = MutableHeaders(scope=start)
+        del headers["content-length"]
+        if not message.get("more_body", False):  # else the body comes in pieces
+            headers["content-length"] = str(len(message.get("body", b"")))
+        await self._send(start)
+        await self._send(message)

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from vllm_multilora.adapters.problems import shown_name
-from vllm_multilora.gateway.refused_answers import error_answer
+from vllm_multilora.gateway.endpoints import error_answer
 from vllm_multilora.integration.api_server import registered_versions
 from vllm_multilora.integration.server.names.public_names import public_names
 from vllm_multilora.integration.server.names.routes import ROUTES
@@ -25,7 +25,6 @@ MODELS = "/v1/models"
 
 
 def add_routes(server: FastAPI) -> None:
-    """Puts the routes before vLLM's own."""
     routes = server.router.routes
     for path, show in (MODELS + "/{name:path}", show_model), (MODELS, show_models):
         server.add_api_route(path, show, methods=["GET"], include_in_schema=False)
@@ -33,7 +32,6 @@ def add_routes(server: FastAPI) -> None:
 
 
 async def show_models(raw_request: Request) -> JSONResponse:
-    """Answers with the models, adapters and routes that the caller may see."""
     shown = await models_for(current_caller.get(), raw_request.app.state.openai_serving_models)
     return JSONResponse(shown.model_dump())
 
@@ -49,17 +47,20 @@ async def show_model(raw_request: Request, name: str) -> Response:
 
 
 async def models_for(caller: Caller | None, models: Any) -> Any:
-    """Returns vLLM's list of models as a caller may see it.
-
-    Args:
-        caller: Who asks; None where no keys are set.
-        models: vLLM's table of models, of a server with an engine or without one.
-    """
-    routes = ROUTES.get(models)
-    shown = await _as_seen(models, caller).show_available_models()
+    """Returns vLLM's list of models as a caller may see it; None asks where no keys are set."""
+    tenant = None if caller is None else caller.tenant
+    seen, served = copy(models), public_names(models)
+    # A line takes longer to make than many requests take to read, and nobody is answered meanwhile.
+    # So a tenant's list must not take time for thousands of others' adapters.
+    seen.lora_requests = (
+        served
+        if tenant is None
+        else {name: lora for name, lora in served.items() if name in tenant.adapters}
+    )
+    shown = await seen.show_available_models()
     max_model_len = next((card.max_model_len for card in shown.data if card.max_model_len), None)
     for card in shown.data:
-        lora = public_names(models).get(card.id)
+        lora = served.get(card.id)
         version = None if lora is None else registered_versions.find(models.engine_client, lora)
         if version is not None:
             card.digest, card.created = version.digest, int(version.loaded)
@@ -68,7 +69,7 @@ async def models_for(caller: Caller | None, models: Any) -> Any:
         card_for(caller, card, is_base=models.is_base_model(card.id), is_route=False)
         for card in shown.data
     ]
-    if routes is not None:
+    if (routes := ROUTES.get(models)) is not None:
         cards += [
             card_for(caller, card, is_base=False, is_route=True)
             for card in await routes.cards(caller)
@@ -77,22 +78,6 @@ async def models_for(caller: Caller | None, models: Any) -> Any:
     length = {"max_model_len": max_model_len}
     shown.data = [card.model_copy(update=length) for card in cards if card is not None]
     return shown
-
-
-def _as_seen(models: Any, caller: Caller | None) -> Any:
-    """Returns the models with the adapters that somebody may see, by their public names.
-
-    A line of the list takes longer to make than many requests take to read, and nobody is answered
-    meanwhile. So a tenant's list must not take time for thousands of others' adapters.
-    """
-    tenant = None if caller is None else caller.tenant
-    seen, served = copy(models), public_names(models)
-    seen.lora_requests = (
-        served
-        if tenant is None
-        else {name: lora for name, lora in served.items() if name in tenant.adapters}
-    )
-    return seen
 
 
 def card_for(caller: Caller | None, card: Any, *, is_base: bool, is_route: bool) -> Any | None:

@@ -7,29 +7,39 @@ until the request has been answered. A reload changes nothing for requests that 
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
 
 from vllm_multilora.adapters.blend import BLEND_FIELD
-from vllm_multilora.gateway.endpoints import endpoint_of
-from vllm_multilora.gateway.names.bodies import MODEL, FormBody, JsonBody, again, read_body
-from vllm_multilora.gateway.names.realtime import only_base_model
-from vllm_multilora.gateway.refused_answers import error_answer, refusal_answer
-from vllm_multilora.gateway.replaced_text import ReplacedText
-from vllm_multilora.integration.server.names.model_names import TAKE_DEFAULTS, Chosen, choose
-from vllm_multilora.integration.server.requests.callers import Caller, current_caller
+from vllm_multilora.adapters.problems import shown_name
+from vllm_multilora.gateway.endpoints import endpoint_of, error_answer, refusal_answer
+from vllm_multilora.gateway.names.bodies import MODEL, FormBody, ReplacedText, again, read_body
+from vllm_multilora.integration.server.names.model_names import (
+    TAKE_DEFAULTS,
+    Chosen,
+    choose,
+    takes_any_name,
+)
+from vllm_multilora.integration.server.names.public_names import public_names
+from vllm_multilora.integration.server.names.routes import ROUTES
+from vllm_multilora.integration.server.requests.callers import (
+    MAX_RESULTS,
+    MAX_RESULTS_AS,
+    Caller,
+    current_caller,
+)
 from vllm_multilora.integration.server.requests.http_calls import HttpCall, current_call
 from vllm_multilora.tenants.rules import INVOCATIONS, Endpoint
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
     from vllm.lora.request import LoRARequest
 
 SAGEMAKER_HEADER = b"x-amzn-sagemaker-adapter-identifier"
@@ -39,15 +49,13 @@ _SHOWN_RESULTS = ("/embeddings", "/pooling", INVOCATIONS)
 """Ends of the paths whose bodies have an `encoding_format`, `float` by default."""
 _COHERE_EMBEDDINGS = "/v2/embed"
 _SECRET_BYTES = 8
+_VIOLATION = 1008  # of the server's policy, by RFC 6455
 
 
 class VersionNames:
     """Registers versions of adapters in vLLM's table; used on the server's event loop only.
 
     Nobody can guess the names. They do not get out of this process: answers have the public names.
-
-    Args:
-        table: vLLM's adapters, by the names that its endpoints look up.
     """
 
     def __init__(self, table: dict[str, LoRARequest]) -> None:
@@ -73,28 +81,8 @@ class VersionNames:
                 del self._users[name], self._table[name]
 
 
-@dataclass(frozen=True)
-class _Led:
-    """A request as vLLM gets it.
-
-    Attributes:
-        scope: With its headers.
-        receive: Gives its body.
-        chosen: What is to answer it.
-    """
-
-    scope: Scope
-    receive: Receive
-    chosen: Chosen = field(default_factory=Chosen)
-
-
 class NamesMiddleware:
-    """Leads each request to the adapter that it names.
-
-    Args:
-        app: Answers the requests.
-        models: vLLM's table of models.
-    """
+    """Leads each request to the adapter that it names."""
 
     def __init__(self, app: ASGIApp, models: Any) -> None:
         self._app = app
@@ -103,7 +91,7 @@ class NamesMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
-            await only_base_model(self._app, self._models)(scope, receive, send)
+            await only_base_model(self._app, self._models, scope, receive, send)
         elif scope["type"] == "http" and scope["method"] == "POST":
             await self._call(scope, receive, send)
         else:
@@ -116,17 +104,19 @@ class NamesMiddleware:
         if isinstance(led, Response):
             await led(scope, receive, send)
             return
+        scope, receive, chosen = led
         if (caller := current_caller.get()) is not None:
             await caller.begin_text()  # only now: until here it may wait for its adapter
-        if led.chosen.lora is None:
-            await self._app(led.scope, led.receive, send)
+        if (lora := chosen.lora) is None:
+            await self._app(scope, receive, send)
         else:
-            lora = led.chosen.lora
-            shown = led.chosen.rendered if call.renders else lora.lora_name
+            shown = chosen.rendered if call.renders else lora.lora_name
             with self._names.hold(lora) as name:
-                await self._app(led.scope, led.receive, ReplacedText(send, name, shown).send)
+                await self._app(scope, receive, ReplacedText(send, name, shown).send)
 
-    async def _lead(self, call: HttpCall, scope: Scope, receive: Receive) -> _Led | Response:
+    async def _lead(
+        self, call: HttpCall, scope: Scope, receive: Receive
+    ) -> tuple[Scope, Receive, Chosen] | Response:
         """Reads a request, and writes into it by which name vLLM finds what is to answer it."""
         body, parts = await read_body(scope, receive)
         fields: dict[str, Any] = {} if body is None else body
@@ -138,7 +128,7 @@ class NamesMiddleware:
         if model is not None and not isinstance(model, str):
             message = f"model: found {type(model).__name__}, expected a string."
             return error_answer(HTTPStatus.BAD_REQUEST, message, path=call.path, param=MODEL)
-        unchanged = _Led(scope, again(parts, receive))
+        unchanged = scope, again(parts, receive), Chosen()
         # A tenant's call that names nothing asks for the base model.
         is_call = caller is not None and endpoint_of("POST", call.path) is Endpoint.CALL
         is_chat = call.path.endswith(TAKE_DEFAULTS)
@@ -149,46 +139,28 @@ class NamesMiddleware:
         chosen = await choose(call, self._models, model, fields)
         if not isinstance(chosen, Chosen):
             return refusal_answer(chosen, path=call.path)
-        if chosen.lora is not None:
-            name = self._names.name_of(chosen.lora)
-            return await _written(call, scope, receive, body, name, chosen)
-        known = chosen.name or model
-        is_invoked = call.path == INVOCATIONS and not self._models.is_base_model(known)
-        if not known or not (is_invoked or chosen.name):
+        name = chosen.name or model if chosen.lora is None else self._names.name_of(chosen.lora)
+        is_invoked, is_base = call.path == INVOCATIONS, self._models.is_base_model(name)
+        if not name or not (chosen.lora or chosen.name or (is_invoked and not is_base)):
             return unchanged
-        if is_invoked and not _fits_header(known):
-            message = "model: found characters that SageMaker's header cannot carry."
-            return error_answer(HTTPStatus.BAD_REQUEST, message, path=call.path, param=MODEL)
-        return await _written(call, scope, receive, body, known, chosen)
-
-
-def _fits_header(name: str) -> bool:
-    try:
-        name.encode("latin-1")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-async def _written(
-    call: HttpCall,
-    scope: Scope,
-    receive: Receive,
-    body: JsonBody | FormBody,
-    name: str,
-    chosen: Chosen,
-) -> _Led:
-    """A request with a name as its body's `model` and, where SageMaker reads it, in its header."""
-    content, kind = await body.written(name, BLEND_FIELD)
-    changed = {b"content-length": str(len(content)).encode()}
-    if kind is not None:
-        changed[b"content-type"] = kind
-    if call.path == INVOCATIONS and _fits_header(name):
-        changed[SAGEMAKER_HEADER] = name.encode("latin-1")
-    kept = [pair for pair in scope["headers"] if pair[0] not in (*changed, b"transfer-encoding")]
-    scope = {**scope, "headers": [*kept, *changed.items()]}
-    message = {"type": "http.request", "body": content, "more_body": False}
-    return _Led(scope, again([message], receive), chosen)
+        # The name is the body's `model` and, where SageMaker reads it, in its header.
+        content, kind = await body.written(name, BLEND_FIELD)
+        changed = {b"content-length": str(len(content)).encode()}
+        if kind is not None:
+            changed[b"content-type"] = kind
+        if is_invoked:
+            try:
+                changed[SAGEMAKER_HEADER] = name.encode("latin-1")
+            except UnicodeEncodeError:
+                if not is_base:
+                    message = "model: found characters that SageMaker's header cannot carry."
+                    return error_answer(
+                        HTTPStatus.BAD_REQUEST, message, path=call.path, param=MODEL
+                    )
+        kept = [p for p in scope["headers"] if p[0] not in (*changed, b"transfer-encoding")]
+        scope = {**scope, "headers": [*kept, *changed.items()]}
+        part = {"type": "http.request", "body": content, "more_body": False}
+        return scope, again([part], receive), chosen
 
 
 def without_sagemakers(scope: Scope) -> tuple[Scope, str | None]:
@@ -199,9 +171,57 @@ def without_sagemakers(scope: Scope) -> tuple[Scope, str | None]:
 
 
 def expect_results(caller: Caller, path: str, fields: dict[str, Any]) -> None:
-    """Says how a call has its embeddings told, if it is for some."""
-    if path == _COHERE_EMBEDDINGS:
-        caller.expect_results("float")
-    elif path.endswith(_SHOWN_RESULTS):
+    """Bounds the answer of a call by how it has its embeddings told, if it is for some."""
+    form = "float" if path == _COHERE_EMBEDDINGS else None
+    if path.endswith(_SHOWN_RESULTS):
         form = fields.get("encoding_format", "float")
-        caller.expect_results(form if isinstance(form, str) else None)
+    if isinstance(form, str):
+        caller.most_results = MAX_RESULTS_AS.get(form, MAX_RESULTS)
+
+
+async def only_base_model(
+    app: ASGIApp, models: Any, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Serves vLLM's WebSocket, `/v1/realtime`; closes it when its client names another model.
+
+    vLLM answers such an event with an error, and goes on with the base model if the client has
+    named that before.
+    """
+    is_closed = False
+
+    async def receive_checked() -> Message:
+        nonlocal is_closed
+        message = await receive()
+        is_event = message["type"] == "websocket.receive"
+        if not is_event or (fault := _fault(models, message)) is None:
+            return message
+        is_closed = True
+        event = json.dumps({"type": "error", "error": fault, "code": "model_not_found"})
+        await send({"type": "websocket.send", "text": event})
+        await send({"type": "websocket.close", "code": _VIOLATION, "reason": "model"})
+        return {"type": "websocket.disconnect", "code": _VIOLATION}
+
+    async def send_open(message: Message) -> None:
+        if not is_closed:
+            await send(message)
+
+    await app(scope, receive_checked, send_open)
+
+
+def _fault(models: Any, message: Message) -> str | None:
+    """Why a session may not set the model that an event sets; None where it may, or sets none."""
+    try:
+        event = json.loads(message.get("text") or message.get("bytes") or "")
+    except (ValueError, RecursionError):
+        return None
+    is_update = isinstance(event, dict) and event.get("type") == "session.update"
+    model = event.get("model") if is_update else None
+    if model is None or model == "" or models.is_base_model(model):
+        return None
+    names = (public_names(models), ROUTES.get(models) or ())
+    if isinstance(model, str) and any(model in each for each in names):
+        base = models.base_model_paths[0].name
+        return f"/v1/realtime serves no adapters: found the model `{model}`, expected `{base}`."
+    if takes_any_name():
+        return None
+    return f"The model `{shown_name(str(model))}` does not exist."

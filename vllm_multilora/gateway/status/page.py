@@ -29,7 +29,6 @@ _FILE = Path(__file__).with_name("page.html")
 
 
 def add_route(app: FastAPI) -> None:
-    """Adds the page to vLLM's application."""
     app.add_api_route(STATUS_PAGE, show_page, methods=["GET"], include_in_schema=False)
 
 
@@ -45,7 +44,6 @@ async def show_page(raw_request: Request) -> HTMLResponse:
 
 @cache
 def page() -> str:
-    """The page's text."""
     return _FILE.read_text(encoding="utf-8")
 
 

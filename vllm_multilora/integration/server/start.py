@@ -23,9 +23,6 @@ from vllm_multilora.integration.server.requests import (
 )
 from vllm_multilora.integration.server.settings.gateway_activation import is_active_behind
 
-_FILTERS = (RefusalsInOneLine(), PrintableLines())
-"""Filters of what vLLM logs in an API server; the first one acts first."""
-
 
 async def start(models: Any) -> None:
     """Starts serving adapters: directories, routes, and names that several servers share.
@@ -42,8 +39,8 @@ async def start(models: Any) -> None:
     engine_admission.follow(client.output_processor)
     metering.end_all_at_shutdown(client)
     if registration.acts_for(models):
-        for lines in _FILTERS:
-            add_filter(lines)
+        add_filter(RefusalsInOneLine())  # acts before the other one
+        add_filter(PrintableLines())
         separate(models)
         # The engines find their store and show their metrics now, not with their first request.
         await engine_calls.engine_reports(client.engine_core, [])
@@ -56,5 +53,6 @@ async def start(models: Any) -> None:
     # In this order: a folder that somebody gives a route's name is not served, and stops no server.
     routes.start(models)
     await adapter_directory.start(models)
-    routes.tell_unknown(models)
+    if (served := routes.ROUTES.get(models)) is not None:
+        served.tell_unknown()
     preload.start(models)

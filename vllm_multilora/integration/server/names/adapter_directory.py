@@ -12,11 +12,13 @@ With several API servers, each watches the directories for itself. They arrive a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -58,8 +60,7 @@ class _Served:
     """An adapter that is served from a directory.
 
     Attributes:
-        folder: The version that `lora` stands for.
-        lora: What vLLM's table of names holds.
+        folder: The version that `lora`, which is in the table of names, stands for.
         is_admitted: Whether the engine has accepted this version for this server.
         refused: The newest version that was found to be bad, and the answer.
         is_asked: Whether the engine may know it by a request, which came when its folder had gone.
@@ -75,12 +76,8 @@ class _Served:
 class DirectoryServer:
     """Keeps one API server's table of names in step with its directories.
 
-    Used on the server's event loop only; the file system is looked at on a thread.
-
-    Args:
-        models: vLLM's `OpenAIServingModels`.
-        directories: Whose adapters are served.
-        is_alone: Whether no other API server of these engines serves from the directories.
+    Used on the server's event loop only; the file system is looked at on a thread. It is alone
+    where no other API server of these engines serves from the directories.
     """
 
     def __init__(self, models: Any, directories: AdapterDirectories, *, is_alone: bool) -> None:
@@ -103,7 +100,6 @@ class DirectoryServer:
         self._take(self._settling.settle(await self._look(self._directories.scan)))
 
     async def watch(self) -> None:
-        """Scans again and again; ends with the event loop."""
         pause, last_s = SCAN_S, 0.0
         while True:
             await asyncio.sleep(pause)
@@ -157,7 +153,6 @@ class DirectoryServer:
 
     def _take(self, adapters: Mapping[str, AdapterVersion]) -> None:
         gone = [name for name in self._served if name not in adapters]
-        come = []
         for name in gone:
             self._withdraw(name)
         for name, served in list(self._served.items()):
@@ -166,10 +161,8 @@ class DirectoryServer:
                 del self._served[name]
         for name in self._given_up.keys() - adapters.keys():
             del self._given_up[name]
-        for name, folder in adapters.items():
-            if name not in self._served and self._serve(folder) is not None:
-                come.append(name)
-        if come:
+        new = [folder for name, folder in adapters.items() if name not in self._served]
+        if come := [folder.name for folder in new if self._serve(folder) is not None]:
             logger.info("Adapter directories: serving %s", listed(come, _MAX_NAMED))
         if gone:
             logger.info("Adapter directories: no longer there: %s", listed(gone, _MAX_NAMED))
@@ -206,9 +199,11 @@ class DirectoryServer:
             # Of several engines, one may have what another could not read.
             if is_known or self._missed.last(served.folder) is not None:
                 registration.without_waiting(registration.remove(self._models, served.lora))
-                registration.without_waiting(
-                    registration.remove_later(self._models, served.lora, _GRACE_S)
-                )
+                self._remove_later(served.lora)
+
+    def _remove_later(self, lora: LoRARequest) -> None:
+        removal = registration.remove_later(self._models, lora, _GRACE_S)
+        registration.without_waiting(removal)
 
     def _is_ours(self, served: _Served) -> bool:
         return public_names(self._models).get(served.folder.name) is served.lora
@@ -236,9 +231,7 @@ class DirectoryServer:
         if lora is not served.lora:
             public_names(self._models)[folder.name] = lora
             if served.is_admitted or served.is_asked:
-                registration.without_waiting(
-                    registration.remove_later(self._models, served.lora, _GRACE_S)
-                )
+                self._remove_later(served.lora)
             if served.is_admitted:
                 logger.info("Adapter directories: serving a new version of %s", folder.path)
         self._missed.forget(folder)
@@ -269,12 +262,10 @@ class DirectoryServer:
         return None
 
     async def _find(self, name: str) -> AdapterVersion | None:
-        try:
-            return await self._finding.wait(
-                lambda: self._look(lambda: self._directories.find(name))
-            )
-        except TimeoutError:
-            return None
+        with contextlib.suppress(TimeoutError):
+            find = partial(self._directories.find, name)
+            return await self._finding.wait(partial(self._look, find))
+        return None
 
     async def _look(self, look: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, look)
@@ -297,13 +288,11 @@ async def start(models: Any) -> None:
 
 
 async def prepare(models: Any, name: str) -> ErrorResponse | None:
-    """See `DirectoryServer.prepare`; does nothing where there are no directories."""
     server = DIRECTORY.get(models)
     return None if server is None else await server.prepare(name)
 
 
 def refused(models: Any) -> dict[int, str]:
-    """See `DirectoryServer.refused`; nothing where there are no directories."""
     server = DIRECTORY.get(models)
     return {} if server is None else server.refused()
 
@@ -334,9 +323,6 @@ class PendingLooks:
 
     Nobody waits for one longer than the limit. It goes on all the same, and a thread that stands
     still has it in its queue until then: so there are not more of them than a thousand.
-
-    Args:
-        limit_s: Seconds.
     """
 
     def __init__(self, limit_s: float) -> None:

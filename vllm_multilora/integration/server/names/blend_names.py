@@ -8,18 +8,12 @@ the versions that the names have then. Nothing of it is kept here.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-
-from vllm_multilora.adapters.blend import BLEND_FIELD as FIELD
-from vllm_multilora.adapters.blend import BlendError, weights_in
 from vllm_multilora.integration.blends import blended
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server.names import registration
 from vllm_multilora.integration.server.names.public_names import public_names
-from vllm_multilora.integration.server.requests import callers
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -36,39 +30,8 @@ def why_none(models: Any) -> str | None:
     return None
 
 
-def weights_of(models: Any, model: str | None, asked: Any) -> dict[str, float] | ErrorResponse:
-    """The weights in a request's body, by name; or the answer where they are none.
-
-    Args:
-        models: vLLM's `OpenAIServingModels`.
-        model: What the request names as its model.
-        asked: The value of its field for a blend.
-    """
-    try:
-        weights = weights_in(asked)
-    except BlendError as error:
-        return error_response(f"{FIELD}: {error}.")
-    if (fault := why_none(models)) is not None:
-        return error_response(f"{FIELD}: {fault}.")
-    if model and not models.is_base_model(model):
-        return error_response(
-            f"{FIELD} goes with the base model's name: found the model `{model}`, expected "
-            f"`{models.base_model_paths[0].name}`.",
-            param="model",
-        )
-    for name in weights:
-        if models.is_base_model(name):
-            return error_response(f"{FIELD}: found the base model `{name}`, expected adapters.")
-    return weights
-
-
 def blend_now(models: Any, weights: Iterable[tuple[str, float]]) -> LoRARequest | None:
     """The blend of the versions that names stand for now; None if one stands for none any more."""
     found = [(public_names(models).get(name), weight) for name, weight in weights]
     parts = [(lora, weight) for lora, weight in found if lora is not None]
     return blended(parts) if len(parts) == len(found) else None
-
-
-def error_response(message: str, *, param: str = FIELD) -> ErrorResponse:
-    """The answer to a request for what is no blend."""
-    return callers.error_response(HTTPStatus.BAD_REQUEST, message, param)

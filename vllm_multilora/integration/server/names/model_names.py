@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import GracefulHTTPError
 from vllm.lora.request import LoRARequest
 
-from vllm_multilora.adapters.blend import BLEND_FIELD
+from vllm_multilora.adapters.blend import BLEND_FIELD, BlendError, weights_in
 from vllm_multilora.adapters.served_names import name_fault
 from vllm_multilora.integration.server.names import (
     blend_names,
@@ -22,11 +23,7 @@ from vllm_multilora.integration.server.names import (
 )
 from vllm_multilora.integration.server.names.routes import ROUTES
 from vllm_multilora.integration.server.requests import http_calls
-from vllm_multilora.integration.server.requests.callers import (
-    Caller,
-    current_caller,
-    error_response,
-)
+from vllm_multilora.integration.server.requests.callers import current_caller, error_response
 from vllm_multilora.integration.server.requests.metering import METER
 from vllm_multilora.tenants.rules import INVOCATIONS
 
@@ -56,16 +53,9 @@ class Chosen:
 async def choose(
     call: HttpCall, models: Any, name: str | None, fields: Mapping[str, Any]
 ) -> Chosen | ErrorResponse:
-    """Finds what is to answer a request, and makes sure that it is served.
+    """Finds what is to answer a request with some fields, and makes sure that it is served.
 
-    Args:
-        call: The request; learns which adapter answers it.
-        models: vLLM's table of models.
-        name: The model that the request names.
-        fields: Those of its body.
-
-    Returns:
-        What answers it, or the answer to a request that is refused.
+    The call learns which adapter answers it.
     """
     try:
         if fields.get(BLEND_FIELD) is not None:
@@ -111,7 +101,7 @@ async def _choose(
         return unknown(models, model)  # whole: whether there is such a name decides what is asked
     led = None if routes is None else await routes.lead(name, fields)
     if isinstance(led, ErrorResponse):
-        return _as_shown(led, caller, models, name)
+        return _as_shown(led, models, name)
     if isinstance(led, LoRARequest):
         return _answered_by(call, models, led, asked, rendered=name)
     name = led or name
@@ -122,19 +112,20 @@ async def _choose(
         for default in defaults:
             if caller is not None and (refusal := caller.grant(default)) is not None:
                 return refusal
-        if call.path.endswith(TAKE_DEFAULTS) and len(defaults) == 1 and _is_one_chat(messages):
+        is_one = len(defaults) == 1 and not any(isinstance(each, list) for each in messages or ())
+        if is_one and call.path.endswith(TAKE_DEFAULTS):
             lora = served[min(defaults)]  # which vLLM applies to it
     elif not is_base:
         refusal = await _find(models, name)
         is_unknown = refusal is not None and refusal.error.code == HTTPStatus.NOT_FOUND
         takes_any = name not in served and takes_any_name()
         if refusal is not None and not (is_unknown and takes_any):
-            return _as_shown(refusal, caller, models, name)
+            return _as_shown(refusal, models, name)
         lora = served.get(name) if acts else None
         if lora is None and acts and not takes_any:
             return unknown(models, name)
     if caller is not None:
-        if is_base or _lacks_language(call, fields):
+        if is_base or (call.is_form and not fields.get("language")):
             caller.grant(None)  # the base model says to vLLM which language a recording is in
         if not is_base and lora is None and (refusal := caller.grant(name)) is not None:
             return refusal
@@ -147,12 +138,7 @@ async def _choose(
 
 
 def _answered_by(
-    call: HttpCall,
-    models: Any,
-    lora: LoRARequest,
-    asked: str,
-    *,
-    rendered: str,
+    call: HttpCall, models: Any, lora: LoRARequest, asked: str, *, rendered: str
 ) -> Chosen | ErrorResponse:
     caller = current_caller.get()
     if caller is not None and (refusal := caller.grant(lora.lora_name)) is not None:
@@ -165,24 +151,30 @@ async def _choose_blend(
     call: HttpCall, models: Any, model: str | None, fields: Mapping[str, Any]
 ) -> Chosen | ErrorResponse:
     """The blend that a request's body asks for; as `choose`."""
+    refusal = partial(error_response, HTTPStatus.BAD_REQUEST, param=BLEND_FIELD)
     if call.renders or call.is_form:
-        return blend_names.error_response(
-            f"{BLEND_FIELD} is not taken here: ask for a route that leads to the blend."
-        )
-    weights = blend_names.weights_of(models, model, fields.get(BLEND_FIELD))
-    if isinstance(weights, ErrorResponse):
-        return weights
+        return refusal(f"{BLEND_FIELD} is not taken here: ask for a route that leads to the blend.")
+    try:
+        weights = weights_in(fields.get(BLEND_FIELD))
+    except BlendError as error:
+        return refusal(f"{BLEND_FIELD}: {error}.")
+    if (fault := blend_names.why_none(models)) is not None:
+        return refusal(f"{BLEND_FIELD}: {fault}.")
+    if model and not models.is_base_model(model):
+        base = models.base_model_paths[0].name
+        found = f"found the model `{model}`, expected `{base}`"
+        return refusal(f"{BLEND_FIELD} goes with the base model's name: {found}.", param="model")
+    for name in weights:
+        if models.is_base_model(name):
+            return refusal(f"{BLEND_FIELD}: found the base model `{name}`, expected adapters.")
     served = public_names.public_names(models)
     for name in weights:
         if not await may_use(models, name):
             return unknown(models, name)
         if name in (ROUTES.get(models) or ()):
-            return blend_names.error_response(
-                f"{BLEND_FIELD}: found the route `{name}`, expected adapters."
-            )
-        refusal = await _find(models, name)
-        if refusal is not None:
-            return _as_shown(refusal, current_caller.get(), models, name)
+            return refusal(f"{BLEND_FIELD}: found the route `{name}`, expected adapters.")
+        if (answer := await _find(models, name)) is not None:
+            return _as_shown(answer, models, name)
         if name not in served:
             return unknown(models, name)
     blend = blend_names.blend_now(models, weights.items())
@@ -197,15 +189,6 @@ async def _find(models: Any, name: str) -> ErrorResponse | None:
     if not is_served and registration.acts_for(models) and (fault := name_fault(name)) is not None:
         return registration.no_such_name(name, fault, "model")
     return await resolvers.find(models, name)
-
-
-def _lacks_language(call: HttpCall, fields: Mapping[str, Any]) -> bool:
-    """Whether it is a recording without its language; recordings come as forms."""
-    return call.is_form and not fields.get("language")
-
-
-def _is_one_chat(messages: Any) -> bool:
-    return not any(isinstance(each, list) for each in messages)
 
 
 def _kinds_in(messages: Any) -> set[str]:
@@ -223,11 +206,9 @@ def _kinds_in(messages: Any) -> set[str]:
     return found
 
 
-def _as_shown(
-    refusal: ErrorResponse, caller: Caller | None, models: Any, name: str
-) -> ErrorResponse:
+def _as_shown(refusal: ErrorResponse, models: Any, name: str) -> ErrorResponse:
     """A refusal as its caller may see it; others may be shown the same object."""
-    if caller is None:
+    if (caller := current_caller.get()) is None:
         return refusal
     lora = public_names.public_names(models).get(name)
     folder = None if lora is None else lora.lora_path

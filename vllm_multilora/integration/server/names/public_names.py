@@ -26,12 +26,7 @@ name to everybody's chats with such a part."""
 
 
 class _PublicNames(dict[str, "LoRARequest"]):
-    """Keeps the operator's default adapters in vLLM's table too, where vLLM looks for them.
-
-    Args:
-        table: vLLM's, with all adapters that are served; keeps the default ones.
-        defaults: Names of adapters that vLLM applies to the base model's chats.
-    """
+    """Keeps the operator's default adapters in vLLM's table too, where vLLM looks for them."""
 
     def __init__(self, table: dict[str, LoRARequest], defaults: Collection[str]) -> None:
         super().__init__(table)
@@ -52,11 +47,7 @@ class _PublicNames(dict[str, "LoRARequest"]):
 
 
 def public_names(models: Any) -> dict[str, LoRARequest]:
-    """The adapters that a server serves, by their public names.
-
-    Args:
-        models: vLLM's `OpenAIServingModels`.
-    """
+    """The adapters that a server serves, by their public names."""
     found = _NAMES.get(models)
     return models.lora_requests if found is None else found
 
@@ -80,8 +71,7 @@ def separate(models: Any) -> None:
 def defaults_of(models: Any) -> Collection[str]:
     """The names of the operator's default adapters, which are kinds of parts of messages."""
     client: Any = getattr(models, "engine_client", None)
-    vllm_config = getattr(client, "vllm_config", None)
-    lora_config = getattr(vllm_config, "lora_config", None)
+    lora_config = getattr(getattr(client, "vllm_config", None), "lora_config", None)
     return (lora_config and lora_config.default_mm_loras) or ()
 
 

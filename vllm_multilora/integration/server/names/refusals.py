@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
@@ -24,8 +24,7 @@ def next_pause(pause_s: float) -> float:
     return min(2 * pause_s, LONGEST_PAUSE_S)
 
 
-@dataclass(frozen=True)
-class _Refusal:
+class _Refusal(NamedTuple):
     answer: ErrorResponse
     pause_s: float
     until: float
@@ -36,9 +35,6 @@ class Refusals:
 
     Each try costs a check, and whoever is refused may ask as often as they like. So pauses double,
     from two seconds to a minute. The last thousand are remembered.
-
-    Args:
-        clock: Seconds; only differences count.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -59,7 +55,6 @@ class Refusals:
         return refusal.answer if refusal else None
 
     def remember(self, adapter: Hashable, answer: ErrorResponse) -> None:
-        """An adapter was tried, and refused."""
         before = self._refusals.pop(adapter, None)
         pause_s = next_pause(before.pause_s) if before else FIRST_PAUSE_S
         self._refusals[adapter] = _Refusal(answer, pause_s, self._clock() + pause_s)
@@ -67,5 +62,4 @@ class Refusals:
             self._refusals.popitem(last=False)
 
     def forget(self, adapter: Hashable) -> None:
-        """An adapter serves."""
         self._refusals.pop(adapter, None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Container, Coroutine, Mapping, Sequence
+from collections.abc import Container, Coroutine, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
@@ -33,8 +33,8 @@ from vllm_multilora.integration.server.requests import metering
 from vllm_multilora.integration.server.requests.callers import TYPES, current_account
 from vllm_multilora.integration.server.requests.engine_admission import SEE_OFF
 from vllm_multilora.integration.server.requests.engine_calls import answer_of, register
-from vllm_multilora.integration.server.requests.http_calls import GRACE_S
-from vllm_multilora.integration.server.settings.gateway_activation import manages_adapters_behind
+from vllm_multilora.integration.server.requests.http_calls import GRACE_S, current_call
+from vllm_multilora.integration.server.settings.gateway_activation import manages_adapters
 
 if TYPE_CHECKING:
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -56,21 +56,12 @@ LATE_GRACE_S = 3 * GRACE_S
 which look at adapter directories for themselves, know too that its version is an old one."""
 
 
-class LocksInUse:
+class LocksInUse(WeakValueDictionary[str, asyncio.Lock]):
     """Locks by name, for names that anybody may invent, as many and as long as they like."""
-
-    def __init__(self) -> None:
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-
-    def __len__(self) -> int:
-        return len(self._locks)
 
     def __getitem__(self, name: str) -> asyncio.Lock:
         """The lock of a name, which lives for as long as somebody holds or awaits it."""
-        lock = self._locks.get(name)
-        if lock is None:
-            lock = self._locks[name] = asyncio.Lock()
-        return lock
+        return self.setdefault(name, asyncio.Lock())
 
 
 class AdapterErrorInfo(ErrorInfo):
@@ -85,36 +76,26 @@ class AdapterErrorResponse(ErrorResponse):
     error: AdapterErrorInfo
 
 
-def _described(
-    model: type[ErrorResponse], texts: Mapping[HTTPStatus, str]
-) -> dict[int | str, dict[str, Any]]:
-    return {
-        status.value: {"model": model, "description": description}
-        for status, description in texts.items()
-    }
+_NO_KEY = "The request has no valid key."
 
-
-REFUSALS = _described(
-    AdapterErrorResponse,
-    {
-        HTTPStatus.UNAUTHORIZED: "The request has no valid key.",
-        HTTPStatus.BAD_REQUEST: "The name, the path or the adapter itself is wrong.",
-        HTTPStatus.FORBIDDEN: "The path is outside the allowed folders, or the key too weak.",
-        HTTPStatus.NOT_FOUND: "There is no such adapter.",
-        HTTPStatus.INTERNAL_SERVER_ERROR: "The server has failed.",
-        HTTPStatus.SERVICE_UNAVAILABLE: "The storage failed, or memory or time ran out.",
-    },
-)
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": AdapterErrorResponse, "description": description}
+    for status, description in (
+        (400, "The name, the path or the adapter itself is wrong."),
+        (401, _NO_KEY),
+        (403, "The path is outside the allowed folders, or the key too weak."),
+        (404, "There is no such adapter."),
+        (500, "The server has failed."),
+        (503, "The storage failed, or memory or time ran out."),
+    )
+}
 """Answers other than 200 of vLLM's routes for adapters, as `/openapi.json` describes them."""
 
-STATUS_REFUSALS = _described(
-    ErrorResponse,
-    {
-        HTTPStatus.UNAUTHORIZED: "The request has no valid key.",
-        HTTPStatus.NOT_FOUND: "The plugin is off, or LoRA is.",
-        HTTPStatus.SERVICE_UNAVAILABLE: "The engine did not answer in time.",
-    },
-)
+STATUS_REFUSALS: dict[int | str, dict[str, Any]] = {
+    401: {"model": ErrorResponse, "description": _NO_KEY},
+    404: {"model": ErrorResponse, "description": "The plugin is off, or LoRA is."},
+    503: {"model": ErrorResponse, "description": "The engine did not answer in time."},
+}
 """The same for `GET /v1/lora_adapters`."""
 
 
@@ -125,7 +106,8 @@ def lock_of(models: Any, name: str) -> asyncio.Lock:
 
 def acts_for(models: OpenAIServingModels) -> bool:
     """Whether the plugin loads the adapters of the engine behind a server, and not vLLM itself."""
-    return manages_adapters_behind(getattr(models, "engine_client", None))
+    vllm_config = getattr(getattr(models, "engine_client", None), "vllm_config", None)
+    return vllm_config is not None and manages_adapters(vllm_config)
 
 
 async def load(models: Any, request: Any) -> ErrorResponse | str:
@@ -142,7 +124,6 @@ async def load(models: Any, request: Any) -> ErrorResponse | str:
 
 
 async def unload(models: Any, request: Any) -> ErrorResponse | str:
-    """Unloads an adapter; as `load`."""
     if acts_for(models):
         return await asyncio.shield(in_background(unload_adapter(models, request)))
     answer: ErrorResponse | str = await models.unload_lora_adapter(request)
@@ -153,9 +134,6 @@ async def load_adapter(models: Any, request: Any) -> ErrorResponse | str:
     """`POST /v1/load_lora_adapter`: reads and checks an adapter, and serves it from now on.
 
     A call that has waited while an equal one loaded the adapter succeeds with it.
-
-    Answers 400 with all problems where the adapter is bad, 403 where its path is not allowed, 404
-    where there is none, 503 where it could not be read.
     """
     name, path = request.lora_name, request.lora_path
     refusal = _refuse_text(models, name, path)
@@ -195,11 +173,8 @@ async def unload_adapter(models: Any, request: Any) -> ErrorResponse | str:
     async with lock_of(models, request.lora_name):
         lora = public_names(models).get(request.lora_name)
         if lora is None:
-            return error_response(
-                HTTPStatus.NOT_FOUND,
-                f"The lora adapter '{request.lora_name}' cannot be found.",
-                param="lora_name",
-            )
+            message = f"The lora adapter '{request.lora_name}' cannot be found."
+            return error_response(HTTPStatus.NOT_FOUND, message, param="lora_name")
         del public_names(models)[request.lora_name]
         await shared_names.retract(models, lora)
     await remove(models, lora)
@@ -211,16 +186,11 @@ async def unload_adapter(models: Any, request: Any) -> ErrorResponse | str:
 def _refuse_text(models: Any, name: str, path: str) -> AdapterErrorResponse | None:
     """Why what a client has sent is not even looked for; None if it is."""
     if (fault := name_fault(name)) is not None:
-        return error_response(
-            HTTPStatus.BAD_REQUEST,
-            f"the adapter's name '{shown_name(name)}' {fault}: give it a short, printable one",
-            param="lora_name",
-        )
+        shown = shown_name(name)
+        return _bad(f"the adapter's name '{shown}' {fault}: give it a short, printable one")
     if (fault := path_fault(path)) is not None:
-        return error_response(
-            HTTPStatus.BAD_REQUEST,
-            f"adapter {name!r}: '{shown_name(path)}' is no path, since it {fault}",
-        )
+        shown = shown_name(path)
+        return _bad(f"adapter {name!r}: '{shown}' is no path, since it {fault}", "lora_path")
     return one_too_many(models, name, "lora_name")
 
 
@@ -238,25 +208,21 @@ def _refuse_load(models: Any, request: Any) -> AdapterErrorResponse | None:
         )
     else:
         return None
-    return error_response(HTTPStatus.BAD_REQUEST, message, param="lora_name")
+    return _bad(message)
 
 
 def name_refusal(models: Any, name: str) -> AdapterErrorResponse | None:
     """The answer where an adapter may not have a name: a route's, or a kind of message part."""
     if is_reserved(models, name):
-        return error_response(
-            HTTPStatus.BAD_REQUEST,
+        return _bad(
             f"vLLM applies an adapter that is named {name!r} to all chats with a part of that "
-            f"kind; give it another name",
-            param="lora_name",
+            f"kind; give it another name"
         )
     if name not in (ROUTE_NAMES.get(models) or ()):
         return None
-    return error_response(
-        HTTPStatus.BAD_REQUEST,
+    return _bad(
         f"the name {name!r} is a route's; give the adapter another one, or take the route out of "
-        f"the routes file",
-        param="lora_name",
+        f"the routes file"
     )
 
 
@@ -264,21 +230,16 @@ def one_too_many(models: Any, name: str, param: str) -> AdapterErrorResponse | N
     """The answer where the server has as many adapters as it can, and a name is none of theirs."""
     if name in public_names(models) or len(public_names(models)) < MAX_ADAPTERS:
         return None
-    return error_response(
-        HTTPStatus.BAD_REQUEST,
+    return _bad(
         f"adapter {name!r}: this server has {MAX_ADAPTERS} adapters, and serves no more; "
         f"unload one first",
-        param=param,
+        param,
     )
 
 
 def no_such_name(name: str, fault: str, param: str) -> AdapterErrorResponse:
-    """The answer to a name that no adapter can have."""
-    return error_response(
-        HTTPStatus.NOT_FOUND,
-        f"There is no adapter of the name '{shown_name(name)}': no name {fault}.",
-        param=param,
-    )
+    message = f"There is no adapter of the name '{shown_name(name)}': no name {fault}."
+    return error_response(HTTPStatus.NOT_FOUND, message, param=param)
 
 
 def no_such_model(models: Any, name: str | None) -> str:
@@ -304,13 +265,9 @@ async def admit(models: Any, lora: LoRARequest) -> AdapterErrorResponse | None:
 
 def is_current(models: Any, lora: LoRARequest) -> bool:
     """Whether an adapter, in this version, still has its name; of a blend, whether all parts do."""
-    blend = blend_of(lora)
-    named = (
-        [(lora.lora_name, lora.lora_int_id)]
-        if blend is None
-        else [(part.name, part.number) for part in blend.parts]
-    )
-    table = public_names(models)
+    named, table = [(lora.lora_name, lora.lora_int_id)], public_names(models)
+    if (blend := blend_of(lora)) is not None:
+        named = [(part.name, part.number) for part in blend.parts]
     return all(name in table and table[name].lora_int_id == number for name, number in named)
 
 
@@ -347,7 +304,8 @@ def start(models: Any) -> None:
     def see_off(lora: LoRARequest) -> None:
         if is_current(models, lora):
             return
-        if metering.goes_on_with_an_answer():
+        call = current_call.get()
+        if call is not None and call.ran is not None:  # this goes on with an answer
             if registered_versions.find(models.engine_client, lora) is not None:
                 return  # whoever has taken the name away will remove the adapter
             # It was removed between two requests to the engine for one answer: steps of a beam
@@ -364,7 +322,6 @@ _tasks: set[asyncio.Task[Any]] = set()
 
 
 def in_background(work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
-    """Does some work beside what this task does."""
     task = asyncio.create_task(work)
     _tasks.add(task)  # the event loop keeps weak references only
     task.add_done_callback(_tasks.discard)
@@ -372,8 +329,6 @@ def in_background(work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
 
 
 def without_waiting(removal: Coroutine[Any, Any, None]) -> None:
-    """Removes an adapter with nobody waiting for that."""
-
     async def tell_of_failures() -> None:
         try:
             await removal
@@ -388,8 +343,8 @@ def without_waiting(removal: Coroutine[Any, Any, None]) -> None:
 async def to_its_end(work: Coroutine[Any, Any, _T]) -> _T:
     """Does some work whole, for a request too whose client disconnects meanwhile.
 
-    What the engine reads it reads all the same. Whoever has asked for it must learn of it, to free
-    it again, and holds its locks until then.
+    What the engine reads it reads all the same. Whoever has asked for it has to free it again, and
+    holds its locks until then.
     """
     task = in_background(work)
     try:
@@ -400,7 +355,6 @@ async def to_its_end(work: Coroutine[Any, Any, _T]) -> _T:
 
 
 def _refusal(lora: LoRARequest, error: Exception) -> AdapterErrorResponse:
-    """The answer to an adapter that the engine refused."""
     if not isinstance(error, AdapterRefusedError):
         status = HTTPStatus.INTERNAL_SERVER_ERROR
         if isinstance(error, GracefulHTTPError):
@@ -423,12 +377,12 @@ def error_response(
     param: str = "lora_path",
 ) -> AdapterErrorResponse:
     """An answer that says what is wrong, all problems included, and with which of the fields."""
-    return AdapterErrorResponse(
-        error=AdapterErrorInfo(
-            message=message,
-            type=TYPES[status],
-            param=param,
-            code=status.value,
-            problems=list(problems),
-        )
+    kind, code = TYPES[status], status.value
+    error = AdapterErrorInfo(
+        message=message, type=kind, param=param, code=code, problems=list(problems)
     )
+    return AdapterErrorResponse(error=error)
+
+
+def _bad(message: str, param: str = "lora_name") -> AdapterErrorResponse:
+    return error_response(HTTPStatus.BAD_REQUEST, message, param=param)

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, Field
+from pydantic import Field
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 
@@ -17,13 +17,11 @@ from vllm_multilora.integration.server.names import registration
 _ALIAS = "x-amzn-sagemaker-adapter-alias"
 
 
-class _Registration(BaseModel):
+class _Registration(LoadLoRAAdapterRequest):
     """The body of SageMaker's `POST /adapters`."""
 
-    name: str = Field(min_length=1)
-    src: str = Field(min_length=1)
-    load_inplace: bool = False
-    is_3d_lora_weight: bool = False
+    lora_name: str = Field(min_length=1, alias="name")
+    lora_path: str = Field(min_length=1, alias="src")
 
 
 async def _load(request: LoadLoRAAdapterRequest, raw_request: Request) -> Response:
@@ -35,13 +33,8 @@ async def _unload(request: UnloadLoRAAdapterRequest, raw_request: Request) -> Re
 
 
 async def _register(request: _Registration, raw_request: Request) -> Response:
-    body = LoadLoRAAdapterRequest(
-        lora_name=request.name,
-        lora_path=request.src,
-        load_inplace=request.load_inplace,
-        is_3d_lora_weight=request.is_3d_lora_weight,
-    )
-    return _sagemakers(await _load(body, raw_request), request.name, raw_request, "registered")
+    answer = await _load(request, raw_request)
+    return _sagemakers(answer, request.lora_name, raw_request, "registered")
 
 
 async def _unregister(adapter_name: str, raw_request: Request) -> Response:
@@ -58,11 +51,7 @@ _ENDPOINTS: dict[str, Callable[..., Any]] = {
 
 
 def add_routes(server: FastAPI) -> None:
-    """Puts the routes in the place of vLLM's, of which a server may have none.
-
-    Args:
-        server: vLLM's application.
-    """
+    """Puts the routes in the place of vLLM's, of which a server may have none."""
     for route in [*server.router.routes]:
         if isinstance(route, APIRoute) and route.path in _ENDPOINTS:
             server.router.routes.remove(route)

@@ -61,7 +61,7 @@ async def prepare(models: Any, name: str) -> ErrorResponse | None:
         The answer to the request where none finds it, or the engine refuses it; None where it
         serves from now on, or resolvers have no say.
     """
-    if not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING or not registration.acts_for(models):
+    if not (envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING and registration.acts_for(models)):
         return None
     if not models.lora_resolvers:
         return None
@@ -113,7 +113,6 @@ async def _resolve(models: Any, name: str) -> ErrorResponse | None:
 
 
 async def _ask(resolver: Any, models: Any, name: str) -> LoRARequest | None:
-    """What a resolver finds."""
     base = models.model_config.model
     if type(resolver) is not FilesystemResolver:
         found: LoRARequest | None = await resolver.resolve_lora(base, name)

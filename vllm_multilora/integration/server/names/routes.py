@@ -3,16 +3,12 @@
 A route is resolved where the gateway reads the model's name in a request's body, before vLLM does.
 The answer's `model` names the adapter, as OpenAI's names the model behind an alias.
 
-An adapter is unavailable, and a route's fallback answers, if
-
-- no adapter of the name is registered, in an adapter directory, or found by vLLM's resolvers;
-- its first load from an adapter directory is refused, for whatever reason;
-- its last load in the engine failed. A request's adapter is chosen before the engine sees the
-  request, so the request that discovers the failure is answered with the failure's status, and
-  later ones get the fallback. The adapter is tried again in the background, and answers again as
-  soon as it has been loaded; one that is quarantined, when its name stands for another version.
-
-There is no fallback unless the file says so, and the base model answers only if the file names it.
+An adapter is unavailable, and a route's fallback answers, if there is none of its name, if its
+first load from an adapter directory is refused, or if its last load in the engine failed. A
+request's adapter is chosen before the engine sees the request. So the request that discovers the
+failure is answered with its status, and later ones get the fallback. The adapter is tried again in
+the background, and answers again once it has been loaded; one that is quarantined, when its name
+stands for another version.
 """
 
 from __future__ import annotations
@@ -37,24 +33,14 @@ from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server.names import blend_names, registration, resolvers
 from vllm_multilora.integration.server.names.public_names import public_names
 from vllm_multilora.integration.server.names.refusals import next_pause
-from vllm_multilora.integration.server.requests.callers import (
-    Caller,
-    current_caller,
-    error_response,
-)
+from vllm_multilora.integration.server.requests import callers
+from vllm_multilora.integration.server.requests.callers import Caller, current_caller
 from vllm_multilora.integration.server.requests.http_calls import current_call
-from vllm_multilora.integration.server.settings.gateway_activation import is_active_behind
 from vllm_multilora.metrics.label_values import BLENDS
 from vllm_multilora.metrics.server_counts import COUNTS
-from vllm_multilora.routing import (
-    Blended,
-    Candidate,
-    RequestError,
-    RequestFacts,
-    Routes,
-    Turns,
-    parse_routes,
-)
+from vllm_multilora.routing.request_facts import RequestError, RequestFacts
+from vllm_multilora.routing.route_targets import Blended, Candidate, Turns
+from vllm_multilora.routing.routes_file import Routes, parse_routes
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -77,11 +63,7 @@ _MAX_LED = 1_024
 
 
 class ServerRoutes:
-    """The routes of one API server; used on its event loop only.
-
-    Args:
-        models: vLLM's `OpenAIServingModels`.
-        path: The routes file.
+    """The routes of one API server, in a file; used on its event loop only.
 
     Raises:
         DocumentError: The file cannot be used.
@@ -99,7 +81,6 @@ class ServerRoutes:
         self._began = 0.0  # by the monotonic clock, when that was
 
     def __contains__(self, name: object) -> bool:
-        """Whether a model name is a route's."""
         return name in self._file.value.targets
 
     async def cards(self, caller: Caller | None = None) -> list[ModelCard]:
@@ -122,11 +103,7 @@ class ServerRoutes:
     async def lead(
         self, name: str, fields: Mapping[str, Any]
     ) -> str | LoRARequest | ErrorResponse | None:
-        """Finds what a route leads a request to.
-
-        Args:
-            name: What the request names.
-            fields: Those of its body.
+        """Finds what a route leads a request to, which names something and has a body's fields.
 
         Returns:
             The name of an adapter or of the base model, or a blend; the answer to the request
@@ -144,14 +121,12 @@ class ServerRoutes:
             return refusal
         label = BLENDS if isinstance(chosen, Blended) else chosen
         COUNTS.count_route(name, label, "chosen" if chosen == candidates[0] else "fallback")
-        found: str | LoRARequest
+        found: str | LoRARequest = label
         if isinstance(chosen, Blended):
             blend = blend_names.blend_now(self._models, chosen.weights)
             assert blend is not None  # nothing was awaited since it was chosen
             self._note_led(blend.lora_int_id)
             found = blend
-        else:
-            found = chosen
         if (call := current_call.get()) is not None:
             call.route = name
             call.adapter = found if isinstance(found, str) else found.lora_name
@@ -198,15 +173,13 @@ class ServerRoutes:
     ) -> tuple[Candidate | None, ErrorResponse | None]:
         """The first candidate that is available, or why there is none."""
         refusals: dict[Candidate, ErrorResponse] = {}
-        chosen: Candidate | None = None
         for name in candidates:
-            refusal = await self._refusal(name)
-            if refusal is None:
-                chosen = name
+            if (refusal := await self._refusal(name)) is None:
+                chosen: Candidate | None = name
                 self._replaced.discard((route, str(name)))
                 break
             refusals[name] = refusal
-        if chosen is None:
+        else:
             # The engine tries again, and says exactly what is wrong.
             chosen = next((name for name in candidates if self._is_served(name)), None)
         if chosen is not None:
@@ -238,14 +211,11 @@ class ServerRoutes:
         return self._failure_of(blend)
 
     async def _refusal_of(self, name: str) -> ErrorResponse | None:
-        """Why a name is unavailable; None if it is available."""
-        models = self._models
-        if models.is_base_model(name):
+        if self._models.is_base_model(name):
             return None
-        refusal = await resolvers.find(models, name)
-        if refusal is not None:
+        if (refusal := await resolvers.find(self._models, name)) is not None:
             return refusal
-        lora = public_names(models).get(name)
+        lora = public_names(self._models).get(name)
         if lora is None:
             return _error(HTTPStatus.NOT_FOUND, f"there is no adapter `{name}`")
         return self._failure_of(lora)
@@ -255,7 +225,6 @@ class ServerRoutes:
         return blend_names.why_none(self._models)
 
     def _failure_of(self, lora: LoRARequest) -> ErrorResponse | None:
-        """Why the last load of an adapter has failed; None if it has not."""
         failure = self._failed.get(lora.lora_int_id)
         if failure is None:
             return None
@@ -273,9 +242,7 @@ class ServerRoutes:
 
     def _parse(self, file: str, text: str) -> Routes:
         routes = parse_routes(file, text)
-        routes.check_names(
-            [model.name for model in self._models.base_model_paths], "the base model"
-        )
+        routes.check_names([m.name for m in self._models.base_model_paths], "the base model")
         routes.check_names(public_names(self._models), "an adapter")
         return routes
 
@@ -295,7 +262,6 @@ class ServerRoutes:
         self._due = time.monotonic() + REFRESH_S
 
     def tell_unknown(self) -> None:
-        """Logs which routes lead to names that nobody serves."""
         known = [*public_names(self._models), *(m.name for m in self._models.base_model_paths)]
         for route, names in self._file.value.unknown(set(known)).items():
             logger.warning(
@@ -317,8 +283,6 @@ def start(models: Any) -> None:
     Raises:
         DocumentError: The file cannot be used, or a route has an adapter's name.
     """
-    if not is_active_behind(models.engine_client):
-        return
     path = settings_of(models.engine_client.vllm_config).routes
     if path is not None:
         routes = ServerRoutes(models, path)
@@ -327,15 +291,8 @@ def start(models: Any) -> None:
         ON_FAILURE.set(models.engine_client.output_processor, routes.note_failure)
 
 
-def tell_unknown(models: Any) -> None:
-    """See `ServerRoutes.tell_unknown`; for when all adapters of a server that starts are known."""
-    if (routes := ROUTES.get(models)) is not None:
-        routes.tell_unknown()
-
-
 def _facts(fields: Mapping[str, Any]) -> RequestFacts:
-    metadata = fields.get("metadata")
-    call = current_call.get()
+    metadata, call = fields.get("metadata"), current_call.get()
     return RequestFacts(
         user=fields.get("user"),
         metadata=metadata if isinstance(metadata, Mapping) else {},
@@ -344,4 +301,4 @@ def _facts(fields: Mapping[str, Any]) -> RequestFacts:
 
 
 def _error(status: HTTPStatus, message: str) -> ErrorResponse:
-    return error_response(status, message, "model")
+    return callers.error_response(status, message, "model")

@@ -38,12 +38,7 @@ _SETTLE_LIMIT_S = 5.0
 
 
 class SharedNames:
-    """One API server's view; for its event loop only.
-
-    Args:
-        models: vLLM's `OpenAIServingModels`.
-        client: Connected to the store.
-    """
+    """One API server's view, by a client of the store; for its event loop only."""
 
     def __init__(self, models: Any, client: NamesClient) -> None:
         self._models = models
@@ -125,19 +120,18 @@ class SharedNames:
         if before is not None:  # whose requests may be on their way
             loop = asyncio.get_running_loop()
             loop.call_later(GRACE_S, self._forget, before.lora_int_id)
-        base = message.details.get("base_model_name")
-        digest = message.details.get("digest")
-        if isinstance(digest, str):
-            loaded, kind = float(message.details["loaded"]), str(message.details["kind"])
-            tokens = registered_versions.read_invocation(str(message.details["invocation"]))
-            version = registered_versions.Version(digest, loaded, kind, tokens)
+        details: Any = message.details
+        if "digest" in details:
+            loaded, kind = float(details["loaded"]), details["kind"]
+            tokens = registered_versions.read_invocation(details["invocation"])
+            version = registered_versions.Version(details["digest"], loaded, kind, tokens)
             registered_versions.note(self._models.engine_client, message.adapter, version)
         table[message.name] = LoRARequest(
             lora_name=message.name,
             lora_int_id=message.adapter,
             lora_path=message.path,
-            base_model_name=base if isinstance(base, str) else None,
-            is_3d_lora_weight=bool(message.details.get("is_3d_lora_weight")),
+            base_model_name=details.get("base_model_name"),
+            is_3d_lora_weight=bool(details.get("is_3d_lora_weight")),
         )
 
     def _forget(self, adapter: int) -> None:
@@ -146,7 +140,6 @@ class SharedNames:
 
 
 def start(models: Any) -> None:
-    """Shares names, where there are several API servers that may change them."""
     vllm_config: VllmConfig = models.engine_client.vllm_config
     parallel = vllm_config.parallel_config
     server = os.environ.get(SERVER_VARIABLE)
@@ -163,12 +156,10 @@ def start(models: Any) -> None:
 
 
 async def publish(models: Any, lora: LoRARequest) -> None:
-    """See `SharedNames.publish`; does nothing where there is one API server."""
     if (names := NAMES.get(models)) is not None:
         await names.publish(lora)
 
 
 async def retract(models: Any, lora: LoRARequest) -> None:
-    """See `SharedNames.retract`; does nothing where there is one API server."""
     if (names := NAMES.get(models)) is not None:
         await names.retract(lora)

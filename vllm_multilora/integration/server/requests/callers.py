@@ -7,7 +7,6 @@ without this module.
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
@@ -40,10 +39,7 @@ loop up to fifteen microseconds."""
 MAX_RESULTS = 64 << 20
 """Numbers that the engine may send for a tenant's pooling call: of embeddings of tokens, say."""
 
-MAX_RESULTS_AS = {
-    "float": 1 << 20,
-    **dict.fromkeys(("base64", "bytes", "bytes_only"), 16 << 20),
-}
+MAX_RESULTS_AS = {"float": 1 << 20, "base64": 16 << 20, "bytes": 16 << 20, "bytes_only": 16 << 20}
 """Fewer, where a call has them told: as JSON each takes nearly a microsecond, in which no thread of
 the API server does anything else, and a hundred bytes of memory; as bytes a tenth of that."""
 
@@ -57,10 +53,8 @@ def tenant_salt(secret: str, tenant: str, own: str | None) -> str:
         tenant: The tenant's name, which has no line break; empty for no tenant.
         own: What the client asked for; it divides the tenant's cache further.
     """
-    said = f"{tenant}\n{'' if own is None else f'+{own}'}"
-    return hmac.new(
-        secret.encode(), said.encode("utf-8", "surrogatepass"), hashlib.sha256
-    ).hexdigest()
+    said = f"{tenant}\n{'' if own is None else f'+{own}'}".encode("utf-8", "surrogatepass")
+    return hmac.digest(secret.encode(), said, "sha256").hex()
 
 
 @dataclass
@@ -68,7 +62,6 @@ class Caller:
     """One HTTP request's sender.
 
     Attributes:
-        role: By the request's key.
         folders: What answers must not name; nothing for whoever may see folders.
         hides_folders: Whether answers must not name folders, those of adapters included.
         account: The tenant's; None for everybody else.
@@ -105,13 +98,7 @@ class Caller:
         return None if self.account is None else self.account.tenant
 
     def may_use(self, name: str | None, *, is_base: bool, is_route: bool) -> bool:
-        """Whether a request may name a model, whether there is such a model or not.
-
-        Args:
-            name: As the request has it; None or empty for the base model.
-            is_base: Whether it is a name of the base model.
-            is_route: Whether it is a route's.
-        """
+        """Whether a request may name a model, or none, whether there is such a model or not."""
         tenant = self.tenant
         if tenant is None:
             return True
@@ -183,14 +170,6 @@ class Caller:
         what = "log probabilities at a time at most, of answers that are not streamed."
         self._bound(self._scores, MAX_SCORES, what)
 
-    def expect_results(self, form: str | None) -> None:
-        """Says how a pooling call has its results told.
-
-        Args:
-            form: The call's `encoding_format`; None for an endpoint that has none.
-        """
-        self.most_results = MAX_RESULTS_AS.get(form or "", MAX_RESULTS)
-
     def count_results(self, count: int) -> None:
         """The engine has sent so many numbers more for a pooling call.
 
@@ -207,11 +186,7 @@ class Caller:
             raise GracefulHTTPError(f"One call may want {most} {what}", HTTPStatus.BAD_REQUEST)
 
     def seal(self, own: str | None) -> str:
-        """What tells the engine whose the call is; see `vllm_multilora.integration.seals`.
-
-        Args:
-            own: The salt that the client has chosen; None for none.
-        """
+        """What tells the engine whose the call is, with the salt that the client has chosen."""
         tenant = self.tenant
         name = "" if tenant is None else tenant.name
         salt = tenant_salt(self.secret, name, own)[:SALT_CHARACTERS] if name or own else ""
@@ -232,12 +207,7 @@ class Caller:
             self.account.end()
 
     def shown(self, text: str, folder: str | None = None) -> str:
-        """A text without the folders that the caller must not see.
-
-        Args:
-            text: For instance why an adapter could not be loaded.
-            folder: Where that adapter lies.
-        """
+        """A text without the folders that the caller must not see, that of an adapter included."""
         if not self.hides_folders:
             return text
         return without_folders(text, (*self.folders, *([folder] if folder else [])))
@@ -259,25 +229,12 @@ TYPES = {
 
 def error_response(status: HTTPStatus, message: str, param: str | None = None) -> ErrorResponse:
     """An error in vLLM's shape, which is OpenAI's."""
-    return ErrorResponse(
-        error=ErrorInfo(message=message, type=TYPES[status], param=param, code=status.value)
-    )
+    error = ErrorInfo(message=message, type=TYPES[status], param=param, code=status.value)
+    return ErrorResponse(error=error)
 
 
 current_caller: ContextVar[Caller | None] = ContextVar("multilora_caller", default=None)
 """Who sent the request that is being worked for; None outside of any, and where no keys are set."""
-
-
-def current_account() -> Account | None:
-    """Account of the tenant whose request is being handled; None if it is no tenant's."""
-    caller = current_caller.get()
-    return None if caller is None else caller.account
-
-
-def current_tenant() -> str | None:
-    """The name of the tenant whose request is being worked for; None where it is nobody's."""
-    account = current_account()
-    return None if account is None else account.tenant.name
 
 
 def turn_to_read() -> AbstractAsyncContextManager[Any]:
@@ -285,5 +242,6 @@ def turn_to_read() -> AbstractAsyncContextManager[Any]:
 
     To be had before any lock: nobody waits for a name behind all that a tenant has asked for.
     """
-    account = current_account()
+    caller = current_caller.get()
+    account = None if caller is None else caller.account
     return nullcontext() if account is None else account.first_readings

@@ -16,7 +16,7 @@ from vllm_multilora.adapters.blend import folders_of
 from vllm_multilora.integration.api_server.failure_delivery import HIDDEN_FOLDERS
 from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.server.requests import metering
-from vllm_multilora.integration.server.requests.callers import Caller, current_caller
+from vllm_multilora.integration.server.requests.callers import current_caller
 from vllm_multilora.tenants.limits import Meter
 
 if TYPE_CHECKING:
@@ -32,9 +32,6 @@ class RequestStates(dict[str, Any]):
 
     vLLM puts a state in when the request is on its way to the engine, in its client's context, and
     takes it out by `pop` when the request has ended or is aborted.
-
-    Args:
-        processor: vLLM's `OutputProcessor`, with the states that it has.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -45,7 +42,9 @@ class RequestStates(dict[str, Any]):
         caller, adapter = current_caller.get(), state.lora_request
         if caller is not None:
             caller.end_text()
-            require_granted(adapter, caller)
+            name = None if adapter is None else adapter.lora_name
+            if caller.tenant is not None and name not in caller.granted:
+                raise VLLMNotFoundError("The model does not exist.")
             if state.request_index == 0:
                 parent = state.parent_req
                 caller.count_answers(1 if parent is None else parent.sampling_params.n)
@@ -62,35 +61,17 @@ class RequestStates(dict[str, Any]):
         if caller.account is not None:
             # The children of a request with several answers share their prompt.
             caller.account.charge(state.prompt_len if state.request_index == 0 else 0)
-            caller.account.watch(self._meter(state))
+            detokenizer = state.detokenizer  # pooling requests have none, and generate nothing
+            read = (lambda: 0) if detokenizer is None else detokenizer.num_output_tokens
+            caller.account.watch(Meter(read, lambda: self.get(request_id) is not state))
 
     def pop(self, request_id: str, *default: Any) -> Any:
-        """As `dict.pop`."""
         state = super().pop(request_id, *default)
         if state is not None and (meter := metering.METER.get(self._processor)) is not None:
             meter.end(state)
         return state
 
-    def _meter(self, state: Any) -> Meter:
-        """What counts the tokens that a request generates."""
-        detokenizer = state.detokenizer  # pooling requests have none, and generate nothing
-        return Meter(
-            read=(lambda: 0) if detokenizer is None else detokenizer.num_output_tokens,
-            has_ended=lambda: self.get(state.request_id) is not state,
-        )
-
 
 def follow(processor: Any) -> None:
     """Has all requests of vLLM's `OutputProcessor` checked and followed from now on."""
     processor.request_states = RequestStates(processor)
-
-
-def require_granted(adapter: LoRARequest | None, caller: Caller) -> None:
-    """Refuses what nobody has granted.
-
-    Raises:
-        VLLMNotFoundError: Nobody has granted the request what would answer it.
-    """
-    name = None if adapter is None else adapter.lora_name
-    if caller.tenant is not None and name not in caller.granted:
-        raise VLLMNotFoundError("The model does not exist.")

@@ -33,10 +33,6 @@ async def answer_of(core: Any, asked: Awaitable[Any]) -> Any:
     A load may take as long as storage does. Whoever waits for it would keep a server from ending
     whose engine has died, or has been stopped.
 
-    Args:
-        core: vLLM's client of the engine core; one without a process has nothing that could end.
-        asked: The call.
-
     Raises:
         EngineDeadError: The engine's answers are not heard any more.
         GracefulHTTPError: It answers the requests that it has, and then ends.
@@ -63,11 +59,7 @@ async def engine_reports(core: Any, asked: list[int]) -> list[Report]:
 
 
 async def register(client: Any, lora: LoRARequest) -> None:
-    """Has every engine read and check an adapter, and notes which version it is.
-
-    Args:
-        client: vLLM's `EngineClient` of this server.
-        lora: The adapter.
+    """Has every engine behind a client read and check an adapter, and notes which version it is.
 
     Raises:
         AdapterRefusedError: An engine cannot serve it.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from vllm_multilora.adapters.served_names import MAX_NAME_BYTES
-from vllm_multilora.integration.api_server.registered_versions import Version, find
+from vllm_multilora.integration.api_server.registered_versions import find
 from vllm_multilora.integration.server.requests.callers import error_response
 
 if TYPE_CHECKING:
@@ -39,15 +39,9 @@ _LONG_RUN = re.compile(r"(\S{256})\S++|(\s{64})\s++")
 def split(
     model: str, served: Collection[str], *, is_name: Callable[[str], bool]
 ) -> tuple[str, str]:
-    """Splits a request's model name into a name and the version that it asks for.
+    """Splits a request's model name into a name and the digits of the version that it asks for.
 
-    Args:
-        model: As the client has sent it.
-        served: Names of adapters.
-        is_name: Whether something else is served by a name.
-
-    Returns:
-        The name, and the digits that were asked for; none where any version will do.
+    There are none where any version will do. Adapters, and what else is a name, are served.
     """
     is_short = len(model) <= _MAX_CHARACTERS  # nobody is answered while it is looked at
     found = _ASKS.fullmatch(model) if is_short and "@" in model else None
@@ -57,43 +51,26 @@ def split(
 
 
 def bind(
-    call: HttpCall,
-    models: Any,
-    name: str,
-    lora: LoRARequest | None,
-    asked: str,
+    call: HttpCall, models: Any, name: str, lora: LoRARequest | None, asked: str
 ) -> ErrorResponse | None:
-    """Binds an HTTP request to the version of an adapter that is to answer it.
-
-    Args:
-        call: The HTTP request.
-        models: vLLM's `OpenAIServingModels`.
-        name: The adapter's, or the base model's.
-        lora: The adapter; None for the base model.
-        asked: The digits that the request asks for.
+    """Binds an HTTP request to the version of an adapter, or to the base model by None.
 
     Returns:
         The answer to a request for a version that is not the one that is served.
     """
     version = None if lora is None else find(models.engine_client, lora)
     if asked and (version is None or not version.digest.startswith(asked)):
-        return _not_served(name, asked, version, is_adapter=lora is not None)
+        status = HTTPStatus.NOT_FOUND if lora is None else HTTPStatus.CONFLICT
+        if version is not None:
+            what = f"is served in version {version.digest[:SHOWN_DIGITS]}"
+        else:
+            what = "is no adapter, and has no versions" if lora is None else "has not been read yet"
+        message = f"The model `{name}` {what}; version {asked} was asked for."
+        return error_response(status, message, "model")
     if lora is not None:
         call.adapter, call.lora, call.asked = lora.lora_name, lora, asked
         call.digest = None if version is None else version.digest
     return None
-
-
-def _not_served(
-    name: str, asked: str, version: Version | None, *, is_adapter: bool
-) -> ErrorResponse:
-    status = HTTPStatus.CONFLICT if is_adapter else HTTPStatus.NOT_FOUND
-    if version is not None:
-        what = f"is served in version {version.digest[:SHOWN_DIGITS]}"
-    else:
-        what = "has not been read yet" if is_adapter else "is no adapter, and has no versions"
-    message = f"The model `{name}` {what}; version {asked} was asked for."
-    return error_response(status, message, "model")
 
 
 @dataclass
@@ -133,14 +110,10 @@ current_call: ContextVar[HttpCall | None] = ContextVar("multilora_http_call", de
 
 
 def sanitize_message(original: Callable[[str], str], message: str) -> str:
-    """Takes a machine's paths out of an error's text, in bounded time.
+    """Takes a machine's paths out of an error's text, parts of which clients choose.
 
     vLLM looks for them while nobody is answered, and takes a thousand times as long for ten times
     as long a run of names and slashes: nine seconds for eight kilobytes.
-
-    Args:
-        original: vLLM's.
-        message: Of any length; clients choose parts of it.
     """
     if current_call.get() is None:  # the plugin does not act
         return original(message)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm.exceptions import GracefulHTTPError
 from vllm.sampling_params import RequestOutputKind
@@ -29,24 +29,17 @@ from vllm_multilora.integration.api_server.failure_delivery import ON_OUTPUTS
 from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.engine.requests.weight_versions import version_in
 from vllm_multilora.integration.patching.activation import settings_of
-from vllm_multilora.integration.server.requests.callers import (
-    Caller,
-    current_caller,
-    current_tenant,
-)
+from vllm_multilora.integration.server.requests.callers import Caller, current_caller
 from vllm_multilora.integration.server.requests.http_calls import (
     SHOWN_DIGITS,
     HttpCall,
     current_call,
 )
-from vllm_multilora.integration.server.settings.key_settings import stop_waiting
 from vllm_multilora.metering.usage_log import Status, Usage, UsageLog
 from vllm_multilora.metrics.label_values import BLENDS
 from vllm_multilora.metrics.server_counts import COUNTS
 from vllm_multilora.slots.budget import MIB
-
-if TYPE_CHECKING:
-    from vllm.lora.request import LoRARequest
+from vllm_multilora.tenants.limits import stop_waiting
 
 logger = logging.getLogger(__name__)
 
@@ -77,12 +70,6 @@ class Prompt:
     choices: int = 0
 
 
-def goes_on_with_an_answer() -> bool:
-    """Whether an adapter has computed a part of what a request to the engine is being made for."""
-    call = current_call.get()
-    return call is not None and call.ran is not None
-
-
 class ServerMeter:
     """Follows one API server's prompts, on its event loop.
 
@@ -101,11 +88,7 @@ class ServerMeter:
         self._is_delivering = False
 
     def begin(self, state: Any) -> None:
-        """A choice begins.
-
-        Args:
-            state: vLLM's `RequestState`.
-        """
+        """A choice begins; its state is vLLM's `RequestState`."""
         # How much of the prompt another engine had in its cache: the request says so, and vLLM
         # believes it, whoever has sent it and whatever the number is.
         if (reported := getattr(state, "remote_prefill_cached_tokens", None)) is not None:
@@ -116,8 +99,15 @@ class ServerMeter:
         prompt = None if parent is None else PROMPT.get(parent)
         if prompt is None:
             request_id = (state if parent is None else parent).external_req_id
-            usage = _new_usage(request_id, state.lora_request)
-            prompt = Prompt(usage, current_call.get(), current_caller.get())
+            call, caller, lora = current_call.get(), current_caller.get(), state.lora_request
+            usage = Usage(
+                request_id,
+                adapter=None if lora is None else lora.lora_name,
+                is_blend=lora is not None and is_blend(lora.lora_path),
+                route=None if call is None else call.route,
+                tenant=caller.tenant.name if caller is not None and caller.tenant else None,
+            )
+            prompt = Prompt(usage, call, caller)
             if parent is not None:
                 PROMPT.set(parent, prompt)
         prompt.choices += 1
@@ -127,11 +117,8 @@ class ServerMeter:
     def look(self, outputs: Iterable[Any], states: dict[str, Any]) -> Iterator[None]:
         """Takes in what engines say of versions, results and ends, before vLLM does.
 
-        Requests that end within the block have ended by themselves; others are aborted.
-
-        Args:
-            outputs: vLLM's `EngineCoreOutput`s.
-            states: vLLM's request states by internal request id.
+        Requests that end within the block have ended by themselves; others are aborted. Outputs are
+        vLLM's `EngineCoreOutput`s, states its request states by internal request id.
         """
         self._take(outputs, states)
         self._is_delivering = True
@@ -154,10 +141,13 @@ class ServerMeter:
                 continue
             if (digest := version_in(output.trace_headers)) is not None:
                 self._ran(prompt, digest, state)
-            if output.new_logprobs is not None and prompt.caller is not None:
-                _count_scores(prompt, prompt.caller, output, state)
-            if output.pooling_output is not None and prompt.caller is not None:
-                _count_results(prompt, prompt.caller, output, state)
+            if prompt.caller is not None:
+                try:
+                    _count_told(prompt.caller, output, state)
+                except GracefulHTTPError as error:
+                    _refuse(prompt, state, error)
+                    if output.pooling_output is not None:
+                        output.pooling_output = output.pooling_output[:0]
             if (status := _ENDS.get(output.finish_reason)) is not None:
                 prompt.usage.status = status
 
@@ -180,11 +170,7 @@ class ServerMeter:
             _refuse(prompt, state, replaced(str(prompt.usage.adapter)))
 
     def end(self, state: Any) -> None:
-        """A choice has ended; ending it again is no matter.
-
-        Args:
-            state: vLLM's `RequestState`.
-        """
+        """A choice has ended; ending it again is no matter."""
         prompt = PROMPT.get(state)
         if prompt is None:
             return
@@ -209,47 +195,27 @@ class ServerMeter:
             self.count(usage)
 
     def count(self, usage: Usage) -> None:
-        """A prompt has ended with all of its choices."""
         if usage.adapter is not None:
             COUNTS.count_tokens(usage)
         if self._log is not None:
             self._log.write(usage)
 
 
-def _new_usage(request_id: str, lora: LoRARequest | None) -> Usage:
-    """A new record of a prompt's usage, for the current HTTP request."""
-    call = current_call.get()
-    return Usage(
-        request_id,
-        adapter=None if lora is None else lora.lora_name,
-        is_blend=lora is not None and is_blend(lora.lora_path),
-        route=None if call is None else call.route,
-        tenant=current_tenant(),
-    )
+def _count_told(caller: Caller, output: Any, state: Any) -> None:
+    """Counts what a call is told in one piece: the results of pooling, or log probabilities.
 
-
-def _count_scores(prompt: Prompt, caller: Caller, output: Any, state: Any) -> None:
-    """Ends a request that is not streamed with too many log probabilities to be told at its end."""
-    is_whole = state.output_kind is RequestOutputKind.FINAL_ONLY
-    if state.queue is None or not is_whole:
+    Raises:
+        GracefulHTTPError: They are too many to be told in a moment.
+    """
+    if state.queue is None:
         return
-    most = state.logprobs_processor.num_logprobs
-    width = output.new_logprobs.logprobs.shape[1] if most < 0 else most + 1  # -1: all that are
-    count = len(output.new_token_ids) * width
-    try:
-        caller.count_scores(count)
-    except GracefulHTTPError as error:
-        _refuse(prompt, state, error)
-
-
-def _count_results(prompt: Prompt, caller: Caller, output: Any, state: Any) -> None:
-    """Has a pooling call fail whose results are too many to be told in a moment."""
-    try:
+    if output.pooling_output is not None:
         caller.count_results(output.pooling_output.numel())
-    except GracefulHTTPError as error:
-        if state.queue is not None:
-            _refuse(prompt, state, error)
-            output.pooling_output = output.pooling_output[:0]
+    is_whole = state.output_kind is RequestOutputKind.FINAL_ONLY  # else its answer is streamed
+    if output.new_logprobs is not None and is_whole:
+        most = state.logprobs_processor.num_logprobs
+        width = output.new_logprobs.logprobs.shape[1] if most < 0 else most + 1  # -1: all that are
+        caller.count_scores(len(output.new_token_ids) * width)
 
 
 def replaced(adapter: str) -> GracefulHTTPError:
@@ -269,12 +235,7 @@ def _refuse(prompt: Prompt, state: Any, error: GracefulHTTPError) -> None:
 
 
 def _count_latencies(adapter: str, stats: Any) -> None:
-    """Counts what vLLM has measured of a choice; nothing where it had no token, or is not measured.
-
-    Args:
-        adapter: The adapter's name.
-        stats: vLLM's `RequestStateStats`.
-    """
+    """Counts what vLLM has measured of a choice; nothing if it had no token, or is not measured."""
     if stats is None or not stats.first_token_ts:
         return
     others = stats.num_generation_tokens - 1
@@ -295,11 +256,8 @@ def start(models: Any) -> None:
     if settings.usage_log is not None:
         log = UsageLog(Path(settings.usage_log), round(settings.usage_log_mib * MIB))
         atexit.register(log.close)
-    meter = ServerMeter(
-        log,
-        has_latencies=settings.latency_metrics,
-        takes_prefills=client.vllm_config.kv_transfer_config is not None,
-    )
+    takes = client.vllm_config.kv_transfer_config is not None
+    meter = ServerMeter(log, has_latencies=settings.latency_metrics, takes_prefills=takes)
     attach(client.output_processor, meter)
 
 
@@ -314,9 +272,6 @@ def end_all_at_shutdown(client: Any) -> None:
 
     vLLM cancels the task that would tell their readers. These would wait for the rest, and the
     server for them, until it is killed.
-
-    Args:
-        client: vLLM's `AsyncLLM`, whose task that hands out results runs.
     """
     processor = client.output_processor
 

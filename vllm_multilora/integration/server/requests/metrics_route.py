@@ -83,9 +83,6 @@ def hide_stock_lists(client: Any) -> None:
 
     vLLM's makes a series of every pair of lists that has ever been, and does not know which
     adapters' requests wait.
-
-    Args:
-        client: vLLM's `AsyncLLM` of an API server.
     """
     manager = getattr(client, "logger_manager", None)  # there is none without statistics
     for stats in [] if manager is None or _COLLECTOR.folder is None else manager.stat_loggers:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,11 +60,8 @@ def mount_gateway(args: argparse.Namespace) -> None:
 def require_no_blends(batch: str) -> None:
     """Stops a `vllm run-batch` with requests for blends: the base model alone would answer them.
 
-    Args:
-        batch: The file of requests; an address is not looked at.
-
     Raises:
-        ConfigError: A request has the field.
+        ConfigError: A request in the file has the field; an address is not looked at.
     """
     if not Path(batch).is_file():
         return
@@ -84,15 +80,6 @@ def _asks_for_blend(line: bytes) -> bool:
     except (ValueError, LookupError, TypeError, RecursionError):  # vLLM refuses the line
         return False
     return isinstance(body, dict) and BLEND_FIELD in body
-
-
-def is_gateway_missing() -> bool:
-    """Whether this process's HTTP application was made without the gateway.
-
-    With several API servers vLLM reads each one's arguments before it loads its plugins, so nothing
-    of ours has seen them there. vLLM imports each middleware when it makes its application.
-    """
-    return GATEWAY.rpartition(".")[0] not in sys.modules
 
 
 def settings_in(args: argparse.Namespace) -> MultiLoRAConfig | None:
@@ -132,8 +119,14 @@ def announce(vllm_config: VllmConfig) -> None:
         return
     if is_core_active(vllm_config) or GATEWAY_SEAMS.part.is_newer(installed_version()):
         logger.warning("%s.", said_of(GATEWAY_SEAMS))
-    if idle := {k: value for k, value in given_to(vllm_config).items() if k in _ITS_SETTINGS}:
-        logger.warning("These flags have no effect without the gateway: %s.", as_flags(idle))
+    if idle := idle_flags(vllm_config):
+        logger.warning("These flags have no effect without the gateway: %s.", idle)
+
+
+def idle_flags(vllm_config: VllmConfig) -> str:
+    """The flags that were given and mean nothing without an HTTP server and the gateway."""
+    given = given_to(vllm_config).items()
+    return as_flags({name: value for name, value in given if value and name in _ITS_SETTINGS})
 
 
 def is_active_behind(client: Any) -> bool:
@@ -146,15 +139,5 @@ def is_active_behind(client: Any) -> bool:
 
 
 def manages_adapters(vllm_config: VllmConfig) -> bool:
-    """Whether the gateway acts for this engine, and the plugin loads its adapters.
-
-    Raises:
-        Exception: As `kernel_backend`.
-    """
+    """Whether the gateway acts for this engine, and the plugin loads its adapters."""
     return is_active(vllm_config) and loads_adapters(vllm_config)
-
-
-def manages_adapters_behind(client: Any) -> bool:
-    """Whether both hold for the engine behind a client of vLLM's; see `is_active_behind`."""
-    vllm_config = getattr(client, "vllm_config", None)
-    return vllm_config is not None and manages_adapters(vllm_config)

@@ -5,32 +5,49 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm import envs
 from vllm.exceptions import GracefulHTTPError
 from vllm.usage.usage_lib import UsageContext
 
 from vllm_multilora.config import MultiLoRAConfig
+from vllm_multilora.documents import DocumentError, read_file
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.api_server.failure_delivery import ANSWER_CHECKS
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.seals import SECRET_VARIABLE
 from vllm_multilora.integration.server.settings.gateway_activation import (
     GATEWAY,
-    is_gateway_missing,
+    idle_flags,
     manages_adapters,
 )
-from vllm_multilora.integration.server.settings.key_settings import COUNT_VARIABLE, read_admin_keys
 from vllm_multilora.metering.usage_log import require_writable
-from vllm_multilora.routing import load_routes
+from vllm_multilora.routing.routes_file import load_routes
+from vllm_multilora.tenants.keys import (
+    ADMIN_KEY_VARIABLE,
+    MAX_KEY_LENGTH,
+    can_be_sent,
+    is_stored,
+    key_in,
+)
+from vllm_multilora.tenants.rules import Locks
 from vllm_multilora.tenants.tenants_file import load_tenants
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = logging.getLogger(__name__)
+
+COUNT_VARIABLE = "MULTILORA_API_SERVERS"
+"""Tells the API servers of one `vllm serve` how many they are."""
+
+MIN_ADMIN_KEY = 16
 
 _UNSHARED = (
     "--multilora-tenants: engines on several machines need a secret that their API servers share. "
@@ -46,10 +63,10 @@ def check(
     *,
     is_headless: bool,
 ) -> None:
-    """Checks the gateway's settings.
+    """Checks the gateway's settings, where it is active for an engine.
 
     Args:
-        vllm_config: Of the engine; the gateway is active for it.
+        vllm_config: Of the engine.
         engine_args: vLLM's `EngineArgs` that it was made from.
         usage_context: What the engine is for.
         is_headless: Whether API servers of other machines are its only clients.
@@ -58,22 +75,24 @@ def check(
         ConfigError: A file that a setting names cannot be used.
     """
     settings = settings_of(vllm_config)
-    if usage_context is UsageContext.OPENAI_BATCH_RUNNER and (idle := _without_http(settings)):
+    if usage_context is UsageContext.OPENAI_BATCH_RUNNER and (idle := idle_flags(vllm_config)):
         logger.warning("No effect in vllm run-batch, which has no HTTP server: %s.", idle)
     is_server = usage_context not in (None, UsageContext.LLM_CLASS) and not is_headless
     if is_server and settings.usage_log is not None and manages_adapters(vllm_config):
         require_writable(Path(settings.usage_log))
-    check_routes(settings, engine_args, usage_context)
-
-
-def _without_http(settings: MultiLoRAConfig) -> str:
-    """The flags that are given and that only an HTTP server has a use for."""
-    given = {
-        "--multilora-adapter-dir": settings.adapter_dir,
-        "--multilora-routes": settings.routes,
-        "--multilora-usage-log": settings.usage_log,
-    }
-    return ", ".join(flag for flag, value in given.items() if value)
+    if settings.routes is None:
+        return
+    if usage_context is UsageContext.LLM_CLASS:
+        logger.warning(
+            "The routes in %s have no effect in LLM(...): they lead requests of HTTP servers. Name "
+            "the adapter with LoRARequest.",
+            settings.routes,
+        )
+        return
+    # A mistake in the file is told at once and not after minutes.
+    served = engine_args.served_model_name or engine_args.model
+    names = [served] if isinstance(served, str) else served
+    load_routes(settings.routes).check_names(names, "the base model")
 
 
 def read_keys(vllm_config: VllmConfig, *, is_headless: bool = False) -> None:
@@ -99,12 +118,12 @@ def read_keys(vllm_config: VllmConfig, *, is_headless: bool = False) -> None:
 
 
 def require_gateway() -> None:
-    """Lets nobody be answered where nothing enforces the server's keys.
+    """Lets nobody be answered where the application lacks the gateway, which enforces the keys.
 
-    Raises:
-        GracefulHTTPError: This process's application was made without the gateway.
+    With several API servers vLLM reads each one's arguments before it loads its plugins, so nothing
+    of ours has seen them there. vLLM imports each middleware when it makes its application.
     """
-    if is_gateway_missing():
+    if GATEWAY.rpartition(".")[0] not in sys.modules:
         raise GracefulHTTPError(
             f"This server has keys, and its application lacks what enforces them, the middleware "
             f"{GATEWAY}: start it with `vllm serve`",
@@ -112,29 +131,60 @@ def require_gateway() -> None:
         )
 
 
-def check_routes(
-    settings: MultiLoRAConfig, engine_args: Any, usage_context: UsageContext | None
-) -> None:
-    """Reads the routes file, so that a mistake in it is told at once and not after minutes.
-
-    Args:
-        settings: Of the engine; the gateway is active for it.
-        engine_args: vLLM's `EngineArgs`.
-        usage_context: What the engine is for.
+def read_admin_keys(settings: MultiLoRAConfig, environment: Mapping[str, str]) -> list[str]:
+    """The operators' keys: those in their file, or the variable's value.
 
     Raises:
-        DocumentError: The file cannot be used.
+        ConfigError: The file cannot be read or holds no key, or one is short, a hash or cannot be
+            sent.
     """
-    if settings.routes is None:
-        return
-    if usage_context is UsageContext.LLM_CLASS:
-        logger.warning(
-            "The routes in %s have no effect in LLM(...): they lead requests of HTTP servers. Name "
-            "the adapter with LoRARequest.",
-            settings.routes,
+    if settings.admin_key_file is not None:
+        return read_file(settings.admin_key_file, parse_admin_keys, "admin keys")
+    found = key_in(environment)
+    return parse_admin_keys(ADMIN_KEY_VARIABLE, found) if found else []
+
+
+def parse_admin_keys(where: str, text: str) -> list[str]:
+    """Operators' keys: every line that is not empty; messages name the file and never show a key.
+
+    Raises:
+        DocumentError: There is no key, or one is short, a hash or cannot be sent.
+    """
+    lines = map(str.strip, text.removeprefix("\ufeff").splitlines())
+    keys, fault = [line for line in lines if line], ""
+    if not keys:
+        fault = "no admin key, expected one per line"
+    elif any(len(key) < MIN_ADMIN_KEY for key in keys):
+        fault = (
+            f"an admin key of fewer than {MIN_ADMIN_KEY} characters, expected a random one "
+            f"(vllm-multilora tenants new makes one)"
         )
-        return
-    served = engine_args.served_model_name or engine_args.model
-    load_routes(settings.routes).check_names(
-        [served] if isinstance(served, str) else served, "the base model"
-    )
+    elif any(map(is_stored, keys)):
+        fault = (
+            "a key's hash, expected keys alone, as in the first line of what vllm-multilora "
+            "tenants new prints"
+        )
+    elif not all(map(can_be_sent, keys)):
+        fault = (
+            f"an admin key that HTTP cannot carry, expected up to {MAX_KEY_LENGTH} printable "
+            f"ASCII characters"
+        )
+    if fault:
+        raise DocumentError(f"{where}: found {fault}")
+    return keys
+
+
+def api_keys_in(args: Namespace) -> list[str]:
+    """The API keys of vLLM itself, in a server's arguments or environment."""
+    return [key for key in (getattr(args, "api_key", None) or [envs.VLLM_API_KEY]) if key]
+
+
+def warn_of_open_updates(locks: Locks) -> None:
+    """Logs who can load and unload adapters where there is no admin key."""
+    if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING and not locks.admin_key:
+        who = "Everybody with the API key" if locks.api_key else "Everybody"
+        if locks.tenants and not locks.api_key:
+            who = "Nobody"
+        flags = "--multilora-admin-key-file or MULTILORA_ADMIN_KEY"
+        text = "%s can load and unload adapters: there is no admin key (%s)."
+        logger.warning(text, who, flags)
