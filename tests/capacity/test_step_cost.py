@@ -66,7 +66,7 @@ def test_a_fit_finds_the_parts_and_has_no_residual():
     found = fit(samples)
     assert found.seconds == pytest.approx(SECONDS)
     assert found.request_s == pytest.approx(0.25)
-    assert found.residual == pytest.approx(0, abs=1e-9)
+    assert found.residual.rms == pytest.approx(0, abs=1e-9)
 
 
 def test_a_step_costs_what_its_case_takes_on_average_outliers_included():
@@ -95,9 +95,10 @@ def test_the_residual_names_the_case_that_fits_worst():
     dice = random.Random(0)
     samples = [Sample("as modelled", StepBatch(), 1 + dice.uniform(-0.1, 0.1)) for _ in range(50)]
     found = fit([*samples, Sample("odd", StepBatch(), 2.0)])
-    assert found.worst_case == "odd"
-    assert found.worst == pytest.approx(found.seconds["step"] / 2 - 1)
-    assert 0 < found.residual < -found.worst
+    residual = found.residual
+    assert (residual.worst_case, residual.steps) == ("odd", 51)
+    assert residual.worst == pytest.approx(found.seconds["step"] / 2 - 1)
+    assert 0 < residual.rms < -residual.worst
 
 
 def test_without_steps_there_is_no_fit():
