@@ -25,17 +25,16 @@ class Command:
     """A subcommand.
 
     Attributes:
-        module: Has `add_arguments(parser)` and `run(arguments)`; see
-            `vllm_multilora.toolbox.commands`.
         help: Its line among all commands.
         description: What its own help begins with.
         examples: What its own help ends with, without the program's name.
+        module: Its module in `vllm_multilora.toolbox.commands`; empty: as the command.
     """
 
-    module: str
     help: str
     description: str
     examples: tuple[str, ...]
+    module: str = ""
 
 
 COMPLETION = "completion"
@@ -43,29 +42,22 @@ COMPLETION = "completion"
 
 COMMANDS = {
     "doctor": Command(
-        "vllm_multilora.toolbox.commands.doctor_command",
         "check the installation: does vLLM see the plugin, and what will run",
         "Checks the installation: whether vLLM sees the plugin, which vLLM and platform there "
         "are, which patches apply, and which kernels will run. Exits with 1 if the plugin would "
         "do nothing.",
-        (
-            "doctor",
-            "doctor --against vllm-0.33.0-cp38-abi3-manylinux1_x86_64.whl",
-        ),
+        ("doctor", "doctor --against vllm-0.33.0-cp38-abi3-manylinux1_x86_64.whl"),
+        "doctor_command",
     ),
     "digest": Command(
-        "vllm_multilora.toolbox.commands.digest_command",
         "print which version of its weights each adapter has",
         "Prints each adapter's digest, computed over its configuration and all of its tensors as "
         "a server does when it loads the adapter. Exits with 1 if one cannot be read, with 2 if "
         "two folders for --json have the same name.",
-        (
-            "digest adapters/acme adapters/globex",
-            "digest adapters/* --json > digests.json",
-        ),
+        ("digest adapters/acme adapters/globex", "digest adapters/* --json > digests.json"),
+        "digest_command",
     ),
     "sign": Command(
-        "vllm_multilora.toolbox.commands.sign",
         "sign an adapter's folder",
         "Signs all files of a folder with a private key, following OpenSSF model signing, and "
         "writes the signature to model.sig in that folder. Exits with 2 if that fails.",
@@ -75,17 +67,12 @@ COMMANDS = {
         ),
     ),
     "verify": Command(
-        "vllm_multilora.toolbox.commands.verify",
         "check adapters' signatures",
         "Checks adapters' signatures as a server that requires them does. Exits with 0 if all are "
         "valid, with 1 if one is not, with 2 if the keys cannot be used.",
-        (
-            "verify adapters/acme --keys signing.pub",
-            "verify adapters/* --keys trusted.pem",
-        ),
+        ("verify adapters/acme --keys signing.pub", "verify adapters/* --keys trusted.pem"),
     ),
     "simulate": Command(
-        "vllm_multilora.toolbox.commands.simulate",
         "replay a trace against the adapter cache under every policy",
         "Reports how often requests would have found their adapter in a slot or in host memory, "
         "what would have been loaded, copied and evicted, and how far each policy is from the "
@@ -96,7 +83,6 @@ COMMANDS = {
         ),
     ),
     "advise": Command(
-        "vllm_multilora.toolbox.commands.advise",
         "recommend changes to a running server, with reasons",
         "Watches a server, or asks a Prometheus that has scraped it, and compares what it finds "
         "with the rules for serving many adapters. Exits with 0 if there is nothing to change, "
@@ -107,17 +93,12 @@ COMMANDS = {
         ),
     ),
     "status": Command(
-        "vllm_multilora.toolbox.commands.status",
         "show every adapter of a running server: where it is and how it is used",
         "Shows a server's GET /v1/lora_adapters as a table. Exits with 2 if the server gives no "
         "answer.",
-        (
-            "status --url http://localhost:8000 --watch",
-            "status --json",
-        ),
+        ("status --url http://localhost:8000 --watch", "status --json"),
     ),
     "adapters": Command(
-        "vllm_multilora.toolbox.commands.adapters",
         "load a folder's adapters on several servers, and keep them loaded",
         "Loads every adapter of a folder on vLLM servers, or on workers of Dynamo's, which forget "
         "what was loaded when they are started again. What is loaded already is loaded again once: "
@@ -128,29 +109,20 @@ COMMANDS = {
         ),
     ),
     "tenants": Command(
-        "vllm_multilora.toolbox.commands.tenants",
         "create and hash tenants' keys, and check a tenants file",
         "Creates keys for the file given to --multilora-tenants, which contains only their "
         "hashes, and checks whether such a file is valid. Exits with 1 if it is not.",
-        (
-            "tenants new",
-            "tenants check /etc/vllm/tenants.yaml",
-        ),
+        ("tenants new", "tenants check /etc/vllm/tenants.yaml"),
     ),
     "store": Command(
-        "vllm_multilora.toolbox.commands.store",
         "run or inspect the store that several servers share",
         "Runs the process that reads, checks and caches adapters for all servers of this user on "
         "this machine. Servers start a store automatically, and it exits with the last of them; "
         "one started by hand keeps adapters in host memory between servers, until Ctrl-C. Exits "
         "with 2 if a store is already running, or if there is none to describe.",
-        (
-            "store",
-            "store --describe --json",
-        ),
+        ("store", "store --describe --json"),
     ),
     "plan": Command(
-        "vllm_multilora.toolbox.commands.planning.plan_command",
         "compute what adapter slots cost, before a server is started, and what it can carry",
         "Computes, to the byte, how much of a GPU's memory, and so of the KV cache, --max-loras "
         "and --max-lora-rank take, and what the adapters in a directory need. Only the base "
@@ -162,9 +134,9 @@ COMMANDS = {
             "plan --model config.json --max-loras 16 --max-lora-rank 16 --adapters ./adapters",
             "plan --traffic trace.csv --calibration calibration.json --max-loras 32",
         ),
+        "planning.plan_command",
     ),
     "calibrate": Command(
-        "vllm_multilora.toolbox.commands.calibrate",
         "measure what steps and loads of a running server cost, for plan --traffic",
         "Sends requests to a server for a minute or two, and writes a file with the time that its "
         "steps take, depending on what is in them, and that loads of adapters take. Exits with 2 "
@@ -175,7 +147,6 @@ COMMANDS = {
         ),
     ),
     "validate": Command(
-        "vllm_multilora.toolbox.commands.validate",
         "check whether adapters can be served over a base model",
         "Checks adapters as the server does when they are registered, without loading the base "
         "model's weights. Exits with 0 if all can be served, with 1 if one cannot, with 2 if the "
@@ -186,7 +157,6 @@ COMMANDS = {
         ),
     ),
     COMPLETION: Command(
-        "vllm_multilora.toolbox.commands.completion",
         "print a shell's completion script for these commands",
         "Prints a script that makes a shell complete commands and flags. Exits with 2 if shtab "
         "is not installed.",
@@ -199,6 +169,7 @@ COMMANDS = {
 
 
 PROGRAM = "vllm-multilora"
+_PACKAGE = "vllm_multilora.toolbox.commands"
 _USUAL_WIDTH, _NO_BREAK = 80, "\0"
 TRACEBACK = "MULTILORA_TRACEBACK"
 NO_ANSWER = 2
@@ -206,11 +177,7 @@ INTERRUPTED, PIPE_CLOSED = 130, 141  # as shells have them: 128 and the signal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; `argv` defaults to the process's arguments.
-
-    Returns:
-        0, 1 or 2 as the command's description says: 2 always means that it has no answer.
-    """
+    """Runs the command; 0, 1 or 2 as its description says, where 2 means that it has no answer."""
     if sys.stdout is None:  # closed by whoever wants no output, and Python opens nothing for it
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (until the end)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
@@ -232,12 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def unwritten() -> int:
-    """Writes out what has been printed.
-
-    Returns:
-        0, or the exit status where that cannot be done: its reader has seen enough, or there is no
-        room, which is said.
-    """
+    """Writes out what has been printed; the exit status if that cannot be done, else 0."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -265,16 +227,7 @@ def _drop(stream: TextIO) -> None:
 def status_of(
     run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace, name: str
 ) -> int:
-    """Runs a command, and says in one sentence why it has no answer where it ends with an error.
-
-    Args:
-        run: The command's own function.
-        arguments: What it is called with.
-        name: What the sentence begins with.
-
-    Returns:
-        The exit status.
-    """
+    """Runs a command; where it ends with an error, a sentence that begins with `name` says why."""
     try:
         status = int(run(arguments))
         return unwritten() or status
@@ -308,24 +261,20 @@ def parser_of(called: Container[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    width = max(11, shutil.get_terminal_size().columns - 2)  # as of what argparse wraps itself
     for name, command in COMMANDS.items():
         subparser = commands.add_parser(
             name,
             help=command.help,
-            description=_wrapped(command.description),
+            description=textwrap.fill(command.description, width),
             epilog=_shown(command.examples),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if name in called:
-            module = importlib.import_module(command.module)
+            module = importlib.import_module(f"{_PACKAGE}.{command.module or name}")
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run, parser=subparser, program=parser)
     return parser
-
-
-def _wrapped(text: str) -> str:
-    """As argparse wraps what it formats itself, which is no narrower than this either."""
-    return textwrap.fill(text, max(11, shutil.get_terminal_size().columns - 2))
 
 
 def _shown(examples: Iterable[str]) -> str:

@@ -4,30 +4,32 @@ steps) and copied in 1, for which no step waits.
 """
 
 import time
-from dataclasses import replace
 
-import msgspec
 import pytest
+from msgspec.structs import replace
 
 from vllm_multilora.slots.budget import MIB, CpuBudget
 from vllm_multilora.slots.simulation.replay import ServerShape
 from vllm_multilora.slots.simulation.traces import LONGEST_S
-from vllm_multilora.toolbox.capacity.served import Costs, Request
+from vllm_multilora.toolbox.capacity.served import PlannedServer, Request
 from vllm_multilora.toolbox.capacity.simulated_engine import Engine
-from vllm_multilora.toolbox.capacity.step_cost import TERMS, StepCost
+from vllm_multilora.toolbox.capacity.step_cost import TERMS
 
 from . import calibrations
-from .calibrations import REQUEST_S, STEP_S
 
-LOADS = msgspec.structs.replace(
-    calibrations.LOADS, s_per_mib=0.125, beside_s_per_mib=0.25, copy_s_per_mib=0.0625
-)
-COSTS = Costs(StepCost(STEP_S), REQUEST_S, REQUEST_S, LOADS)
+LOADS = replace(calibrations.LOADS, s_per_mib=0.125, beside_s_per_mib=0.25, copy_s_per_mib=0.0625)
+COSTS = calibrations.calibration(loads=LOADS)
+
+
+def only_steps(loads=None, **seconds):
+    """A calibration in which steps take nothing but these seconds, and requests nothing else."""
+    step_s = dict.fromkeys(TERMS, 0.0) | seconds
+    return replace(COSTS, step_s=step_s, request_s=0, request_beside_s=0, loads=loads)
 
 
 def serve(*requests, slots=2, places=8, batch=4, step_tokens=64, costs=COSTS, sizes=None):
-    shape = ServerShape(slots, CpuBudget(adapters=places), batch)
-    engine = Engine(shape, step_tokens, "lru", costs, sizes or [8 * MIB] * 8)
+    server = PlannedServer(ServerShape(slots, CpuBudget(adapters=places), batch), step_tokens)
+    engine = Engine(server, costs, sizes or [8 * MIB] * 8)
     return engine.serve([Request(*request) for request in requests])
 
 
@@ -59,25 +61,22 @@ def test_who_comes_during_a_step_waits_for_its_end():
 
 def test_on_its_way_beside_a_step_a_request_may_miss_the_next_one():
     """Steps begin at 0.5, 1.7 and 2.8: who is sent at 0.9 would reach the second in 0.5 s."""
-    busy = Costs(StepCost(STEP_S), REQUEST_S, 1.0, LOADS)
+    busy = replace(COSTS, request_beside_s=1.0)
     for costs, begins in ((COSTS, 1.7), (busy, 2.8)):
         served = serve((0, None, 10, 3), (0.9, None, 10, 1), costs=costs)
         assert served.first_token_s[1] == pytest.approx(begins + 1.3 - 0.9)
 
 
 def test_attention_looks_at_all_tokens_before():
-    step = StepCost(dict.fromkeys(TERMS, 0.0) | {"prompt_pair": 1.0, "context_token": 1.0})
-    served = serve((0, None, 4, 3), step_tokens=3, costs=Costs(step, 0, 0, None))
+    costs = only_steps(prompt_pair=1.0, context_token=1.0)
+    served = serve((0, None, 4, 3), batch=1, step_tokens=3, costs=costs)
     assert [s for s, _ in served.steps] == [1 + 2 + 3, 4, 5, 6]
 
 
 def test_each_adapter_of_a_batch_is_read_once_and_multiplies_each_of_its_tokens():
-    step = StepCost(
-        dict.fromkeys(TERMS, 0.0)
-        | {"adapters_at_all": 1000.0, "adapter_mib": 100.0, "adapted_token_mib": 1.0}
-    )
+    costs = only_steps(LOADS, adapters_at_all=1000.0, adapter_mib=100.0, adapted_token_mib=1.0)
     three = ((0, 0, 5, 2), (0, 0, 5, 2), (0, 1, 5, 2))
-    served = serve(*three, costs=Costs(step, 0, 0, LOADS), sizes=[2 * MIB, 4 * MIB])
+    served = serve(*three, costs=costs, sizes=[2 * MIB, 4 * MIB])
     # The first adapter is there first: it shares its time with the second one's load.
     assert [s for s, _ in served.steps] == [1220, 1204 + 400 + 5 * 4, 1404]
 
@@ -133,7 +132,7 @@ def test_more_adapters_than_slots_take_turns_and_all_are_served():
 def test_late_in_a_trace_idle_time_passes_too(monkeypatch):
     """Added to so large a number, what a load still needs in the end is rounded away."""
     late, idle, idled = float(LONGEST_S), Engine._idle, []
-    costs = replace(COSTS, loads=msgspec.structs.replace(LOADS, fixed_s=0.7))
+    costs = replace(COSTS, loads=replace(LOADS, fixed_s=0.7))
 
     def counted(engine, until):
         idled.append(until)

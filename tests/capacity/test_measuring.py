@@ -3,11 +3,11 @@
 import pytest
 
 from vllm_multilora.slots.budget import MIB
-from vllm_multilora.toolbox.capacity.calibration import CalibrationError
+from vllm_multilora.toolbox.capacity.calibration import CalibrationError, Settings
 from vllm_multilora.toolbox.capacity.fitting import Sample, fit
 from vllm_multilora.toolbox.capacity.measuring import Measuring
 from vllm_multilora.toolbox.capacity.step_cost import TERMS, StepBatch, StepCost, pairs_of
-from vllm_multilora.toolbox.capacity.timing import Adapter, ServerLimits
+from vllm_multilora.toolbox.capacity.timing import Adapter, Timed
 from vllm_multilora.toolbox.clients.completions import Answer
 
 SECONDS = {
@@ -29,7 +29,6 @@ REQUEST_S, BESIDE_S = 0.006, 0.02
 LOAD_S, LOAD_S_PER_MIB, SLOWDOWN, COPY_S = 0.06, 0.004, 2.0, 0.02
 COST = StepCost(SECONDS)
 SIZES = {f"a{n}": (n % 4 + 1) * 8 * MIB for n in range(16)}
-LIMITS = ServerLimits(max_num_seqs=16, max_num_batched_tokens=512, max_model_len=512)
 SLOTS = 8
 
 
@@ -124,15 +123,24 @@ class Server:
         return streams, answers
 
 
+def measuring(server, progress=lambda what: None, longest=512):
+    """The measurements of a server that have not begun yet."""
+    settings = Settings(
+        max_num_seqs=16, max_num_batched_tokens=512, max_model_len=longest, max_loras=SLOTS
+    )
+    return Measuring(Timed(server, "base", settings, server.listed, "page cache", progress))
+
+
 def test_the_fit_finds_what_the_server_takes():
     server = Server()
-    measured = Measuring(server, "base", LIMITS, server.listed, "page cache").run()
+    measured = measuring(server)
+    measured.run()
     found = fit(measured.samples)
     assert set(found.seconds) == set(TERMS)
     # Contexts beside loads are not followed, and so what goes with them is a little off.
     assert found.seconds == pytest.approx(SECONDS, rel=0.25)
     assert found.request_s == pytest.approx(REQUEST_S, rel=0.1)
-    assert found.residual < 0.01
+    assert found.residual.rms < 0.01
     assert measured.request_beside_s == pytest.approx(BESIDE_S, rel=0.25)
 
     loads = measured.loads
@@ -151,13 +159,13 @@ def test_the_fit_finds_what_the_server_takes():
 
 def test_what_is_measured_is_reported():
     server, reported = Server(), []
-    Measuring(server, "base", LIMITS, server.listed, "page cache", reported.append).run()
+    measuring(server, reported.append).run()
     assert {"generation for 1 request", "generation for 16 requests"} <= set(reported)
 
 
 def test_without_cold_adapters_nothing_is_known_of_loads():
-    server = Server({})
-    measured = Measuring(server, "base", LIMITS, server.listed, "page cache").run()
+    measured = measuring(Server({}))
+    measured.run()
     assert measured.loads is None
     found = fit(measured.samples)
     assert found.seconds["step"] == pytest.approx(SECONDS["step"], rel=0.02)
@@ -165,12 +173,11 @@ def test_without_cold_adapters_nothing_is_known_of_loads():
 
 
 def test_a_server_of_short_requests_is_refused():
-    server, limits = Server(), ServerLimits(16, 512, 64)
     with pytest.raises(
         CalibrationError,
         match="accepts 64 tokens per request, but calibrating it needs at least 88",
     ):
-        Measuring(server, "base", limits, server.listed, "page cache").run()
+        measuring(Server(), longest=64).run()
 
 
 def test_nothing_costs_less_than_nothing():
@@ -186,4 +193,4 @@ def test_a_case_weighs_the_same_however_often_it_was_measured_and_the_worst_is_n
     samples = [*[Sample("short", StepBatch(), 1.0)] * 24, Sample("long", StepBatch(), 2.0)]
     found = fit(samples)
     assert found.seconds["step"] == pytest.approx(1.2)
-    assert found.worst_case == "long"
+    assert found.residual.worst_case == "long"

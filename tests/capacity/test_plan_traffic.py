@@ -185,10 +185,8 @@ def test_a_calibration_that_does_not_fit_is_refused(plan, measured, said):
 
 
 def test_another_vllm_is_refused_and_another_build_of_it_is_not(plan, monkeypatch):
-    from vllm_multilora.toolbox.commands.planning import plan_traffic
-
     here = {"vllm": "0.32.0+cpu", "vllm-multilora": __version__}
-    monkeypatch.setattr(plan_traffic, "versions_here", lambda: here)
+    monkeypatch.setattr("vllm_multilora.toolbox.capacity.calibration.versions_here", lambda: here)
     assert plan(measured=changed(versions=here | {"vllm": "0.32.0"}))[0] == 0
     _, _, err = plan(measured=changed(versions=here | {"vllm": "0.31.0"}))
     assert "was measured with vllm 0.31.0, but 0.32.0+cpu is installed; calibrate a server" in err

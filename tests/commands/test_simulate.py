@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vllm_multilora import cli
-from vllm_multilora.toolbox.commands.output import hit_rate_plot
+from vllm_multilora.toolbox.commands.output import plots
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "cache_policy"
 SMALL = ["--synthetic", "zipf", "--requests", "500", "--adapters", "30", "--max-loras", "4"]
@@ -137,13 +137,13 @@ def test_an_adapter_without_a_size_in_the_file_is_named(trace, tmp_path, capsys)
 def test_plot_draws_a_line_for_every_policy_over_the_slots(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     drawn = {}
-    draw = hit_rate_plot.draw
+    draw = plots.draw_hit_rates
 
     def watched(slots, rates, title, path):
         drawn.update(slots=slots, rates=rates)
         draw(slots, rates, title, path)
 
-    monkeypatch.setattr(hit_rate_plot, "draw", watched)
+    monkeypatch.setattr(plots, "draw_hit_rates", watched)
     arguments = [*SMALL, "--max-loras", 6, "--max-cpu-loras", 20, "--policy", "lru"]
     status, _, err = run(capsys, *arguments, "--plot", tmp_path / "rates.png")
     assert (status, err) == (0, f"wrote {tmp_path / 'rates.png'}\n")

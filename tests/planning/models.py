@@ -5,9 +5,12 @@ from dataclasses import replace
 import torch
 
 from tests.adapters.checkpoints import MODULES, layout
-from vllm_multilora.integration.offline.base_model import BaseModel
-from vllm_multilora.integration.offline.kv_cache import KvCache
-from vllm_multilora.integration.offline.slot_memory import LayerMemory, SlotMemory
+from vllm_multilora.integration.offline.base_model import (
+    BaseModel,
+    KvCache,
+    LayerMemory,
+    SlotMemory,
+)
 
 RANKS = (8, 16, 32, 64)
 HEAD_WIDTHS = 1000
@@ -18,7 +21,7 @@ def slots(rank: int) -> SlotMemory:
     layers = tuple(LayerMemory(n, (n,), 2 * rank * (a + b)) for n, a, b in MODULES)
     head = LayerMemory("lm_head", ("lm_head",), 2 * rank * HEAD_WIDTHS, fixed_bytes=8)
     tables = (LayerMemory("true ranks (plugin)", (), 48),)
-    return SlotMemory(rank, (*layers, head), tables, largest_adapter=1000 * rank)
+    return SlotMemory((*layers, head), tables, largest_adapter=1000 * rank)
 
 
 MODEL = BaseModel(

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.adapters.checkpoints import MODULES
-from vllm_multilora.integration.offline.slot_memory import LayerMemory, SlotMemory
+from vllm_multilora.integration.offline.base_model import LayerMemory, SlotMemory
 from vllm_multilora.slots.budget import readable
 from vllm_multilora.toolbox.planning.memory_plan import MemoryPlan
 
@@ -22,14 +22,14 @@ def test_numbered_layers_are_shown_together_but_only_if_they_are_alike():
     def layer(number, size):
         return LayerMemory(f"model.layers.{number}.mlp.up", (), size)
 
-    memory = SlotMemory(8, (layer(0, 10), layer(10, 10), layer(2, 30)), (), 0)
+    memory = SlotMemory((layer(0, 10), layer(10, 10), layer(2, 30)), (), 0)
     found = [(group.name, group.layers, group.slot_bytes) for group in memory.groups()]
     assert found == [("model.layers.*.mlp.up", 2, 20), ("model.layers.*.mlp.up", 1, 30)]
 
 
 def test_an_experts_number_is_one_too_and_a_name_with_digits_is_none():
     layers = tuple(LayerMemory(f"h.{i}.experts.{i}.w1", (), 1) for i in range(3))
-    assert [group.name for group in SlotMemory(8, layers, (), 0).groups()] == ["h.*.experts.*.w1"]
+    assert [group.name for group in SlotMemory(layers, (), 0).groups()] == ["h.*.experts.*.w1"]
 
 
 def test_every_worker_keeps_its_own_host_copies():

@@ -2,8 +2,8 @@
 
 import argparse
 import ast
-import importlib
 import re
+import shlex
 import subprocess
 from collections.abc import Iterator
 from dataclasses import fields
@@ -101,10 +101,9 @@ def test_flags_that_messages_and_pages_name_exist(flags_of_vllm: set[str]) -> No
     parser = argparse.ArgumentParser()
     add_flags(parser)
     known = FLAGS_OF_OTHERS | flags_of_vllm | flags_in(parser) | flags_in(parser_of(()))
-    for command in COMMANDS.values():
-        parser = argparse.ArgumentParser()
-        importlib.import_module(command.module).add_arguments(parser)
-        known |= flags_in(parser)
+    for name, command in COMMANDS.items():
+        words = shlex.split(command.examples[0].partition(">")[0])
+        known |= flags_in(parser_of([name]).parse_args(words).parser)
     store = (ROOT / "vllm_multilora/store/__main__.py").read_text()
     known |= set(re.findall(r'"(--[a-z-]+)"', store))
     flag = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9](?![\w-])")

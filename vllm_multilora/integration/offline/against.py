@@ -14,13 +14,7 @@ _ALL = (*SEAMS, Seams(TOOLS, (), attributes=TOOL_ATTRIBUTES))
 
 
 def judge(path: Path) -> int:
-    """Compares a vLLM's source with what the plugin knows, and prints what differs.
-
-    Args:
-        path: A wheel, or a folder with vLLM's package.
-
-    Returns:
-        0 if everything is as in the tested versions, 1 otherwise.
+    """Prints how the vLLM in a wheel or folder differs from the tested ones; 0 if it does not.
 
     Raises:
         ConfigError: There is no vLLM at `path`.

@@ -8,6 +8,7 @@ layers split them, tables have none).
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -27,22 +28,21 @@ from vllm.v1.kv_cache_interface import KVCacheGroupSpec, UniformTypeKVCacheSpecs
 from multilora_kernels.dtypes import of_torch
 from multilora_kernels.packs.scatter import STAGING_BYTES
 from vllm_multilora.adapters.model.layout import ModelLayout
-from vllm_multilora.integration.offline.base_model import BaseModel
-from vllm_multilora.integration.offline.kv_cache import KvCache
+from vllm_multilora.integration.offline.base_model import (
+    BaseModel,
+    KvCache,
+    LayerMemory,
+    SlotMemory,
+)
 from vllm_multilora.integration.offline.model_without_weights import (
     ALLOWED_RANKS,
     BaseModelError,
     ServerFlags,
     offline_manager,
 )
-from vllm_multilora.integration.offline.slot_memory import LayerMemory, SlotMemory
 from vllm_multilora.integration.patching.activation import kernel_backend, loads_adapters
 from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
-from vllm_multilora.integration.worker.model.model_layout import (
-    RunningLayout,
-    is_ranked,
-    running_layout,
-)
+from vllm_multilora.integration.worker.model.model_layout import is_ranked, running_layout
 from vllm_multilora.integration.worker.model.output_factors import SlotFactors
 from vllm_multilora.integration.worker.slots.slot_buffers import layer_bytes, wrapper_bytes
 
@@ -60,9 +60,6 @@ _RANK_TABLE_BYTES = 2 * torch.int32.itemsize  # a shrink rank and an expand rank
 
 def offline_costs(server: ServerFlags) -> BaseModel:
     """What the first worker of a server would allocate.
-
-    Args:
-        server: Its settings; `max_loras` does not matter.
 
     Raises:
         BaseModelError: vLLM does not take the model or a setting, or has no LoRA for the model.
@@ -111,32 +108,32 @@ def _slots_of_rank(
     wrapper = _wrapper_bytes(manager, config)
     found = running_layout(manager, dora=dora)
     layers = tuple(
-        LayerMemory(
-            name,
-            tuple(manager.packed_modules.get(name, (name,))),
-            slot_bytes=two[name] - one[name],
-            fixed_bytes=2 * one[name] - two[name],
-        )
+        _memory(name, one[name], two[name], manager.packed_modules.get(name, (name,)))
         for name in manager.modules
     )
-    tables: tuple[LayerMemory, ...] = ()
+    tables: list[LayerMemory] = []
     if wrapper:
-        tables = (
-            LayerMemory("true ranks (plugin)", (), _table_rows(found) * _RANK_TABLE_BYTES),
-            LayerMemory(
-                "batch plans (plugin)", (), wrapper_of_two - wrapper, 2 * wrapper - wrapper_of_two
-            ),
+        rows = len(found.layout.slices) + sum(
+            getattr(layer, "n_slices", 1) for layer in found.special.values() if is_ranked(layer)
         )
+        tables = [
+            LayerMemory("true ranks (plugin)", (), rows * _RANK_TABLE_BYTES),
+            _memory("batch plans (plugin)", wrapper, wrapper_of_two),
+        ]
     if wrapper and dora:
         of_one, of_two = (
             SlotFactors(found.packed.values(), slots, "meta").nbytes for slots in (1, 2)
         )
-        factors = LayerMemory("DoRA factors (plugin)", (), of_two - of_one, 2 * of_one - of_two)
-        tables = (*tables, factors)
+        tables.append(_memory("DoRA factors (plugin)", of_one, of_two))
     dtype: Any = manager.lora_config.lora_dtype
     special = sum(layer_bytes(layer, dtype) for layer in found.special.values())
     largest = found.layout.largest_bytes() + special
-    return SlotMemory(rank, layers, tables, largest), found.layout
+    return SlotMemory(layers, tuple(tables), largest), found.layout
+
+
+def _memory(name: str, one: int, two: int, modules: Iterable[str] = ()) -> LayerMemory:
+    """What a layer or table allocates, from its bytes with one slot and with two."""
+    return LayerMemory(name, tuple(modules), slot_bytes=two - one, fixed_bytes=2 * one - two)
 
 
 def _allocate(manager: LoRAModelManager, slots: int, rank: int) -> dict[str, int]:
@@ -163,13 +160,6 @@ def _wrapper_bytes(manager: LoRAModelManager, config: VllmConfig) -> int:
         lora_config=manager.lora_config,
     )
     return wrapper_bytes(wrapper)
-
-
-def _table_rows(found: RunningLayout) -> int:
-    """Rows of the tables of true ranks."""
-    return len(found.layout.slices) + sum(
-        getattr(layer, "n_slices", 1) for layer in found.special.values() if is_ranked(layer)
-    )
 
 
 def _kv_cache(config: VllmConfig) -> KvCache | None:

@@ -23,7 +23,6 @@ from vllm_multilora.integration.offline.gpu_tools import (
 from vllm_multilora.integration.patching.activation import choose_backend
 from vllm_multilora.integration.patching.decision import acts, said_of
 from vllm_multilora.integration.patching.parts import CORE
-from vllm_multilora.integration.patching.seams import Seams
 from vllm_multilora.integration.patching.tables import ledger
 from vllm_multilora.integration.patching.version import (
     distributions,
@@ -42,11 +41,7 @@ _AUDIO = (
 
 
 def diagnose() -> int:
-    """Prints the diagnosis.
-
-    Returns:
-        0 if the plugin acts on a plain `vllm serve --enable-lora`, 1 if something prevents it.
-    """
+    """Prints the diagnosis; 0 if the plugin acts on a plain `vllm serve --enable-lora`, or 1."""
     problems: list[str] = []
     print(f"vllm-multilora  {__version__}")
     print(f"torch           {torch.__version__}, {counted(torch.get_num_threads(), 'thread')}")
@@ -74,7 +69,11 @@ def diagnose() -> int:
     print(f"store           {_store(problems)}")
     print(f"checks in it    {', '.join(sandbox.protection())}")
     for seams in ledger.SEAMS:
-        problems += _check_decision(seams)
+        is_on = acts(seams)
+        print(f"{seams.part.name:15} {'acts on this vLLM' if is_on else 'inactive (see below)'}")
+        if not is_on:
+            hint = "; --multilora forces it on" if seams.part is CORE else ""
+            problems.append(f"{said_of(seams)}{hint}")
     print("patches")
     try:
         problems += _check_patches()
@@ -88,16 +87,6 @@ def diagnose() -> int:
         return 1
     print("Ready: vllm serve MODEL --enable-lora")
     return 0
-
-
-def _check_decision(seams: Seams) -> list[str]:
-    """Shows whether a part acts on this vLLM, and why it does not."""
-    is_on = acts(seams)
-    print(f"{seams.part.name:15} {'acts on this vLLM' if is_on else 'inactive (see below)'}")
-    if is_on:
-        return []
-    hint = "; --multilora forces it on" if seams.part is CORE else ""
-    return [f"{said_of(seams)}{hint}"]
 
 
 def _check_patches() -> list[str]:

@@ -8,9 +8,9 @@ ask their group for its size when they are built, and are told a larger one.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from traceback import extract_tb
 from typing import Any, get_args
@@ -50,15 +50,6 @@ class ServerFlags:
     Attributes:
         model: The base model's folder or name, or the path of its `config.json`; its weights may
             be absent.
-        max_loras: Slots.
-        max_lora_rank: The slots' rank.
-        tensor_parallel_size: Workers that share the model.
-        fully_sharded_loras: Whether LoRA is sharded as far as it goes.
-        lora_target_modules: The modules that adapters are restricted to; None: all.
-        dtype: The base model's.
-        lora_dtype: The slots'; `auto` is the model's.
-        max_model_len: The longest request; None: the model's own.
-        trust_remote_code: Whether code that comes with the model may run.
         dora: The plugin's `--multilora-dora`.
     """
 
@@ -67,7 +58,7 @@ class ServerFlags:
     max_lora_rank: int = 16
     tensor_parallel_size: int = 1
     fully_sharded_loras: bool = False
-    lora_target_modules: tuple[str, ...] | None = None
+    lora_target_modules: Sequence[str] | None = None
     dtype: str = "auto"
     lora_dtype: str = "auto"
     max_model_len: int | None = None
@@ -90,31 +81,21 @@ class ServerFlags:
                 f"max_lora_rank is {self.max_lora_rank}, which fully sharded LoRA cannot share "
                 f"between {self.tensor_parallel_size} workers: give a multiple of their number"
             )
-        model = _folder(self.model)
-        extra: dict[str, Any] = {}
-        if self.lora_target_modules is not None:
-            extra["lora_target_modules"] = list(self.lora_target_modules)
-        if self.dora:
-            extra["additional_config"] = {CONFIG_KEY: {"dora": True}}
+        settings = asdict(self) | {"model": _folder(self.model)}
+        if settings.pop("dora"):
+            settings["additional_config"] = {CONFIG_KEY: {"dora": True}}
+        if (modules := settings.pop("lora_target_modules")) is not None:
+            settings["lora_target_modules"] = list(modules)
         if self.tensor_parallel_size > 1:
             # Named, so that vLLM does not count this machine's GPUs.
-            extra["distributed_executor_backend"] = "mp"
+            settings["distributed_executor_backend"] = "mp"
         try:
             return EngineArgs(
-                model=model,
                 enable_lora=True,
-                max_loras=self.max_loras,
-                max_lora_rank=self.max_lora_rank,  # type: ignore[arg-type]
-                tensor_parallel_size=self.tensor_parallel_size,
-                fully_sharded_loras=self.fully_sharded_loras,
-                dtype=self.dtype,  # type: ignore[arg-type]
-                lora_dtype=self.lora_dtype,
-                max_model_len=self.max_model_len,  # type: ignore[arg-type]
-                trust_remote_code=self.trust_remote_code,
                 load_format="dummy",
                 skip_tokenizer_init=True,
                 enforce_eager=True,
-                **extra,
+                **settings,
             ).create_engine_config()
         # Of any kind: a RuntimeError of a build for GPUs, on a machine without one; an
         # AttributeError of a config.json that is a list.
@@ -162,45 +143,39 @@ def offline_manager(config: VllmConfig) -> Iterator[LoRAModelManager]:
         BaseModelError: vLLM has no LoRA for the model.
     """
     workers = config.parallel_config.tensor_parallel_size
+    dtype: Any = config.model_config.dtype  # a torch.dtype by now
+    scheduler: Any = config.scheduler_config
     with set_current_vllm_config(config), one_worker(of=workers):
-        yield _wrapped(config)
+        with (
+            set_default_torch_dtype(dtype),
+            torch.device("meta"),
+            _own_rotary_embeddings(),
+            _numbers(),
+        ):
+            try:
+                model = initialize_model(config)
+            except Exception as error:  # whatever a model's own code meets in a configuration
+                raise BaseModelError(
+                    f"vLLM cannot build the base model {config.model_config.model}: {_said(error)}"
+                ) from error
+        give_experts_kernels(model)
+        if not supports_lora(model):
+            raise BaseModelError(f"vLLM does not support LoRA for {type(model).__name__}")
+        yield _UnrunnableManager(
+            model=model,  # type: ignore[arg-type]
+            max_num_seqs=scheduler.max_num_seqs,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            vocab_size=config.model_config.get_vocab_size(),
+            lora_config=config.lora_config,  # type: ignore[arg-type]
+            device=torch.device("cpu"),
+            vllm_config=config,
+        )
 
 
 def offline_layout(server: ServerFlags) -> ModelLayout:
-    """What a model accepts of an adapter, as the first worker of a server has it.
-
-    Args:
-        server: Its settings; `max_loras` does not matter.
-
-    Raises:
-        BaseModelError: vLLM does not take the model or a setting, or has no LoRA for the model.
-    """
+    """What a model accepts of an adapter, as the first worker has it; raises as `vllm_config`."""
     with offline_manager(server.vllm_config()) as manager:
         return running_layout(manager, dora=server.dora).layout
-
-
-def _wrapped(config: VllmConfig) -> LoRAModelManager:
-    dtype: Any = config.model_config.dtype  # a torch.dtype by now
-    with set_default_torch_dtype(dtype), torch.device("meta"), _own_rotary_embeddings(), _numbers():
-        try:
-            model = initialize_model(config)
-        except Exception as error:  # whatever a model's own code meets in a configuration
-            raise BaseModelError(
-                f"vLLM cannot build the base model {config.model_config.model}: {_said(error)}"
-            ) from error
-    give_experts_kernels(model)
-    if not supports_lora(model):
-        raise BaseModelError(f"vLLM does not support LoRA for {type(model).__name__}")
-    scheduler: Any = config.scheduler_config
-    return _UnrunnableManager(
-        model=model,  # type: ignore[arg-type]
-        max_num_seqs=scheduler.max_num_seqs,
-        max_num_batched_tokens=scheduler.max_num_batched_tokens,
-        vocab_size=config.model_config.get_vocab_size(),
-        lora_config=config.lora_config,  # type: ignore[arg-type]
-        device=torch.device("cpu"),
-        vllm_config=config,
-    )
 
 
 class _UnrunnableManager(LoRAModelManager):
@@ -272,31 +247,18 @@ def _numbers() -> Iterator[None]:
 
 @contextmanager
 def one_worker(*, of: int = 1) -> Iterator[None]:
-    """Process groups of one process, which vLLM's layers ask for their sizes.
-
-    Args:
-        of: How many workers the tensor-parallel group says it has; this one is the first.
-    """
-    with _groups_of_one():
+    """Process groups of one process; that for tensor parallelism says that it is the first `of`."""
+    with ExitStack() as stack:
+        if not parallel_state.model_parallel_is_initialized():
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            meeting = f"file://{Path(folder) / 'rendezvous'}"
+            parallel_state.init_distributed_environment(1, 0, meeting, 0, "gloo")
+            stack.callback(parallel_state.destroy_distributed_environment)
+            stack.callback(parallel_state.destroy_model_parallel)
+            parallel_state.ensure_model_parallel_initialized(1, 1)
         group = parallel_state.get_tp_group()
         size, group.world_size = group.world_size, of
         try:
             yield
         finally:
             group.world_size = size
-
-
-@contextmanager
-def _groups_of_one() -> Iterator[None]:
-    if parallel_state.model_parallel_is_initialized():
-        yield
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        meeting = f"file://{Path(folder) / 'rendezvous'}"
-        parallel_state.init_distributed_environment(1, 0, meeting, 0, "gloo")
-        try:
-            parallel_state.ensure_model_parallel_initialized(1, 1)
-            yield
-        finally:
-            parallel_state.destroy_model_parallel()
-            parallel_state.destroy_distributed_environment()

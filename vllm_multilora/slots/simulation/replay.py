@@ -121,68 +121,51 @@ class Optimum:
     compulsory: int
 
 
-class _RunningBatch:
-    """The most recent requests whose adapters have slots together, counted by adapter."""
-
-    def __init__(self, shape: ServerShape) -> None:
-        self._shape = shape
-        self._requests: deque[int] = deque()
-        self._counts: Counter[int] = Counter()
-
-    @property
-    def adapters(self) -> frozenset[int]:
-        return frozenset(self._counts)
-
-    def add(self, adapter_id: int) -> None:
-        self._requests.append(adapter_id)
-        self._counts[adapter_id] += 1
-        while (
-            len(self._requests) > self._shape.concurrency or len(self._counts) > self._shape.slots
-        ):
-            self._end_oldest()
-
-    def _end_oldest(self) -> None:
-        oldest = self._requests.popleft()
-        self._counts[oldest] -= 1
-        if not self._counts[oldest]:
-            del self._counts[oldest]
-
-
 class _Server(SlotEvents):
     """Slots and host memory, in which everything happens at once; notes what happens."""
 
     def __init__(self, shape: ServerShape, outcome: Outcome, sizes: Sequence[int]) -> None:
         self._slots = SlotAssignment(shape.slots, make_policy(outcome.policy), self)
         self._host = HostTier(make_policy(outcome.policy), shape.budget)
-        self._batch = _RunningBatch(shape)
+        self._shape = shape
+        # The most recent requests whose adapters have slots together, and their adapters.
+        self._batch: deque[int] = deque()
+        self._running: Counter[int] = Counter()
         self._sizes = sizes
         self._outcome = outcome
 
     def request(self, adapter_id: int) -> None:
         """A request arrives, and joins the running batch."""
         is_in_slot = self._slots.slot_of(adapter_id) is not None
-        self._batch.add(adapter_id)
-        self._host.used(self._batch.adapters)
-        self._slots.running(self._batch.adapters)
+        self._join_batch(adapter_id)
+        running = frozenset(self._running)
+        self._host.used(running)
+        self._slots.running(running)
         self._outcome.gpu_hits += is_in_slot
         self._outcome.cpu_hits += is_in_slot or adapter_id in self._host
         if is_in_slot:
             return
         if adapter_id not in self._host:
-            self._load(adapter_id)
+            size = self._sizes[adapter_id]
+            # Whatever was on its way into a slot has arrived there: nothing is on lease.
+            victims = self._host.take(adapter_id, size)
+            assert victims is not None  # `check_sizes`
+            self._outcome.cpu_evictions += len(victims)
+            self._outcome.loads += 1
+            self._outcome.bytes_loaded += size
         assignment = self._slots.assign(adapter_id, pack=adapter_id)
         assert assignment is not None  # the batch has no more adapters than there are slots
         self._slots.filled(assignment.order)
-        self._slots.running(self._batch.adapters)
+        self._slots.running(running)
 
-    def _load(self, adapter_id: int) -> None:
-        size = self._sizes[adapter_id]
-        # Whatever was on its way into a slot has arrived there: nothing is on lease.
-        victims = self._host.take(adapter_id, size)
-        assert victims is not None  # `check_sizes`
-        self._outcome.cpu_evictions += len(victims)
-        self._outcome.loads += 1
-        self._outcome.bytes_loaded += size
+    def _join_batch(self, adapter_id: int) -> None:
+        self._batch.append(adapter_id)
+        self._running[adapter_id] += 1
+        while len(self._batch) > self._shape.concurrency or len(self._running) > self._shape.slots:
+            oldest = self._batch.popleft()
+            self._running[oldest] -= 1
+            if not self._running[oldest]:
+                del self._running[oldest]
 
     def assigned(self, adapter_id: int, slot: int) -> None:
         self._outcome.activations += 1

@@ -56,7 +56,8 @@ def _slots(seen: Observations) -> Iterator[Finding]:
         yield Finding(
             FindingCode.MAX_LORAS_LOW,
             f"raise --max-loras from {seen.slots} to {needed}",
-            f"{demand(seen)}; {_rate(seen.gpu_evictions, seen)} adapters a second lost their slot",
+            f"{demand(seen)}; {seen.gpu_evictions / seen.window_s:.2f} adapters a second lost "
+            "their slot",
             _SIZE_RULE,
         )
     elif seen.names_are_cut or not _has_full_window(seen):
@@ -72,7 +73,6 @@ def _slots(seen: Observations) -> Iterator[Finding]:
 
 
 def _evictions(seen: Observations) -> Iterator[Finding]:
-    """Slots change hands though there should be enough of them."""
     rate = seen.gpu_evictions / seen.window_s
     if rate > EVICTIONS_PER_S and slots_needed(seen) <= seen.slots:
         yield Finding(
@@ -88,24 +88,19 @@ def _cpu_tier(seen: Observations) -> Iterator[Finding]:
     rate = seen.cpu_evictions / seen.window_s
     host = seen.host
     requested = -(-max(seen.active, seen.slots) * (100 + HEADROOM_PERCENT) // 100)
-    mean = host.bytes / host.adapters if host.adapters else 0.0
-    is_short = (host.adapters_limit is not None and requested > host.adapters_limit) or (
-        host.bytes_limit is not None and requested * mean > host.bytes_limit
-    )
+    is_short = host.share(requested, requested * host.mean) > 1
     if rate <= EVICTIONS_PER_S and not (seen.cpu_evictions and is_short):
         return
     changes = []
     if host.bytes_limit is not None:
-        needed = max(requested * mean, (1 + HEADROOM_PERCENT / 100) * host.bytes_limit)
+        needed = max(requested * host.mean, (1 + HEADROOM_PERCENT / 100) * host.bytes_limit)
         changes.append(
             f"--multilora-cpu-cache-gib from {host.bytes_limit / GIB:.2f} to "
             f"{math.ceil(needed / GIB * 100) / 100:.2f}"
         )
     if host.adapters_limit is not None:
-        changes.append(
-            f"--max-cpu-loras from {host.adapters_limit} to "
-            f"{max(requested, host.adapters_limit + 1)}"
-        )
+        enough = max(requested, host.adapters_limit + 1)
+        changes.append(f"--max-cpu-loras from {host.adapters_limit} to {enough}")
     yield Finding(
         FindingCode.CPU_TIER_SMALL,
         "raise " + " and ".join(changes or ["the limits of host memory for adapters"]),
@@ -118,33 +113,29 @@ def _cpu_tier(seen: Observations) -> Iterator[Finding]:
 
 
 def _loads(seen: Observations) -> Iterator[Finding]:
-    times = seen.load_times
-    slow = times.longer_than(SLOW_LOAD_MS)
+    times, mean = seen.load_times, seen.host.mean
+    slow, median_ms = times.longer_than(SLOW_LOAD_MS), times.quantile(0.5)
     if not slow or slow <= SLOW_LOAD_SHARE * times.total:
         return
-    mean = seen.host.bytes / seen.host.adapters if seen.host.adapters else 0.0
-    median_s = times.quantile(0.5) / 1000
-    speed = mean / median_s if mean and math.isfinite(median_s) else None
-    if speed is None:
-        change = "put the adapters on local NVMe instead of network storage, or make them smaller"
-    elif speed < SLOW_STORAGE_BYTES_PER_S:
-        change = "the storage is slow: put the adapters on local NVMe instead of network storage"
+    change = "put the adapters on local NVMe instead of network storage"
+    is_known = math.isfinite(median_ms)
+    measured = f"{median_ms:.0f} ms" if is_known else "more than the longest bucket"
+    if not (mean and is_known):
+        change += ", or make them smaller"
     else:
-        change = "the files are big: lower ranks or fewer target modules, or load them once into "
-        change += "more host memory (--multilora-cpu-cache-gib)"
-    measured = (
-        ""
-        if speed is None
-        else (
-            f"; an adapter has {readable(int(mean))} on average, read at some "
-            f"{readable(int(speed))}/s"
-        )
-    )
+        speed = 1000 * mean / median_ms
+        measured += f"; an adapter has {readable(int(mean))} on average, read at some "
+        measured += f"{readable(int(speed))}/s"
+        if speed < SLOW_STORAGE_BYTES_PER_S:
+            change = f"the storage is slow: {change}"
+        else:
+            change = "the files are big: lower ranks or fewer target modules, or load them once "
+            change += "into more host memory (--multilora-cpu-cache-gib)"
     yield Finding(
         FindingCode.SLOW_LOADS,
         change,
         f"{slow:.0f} of {counted(round(times.total), 'load')} from disk took over "
-        f"{SLOW_LOAD_MS:.0f} ms, half of them up to {_ms(times.quantile(0.5))}{measured}",
+        f"{SLOW_LOAD_MS:.0f} ms, half of them up to {measured}",
         f"at most {SLOW_LOAD_SHARE:.0%} of loads take over {SLOW_LOAD_MS:.0f} ms, which means big "
         "files or slow storage",
     )
@@ -201,7 +192,7 @@ def _cold(seen: Observations) -> Iterator[Finding]:
         if adapter.tier in ("gpu", "cpu") and adapter.name not in (*seen.requests, *SHARED)
     ]
     pinned = [adapter for adapter in cold if adapter.pinned]
-    if not _host_is_full(seen):
+    if not seen.cpu_evictions and seen.host.share(seen.host.adapters, seen.host.bytes) < FULL_SHARE:
         cold = pinned  # those in host memory are in nobody's way; a pin is
     if cold:
         unpin = " (and take the pins back)" if pinned else ""
@@ -213,15 +204,6 @@ def _cold(seen: Observations) -> Iterator[Finding]:
             "adapters without requests leave pinned slots, and host memory that is "
             f"{FULL_SHARE:.0%} full, to others",
         )
-
-
-def _host_is_full(seen: Observations) -> bool:
-    host = seen.host
-    return (
-        bool(seen.cpu_evictions)
-        or (host.bytes_limit is not None and host.bytes >= FULL_SHARE * host.bytes_limit)
-        or (host.adapters_limit is not None and host.adapters >= FULL_SHARE * host.adapters_limit)
-    )
 
 
 def _max_rank(seen: Observations) -> Iterator[Finding]:
@@ -266,14 +248,6 @@ def demand(seen: Observations) -> str:
     """How many adapters were active, and in which time."""
     window = min(seen.window_s, ACTIVITY_WINDOW_S)
     return f"{_active(seen)} active within {window:.0f} s, {seen.peak_requested} at the same time"
-
-
-def _rate(count: float, seen: Observations) -> str:
-    return f"{count / seen.window_s:.2f}"
-
-
-def _ms(bound: float) -> str:
-    return f"{bound:.0f} ms" if math.isfinite(bound) else "more than the longest bucket"
 
 
 def _listed(adapters: list[SeenAdapter]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 
 class FindingCode(enum.StrEnum):
@@ -26,10 +26,8 @@ class Finding:
     """One thing to change.
 
     Attributes:
-        code: What kind of advice this is.
         change: What to do.
-        seen: What was observed.
-        rule: The rule that what was observed breaks.
+        rule: The rule that what was seen breaks.
         snippet: Code or commands that do it; empty where there are none.
     """
 
@@ -38,10 +36,6 @@ class Finding:
     seen: str
     rule: str
     snippet: str = ""
-
-    def as_dict(self) -> dict[str, str]:
-        """The finding as JSON has it."""
-        return {**asdict(self), "code": self.code.value}
 
     def __str__(self) -> str:
         lines = [f"{self.code}: {self.change}", f"  seen  {self.seen}", f"  rule  {self.rule}"]

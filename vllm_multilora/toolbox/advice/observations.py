@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 ACTIVITY_WINDOW_S = 300.0
 """An adapter is active if it had a request within this time."""
@@ -12,11 +13,7 @@ ACTIVITY_WINDOW_S = 300.0
 
 @dataclass(frozen=True)
 class LoadTimes:
-    """How long loads from disk took: a histogram's counts.
-
-    Attributes:
-        counts: Loads by the upper bound of their bucket in milliseconds, not cumulative.
-    """
+    """Loads from disk by the upper bound of their bucket in milliseconds, not cumulative."""
 
     counts: Mapping[float, float] = field(default_factory=dict)
 
@@ -26,11 +23,8 @@ class LoadTimes:
 
     def longer_than(self, limit_ms: float) -> float:
         """Loads that surely took longer; those of a bucket across the limit are not counted."""
-        bounds = sorted(self.counts)
-        lower = [0.0, *bounds]
-        return sum(
-            self.counts[upper] for low, upper in zip(lower, bounds, strict=False) if low >= limit_ms
-        )
+        bounds = pairwise([0.0, *sorted(self.counts)])
+        return sum(self.counts[upper] for lower, upper in bounds if lower >= limit_ms)
 
     def quantile(self, q: float) -> float:
         """The upper bound of the bucket that a quantile falls into; NaN without loads."""
@@ -49,8 +43,6 @@ class HostMemoryUse:
     """Host memory for adapters, as one engine has been told of it; engines may share it.
 
     Attributes:
-        adapters: Adapters in it at the window's end.
-        bytes: Their bytes.
         adapters_limit: Most adapters (`--max-cpu-loras`); None where bytes alone count.
         bytes_limit: Most bytes; None where adapters alone count.
     """
@@ -60,16 +52,24 @@ class HostMemoryUse:
     adapters_limit: int | None = None
     bytes_limit: float | None = None
 
+    @property
+    def mean(self) -> float:
+        """Bytes of an adapter on average; 0 without adapters."""
+        return self.bytes / self.adapters if self.adapters else 0.0
+
+    def share(self, adapters: int, size: float) -> float:
+        """The part of a limit that so many adapters and bytes take, the larger; 0 without any."""
+        parts = ((adapters, self.adapters_limit), (size, self.bytes_limit))
+        return max((each / limit for each, limit in parts if limit is not None), default=0.0)
+
 
 @dataclass(frozen=True)
 class SeenAdapter:
     """One adapter as the server describes it at the window's end.
 
     Attributes:
-        name: Its name.
         rank: Its highest rank.
         tier: `gpu`, `cpu` or `disk`.
-        pinned: Whether it keeps its place.
     """
 
     name: str
@@ -87,9 +87,7 @@ class Observations:
     largest of all engines. Everything else is the sum.
 
     Attributes:
-        window_s: Length of the window in seconds.
         slots: Adapter slots of an engine (`--max-loras`).
-        model: The base model's served name.
         max_rank: `--max-lora-rank`; None if the server does not say.
         active: Most adapters of an engine with a request in some five minutes of the window.
         peak_requested: Most adapters of an engine with unfinished requests at one time.
@@ -98,9 +96,6 @@ class Observations:
         host: Host memory of the store that holds most.
         requests: Requests accepted in the window by adapter, shared labels included.
         finished: All requests finished in the window, those of the base model included.
-        load_times: Loads from disk.
-        failures: Failed loads in the window by reason.
-        adapters: The adapters that the server knows.
         names_are_cut: Whether some adapters hide behind a label that they share, as blends do:
             counts of adapters are too low then, and nothing is known of their ranks.
     """

@@ -7,35 +7,23 @@ once, in `watching.py`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vllm_multilora.metrics import definitions as metrics
-from vllm_multilora.toolbox.clients.http_client import UnreachableError, get_json, get_text
+from vllm_multilora.toolbox.clients.http_client import UnreachableError, get_json, send
 
-# What the advice rests on. One is vLLM's own: all requests that finished, the base model's too.
-SLOTS = metrics.SLOTS.name
-MAX_RANK = metrics.MAX_RANK.name
 REQUESTED = metrics.REQUESTED.name
-REQUESTS = metrics.REQUESTS.name
 FINISHED = "vllm:request_success_total"
-LOADS = metrics.LOADS.name
-EVICTIONS = metrics.EVICTIONS.name
-FAILURES = metrics.LOAD_FAILURES.name
+"""vLLM's own: all requests that finished, the base model's too."""
 LOAD_TIME_BUCKETS = f"{metrics.LOAD_DURATION.name}_bucket"
-CACHE_ADAPTERS = metrics.CACHE_ADAPTERS.name
-CACHE_ADAPTERS_LIMIT = metrics.CACHE_ADAPTERS_LIMIT.name
-CACHE_BYTES = metrics.CACHE_BYTES.name
-CACHE_BYTES_LIMIT = metrics.CACHE_BYTES_LIMIT.name
-INFO = metrics.INFO.name
 
-NAMES = frozenset(
-    {
-        *(SLOTS, MAX_RANK, REQUESTED, REQUESTS, FINISHED, LOADS, EVICTIONS, FAILURES),
-        LOAD_TIME_BUCKETS,
-        *(CACHE_ADAPTERS, CACHE_ADAPTERS_LIMIT, CACHE_BYTES, CACHE_BYTES_LIMIT, INFO),
-    }
+_USED = (
+    *(metrics.SLOTS, metrics.MAX_RANK, metrics.REQUESTED, metrics.REQUESTS, metrics.LOADS),
+    *(metrics.EVICTIONS, metrics.LOAD_FAILURES, metrics.CACHE_ADAPTERS, metrics.CACHE_BYTES),
+    *(metrics.CACHE_ADAPTERS_LIMIT, metrics.CACHE_BYTES_LIMIT, metrics.INFO),
 )
+NAMES = frozenset((FINISHED, LOAD_TIME_BUCKETS, *(metric.name for metric in _USED)))
 """The names of all samples that are looked at; others are skipped."""
 
 _GOOD_STEPS = 240
@@ -46,37 +34,27 @@ LONGEST_HISTORY_S = 86_400.0
 """Seconds in the longest past window: longer ones have too many samples at that step."""
 
 
-Labels = frozenset[tuple[str, str]]
-
-
 @dataclass(frozen=True)
 class ScrapedSeries:
-    """One time series.
-
-    Attributes:
-        name: The sample's name, `_total`, `_bucket` and the like included.
-        labels: Its labels.
-    """
+    """One time series, by the name of its samples, `_total` or `_bucket` included, and labels."""
 
     name: str
-    labels: Labels
+    labels: frozenset[tuple[str, str]]
 
     def label(self, name: str) -> str:
         """A label's value; empty where the series has no such label."""
         return dict(self.labels).get(name, "")
 
 
+Samples = Mapping[ScrapedSeries, float]
+
+
 @dataclass(frozen=True)
 class Snapshot:
-    """Samples of one moment.
-
-    Attributes:
-        at: Seconds, by a clock that all snapshots of a window share.
-        samples: The value of every series that was there.
-    """
+    """Samples of one moment, in seconds by a clock that all snapshots of a window share."""
 
     at: float
-    samples: Mapping[ScrapedSeries, float]
+    samples: Samples
 
 
 def parse_exposition(text: str, at: float) -> Snapshot:
@@ -102,16 +80,8 @@ def parse_exposition(text: str, at: float) -> Snapshot:
 
 
 def scrape(url: str, *, api_key: str | None = None) -> Snapshot:
-    """The metrics of a server now, by the clock that nobody sets.
-
-    Args:
-        url: The server's address, without path.
-        api_key: Sent as bearer token, where there is one.
-
-    Raises:
-        UnreachableError: The server gives no metrics.
-    """
-    return parse_exposition(get_text(f"{url}/metrics", api_key=api_key), time.monotonic())
+    """The metrics of a server now, by the clock that nobody sets; raises as `parse_exposition`."""
+    return parse_exposition(send("GET", f"{url}/metrics", api_key=api_key), time.monotonic())
 
 
 def history(url: str, window_s: float, matching: str = "", *, now: float) -> list[Snapshot]:
@@ -141,7 +111,14 @@ def history(url: str, window_s: float, matching: str = "", *, now: float) -> lis
     if steps > 2 and rows and all(len(values) < 2 for _, values in rows):
         # Prometheus began less than two steps ago, and a shorter window has shorter ones.
         return history(url, 2 * step, matching, now=now)
-    return _by_time(rows, times, step)
+    samples: list[dict[ScrapedSeries, float]] = [{} for _ in times]
+    for labels, values in rows:
+        series = ScrapedSeries(labels.pop("__name__", ""), frozenset(labels.items()))
+        for at, value in values:
+            index = round((at - times[0]) / step)
+            if 0 <= index < len(times):
+                samples[index][series] = value
+    return [Snapshot(at, found) for at, found in zip(times, samples, strict=True)]
 
 
 _Row = tuple[dict[str, str], list[tuple[float, float]]]
@@ -149,14 +126,10 @@ _Row = tuple[dict[str, str], list[tuple[float, float]]]
 
 
 def _range_query(url: str, query: str, times: list[float], step: float) -> list[_Row]:
+    start, end = f"{times[0]:.3f}", f"{times[-1] + step / 2:.3f}"
     answer = get_json(
         f"{url}/api/v1/query_range",
-        {
-            "query": query,
-            "start": f"{times[0]:.3f}",
-            "end": f"{times[-1] + step / 2:.3f}",
-            "step": f"{step:.3f}",
-        },
+        {"query": query, "start": start, "end": end, "step": f"{step:.3f}"},
     )
     try:
         return [
@@ -166,14 +139,3 @@ def _range_query(url: str, query: str, times: list[float], step: float) -> list[
     except (KeyError, TypeError, ValueError) as error:
         shown = str(answer)[:200]
         raise UnreachableError(f"{url} does not answer like Prometheus: {shown}") from error
-
-
-def _by_time(rows: Iterable[_Row], times: list[float], step: float) -> list[Snapshot]:
-    samples: list[dict[ScrapedSeries, float]] = [{} for _ in times]
-    for labels, values in rows:
-        series = ScrapedSeries(labels.pop("__name__", ""), frozenset(labels.items()))
-        for at, value in values:
-            index = round((at - times[0]) / step)
-            if 0 <= index < len(times):
-                samples[index][series] = value
-    return [Snapshot(at, found) for at, found in zip(times, samples, strict=True)]

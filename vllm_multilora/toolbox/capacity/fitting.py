@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vllm_multilora.toolbox.capacity.calibration import Residual
 from vllm_multilora.toolbox.capacity.step_cost import TERMS, StepBatch
-
-_REQUEST = "request"
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,6 @@ class Sample:
 
     Attributes:
         case: What was measured; steps of one case differ by nothing but the length of contexts.
-        batch: What was computed.
         seconds: How long it took, above 0.
         has_request: Whether a request's way to the engine and its answer's way back are in it.
     """
@@ -34,22 +32,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Fit:
-    """The terms' costs that explain samples best.
-
-    Attributes:
-        seconds: For one of each of `TERMS`; 0 where nothing was measured of it.
-        request_s: Seconds of a request outside the engine.
-        residual: Root mean square, over all cases, of how far the fitted time of a case's steps is
-            from their measured mean, relative to it.
-        worst: The largest of these.
-        worst_case: Where it is.
-    """
+    """Seconds for one of each of `TERMS`, 0 where nothing was measured of it, and of a request."""
 
     seconds: dict[str, float]
     request_s: float
-    residual: float
-    worst: float
-    worst_case: str
+    residual: Residual
 
 
 def fit(samples: Sequence[Sample]) -> Fit:
@@ -79,14 +66,14 @@ def fit(samples: Sequence[Sample]) -> Fit:
         for case, places in cases.items()
     }
     worst = max(errors, key=lambda case: abs(errors[case]))
-    named = dict(zip((*TERMS, _REQUEST), map(float, found), strict=True))
-    return Fit(
-        seconds={term: named[term] for term in TERMS},
-        request_s=named[_REQUEST],
-        residual=float(np.sqrt(np.mean(np.square(list(errors.values()))))),
+    *costs, request_s = map(float, found)
+    residual = Residual(
+        rms=float(np.sqrt(np.mean(np.square(list(errors.values()))))),
         worst=errors[worst],
         worst_case=worst,
+        steps=len(samples),
     )
+    return Fit(dict(zip(TERMS, costs, strict=True)), request_s, residual)
 
 
 def _nonnegative(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:

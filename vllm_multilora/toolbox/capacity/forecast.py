@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from vllm_multilora.errors import ConfigError
 from vllm_multilora.slots.budget import MIB
-from vllm_multilora.slots.simulation.replay import ServerShape
 from vllm_multilora.slots.simulation.traces import TimedTrace, TraceError
 from vllm_multilora.toolbox.capacity.calibration import Calibration, CalibrationError
-from vllm_multilora.toolbox.capacity.served import Costs, Request, Served
+from vllm_multilora.toolbox.capacity.served import PlannedServer, Request, Served
 from vllm_multilora.toolbox.capacity.simulated_engine import Engine
-from vllm_multilora.toolbox.capacity.step_cost import StepCost
 from vllm_multilora.wording import listed
 
 _MARGIN = 1.05
@@ -20,49 +17,17 @@ _MARGIN = 1.05
 
 
 @dataclass(frozen=True)
-class PlannedServer:
-    """The server to plan.
-
-    Attributes:
-        shape: Slots, host memory, and `--max-num-seqs` as `concurrency`.
-        max_num_batched_tokens: The most tokens of a step.
-        policy: The name of the cache policy.
-
-    Raises:
-        ConfigError: A step has fewer tokens than a batch has requests.
-    """
-
-    shape: ServerShape
-    max_num_batched_tokens: int
-    policy: str = "lru"
-
-    def __post_init__(self) -> None:
-        if self.max_num_batched_tokens < self.shape.concurrency:
-            raise ConfigError(
-                f"--max-num-batched-tokens {self.max_num_batched_tokens} is less than "
-                f"--max-num-seqs {self.shape.concurrency}, which vLLM refuses: each running "
-                "request gets a token in each step"
-            )
-
-
-@dataclass(frozen=True)
 class Forecast:
     """What is expected; times in seconds.
 
     Attributes:
-        requests: Of the trace.
         seconds: From the first arrival to the last token.
-        generated_per_s: Generated tokens a second, over these seconds.
-        prompt_per_s: Tokens of prompts, likewise.
-        busy: The share of these seconds in which the engine computes.
-        first_token_p50: Median time to the first token.
-        first_token_p99: Its 99th percentile.
-        next_token_p50: Median time from one token of a request to its next.
-        next_token_p99: Its 99th percentile; 0, as the median, if every request has one token.
+        generated_per_s: Generated tokens a second; `prompt_per_s` are tokens of prompts.
+        busy: The share of the time in which the engine computes.
+        first_token_p50: Median time to the first token; `_p99` are 99th percentiles.
+        next_token_p50: Median time from one token of a request to its next; 0 if none has two.
         gpu_hit_rate: The share of requests with adapters that find theirs in a slot as they come.
         cpu_hit_rate: That of those that find it there or in host memory.
-        loads: Loads of adapters.
-        activations: Copies into slots.
         outside: What there is more of than was calibrated, for people.
     """
 
@@ -87,12 +52,8 @@ def forecast(
 ) -> Forecast:
     """Goes through a server's steps for a trace, from empty slots and empty host memory on.
 
-    Args:
-        trace: The requests. Those that name the calibration's model, or nothing, have no
-            adapter.
-        sizes: Bytes of the adapters that the trace does not state.
-        server: What serves them.
-        calibration: What things take there.
+    Requests that name the calibration's model, or nothing, have no adapter; `sizes` are bytes of
+    the adapters whose size the trace does not state.
 
     Raises:
         TraceError: Nobody says an adapter's size, or a request is longer than the model allows.
@@ -116,12 +77,12 @@ def forecast(
             "the trace has adapters, but the calibration has no times of loads: calibrate a server "
             "that has adapters which nobody has requested yet"
         )
-    server.shape.check_sizes({name: known[name] for name in numbers})
-    begin = trace.requests[0].arrives_s
+    requested = {name: known[name] for name in numbers}
+    server.shape.check_sizes(requested)
+    begin, most = trace.requests[0].arrives_s, calibration.settings.max_model_len
     requests = []
     for one in trace.requests:
-        most, tokens = calibration.settings.max_model_len, one.prompt_tokens + one.generation_tokens
-        if tokens > most:
+        if one.prompt_tokens + one.generation_tokens > most:
             raise TraceError(
                 f"the request at {one.arrives_s:g} s has {one.prompt_tokens} + "
                 f"{one.generation_tokens} tokens, but the calibrated server accepts at most {most}"
@@ -129,21 +90,8 @@ def forecast(
         number = None if one.adapter is None else numbers.get(one.adapter)
         arrives = one.arrives_s - begin
         requests.append(Request(arrives, number, one.prompt_tokens, one.generation_tokens))
-    costs = Costs(
-        StepCost(calibration.step_s),
-        calibration.request_s,
-        calibration.request_beside_s,
-        calibration.loads,
-    )
-    engine = Engine(
-        server.shape,
-        server.max_num_batched_tokens,
-        server.policy,
-        costs,
-        [known[name] for name in numbers],
-    )
-    served = engine.serve(requests)
-    largest = max((known[name] for name in numbers), default=0)
+    served = Engine(server, calibration, [*requested.values()]).serve(requests)
+    largest = max(requested.values(), default=0)
     return _summary(requests, served, tuple(_outside(served, largest, calibration)))
 
 

@@ -8,26 +8,23 @@ request's time to its first token is that of a step with its prompt, plus the re
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from vllm_multilora.toolbox.capacity.calibration import CalibrationError, LoadCosts, Ranges
 from vllm_multilora.toolbox.capacity.fitting import Sample
-from vllm_multilora.toolbox.capacity.load_timing import time_loads
 from vllm_multilora.toolbox.capacity.step_cost import StepBatch, pairs_of
 from vllm_multilora.toolbox.capacity.timing import (
     SHORT_PROMPT,
     STREAMS,
-    Adapter,
-    ServerLimits,
     Timed,
-    TimedClient,
     steps_of,
+    time_loads,
 )
 from vllm_multilora.toolbox.clients.completions import Answer, Ask
 from vllm_multilora.wording import counted
 
 _DECODED, _REPEATS, _LATE, _LOT, _LOTS = 24, 5, 16, 4, 8
+_LEAST_LEN = 4 * SHORT_PROMPT + _DECODED
 _PROMPTS = (8, 32, 128, 512, 2048)
 _BESIDE = (32, 128)
 _GOLDEN, _SPREAD = 0.618, 3
@@ -36,22 +33,45 @@ evenly, however long it is.
 """
 
 
-@dataclass
-class Measured:
-    """What was measured.
+class Measuring:
+    """One run of all measurements of a server.
 
     Attributes:
-        samples: Steps.
         loads: What loads take; None if none was timed.
         sizes: Bytes by adapter, of those that were loaded.
         missed_s: Of each late request, the seconds of steps between the one in which it was sent
             and the one that had it.
     """
 
-    samples: list[Sample]
-    loads: LoadCosts | None
-    sizes: dict[str, int]
-    missed_s: list[float] = field(default_factory=list)
+    def __init__(self, server: Timed) -> None:
+        self._server = server
+        self._settings = server.settings
+        self._seqs = server.settings.max_num_seqs
+        self.samples: list[Sample] = []
+        self.loads: LoadCosts | None = None
+        self.sizes: dict[str, int] = {}
+        self.missed_s: list[float] = []
+
+    def run(self) -> None:
+        """Measures; a minute or two where a step takes 0.1 seconds.
+
+        Raises:
+            CalibrationError: The server takes too short requests.
+            UnreachableError: It does not answer.
+        """
+        server = self._server
+        if self._settings.max_model_len < _LEAST_LEN:
+            raise CalibrationError(
+                f"the server accepts {self._settings.max_model_len} tokens per request, but "
+                f"calibrating it needs at least {_LEAST_LEN}"
+            )
+        server.alone(server.model, SHORT_PROMPT, times=3)
+        server.progress(f"loads of adapters from {server.source}")
+        self.loads, self.samples = time_loads(server)
+        in_slots = self._in_slots()
+        self._prompts([server.model, *dict.fromkeys((*in_slots[:1], *in_slots[-1:]))])
+        self._generation(in_slots)
+        self._mixed(in_slots)
 
     @property
     def request_beside_s(self) -> float | None:
@@ -75,137 +95,55 @@ class Measured:
             load_bytes=max(self.sizes.values(), default=0) if self.loads else 0,
         )
 
-
-class Measuring:
-    """One run of all measurements.
-
-    Args:
-        client: Asks the server, which nobody else asks meanwhile.
-        model: The base model's name.
-        limits: Of the server.
-        list_adapters: The server's adapters now.
-        source: Where the files of cold adapters lie, as `LoadCosts.source`.
-        progress: Is told what is measured.
-    """
-
-    def __init__(
-        self,
-        client: TimedClient,
-        model: str,
-        limits: ServerLimits,
-        list_adapters: Callable[[], Sequence[Adapter]],
-        source: str,
-        progress: Callable[[str], None] = lambda what: None,
-    ) -> None:
-        self._server = Timed(client, model, limits)
-        self._model, self._limits = model, limits
-        self._list = list_adapters
-        self._source = source
-        self._progress = progress
-        self._measured = Measured([], None, {})
-
-    def run(self) -> Measured:
-        """Measures; a minute or two where a step takes 0.1 seconds.
-
-        Raises:
-            CalibrationError: The server takes too short requests.
-            UnreachableError: It does not answer.
-        """
-        if self._limits.max_model_len < 4 * SHORT_PROMPT + _DECODED:
-            raise CalibrationError(
-                f"the server accepts {self._limits.max_model_len} tokens per request, but "
-                f"calibrating it needs at least {4 * SHORT_PROMPT + _DECODED}"
-            )
-        self._server.alone(self._model, SHORT_PROMPT, times=3)
-        self._progress(f"loads of adapters from {self._source}")
-        self._measured.loads, self._measured.samples = time_loads(
-            self._server, self._list, self._source, self._progress
-        )
-        in_slots = self._in_slots()
-        self._prompts([self._model, *dict.fromkeys((*in_slots[:1], *in_slots[-1:]))])
-        self._generation(in_slots)
-        self._mixed(in_slots)
-        return self._measured
-
-    # Steps
-
     def _in_slots(self) -> list[str]:
         """The loaded adapters that can be asked for without a load; the smallest first."""
-        listed = self._list()
-        slots = [adapter.name for adapter in listed if adapter.state == "slot"]
-        self._measured.sizes |= {a.name: a.bytes for a in listed if a.bytes}
-        known = [name for name in slots if name in self._measured.sizes]
-        return sorted(known, key=self._measured.sizes.__getitem__)
+        listed = self._server.list_adapters()
+        self.sizes |= {each.name: each.bytes for each in listed if each.bytes}
+        slots = [each.name for each in listed if each.state == "slot" and each.name in self.sizes]
+        return sorted(slots, key=self.sizes.__getitem__)
 
     def _prompts(self, models: Sequence[str]) -> None:
-        most = min(self._limits.max_num_batched_tokens, self._limits.max_model_len - 1)
+        most = min(self._settings.max_num_batched_tokens, self._settings.max_model_len - 1)
         lengths = sorted({*(p for p in _PROMPTS if p < most), most})
         for model in models:
-            self._progress(f"prompts for {model}")
-            size = self._size(model)
+            self._server.progress(f"prompts for {model}")
             for length in lengths:
-                batch = StepBatch(
-                    prompt_tokens=length,
-                    rows=1,
-                    prompt_pairs=pairs_of(length),
-                    adapter_bytes=size,
-                    adapted_tokens=length if size else 0,
-                    adapted_token_bytes=length * size,
-                )
-                self._measured.samples += [
+                batch = self._batch([], [Ask(model, length, 1)])
+                self.samples += [
                     Sample(f"prompt of {length} for {model}", batch, seconds, has_request=True)
                     for seconds in self._server.alone(model, length, times=_REPEATS)
                 ]
 
     def _generation(self, in_slots: Sequence[str]) -> None:
         for rows in sorted({1, min(4, self._seqs), -(-self._seqs // 2), self._seqs}):
-            self._progress(f"generation for {counted(rows, 'request')}")
-            mixes = [[self._model], in_slots[:1], in_slots[-1:]]
+            self._server.progress(f"generation for {counted(rows, 'request')}")
+            mixes = [[self._server.model], in_slots[:1], in_slots[-1:]]
             if rows > 1 and len(in_slots) > 2:
                 mixes.append(list(in_slots))
-            for models in mixes:
-                if models:
-                    self._generate(rows, models, SHORT_PROMPT)
-        long = self._limits.max_model_len - _DECODED - 1
-        self._generate(min(4, self._seqs), [self._model], long)
+            for models in filter(None, mixes):
+                self._generate(rows, models, SHORT_PROMPT)
+        long = self._settings.max_model_len - _DECODED - 1
+        self._generate(min(4, self._seqs), [self._server.model], long)
 
     def _generate(self, rows: int, models: Sequence[str], prompt: int) -> None:
-        chosen = [models[n % len(models)] for n in range(rows)]
-        answers = self._server.client.together(
-            [Ask(model, prompt, _DECODED + 1) for model in chosen]
-        )
-        sizes = [self._size(model) for model in chosen]
-        adapters = dict(zip(chosen, sizes, strict=True))
-        name = models[0] if len(models) == 1 else f"{len(adapters)} adapters"
-        for age, (begin, end) in enumerate(steps_of(answers), 1):
-            batch = StepBatch(
-                rows=rows,
-                context_tokens=rows * (prompt + age),
-                adapter_bytes=sum(adapters.values()),
-                adapted_tokens=sum(size > 0 for size in sizes),
-                adapted_token_bytes=sum(sizes),
-            )
-            case = f"{counted(rows, 'token')} after {prompt} for {name}"
-            self._measured.samples.append(Sample(case, batch, end - begin))
+        asks = [Ask(models[n % len(models)], prompt, _DECODED + 1) for n in range(rows)]
+        adapters = len({ask.model for ask in asks})
+        name = models[0] if len(models) == 1 else f"{adapters} adapters"
+        case = f"{counted(rows, 'token')} after {prompt} for {name}"
+        for age, (begin, end) in enumerate(steps_of(self._server.client.together(asks)), 1):
+            self.samples.append(Sample(case, self._batch(asks, [], age), end - begin))
 
     def _mixed(self, in_slots: Sequence[str]) -> None:
         """Steps with prompts beside requests that generate: with one, and with several."""
-        lengths = [length for length in _BESIDE if length < self._limits.max_model_len / 2]
-        generated = [s.seconds for s in self._measured.samples if not s.batch.prompt_tokens]
-        step_s = statistics.median(generated)
+        lengths = [length for length in _BESIDE if length < self._settings.max_model_len / 2]
+        generated = [s.seconds for s in self.samples if not s.batch.prompt_tokens]
+        spread_s = _SPREAD * statistics.median(generated)
         for rows in sorted({min(STREAMS, self._seqs - 1), self._seqs - 1}):
-            for models in filter(None, ([self._model], list(in_slots))):
-                self._progress(f"prompts beside {counted(rows, 'request')}")
+            for models in filter(None, ([self._server.model], list(in_slots))):
+                self._server.progress(f"prompts beside {counted(rows, 'request')}")
                 chosen = [models[n % len(models)] for n in range(rows)]
                 single = [
-                    [
-                        Ask(
-                            chosen[-1],
-                            lengths[n % len(lengths)],
-                            1,
-                            _SPREAD * step_s * (n * _GOLDEN % 1),
-                        )
-                    ]
+                    [Ask(chosen[-1], lengths[n % len(lengths)], 1, spread_s * (n * _GOLDEN % 1))]
                     for n in range(_LATE)
                 ]
                 streams, answers = self._server.beside(chosen, single)
@@ -217,7 +155,7 @@ class Measuring:
 
     def _lot(self, models: Sequence[str], length: int, rows: int) -> list[Ask]:
         """Requests with prompts that one step can have beside so many that generate; or none."""
-        room = (self._limits.max_num_batched_tokens - rows) // length
+        room = (self._settings.max_num_batched_tokens - rows) // length
         count = min(_LOT, self._seqs - rows, room)
         return [Ask(models[n % len(models)], length, 1) for n in range(count)] if count > 1 else []
 
@@ -226,45 +164,38 @@ class Measuring:
         for answer in answers:
             begin, _ = steps[_step_of(answer, steps)]
             boundary = next((each for _, each in steps if each > answer.begin_s), begin)
-            self._measured.missed_s.append(max(0.0, begin - boundary))
+            self.missed_s.append(max(0.0, begin - boundary))
 
     def _note_mixed(self, streams: Sequence[Answer], lots: Sequence[Sequence[Answer]]) -> None:
         """Notes the steps that had prompts; a lot may have come in several."""
         steps = steps_of(streams)
+        running = [stream.ask for stream in streams]
         for lot in lots:
             places = [_step_of(answer, steps) for answer in lot]
             for place in dict.fromkeys(places):
                 late = [answer.ask for answer, at in zip(lot, places, strict=True) if at == place]
-                self._note_step([stream.ask for stream in streams], late, place + 1, *steps[place])
+                batch = self._batch(running, late, place + 1)
+                tokens = batch.prompt_tokens
+                kind = "with adapters" if batch.adapter_bytes else "without"
+                what = f"{len(late)} prompts" if len(late) > 1 else "prompt"
+                case = f"{what} of {tokens} beside {len(running)} {kind}"
+                begin, end = steps[place]
+                self.samples.append(Sample(case, batch, end - begin))
 
-    def _note_step(
-        self, running: Sequence[Ask], late: Sequence[Ask], age: int, begin: float, end: float
-    ) -> None:
-        """Notes a step with prompts, beside requests that have generated `age` tokens."""
-        tokens = sum(ask.prompt_tokens for ask in late)
-        sizes = {ask.model: self._size(ask.model) for ask in (*running, *late)}
+    def _batch(self, running: Sequence[Ask], late: Sequence[Ask], age: int = 0) -> StepBatch:
+        """A step of requests that have generated `age` tokens, and of others with their prompts."""
+        sizes = {ask.model: self.sizes.get(ask.model, 0) for ask in (*running, *late)}
         computed = [(1, sizes[ask.model]) for ask in running]
         computed += [(ask.prompt_tokens, sizes[ask.model]) for ask in late]
-        batch = StepBatch(
-            prompt_tokens=tokens,
-            rows=len(running) + len(late),
+        return StepBatch(
+            prompt_tokens=sum(ask.prompt_tokens for ask in late),
+            rows=len(computed),
             prompt_pairs=sum(pairs_of(ask.prompt_tokens) for ask in late),
-            context_tokens=len(running) * (SHORT_PROMPT + age),
+            context_tokens=sum(ask.prompt_tokens + age for ask in running),
             adapter_bytes=sum(sizes.values()),
             adapted_tokens=sum(count for count, size in computed if size),
             adapted_token_bytes=sum(count * size for count, size in computed),
         )
-        kind = "with adapters" if batch.adapter_bytes else "without"
-        what = f"{len(late)} prompts of {tokens}" if len(late) > 1 else f"prompt of {tokens}"
-        case = f"{what} beside {len(running)} {kind}"
-        self._measured.samples.append(Sample(case, batch, end - begin))
-
-    def _size(self, model: str) -> int:
-        return self._measured.sizes.get(model, 0)
-
-    @property
-    def _seqs(self) -> int:
-        return self._limits.max_num_seqs
 
 
 def _step_of(answer: Answer, steps: Sequence[tuple[float, float]]) -> int:

@@ -5,19 +5,36 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from vllm_multilora.toolbox.capacity.calibration import LoadCosts
-from vllm_multilora.toolbox.capacity.step_cost import StepCost
+from vllm_multilora.errors import ConfigError
+from vllm_multilora.slots.simulation.replay import ServerShape
+
+
+@dataclass(frozen=True)
+class PlannedServer:
+    """The server to plan; `shape.concurrency` is its `--max-num-seqs`.
+
+    Raises:
+        ConfigError: A step has fewer tokens than a batch has requests.
+    """
+
+    shape: ServerShape
+    max_num_batched_tokens: int
+    policy: str = "lru"
+
+    def __post_init__(self) -> None:
+        if self.max_num_batched_tokens < self.shape.concurrency:
+            raise ConfigError(
+                f"--max-num-batched-tokens {self.max_num_batched_tokens} is less than "
+                f"--max-num-seqs {self.shape.concurrency}, which vLLM refuses: each running "
+                "request gets a token in each step"
+            )
 
 
 @dataclass(frozen=True)
 class Request:
-    """A request.
+    """A request: when it is sent, and the number of its adapter; None for the base model.
 
-    Attributes:
-        arrives_s: When it is sent, in seconds; 0 or more.
-        adapter: The number of its adapter; None for the base model.
-        prompt_tokens: At least 1.
-        generation_tokens: Likewise.
+    It is sent at 0 seconds or later, and has at least one token of each kind.
     """
 
     arrives_s: float
@@ -26,36 +43,16 @@ class Request:
     generation_tokens: int
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What things take.
-
-    Attributes:
-        step: Steps.
-        request_s: Seconds of a request outside the engine, while that is idle.
-        request_beside_s: As `request_s`, while the engine computes.
-        loads: Loads and copies; None if all adapters are in slots from the start.
-    """
-
-    step: StepCost
-    request_s: float
-    request_beside_s: float
-    loads: LoadCosts | None
-
-
 @dataclass
 class Served:
     """What has come of a trace.
 
     Attributes:
         first_token_s: Of each request: seconds from its sending to its first token.
-        end_s: When the last token came.
         steps: Seconds of each step, and the requests that got their next token in it.
         gpu_hits: Requests whose adapter was in a slot when they came; none of the base model.
         cpu_hits: Those whose adapter was in a slot or in host memory.
-        loads: Loads.
-        activations: Copies into slots.
-        most: The most of each attribute of a `Batch` in one step, by its name.
+        most: The most of each attribute of a `StepBatch` in one step, by its name.
         most_context: The most tokens that were in the KV cache.
     """
 

@@ -6,9 +6,8 @@ their arrival. A waiting request whose adapter is not in a slot is passed over, 
 `integration/engine/scheduling/scheduler.py`: the adapter is read, waits for its turn and is copied,
 and the request may run in the step after that, or in the same one if the step waits for the copy.
 The first requests for an adapter reach the scheduler when it has been read, and queue behind what
-has come
-meanwhile: API servers wait until the engine has accepted it. Slots, turns, policies and host memory
-are decided by the same classes as in a server.
+has come meanwhile: API servers wait until the engine has accepted it. Slots, turns, policies and
+host memory are decided by the same classes as in a server.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from itertools import count
 from vllm_multilora.slots.assignment import AWAITED_BYTES, COPY_S, SlotAssignment
 from vllm_multilora.slots.fairness.slot_turns import SlotTurns
 from vllm_multilora.slots.policies.policy_registry import make_policy
-from vllm_multilora.slots.simulation.replay import ServerShape
-from vllm_multilora.toolbox.capacity.served import Costs, Request, Served
+from vllm_multilora.toolbox.capacity.calibration import Calibration
+from vllm_multilora.toolbox.capacity.served import PlannedServer, Request, Served
 from vllm_multilora.toolbox.capacity.simulated_memory import SimulatedMemory
-from vllm_multilora.toolbox.capacity.step_cost import StepBatch, pairs_of
+from vllm_multilora.toolbox.capacity.step_cost import StepBatch, StepCost, pairs_of
 
 _IDLE_S = 0.001
 
@@ -33,10 +32,6 @@ class Engine:
     """An engine with empty slots and empty host memory.
 
     Args:
-        shape: Slots, host memory, and the most requests of a batch (`concurrency`).
-        step_tokens: The most tokens of a step, at least as many.
-        policy: The name of the cache policy.
-        costs: What things take.
         sizes: Bytes of each adapter, by number.
 
     Raises:
@@ -44,26 +39,24 @@ class Engine:
     """
 
     def __init__(
-        self,
-        shape: ServerShape,
-        step_tokens: int,
-        policy: str,
-        costs: Costs,
-        sizes: Sequence[int],
+        self, server: PlannedServer, calibration: Calibration, sizes: Sequence[int]
     ) -> None:
-        self._slots = SlotAssignment(shape.slots, make_policy(policy))
+        policy, self._shape = server.policy, server.shape
+        self._slots = SlotAssignment(self._shape.slots, make_policy(policy))
         self._turns = SlotTurns()
-        self._memory = SimulatedMemory(make_policy(policy), shape.budget, sizes, costs.loads)
-        self._shape = shape
-        self._step_tokens = step_tokens
-        self._costs = costs
+        self._memory = SimulatedMemory(
+            make_policy(policy), self._shape.budget, sizes, calibration.loads
+        )
+        self._step_tokens = server.max_num_batched_tokens
+        self._costs = calibration
+        self._step_cost = StepCost(calibration.step_s)
         self._sizes = sizes
         self._now = 0.0
-        self._way_s = costs.request_s  # outside the engine, of requests that come now
+        self._way_s = calibration.request_s  # outside the engine, of requests that come now
         self._new: dict[int, list[int]] = {}  # requests by adapter that has never been read
         # Those whose adapters the engine has accepted: when they reach the scheduler; a heap.
         self._accepted: list[tuple[float, int]] = []
-        self._known: set[int | None] = {None}  # adapters that have been read
+        self._known: set[int] = set()  # adapters that have been read
         # By adapter: when a request reached the scheduler, as a number, and the request.
         self._waiting: dict[int | None, deque[tuple[int, int]]] = {}
         self._places = count()
@@ -102,7 +95,7 @@ class Engine:
                 comes = min(comes, self._accepted[0][0])
             self._idle(max(comes, self._now))
         self._served.end_s = self._now
-        self._served.loads = self._memory.loaded.total()
+        self._served.loads = self._memory.loads
         return self._served
 
     def _reaches(self, number: int) -> float:
@@ -122,10 +115,9 @@ class Engine:
 
     def _come(self, number: int) -> None:
         adapter = self._requests[number].adapter
-        if adapter in self._known:
+        if adapter is None or adapter in self._known:
             self._queue(number)
         else:
-            assert adapter is not None
             self._new.setdefault(adapter, []).append(number)
         if adapter is None:
             return
@@ -169,23 +161,18 @@ class Engine:
         )
         self._waits_for_slot = False
         left = self._step_tokens - self._generating
-        parts: list[tuple[int, int, int]] = []  # request, tokens before, tokens now
-        for number, before in self._prefilling.items():
-            tokens = min(left, self._requests[number].prompt_tokens - before)
-            if tokens > 0:
-                parts.append((number, before, tokens))
-                left -= tokens
-        for number in self._admitted(left):
-            tokens = min(left, self._requests[number].prompt_tokens)
-            parts.append((number, 0, tokens))
-            left -= tokens
+        self._admit(left - sum(self._left_of(number) for number in self._prefilling))
         if self._running_set != self._running.keys():
             self._running_set = frozenset(self._running)
             self._memory.used(self._running_set)
         self._slots.running(self._running_set)
-        if not parts and not self._generating:
+        if not self._prefilling and not self._generating:
             return None, []
-        return self._batch(parts)
+        return self._batch(left)
+
+    def _left_of(self, number: int) -> int:
+        """Tokens of a request's prompt that are still to be computed."""
+        return self._requests[number].prompt_tokens - self._prefilling[number]
 
     def _take_copies(self) -> None:
         while self._copies and self._copies[0][0] <= self._now:
@@ -193,12 +180,11 @@ class Engine:
             self._slots.filled(order)
             self._memory.release(adapter)
 
-    def _admitted(self, left: int) -> list[int]:
-        """The waiting requests that are taken into the batch, which has room for so many tokens."""
+    def _admit(self, left: int) -> None:
+        """Takes waiting requests into the batch, which has room for so many tokens of theirs."""
         room = self._shape.concurrency - self._generating - len(self._prefilling)
         heads = [(queue[0], adapter) for adapter, queue in self._waiting.items()]
         heapq.heapify(heads)
-        taken = []
         while heads and room > 0 and left > 0:
             (_, number), adapter = heapq.heappop(heads)
             if adapter is not None and not self._may_run(adapter):
@@ -209,12 +195,11 @@ class Engine:
                 heapq.heappush(heads, (queue[0], adapter))
             else:
                 del self._waiting[adapter]
-            taken.append(number)
+            self._prefilling[number] = 0
             room -= 1
             left -= self._requests[number].prompt_tokens
             if adapter is not None:
                 self._running[adapter] += 1
-        return taken
 
     def _is_at_hand(self, adapter: int) -> bool:
         return self._slots.slot_of(adapter) is not None or adapter in self._memory
@@ -248,19 +233,21 @@ class Engine:
         self._turns.place(adapter)
         return False
 
-    def _batch(self, parts: Sequence[tuple[int, int, int]]) -> tuple[StepBatch, list[int]]:
+    def _batch(self, left: int) -> tuple[StepBatch, list[int]]:
+        """Computes prompts, as many tokens as are left for them."""
         prompt_tokens, pairs = 0, 0.0
         adapted, adapted_bytes = self._adapted_rows, float(self._adapted_row_bytes)
         completed = []
-        for number, before, tokens in parts:
-            request = self._requests[number]
+        for number, before in self._prefilling.items():
+            adapter = self._requests[number].adapter
+            tokens = min(left - prompt_tokens, self._left_of(number))
             prompt_tokens += tokens
             pairs += pairs_of(tokens, before)
-            if request.adapter is not None:
+            if adapter is not None:
                 adapted += tokens
-                adapted_bytes += tokens * self._sizes[request.adapter]
-            self._prefilling[number] = before + tokens
-            if before + tokens == request.prompt_tokens:
+                adapted_bytes += tokens * self._sizes[adapter]
+            self._prefilling[number] += tokens
+            if not self._left_of(number):
                 completed.append(number)
         batch = StepBatch(
             prompt_tokens=prompt_tokens,
@@ -275,34 +262,29 @@ class Engine:
         return batch, completed
 
     def _compute(self, batch: StepBatch, completed: Sequence[int]) -> None:
-        seconds = self._costs.step.of(batch)
-        self._note(batch, seconds)
+        seconds, served = self._step_cost.of(batch), self._served
+        served.steps.append((seconds, self._generating))
+        context = self._context + sum(self._prefilling.values()) + self._generating
+        served.most_context = max(served.most_context, context)
+        for what in ("prompt_tokens", "rows", "prompt_pairs", "context_tokens", "adapter_bytes"):
+            served.most[what] = max(served.most[what], getattr(batch, what))
         self._now += seconds
         self._way_s = self._costs.request_beside_s
         self._memory.advance(seconds, computing=True)
         self._context += self._generating
-        step = len(self._served.steps)
+        step = len(served.steps)
         for number in self._ending.pop(step, ()):
             self._generates(number, -1)
             self._leave(number)
         for number in completed:
             request = self._requests[number]
             del self._prefilling[number]
-            self._served.first_token_s[number] = self._now - request.arrives_s
+            served.first_token_s[number] = self._now - request.arrives_s
             if request.generation_tokens == 1:
                 self._leave(number)
             else:
                 self._generates(number, 1)
                 self._ending[step + request.generation_tokens - 1].append(number)
-
-    def _note(self, batch: StepBatch, seconds: float) -> None:
-        served = self._served
-        served.steps.append((seconds, self._generating))
-        served.most_context = max(
-            served.most_context, self._context + sum(self._prefilling.values()) + self._generating
-        )
-        for what in ("prompt_tokens", "rows", "prompt_pairs", "context_tokens", "adapter_bytes"):
-            served.most[what] = max(served.most[what], getattr(batch, what))
 
     def _generates(self, number: int, count: int) -> None:
         """A request begins to generate (1), or has all its tokens (-1)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 
 from vllm_multilora.config import MultiLoRAConfig
@@ -25,29 +25,24 @@ class SimulatedMemory:
     into its slot, or nobody waits for it any more.
 
     Args:
-        policy: Chooses who leaves.
-        budget: Of host memory.
-        sizes: Bytes of each adapter.
-        loads: What a load takes; None if nothing ever has to be loaded.
+        costs: What a load takes; None if nothing ever has to be loaded.
 
     Attributes:
-        loaded: Loads that have begun.
+        used: Tells the adapters of the running batch to the policy, when they have changed.
+        loads: Loads that have begun.
     """
 
     def __init__(
-        self,
-        policy: CachePolicy,
-        budget: CpuBudget,
-        sizes: Sequence[int],
-        loads: LoadCosts | None,
+        self, policy: CachePolicy, budget: CpuBudget, sizes: Sequence[int], costs: LoadCosts | None
     ) -> None:
         self._tier = HostTier(policy, budget)
         self._sizes = sizes
-        self._loads = loads
+        self._costs = costs
         self._queue: deque[int] = deque()
         self._left: dict[int, float] = {}  # adapters being read: the share of each that remains
         self._leased: set[int] = set()
-        self.loaded: Counter[int] = Counter()
+        self.used = self._tier.used
+        self.loads = 0
 
     def __contains__(self, adapter: int) -> bool:
         """Whether the adapter is there, read."""
@@ -60,13 +55,7 @@ class SimulatedMemory:
     @property
     def next_s(self) -> float:
         """Seconds until a load ends if the engine stays idle; infinite without loads."""
-        if not self._left:
-            return float("inf")
-        return min(self._needed(adapter, computing=False) for adapter in self._left)
-
-    def used(self, adapters: frozenset[int]) -> None:
-        """Tells the adapters of the running batch, when they have changed."""
-        self._tier.used(adapters)
+        return min(map(self._needed, self._left), default=float("inf"))
 
     def request_load(self, adapter: int) -> None:
         """Has an adapter read that is neither there nor requested already; leases one that is."""
@@ -82,12 +71,7 @@ class SimulatedMemory:
         self._begin()
 
     def advance(self, seconds: float, *, computing: bool) -> None:
-        """Time passes.
-
-        Args:
-            seconds: So much.
-            computing: Whether the engine computes meanwhile.
-        """
+        """So many seconds pass, in which the engine computes or is idle."""
         while self._left:
             needed = {adapter: self._needed(adapter, computing=computing) for adapter in self._left}
             first = min(needed, key=needed.__getitem__)
@@ -101,10 +85,10 @@ class SimulatedMemory:
             self._leased.add(first)
             self._begin()
 
-    def _needed(self, adapter: int, *, computing: bool) -> float:
+    def _needed(self, adapter: int, *, computing: bool = False) -> float:
         """Seconds until a load ends, if nothing changes."""
-        assert self._loads is not None
-        alone = self._loads.seconds(self._sizes[adapter], computing=computing)
+        assert self._costs is not None
+        alone = self._costs.seconds(self._sizes[adapter], computing=computing)
         return self._left[adapter] * alone * len(self._left)
 
     def _begin(self) -> None:
@@ -114,5 +98,5 @@ class SimulatedMemory:
             if self._tier.take(adapter, self._sizes[adapter], leased) is None:
                 return  # until a lease ends
             self._queue.popleft()
-            self.loaded[adapter] += 1
+            self.loads += 1
             self._left[adapter] = 1.0

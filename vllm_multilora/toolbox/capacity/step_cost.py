@@ -2,13 +2,12 @@
 
 A step has a fixed part (the model's weights are read once, and Python runs through its layers), a
 part for each token of a prompt, which grows with their number, since caches hold less of a larger
-step, one for each request that gets a token, and two parts for attention:
-one for each pair of tokens of a prompt, and one for each token of a context that is read for
-another token. Adapters add a fixed part for their kernels, a part for reading their matrices once
-each, and a part for multiplying each of their tokens; both are proportional to the adapter's bytes,
-and so to its rank. Prompts add a fixed part, since other kernels compute them than single tokens,
-and one for each request that generates beside them. Loads beside a step take processor time from
-it.
+step, one for each request that gets a token, and two parts for attention: one for each pair of
+tokens of a prompt, and one for each token of a context that is read for another token. Adapters add
+a fixed part for their kernels, a part for reading their matrices once each, and a part for
+multiplying each of their tokens; both are proportional to the adapter's bytes, and so to its rank.
+Prompts add a fixed part, since other kernels compute them than single tokens, and one for each
+request that generates beside them. Loads beside a step take processor time from it.
 """
 
 from __future__ import annotations
@@ -42,14 +41,11 @@ class StepBatch:
     """What a step computes.
 
     Attributes:
-        prompt_tokens: Tokens of prompts.
         rows: Requests that get a token.
         prompt_pairs: For each of the prompts' tokens, those that attention looks at; summed.
         context_tokens: Tokens of the contexts of requests that generate, the new ones included.
         adapter_bytes: Of the adapters in the batch, each counted once.
-        adapted_tokens: Computed tokens of requests with adapters.
         adapted_token_bytes: The bytes of its adapter for each of them, summed.
-        is_loading: Whether adapters are read meanwhile.
     """
 
     prompt_tokens: int = 0
@@ -87,11 +83,7 @@ def pairs_of(tokens: int, before: int = 0) -> float:
 
 
 class StepCost:
-    """Seconds that steps take.
-
-    Args:
-        seconds: For one of each of `TERMS`.
-    """
+    """Seconds that steps take, from those for one of each of `TERMS`."""
 
     def __init__(self, seconds: Mapping[str, float]) -> None:
         self._seconds = tuple(seconds[term] for term in TERMS)

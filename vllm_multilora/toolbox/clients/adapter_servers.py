@@ -23,12 +23,7 @@ class LoadRefusedError(MultiLoRAError):
 
 
 class AdapterServer(ABC):
-    """One server or worker.
-
-    Args:
-        url: Its address.
-        api_key: A key that may load adapters; None where the server has no keys.
-    """
+    """One server or worker; its methods raise UnreachableError if it does not answer."""
 
     def __init__(self, url: str, api_key: str | None) -> None:
         self._url = url
@@ -36,11 +31,7 @@ class AdapterServer(ABC):
 
     @abstractmethod
     def loaded(self) -> set[str]:
-        """The adapters that it has names for.
-
-        Raises:
-            UnreachableError: It does not say.
-        """
+        """The adapters that it has names for."""
 
     @abstractmethod
     def load(self, name: str, folder: str, *, is_new: bool) -> bool:
@@ -56,7 +47,6 @@ class AdapterServer(ABC):
 
         Raises:
             LoadRefusedError: It cannot serve the adapter.
-            UnreachableError: It does not answer.
         """
 
     @abstractmethod
@@ -104,7 +94,7 @@ def connect(url: str, api_key: str | None) -> tuple[AdapterServer, set[str]]:
 
     Args:
         url: Of a vLLM server, or of the system port of a worker of Dynamo's.
-        api_key: As for `AdapterServer`.
+        api_key: A key that may load adapters; None where the server has no keys.
 
     Raises:
         UnreachableError: Nothing there loads adapters.

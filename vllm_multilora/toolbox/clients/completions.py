@@ -5,10 +5,10 @@ from __future__ import annotations
 import http.client
 import json
 import random
-import ssl
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -26,7 +26,6 @@ class Ask:
     """A request.
 
     Attributes:
-        model: A name that the server has.
         prompt_tokens: Tokens of its prompt, which nobody has sent before.
         new_tokens: To generate; exactly so many are.
         delay_s: Seconds after the others' beginning.
@@ -40,13 +39,7 @@ class Ask:
 
 @dataclass
 class Answer:
-    """What has come of a request.
-
-    Attributes:
-        ask: The request.
-        begin_s: When it was sent, by `time.perf_counter`.
-        tokens_s: When each token came.
-    """
+    """When a request was sent and each token came, by `time.perf_counter`."""
 
     ask: Ask
     begin_s: float = 0.0
@@ -59,13 +52,7 @@ class Answer:
 
 
 class Completions:
-    """Asks a server.
-
-    Args:
-        url: Its address, without path.
-        api_key: Sent as bearer token, where there is one.
-        seed: Of the prompts.
-    """
+    """Asks a server; the seed is that of the prompts."""
 
     def __init__(self, url: str, api_key: str | None = None, seed: int | None = None) -> None:
         self._url = urlsplit(url)
@@ -95,9 +82,6 @@ class Completions:
                 that had the last of them has ended for the first ones, too.
             late: The others; those of a lot are sent together.
 
-        Returns:
-            The answers to both.
-
         Raises:
             UnreachableError: One of the others fails, or the first ones do before they generate.
         """
@@ -125,34 +109,27 @@ class Completions:
             stream.start()
         return streams
 
-    def connect(self) -> http.client.HTTPConnection:
-        """A connection to the server."""
-        if self._url.scheme == "https":
-            context = ssl.create_default_context()
-            return http.client.HTTPSConnection(
-                self._url.netloc, timeout=_TIMEOUT_S, context=context
-            )
-        return http.client.HTTPConnection(self._url.netloc, timeout=_TIMEOUT_S)
-
-    def post(self, connection: http.client.HTTPConnection, body: bytes) -> None:
-        """Sends a request."""
-        path = f"{self._url.path}/v1/completions"
-        connection.request("POST", path, body, self._headers)
-
     def body(self, ask: Ask) -> bytes:
         """What is sent for a request."""
-        return json.dumps(
-            {
-                "model": ask.model,
-                "prompt": self._dice.choices(_TOKENS, k=ask.prompt_tokens),
-                "max_tokens": ask.new_tokens,
-                "temperature": 0,
-                "ignore_eos": True,
-                "stream": True,
-                # Several tokens may come at once.
-                "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-            }
-        ).encode()
+        content = {
+            "model": ask.model,
+            "prompt": self._dice.choices(_TOKENS, k=ask.prompt_tokens),
+            "max_tokens": ask.new_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            # Several tokens may come at once.
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        }
+        return json.dumps(content).encode()
+
+    def send(self, body: bytes) -> http.client.HTTPConnection:
+        """Sends a request; its answer comes on the connection."""
+        is_safe = self._url.scheme == "https"
+        kind = http.client.HTTPSConnection if is_safe else http.client.HTTPConnection
+        connection = kind(self._url.netloc, timeout=_TIMEOUT_S)
+        connection.request("POST", f"{self._url.path}/v1/completions", body, self._headers)
+        return connection
 
 
 class _Stream(threading.Thread):
@@ -168,24 +145,23 @@ class _Stream(threading.Thread):
 
     def run(self) -> None:
         time.sleep(max(0.0, self.answer.begin_s - time.perf_counter()))
-        connection = self._completions.connect()
         try:
-            self._completions.post(connection, self._body)
-            response = connection.getresponse()
-            if response.status != 200:
-                self._error = f"{response.status} {response.read()[:200].decode(errors='replace')}"
-                return
-            for line in response:
-                if self._is_stopped:
-                    return
-                if line.startswith(b"data: {"):
-                    self._take(json.loads(line[6:]))
-            if len(self.answer.tokens_s) != self.answer.ask.new_tokens:
-                self._error = self._error or f"{counted(len(self.answer.tokens_s), 'token')} came"
+            with closing(self._completions.send(self._body)) as connection:
+                self._read(connection.getresponse())
         except (OSError, http.client.HTTPException, ValueError) as error:
             self._error = self._error or str(error)
-        finally:
-            connection.close()
+
+    def _read(self, response: http.client.HTTPResponse) -> None:
+        if response.status != 200:
+            self._error = f"{response.status} {response.read()[:200].decode(errors='replace')}"
+            return
+        for line in response:
+            if self._is_stopped:
+                return
+            if line.startswith(b"data: {"):
+                self._take(json.loads(line[6:]))
+        if len(self.answer.tokens_s) != self.answer.ask.new_tokens:
+            self._error = self._error or f"{counted(len(self.answer.tokens_s), 'token')} came"
 
     def _take(self, event: dict[str, object]) -> None:
         now = time.perf_counter()

@@ -58,52 +58,45 @@ def _is_address(text: str) -> bool:
     return parts.scheme in ("http", "https") and bool(host) and is_plain and "@" not in parts.netloc
 
 
-def get_text(url: str, query: dict[str, str] | None = None, *, api_key: str | None = None) -> str:
-    """The body of a GET; through the environment's proxy, unless the server is on this machine.
+def send(
+    method: str,
+    url: str,
+    body: Any = None,
+    *,
+    query: dict[str, str] | None = None,
+    api_key: str | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> str:
+    """An answer's text; through the environment's proxy, unless the server is on this machine.
 
     Args:
+        method: The method.
         url: The address without query.
+        body: Sent as JSON; None: nothing.
         query: The query's parameters.
         api_key: Sent as bearer token, where there is one.
+        timeout_s: Seconds without a byte of an answer.
 
     Raises:
         UnreachableError: Nobody answers there, or with another status than 200; or HTTP cannot
             carry the key.
     """
     full = f"{url}?{urlencode(query)}" if query else url
-    return _answer(urllib.request.Request(full), url, api_key, TIMEOUT_S)
-
-
-def send(
-    method: str,
-    url: str,
-    body: Any = None,
-    *,
-    api_key: str | None = None,
-    timeout_s: float = TIMEOUT_S,
-) -> str:
-    """The answer to a request with a JSON body, or without one; otherwise as `get_text`."""
-    request = urllib.request.Request(url, method=method)
+    request = urllib.request.Request(full, method=method)
     if body is not None:
         request.data = json.dumps(body).encode()
         request.add_header("Content-Type", "application/json")
-    return _answer(request, url, api_key, timeout_s)
-
-
-def _answer(
-    request: urllib.request.Request, url: str, api_key: str | None, timeout_s: float
-) -> str:
     if api_key:
         if not (api_key.isascii() and api_key.isprintable()):
             raise UnreachableError(
                 "HTTP cannot carry the API key: expected printable ASCII characters in one line"
             )
         request.add_header("Authorization", f"Bearer {api_key}")
-    proxy = _proxy_for(parts := urlsplit(request.full_url))
+    proxy = _proxy_for(parts := urlsplit(full))
     handler = urllib.request.ProxyHandler({parts.scheme: proxy} if proxy else {})
     try:
         with urllib.request.build_opener(handler).open(request, timeout=timeout_s) as response:
-            body: bytes = response.read()
+            content: bytes = response.read()
     except urllib.error.HTTPError as error:
         answer = _message(error.read().decode(errors="replace"))
         what = f": {answer[:_SHOWN]}" if answer else ""
@@ -117,7 +110,7 @@ def _answer(
         why = _why(reason, parts.scheme)
         through = f" through the proxy {proxy.rpartition('@')[2]}" if proxy else ""
         raise UnreachableError(f"{url} cannot be reached{through}: {why}") from error
-    return body.decode(errors="replace")
+    return content.decode(errors="replace")
 
 
 def _why(reason: Any, scheme: str) -> str:
@@ -160,12 +153,8 @@ def _message(answer: str) -> str:
 
 
 def get_json(url: str, query: dict[str, str] | None = None, *, api_key: str | None = None) -> Any:
-    """The JSON of a GET; see `get_text`.
-
-    Raises:
-        UnreachableError: As for `get_text`, or the answer is no JSON.
-    """
-    text = get_text(url, query, api_key=api_key)
+    """The JSON of a GET; raises as `send`, and if the answer is no JSON."""
+    text = send("GET", url, query=query, api_key=api_key)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

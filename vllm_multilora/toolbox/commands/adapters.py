@@ -16,10 +16,10 @@ from vllm_multilora.adapters.directory import (
     require_directories,
 )
 from vllm_multilora.adapters.files.allowed_roots import AllowedRoots
-from vllm_multilora.errors import ConfigError, MultiLoRAError
+from vllm_multilora.errors import ConfigError
 from vllm_multilora.toolbox.clients.adapter_servers import AdapterServer, LoadRefusedError, connect
 from vllm_multilora.toolbox.clients.http_client import UnreachableError, base_url
-from vllm_multilora.toolbox.commands.arguments.api_key import add_api_key
+from vllm_multilora.toolbox.commands.shared_arguments import add_api_key, require_seconds
 
 DONE, NOT_ALL = 0, 1
 _EVERY_S = 5.0
@@ -28,7 +28,6 @@ _RETRY_S = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
     parser.add_argument("action", choices=("sync",), help="load on all servers what is in FOLDER")
     parser.add_argument(
         "folder",
@@ -36,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="its sub-folders are adapters, served by their names; servers read them by this path",
     )
     parser.add_argument(
-        "--workers",
-        "--url",
+        *("--workers", "--url"),
         nargs="+",
         required=True,
         metavar="URL",
@@ -60,22 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command.
-
-    Returns:
-        0 if all servers have all adapters, 1 if not.
-
-    Raises:
-        MultiLoRAError: The arguments cannot be used.
-    """
-    every = arguments.every
-    if every is not None and not 0 < every < float("inf"):
-        raise MultiLoRAError(f"--every must be a positive number of seconds, got {every}")
+    require_seconds("--every", arguments.every)
     try:
         require_directories([arguments.folder])
     except ConfigError as error:
         raise ConfigError(f"FOLDER is no directory that can be read: {error.__cause__}") from error
-    urls = list(dict.fromkeys(map(base_url, arguments.workers)))
+    urls = dict.fromkeys(map(base_url, arguments.workers))
     workers = [_Worker(url, arguments.api_key, removes=arguments.remove) for url in urls]
     directory = AdapterDirectories([arguments.folder], AllowedRoots([]))
     settling = Settling()
@@ -85,22 +73,17 @@ def run(arguments: argparse.Namespace) -> int:
         versions = {name: folder for name, folder in found.items() if folder.weights is not None}
         with ThreadPoolExecutor(len(workers)) as threads:  # none waits for another that is slow
             are_done = [*threads.map(partial(_Worker.look, versions=versions), workers)]
-        if every is None:
-            return DONE if all(are_done) else NOT_ALL
         try:
-            time.sleep(every)
+            if arguments.every is not None:
+                time.sleep(arguments.every)
+                continue
         except KeyboardInterrupt:
-            return DONE if all(are_done) else NOT_ALL
+            pass  # the end of a watch
+        return DONE if all(are_done) else NOT_ALL
 
 
 class _Worker:
-    """What this process knows of one server.
-
-    Args:
-        url: Its address.
-        api_key: A key that may load adapters.
-        removes: Whether adapters without a folder are unloaded.
-    """
+    """What this process knows of one server; it may unload adapters without a folder."""
 
     def __init__(self, url: str, api_key: str | None, *, removes: bool) -> None:
         self._url = url
@@ -113,30 +96,29 @@ class _Worker:
     def look(self, versions: Mapping[str, AdapterVersion]) -> bool:
         """Loads what is missing or has changed; whether all is as it should be."""
         try:
-            return self._bring(*connect(self._url, self._api_key), versions)
+            server, there = connect(self._url, self._api_key)
+            self._error = None
+            # What it has not any more it has lost: it was started again.
+            self._loaded = {name: known for name, known in self._loaded.items() if name in there}
+            for name, version in versions.items():
+                # What is there and was loaded by somebody else may be of other files.
+                if self._loaded.get(name) != version:
+                    self._load(server, name, version, is_new=name not in there)
+            for name in sorted(there - versions.keys()) if self._removes else ():
+                self._unload(server, name)
         except UnreachableError as error:
             if str(error) != self._error:
                 _say_wrong(str(error))
             self._error = str(error)
             return False
-
-    def _bring(
-        self, server: AdapterServer, there: set[str], versions: Mapping[str, AdapterVersion]
-    ) -> bool:
-        self._error = None
-        # What it has not any more it has lost: it was started again.
-        self._loaded = {name: known for name, known in self._loaded.items() if name in there}
-        for name, version in versions.items():
-            # What is there and was loaded by somebody else may be of other files.
-            if self._loaded.get(name) != version:
-                self._load(server, name, version, is_new=name not in there)
-        for name in sorted(there - versions.keys()) if self._removes else ():
-            try:
-                server.unload(name)
-                print(f"{self._url}: {name} unloaded", flush=True)
-            except LoadRefusedError as error:
-                _say_wrong(f"{self._url}: {name} cannot be unloaded: {error}")
         return all(self._loaded.get(name) == version for name, version in versions.items())
+
+    def _unload(self, server: AdapterServer, name: str) -> None:
+        try:
+            server.unload(name)
+            print(f"{self._url}: {name} unloaded", flush=True)
+        except LoadRefusedError as error:
+            _say_wrong(f"{self._url}: {name} cannot be unloaded: {error}")
 
     def _load(
         self, server: AdapterServer, name: str, version: AdapterVersion, *, is_new: bool

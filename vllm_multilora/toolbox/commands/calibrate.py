@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from vllm_multilora import __version__
 from vllm_multilora.toolbox.capacity.calibration import (
@@ -18,29 +17,21 @@ from vllm_multilora.toolbox.capacity.calibration import (
     Calibration,
     CalibrationError,
     Machine,
-    Residual,
     Settings,
     check_writable,
     write_calibration,
 )
 from vllm_multilora.toolbox.clients.adapter_servers import fetch
 from vllm_multilora.toolbox.clients.completions import Completions
-from vllm_multilora.toolbox.clients.http_client import base_url, get_json, get_text
-from vllm_multilora.toolbox.commands.arguments.api_key import add_api_key
+from vllm_multilora.toolbox.clients.http_client import base_url, get_json, send
+from vllm_multilora.toolbox.commands.shared_arguments import add_server
 
-WRITTEN = 0
 _MUCH = 0.1
 """As a residual; on a calm machine it is half of this."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
-    parser.add_argument(
-        "--url",
-        default="http://localhost:8000",
-        help="the server's address (default: %(default)s); nobody else may use it meanwhile",
-    )
-    add_api_key(parser)
+    add_server(parser, "; nobody else may use it meanwhile")
     for flag in ("--max-num-seqs", "--max-num-batched-tokens"):
         parser.add_argument(flag, type=int, required=True, metavar="N", help="the server's setting")
     parser.add_argument(
@@ -59,29 +50,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command; returns 0.
-
-    Raises:
-        MultiLoRAError: The server does not say, or the file cannot be written.
-    """
     # Afterwards, no adapter is cold any more: a second try would measure no loads.
     check_writable(arguments.output)
     calibration = calibrate(arguments)
     write_calibration(calibration, arguments.output)
     print(report(calibration, arguments.output))
-    return WRITTEN
+    return 0
 
 
 def calibrate(arguments: argparse.Namespace) -> Calibration:
-    """Measures.
-
-    Raises:
-        UnreachableError: The server does not answer as it should.
-        CalibrationError: It cannot be measured.
-    """
+    """Measures a server, as the flags say."""
     from vllm_multilora.toolbox.capacity.fitting import fit
     from vllm_multilora.toolbox.capacity.measuring import Measuring
-    from vllm_multilora.toolbox.capacity.timing import Adapter, ServerLimits
+    from vllm_multilora.toolbox.capacity.timing import Adapter, Timed
 
     seqs, tokens = arguments.max_num_seqs, arguments.max_num_batched_tokens
     if not 2 <= seqs <= tokens:
@@ -92,14 +73,23 @@ def calibrate(arguments: argparse.Namespace) -> Calibration:
     url, key = base_url(arguments.url), arguments.api_key
     created = datetime.now(UTC).isoformat(timespec="seconds")
     listing = fetch(url, api_key=key)
-    base = base_models(url, key)
+    models = get_json(f"{url}/v1/models", api_key=key)["data"]
+    base = [model for model in models if not model.get("parent")]
+    if not base:
+        raise CalibrationError(f"{url}/v1/models lists no base model")
     if "slots" not in listing:
         raise CalibrationError(
             f"{url} does not say how many slots it has: a tenant's key cannot calibrate, give the "
             f"server's with --api-key"
         )
     if arguments.from_disk:
-        forget_cold(listing["data"], url)
+        cold = [row for row in listing["data"] if row["state"] == "absent"]
+        if any("path" not in row for row in cold):
+            raise CalibrationError(
+                f"--from-disk: {url} does not say where its adapters are: give an admin key with "
+                f"--api-key"
+            )
+        forget_files(row["path"] for row in cold if row["path"] is not None)  # a blend has none
 
     def listed() -> list[Adapter]:
         rows = fetch(url, api_key=key)["data"]
@@ -107,79 +97,42 @@ def calibrate(arguments: argparse.Namespace) -> Calibration:
         plain = [row for row in rows if row["kind"] != "alora"]
         return [Adapter(row["id"], row["state"], row["bytes"]) for row in plain]
 
-    limits = ServerLimits(seqs, tokens, base[0]["max_model_len"])
-    measured = Measuring(
+    settings = Settings(
+        max_num_seqs=seqs,
+        max_num_batched_tokens=tokens,
+        max_model_len=base[0]["max_model_len"],
+        max_loras=listing["slots"]["total"],
+        max_cpu_loras=listing["cpu"]["adapters_limit"],
+        cpu_cache_bytes=listing["cpu"]["bytes_limit"],
+        kv_tokens=kv_tokens(send("GET", f"{url}/metrics", api_key=key)),
+    )
+    server = Timed(
         Completions(url, key),
         base[0]["id"],
-        limits,
+        settings,
         listed,
         "disk" if arguments.from_disk else "page cache",
         lambda what: print(f"measuring {what}", file=sys.stderr, flush=True),
-    ).run()
+    )
+    measured = Measuring(server)
+    measured.run()
     found, beside = fit(measured.samples), measured.request_beside_s
+    vllm = str(get_json(f"{url}/version", api_key=key)["version"])
     return Calibration(
         format=FORMAT,
         created=created,
         machine=machine(),
-        versions={
-            "vllm": str(get_json(f"{url}/version", api_key=key)["version"]),
-            "vllm-multilora": __version__,
-        },
+        versions={"vllm": vllm, "vllm-multilora": __version__},
         model=list(dict.fromkeys(name for model in base for name in (model["id"], model["root"]))),
-        settings=Settings(
-            max_num_seqs=seqs,
-            max_num_batched_tokens=tokens,
-            max_model_len=limits.max_model_len,
-            max_loras=listing["slots"]["total"],
-            max_cpu_loras=listing["cpu"]["adapters_limit"],
-            cpu_cache_bytes=listing["cpu"]["bytes_limit"],
-            kv_tokens=kv_tokens(get_text(f"{url}/metrics", api_key=key)),
-        ),
+        settings=settings,
         step_s=found.seconds,
         request_s=found.request_s,
         request_beside_s=found.request_s if beside is None else beside,
-        residual=Residual(
-            rms=found.residual,
-            worst=found.worst,
-            worst_case=found.worst_case,
-            steps=len(measured.samples),
-        ),
+        residual=found.residual,
         loads=measured.loads,
         ranges=measured.ranges,
         adapters=measured.sizes,
     )
-
-
-def base_models(url: str, key: str | None) -> list[dict[str, Any]]:
-    """The names of the base model, as the server lists models.
-
-    Raises:
-        CalibrationError: It lists none.
-    """
-    models = get_json(f"{url}/v1/models", api_key=key)["data"]
-    base = [model for model in models if not model.get("parent")]
-    if not base:
-        raise CalibrationError(f"{url}/v1/models lists no base model")
-    return base
-
-
-def forget_cold(adapters: Iterable[dict[str, Any]], url: str) -> None:
-    """Has the next loads of adapters that are in no memory read from the disk.
-
-    Args:
-        adapters: As the server lists them.
-        url: The server's, for the error.
-
-    Raises:
-        CalibrationError: The server does not say where they are, or they cannot be forgotten.
-    """
-    cold = [row for row in adapters if row["state"] == "absent"]
-    if any("path" not in row for row in cold):
-        raise CalibrationError(
-            f"--from-disk: {url} does not say where its adapters are: give an admin key with "
-            f"--api-key"
-        )
-    forget_files(row["path"] for row in cold if row["path"] is not None)  # a blend has none
 
 
 def forget_files(folders: Iterable[str]) -> None:
@@ -201,9 +154,7 @@ def forget_files(folders: Iterable[str]) -> None:
 def kv_tokens(metrics: str) -> int | None:
     """Tokens that the KV cache of one engine holds, from the text of `/metrics`."""
     info = re.search(r"^vllm:cache_config_info\{(.*)\}", metrics, re.M)
-    if info is None:
-        return None
-    labels = dict(re.findall(r'(\w+)="([^"]*)"', info.group(1)))
+    labels = dict(re.findall(r'(\w+)="([^"]*)"', info.group(1))) if info else {}
     blocks, size = labels.get("num_gpu_blocks", ""), labels.get("block_size", "")
     return int(blocks) * int(size) if blocks.isdigit() and size.isdigit() else None
 
@@ -225,23 +176,21 @@ def report(calibration: Calibration, path: Path) -> str:
     lines = [
         f"wrote {path}: {residual.steps} steps of {calibration.model[0]}, fitted to "
         f"{residual.rms:.1%} (root mean square of all cases; the worst is {residual.worst:+.1%}, "
-        f"{residual.worst_case})",
+        f"{residual.worst_case})"
+    ]
+    if residual.rms > _MUCH:
+        lines.append(
+            "that is much: if others use the machine or the server, calibrate again without them"
+        )
+    lines += [
         f"a step takes {1000 * step['step']:.1f} ms, {1000 * step['prompt_token']:.3f} ms more for "
         f"each token of a prompt, {1000 * step['generated_token']:.2f} ms for each generated one",
         f"with adapters {1000 * step['adapters_at_all']:.1f} ms more, and "
         f"{1000 * step['adapter_mib']:.2f} ms for each MiB of them",
+        "no load was timed: there was no adapter that nobody has asked for yet"
+        if loads is None
+        else f"a load from {loads.source} takes {1000 * loads.fixed_s:.0f} ms and "
+        f"{1000 * loads.s_per_mib:.1f} ms for each MiB; beside steps "
+        f"{1000 * loads.beside_fixed_s:.0f} ms and {1000 * loads.beside_s_per_mib:.1f} ms",
     ]
-    if residual.rms > _MUCH:
-        lines.insert(
-            1,
-            "that is much: if others use the machine or the server, calibrate again without them",
-        )
-    if loads is None:
-        lines.append("no load was timed: there was no adapter that nobody has asked for yet")
-    else:
-        lines.append(
-            f"a load from {loads.source} takes {1000 * loads.fixed_s:.0f} ms and "
-            f"{1000 * loads.s_per_mib:.1f} ms for each MiB; beside steps "
-            f"{1000 * loads.beside_fixed_s:.0f} ms and {1000 * loads.beside_s_per_mib:.1f} ms"
-        )
     return "\n".join(lines)

@@ -8,16 +8,10 @@ from vllm_multilora.errors import MultiLoRAError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
     parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command; returns 0.
-
-    Raises:
-        MultiLoRAError: shtab is not installed.
-    """
     try:
         import shtab
     except ImportError:

@@ -15,7 +15,6 @@ DONE, FAILED = 0, 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
     parser.add_argument("adapters", nargs="+", metavar="DIR", help="an adapter's folder")
     parser.add_argument(
         *("--multilora-allow-pickle", "--allow-pickle"),
@@ -31,14 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command.
-
-    Returns:
-        0, or 1 if an adapter cannot be read.
-
-    Raises:
-        ConfigError: Two folders have one name.
-    """
     from vllm_multilora.adapters.adapter_errors import AdapterError
     from vllm_multilora.adapters.intake import Rules, open_adapter
 
@@ -52,18 +43,17 @@ def run(arguments: argparse.Namespace) -> int:
         )
     rules = Rules(allow_pickle=arguments.multilora_allow_pickle)
     found: dict[str, str] = {}
-    has_failed = False
+    status = DONE
     for name, folder in zip(names, arguments.adapters, strict=True):
         try:
             with open_adapter(folder, rules) as source:
-                digest = source.digest()
+                found[name] = source.digest()
         except AdapterError as error:
-            has_failed = True
+            status = FAILED
             print(f"{folder}: {error}", file=sys.stderr)
             continue
-        found[name] = digest
         if not arguments.json:
-            print(f"{digest}  {folder}")
+            print(f"{found[name]}  {folder}")
     if arguments.json:
         print(json.dumps(found, indent=2))
-    return FAILED if has_failed else DONE
+    return status

@@ -7,7 +7,6 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
     parser.add_argument(
         "--against",
         type=Path,
@@ -19,15 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command.
-
-    Returns:
-        0 if the plugin acts on a plain `vllm serve --enable-lora`, 1 if something prevents it; of
-        another vLLM, 0 if it is as the plugin knows it, 1 if not.
-
-    Raises:
-        ConfigError: There is no other vLLM there.
-    """
     if arguments.against is not None:
         from vllm_multilora.integration.offline.against import judge
 

@@ -7,11 +7,8 @@ from pathlib import Path
 
 from vllm_multilora.errors import MultiLoRAError
 
-DONE = 0
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
     parser.add_argument("adapters", nargs="+", metavar="DIR", help="an adapter's folder")
     parser.add_argument(
         "--key",
@@ -34,11 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command; returns 0.
-
-    Raises:
-        MultiLoRAError: A folder cannot be signed.
-    """
     from vllm_multilora.adapters.files.adapter_folder import CONFIG_NAME
     from vllm_multilora.adapters.signing.signature import SIGNATURE_NAME
 
@@ -77,16 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
         if isinstance(error, OSError) and error.filename is not None:
             what = f"{error.filename}: {error.strerror}"
         raise MultiLoRAError(what) from error
-    return DONE
+    return 0
 
 
 def _require_key(path: Path) -> None:
-    """Checks a private key; model_signing's own errors do not name the file.
-
-    Raises:
-        OSError: It cannot be read.
-        ValueError: It cannot sign.
-    """
+    """Checks a private key; model_signing's own errors do not name the file."""
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     from vllm_multilora.adapters.signing.signers import is_signing_key

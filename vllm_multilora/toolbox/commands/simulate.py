@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,28 +26,25 @@ from vllm_multilora.slots.simulation.synthetic_traces import (
     synthetic_trace,
 )
 from vllm_multilora.slots.simulation.traces import Trace, TraceError, read_trace
-from vllm_multilora.toolbox.commands.output import hit_rate_plot, plots
+from vllm_multilora.toolbox.commands.output import plots
 from vllm_multilora.toolbox.commands.output.text_table import aligned
 from vllm_multilora.wording import counted
 
 DEFAULT_CPU_CACHE_GIB = 8.0
 DEFAULT_ADAPTER_MIB = 16 * DEFAULT_MIB_PER_RANK
-HEADER = (
-    "policy",
-    "GPU hits",
-    "CPU hits",
-    "loads",
-    "activations",
-    "GPU evictions",
-    "CPU evictions",
-    "disk->CPU GiB",
-    "CPU->GPU GiB",
-)
+_SYNTHETIC = {
+    "requests": "number of requests",
+    "adapters": "number of adapters",
+    "zipf_exponent": "how unequal, up to 10; 0: all alike",
+    "burst_length": "bursts: mean requests of a burst",
+    "scan_every": "scan: requests between two scans",
+    "seed": "of the random numbers",
+}
+"""The attributes of `Traffic`, each of which has a flag, and what they mean."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
-    defaults = Traffic()
+    defaults = asdict(Traffic())
     traffic = parser.add_argument_group("traffic")
     traffic.add_argument(
         "trace",
@@ -60,16 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--synthetic", choices=KINDS, help="generate traffic instead. " + kinds_help()
     )
     synthetic = parser.add_argument_group("synthetic traffic")
-    for flag, kind, default, meaning in (
-        ("--requests", int, defaults.requests, "number of requests"),
-        ("--adapters", int, defaults.adapters, "number of adapters"),
-        ("--zipf-exponent", float, defaults.zipf_exponent, "how unequal, up to 10; 0: all alike"),
-        ("--burst-length", int, defaults.burst_length, "bursts: mean requests of a burst"),
-        ("--scan-every", int, defaults.scan_every, "scan: requests between two scans"),
-        ("--seed", int, defaults.seed, "of the random numbers"),
-    ):
+    for name, meaning in _SYNTHETIC.items():
         synthetic.add_argument(
-            flag, type=kind, default=default, metavar="N", help=f"{meaning} (default: %(default)s)"
+            f"--{name.replace('_', '-')}",
+            type=type(defaults[name]),
+            default=defaults[name],
+            metavar="N",
+            help=f"{meaning} (default: %(default)s)",
         )
 
     sizes = parser.add_argument_group("sizes of adapters, if the trace has no bytes")
@@ -96,16 +89,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     server = parser.add_argument_group("server")
-    server.add_argument(
-        "--max-loras",
-        type=int,
-        default=16,
-        metavar="N",
-        help="number of slots (default: %(default)s)",
-    )
-    server.add_argument(
-        "--max-cpu-loras", type=int, metavar="N", help="limit of adapters in host memory"
-    )
+    for flag, slots, meaning in (
+        ("--max-loras", 16, "number of slots (default: %(default)s)"),
+        ("--max-cpu-loras", None, "limit of adapters in host memory"),
+    ):
+        server.add_argument(flag, type=int, default=slots, metavar="N", help=meaning)
     server.add_argument(
         "--cpu-cache-gib",
         type=float,
@@ -139,11 +127,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command; returns 0.
-
-    Raises:
-        MultiLoRAError: Something in its input is wrong.
-    """
     trace = _trace(arguments)
     sizes = _sizes(arguments, trace)
     shape = _shape(arguments)
@@ -168,14 +151,7 @@ def _trace(arguments: argparse.Namespace) -> Trace:
         )
     if arguments.trace is not None:
         return read_trace(arguments.trace)
-    traffic = Traffic(
-        requests=arguments.requests,
-        adapters=arguments.adapters,
-        zipf_exponent=arguments.zipf_exponent,
-        seed=arguments.seed,
-        burst_length=arguments.burst_length,
-        scan_every=arguments.scan_every,
-    )
+    traffic = Traffic(**{name: getattr(arguments, name) for name in _SYNTHETIC})
     return synthetic_trace(arguments.synthetic, traffic)
 
 
@@ -207,31 +183,17 @@ def _shape(arguments: argparse.Namespace) -> ServerShape:
 def _table(
     trace: Trace, total: int, shape: ServerShape, outcomes: Sequence[Outcome], bound: Optimum
 ) -> str:
-    rows: list[tuple[str, ...]] = [HEADER]
-    for outcome in outcomes:
-        rows.append(
-            (
-                outcome.policy,
-                f"{outcome.gpu_hit_rate:.1%}",
-                f"{outcome.cpu_hit_rate:.1%}",
-                str(outcome.loads),
-                str(outcome.activations),
-                str(outcome.gpu_evictions),
-                str(outcome.cpu_evictions),
-                f"{outcome.bytes_loaded / GIB:.1f}",
-                f"{outcome.bytes_activated / GIB:.1f}",
-            )
-        )
-    rows.append(
-        (
-            "optimum",
-            f"{bound.gpu_hit_rate:.1%}",
-            f"{bound.cpu_hit_rate:.1%}",
-            str(bound.loads),
-            str(bound.activations),
-            *[""] * 4,
-        )
-    )
+    header = ["policy", "GPU hits", "CPU hits", "loads", "activations", "GPU evictions"]
+    rows = [[*header, "CPU evictions", "disk->CPU GiB", "CPU->GPU GiB"]]
+    rows += [
+        [
+            *(outcome.policy, *_common(outcome)),
+            *(str(outcome.gpu_evictions), str(outcome.cpu_evictions)),
+            *(f"{moved / GIB:.1f}" for moved in (outcome.bytes_loaded, outcome.bytes_activated)),
+        ]
+        for outcome in outcomes
+    ]
+    rows.append(["optimum", *_common(bound), *[""] * 4])
     return "\n".join(
         [
             f"{counted(len(trace.requests), 'request')}, "
@@ -239,13 +201,19 @@ def _table(
             f"{counted(shape.slots, 'slot')}, host memory: {shape.budget}, "
             f"batches of {counted(shape.concurrency, 'request')}",
             "",
-            *aligned(rows, right=range(1, len(HEADER))),
+            *aligned(rows, right=range(1, len(rows[0]))),
             "",
             "CPU hits: adapter in a slot or in host memory. Optimum: a bound by Belady's rule",
             "for adapters of one size, with the future known; even boundless memory needs "
             f"{counted(bound.compulsory, 'load')}.",
         ]
     )
+
+
+def _common(found: Outcome | Optimum) -> list[str]:
+    """The cells that outcomes and the optimum have."""
+    rates = (f"{rate:.1%}" for rate in (found.gpu_hit_rate, found.cpu_hit_rate))
+    return [*rates, str(found.loads), str(found.activations)]
 
 
 def _json(
@@ -291,5 +259,4 @@ def _plot(
         f"{counted(len(trace.requests), 'request')}, {counted(len(trace.adapters), 'adapter')}, "
         f"batches of {shape.concurrency}"
     )
-    hit_rate_plot.draw(slots, rates, title, path)
-    print(f"wrote {path}", file=sys.stderr)
+    plots.draw_hit_rates(slots, rates, title, path)

@@ -8,23 +8,16 @@ import shutil
 import sys
 import time
 
-from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.toolbox.clients.adapter_servers import fetch
 from vllm_multilora.toolbox.clients.http_client import base_url
-from vllm_multilora.toolbox.commands.arguments.api_key import add_api_key
 from vllm_multilora.toolbox.commands.output.status_table import screen, table
+from vllm_multilora.toolbox.commands.shared_arguments import add_server, require_seconds
 
-SHOWN = 0
 _WATCH_S = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
-    parser.add_argument(
-        "--url",
-        default="http://localhost:8000",
-        help="the server's address (default: %(default)s)",
-    )
+    add_server(parser)
     parser.add_argument(
         "--watch",
         nargs="?",
@@ -33,18 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help=f"refresh every SECONDS (default: {_WATCH_S:.0f}) until Ctrl-C",
     )
-    add_api_key(parser)
     parser.add_argument("--json", action="store_true", help="print JSON, one line for each refresh")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command; returns 0.
-
-    Raises:
-        MultiLoRAError: The server does not say.
-    """
-    if arguments.watch is not None and not 0 < arguments.watch < float("inf"):
-        raise MultiLoRAError(f"--watch must be a positive number of seconds, got {arguments.watch}")
+    require_seconds("--watch", arguments.watch)
     url = base_url(arguments.url)
     _show(arguments, url)
     try:
@@ -53,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
             _show(arguments, url)
     except KeyboardInterrupt:
         pass  # the end of a watch
-    return SHOWN
+    return 0
 
 
 def _show(arguments: argparse.Namespace, url: str) -> None:

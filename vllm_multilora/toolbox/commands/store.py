@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -20,14 +20,12 @@ from vllm_multilora.store.protocol.store_folder import StoreUnavailableError
 from vllm_multilora.store.store_launch import RunningStore, command_line, environment
 from vllm_multilora.toolbox.commands.output.text_table import aligned
 
-DONE = 0
 _ANSWER_S = 5.0
 _HEADER = ("CLIENT", "SERVER", "PROCESS", "WANTS", "LEASES")
 _RIGHT = frozenset((2, 3, 4))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
     parser.add_argument(
         "--describe",
         action="store_true",
@@ -37,24 +35,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command.
-
-    Returns:
-        0. A store that is run takes this process's place.
-
-    Raises:
-        MultiLoRAError: A store runs already, or the one to describe does not answer.
-    """
+    """Shows a store, or becomes one, which takes this process's place."""
     if arguments.json and not arguments.describe:
         raise MultiLoRAError("--json needs --describe: it prints the same as JSON")
-    if arguments.describe:
-        _show(as_json=arguments.json)
-    else:
+    if not arguments.describe:
         _become_store()
-    return DONE
+    host = RunningStore()
+    found = describe(host)
+    if arguments.json:
+        print(json.dumps({"socket": str(host.path), **_fields(found)}))
+    else:
+        print("\n".join(table(found, str(host.path))))
+    return 0
 
 
-def _become_store() -> None:
+def _become_store() -> NoReturn:
     """Listens, says so, and makes a store of this process, which has one thread then."""
     listener = _listen()
     print(f"the store of this user listens at {listener.getsockname()}")
@@ -76,15 +71,6 @@ def _listen() -> socket.socket:
         f"a store of this user is already running at {path}: `vllm-multilora store --describe` "
         "shows whose it is; one that a server started ends a moment after its last client"
     )
-
-
-def _show(*, as_json: bool) -> None:
-    host = RunningStore()
-    found = describe(host)
-    if as_json:
-        print(json.dumps({"socket": str(host.path), **_fields(found)}))
-    else:
-        print("\n".join(table(found, str(host.path))))
 
 
 def describe(host: RunningStore, patience_s: float = _ANSWER_S) -> Description:

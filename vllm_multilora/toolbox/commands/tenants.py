@@ -13,14 +13,12 @@ from vllm_multilora.tenants.tenants_file import load_tenants
 from vllm_multilora.wording import counted
 
 GOOD, BAD = 0, 1
-_ACTIONS = ("new", "hash", "check")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
     parser.add_argument(
         "action",
-        choices=_ACTIONS,
+        choices=("new", "hash", "check"),
         help="new: print a random key and its hash; hash: print the hash of a key read from "
         "standard input; check: check a tenants file",
     )
@@ -28,14 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command.
-
-    Returns:
-        0, or 1 where the file or the key cannot be used.
-
-    Raises:
-        ConfigError: The arguments do not fit together, or the file cannot be read.
-    """
     if (arguments.action == "check") != (arguments.file is not None):
         raise ConfigError("check takes a file, new and hash none")
     if arguments.action == "check":

@@ -7,8 +7,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from vllm_multilora.toolbox.commands.arguments import server_flags
 from vllm_multilora.toolbox.commands.output.text_table import aligned
+from vllm_multilora.toolbox.commands.shared_arguments import add_server_flags, server_of
 from vllm_multilora.wording import counted
 
 if TYPE_CHECKING:
@@ -20,14 +20,13 @@ _HEADER = ("ADAPTER", "RESULT", "CODE", "COUNT", "WHERE")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
     parser.add_argument(
         "adapters",
         nargs="+",
         metavar="DIR",
         help="an adapter's folder; not right after --lora-target-modules, which would take it",
     )
-    server = server_flags.add_arguments(parser, needs_model=True)
+    server = add_server_flags(parser, needs_model=True)
     server.add_argument(
         "--max-lora-rank",
         type=int,
@@ -50,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _offline_layout(arguments: argparse.Namespace) -> ModelLayout:
-    server = server_flags.server_of(arguments)
+    server = server_of(arguments)
     from vllm_multilora.integration.offline.model_without_weights import offline_layout
 
     return offline_layout(server)
@@ -60,18 +59,7 @@ def run(
     arguments: argparse.Namespace,
     layout_of: Callable[[argparse.Namespace], ModelLayout] = _offline_layout,
 ) -> int:
-    """Runs the command.
-
-    Args:
-        arguments: Those of `add_arguments`.
-        layout_of: Finds out what the base model accepts.
-
-    Returns:
-        0 if all adapters can be served, 1 if one cannot.
-
-    Raises:
-        MultiLoRAError: What the base model accepts cannot be told.
-    """
+    """Runs the command; `layout_of` finds out what the base model accepts."""
     from vllm_multilora.adapters.validation import validate
 
     layout = layout_of(arguments)
@@ -85,27 +73,15 @@ def run(
         for folder in arguments.adapters
     }
     if arguments.json:
-        print(json.dumps(_as_json(arguments, found), indent=2))
+        rows = [
+            {"path": path, "valid": not found[path], "problems": [p.as_dict() for p in found[path]]}
+            for path in found
+        ]
+        report = {"model": arguments.model, "max_lora_rank": arguments.max_lora_rank}
+        print(json.dumps(report | {"adapters": rows}, indent=2))
     else:
         print("\n".join(_table(found)))
     return INVALID if any(found.values()) else VALID
-
-
-def _as_json(
-    arguments: argparse.Namespace, found: Mapping[str, list[Problem]]
-) -> dict[str, object]:
-    return {
-        "model": arguments.model,
-        "max_lora_rank": arguments.max_lora_rank,
-        "adapters": [
-            {
-                "path": folder,
-                "valid": not problems,
-                "problems": [problem.as_dict() for problem in problems],
-            }
-            for folder, problems in found.items()
-        ],
-    }
 
 
 def _table(found: Mapping[str, list[Problem]]) -> list[str]:

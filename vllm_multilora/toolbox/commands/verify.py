@@ -9,7 +9,6 @@ VERIFIED, REFUSED = 0, 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
     parser.add_argument("adapters", nargs="+", metavar="DIR", help="an adapter's folder")
     parser.add_argument(
         "--keys",
@@ -20,14 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command.
-
-    Returns:
-        0 if all signatures are valid, 1 if one is not.
-
-    Raises:
-        ConfigError: The keys cannot be used.
-    """
     from vllm_multilora.adapters.adapter_errors import AdapterError
     from vllm_multilora.adapters.intake import Rules, open_adapter
     from vllm_multilora.adapters.signing.signers import Signers

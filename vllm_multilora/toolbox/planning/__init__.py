@@ -5,5 +5,5 @@
     MemoryPlan(model, max_loras=16, max_lora_rank=16, survey=survey).total
 
 `integration.offline` has what a base model allocates, `adapter_survey` reads a directory of
-adapters, `plan_hints` draws conclusions. Nothing here knows vLLM.
+adapters, `memory_plan` draws conclusions. Nothing here knows vLLM.
 """

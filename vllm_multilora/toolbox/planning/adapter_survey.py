@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_multilora.adapters.adapter_errors import AdapterError
 from vllm_multilora.adapters.files.adapter_folder import CONFIG_NAME, TENSORS_NAME
-from vllm_multilora.adapters.files.header import TensorInfo
 from vllm_multilora.adapters.intake import Intake, Rules, open_adapter
 from vllm_multilora.adapters.model.layout import ModelLayout, block_bytes
 from vllm_multilora.adapters.model.tensor_names import parse_tensor_name
@@ -27,8 +25,6 @@ class SurveyedAdapter:
     """An adapter that the base model accepts.
 
     Attributes:
-        name: Its folder's.
-        kind: See `adapter_kind`.
         rank: The rank that slots must have for it.
         ranks: The true rank of every module that packed adapters fill, by the layout's names.
         special: Its modules that vLLM fills itself.
@@ -63,12 +59,7 @@ class SurveyedAdapter:
 
 @dataclass(frozen=True)
 class Survey:
-    """A directory's adapters.
-
-    Attributes:
-        adapters: Those that the base model accepts, by name.
-        refused: What is wrong with the others, by name.
-    """
+    """A directory's adapters that the base model accepts, and what is wrong with the others."""
 
     adapters: tuple[SurveyedAdapter, ...]
     refused: tuple[tuple[str, tuple[Problem, ...]], ...] = ()
@@ -95,21 +86,17 @@ def survey_adapters(directory: Path, layout: ModelLayout) -> Survey:
 
 
 def _folders(directory: Path) -> list[Path]:
+    found = f"has no sub-folder with {CONFIG_NAME} or {TENSORS_NAME}"
     try:
         if _is_adapter(directory):
             return [directory]
-        folders = sorted(folder for folder in directory.iterdir() if _is_adapter(folder))
+        if folders := sorted(filter(_is_adapter, directory.iterdir())):
+            return folders
     except OSError as error:
-        raise SurveyError(
-            f"{directory} is not a directory that can be read ({error.strerror}): --adapters "
-            "expects a folder whose sub-folders are adapters"
-        ) from error
-    if not folders:
-        raise SurveyError(
-            f"{directory} has no sub-folder with {CONFIG_NAME} or {TENSORS_NAME}: --adapters "
-            "expects a folder whose sub-folders are adapters"
-        )
-    return folders
+        found = f"is not a directory that can be read ({error.strerror})"
+    raise SurveyError(
+        f"{directory} {found}: --adapters expects a folder whose sub-folders are adapters"
+    )
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -119,24 +106,18 @@ def _is_adapter(folder: Path) -> bool:
 def _look_at(name: str, intake: Intake, layout: ModelLayout) -> SurveyedAdapter:
     [applied] = intake.applied
     config = intake.config
-    ranks = tuple((module.name, module.rank) for module in applied.modules)
-    special = list(_special_tensors(intake.file.tensors, layout))
+    ranks = tuple((each.name, each.rank) for each in applied.modules)
+    special = []  # of every tensor that is no part of a packed adapter: module and elements
+    for tensor, info in intake.file.tensors.items():
+        role = parse_tensor_name(tensor)
+        module = layout.naming.rename(role.module) if role else None
+        if module and layout.is_special(module):
+            special.append((module, math.prod(info.shape)))
     return SurveyedAdapter(
         name,
         rank=max(config.rank, *(rank for _, rank in ranks), 1),
         ranks=ranks,
-        special=frozenset(module for module, _ in special),
+        special=frozenset(name for name, _ in special),
         special_elements=sum(elements for _, elements in special),
         kind=adapter_kind(invocation_tokens=config.invocation_tokens, dora=config.dora),
     )
-
-
-def _special_tensors(
-    tensors: Mapping[str, TensorInfo], layout: ModelLayout
-) -> Iterator[tuple[str, int]]:
-    """The module and the elements of every tensor that is no part of a packed adapter."""
-    for name, info in tensors.items():
-        role = parse_tensor_name(name)
-        module = layout.naming.rename(role.module) if role else None
-        if module and layout.is_special(module):
-            yield module, math.prod(info.shape)

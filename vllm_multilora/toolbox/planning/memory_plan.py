@@ -1,17 +1,58 @@
-"""A server's settings, and what follows from them."""
+"""A server's settings, what follows from them, and what the adapters in a directory need."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from vllm_multilora.integration.offline.base_model import BaseModel
-from vllm_multilora.integration.offline.slot_memory import SlotMemory
-from vllm_multilora.toolbox.planning.adapter_survey import Survey
-from vllm_multilora.toolbox.planning.plan_hints import Advice, advise
+from vllm_multilora.integration.offline.base_model import BaseModel, SlotMemory
+from vllm_multilora.toolbox.planning.adapter_survey import Survey, SurveyedAdapter
 
 COMMON_SLOTS = (1, 4, 16, 64)
 COMMON_RANKS = (8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class RankNeed:
+    """What all slots would cost with one rank, and which adapters they would leave out."""
+
+    rank: int
+    fits: int
+    left_out: tuple[str, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class UnusedLayers:
+    """Layers that no adapter touches, by the last parts of their names, and what slots take there.
+
+    Attributes:
+        targets: The other layers: what `--lora-target-modules` would be.
+    """
+
+    suffixes: tuple[str, ...]
+    targets: tuple[str, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What a directory's adapters say about a server's settings.
+
+    Attributes:
+        needs: What each setting smaller than the one that serves all would save, and that one
+            itself, ascending.
+        unused: Layers that slots are allocated for and no adapter needs; None if there are none.
+    """
+
+    needs: tuple[RankNeed, ...]
+    unused: UnusedLayers | None
+
+    @property
+    def max_lora_rank(self) -> int:
+        """The smallest setting that serves all of them."""
+        return self.needs[-1].rank
 
 
 @dataclass(frozen=True)
@@ -19,12 +60,9 @@ class MemoryPlan:
     """What a server would cost; all bytes are one worker's unless said otherwise.
 
     Attributes:
-        model: The base model.
-        max_loras: Slots.
-        max_lora_rank: Their rank; one of the model's.
+        max_lora_rank: The slots' rank; one of the model's.
         gpu_bytes: Memory of a GPU; None: not said.
         utilization: Share of it that vLLM takes.
-        survey: The adapters to serve; None: not said.
     """
 
     model: BaseModel
@@ -91,3 +129,38 @@ class MemoryPlan:
             adapter.name: adapter.host_bytes(layout) * self.model.tensor_parallel_size
             for adapter in self.survey.adapters
         }
+
+
+def advise(model: BaseModel, survey: Survey, slots: int) -> Advice | None:
+    """What adapters need, surveyed with the largest of the model's ranks; None without adapters."""
+    adapters = survey.adapters
+    if not adapters:
+        return None
+    # An adapter in the survey fits the model's largest rank, or it would have been refused.
+    needed = sorted({model.rank_for(adapter.rank) for adapter in adapters})
+    needs = []
+    for rank in needed:
+        left_out = tuple(adapter.name for adapter in adapters if adapter.rank > rank)
+        size = model.by_rank[rank].total(slots)
+        needs.append(RankNeed(rank, len(adapters) - len(left_out), left_out, size))
+    return Advice(tuple(needs), _unused(model.by_rank[needed[-1]], adapters, slots))
+
+
+def _unused(
+    memory: SlotMemory, adapters: Iterable[SurveyedAdapter], slots: int
+) -> UnusedLayers | None:
+    adapted = frozenset[str]().union(*(adapter.modules for adapter in adapters))
+    used = {
+        layer.suffix
+        for layer in memory.layers
+        if not adapted.isdisjoint((layer.name, *layer.modules))
+        or any(module.startswith(layer.name + ".") for module in adapted)
+    }
+    unused = [layer for layer in memory.layers if layer.suffix not in used]
+    if not unused or not used:
+        return None
+    return UnusedLayers(
+        tuple(dict.fromkeys(layer.suffix for layer in unused)),
+        tuple(dict.fromkeys(layer.suffix for layer in memory.layers if layer.suffix in used)),
+        sum(slots * layer.slot_bytes + layer.fixed_bytes for layer in unused),
+    )

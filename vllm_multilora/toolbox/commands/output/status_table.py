@@ -13,16 +13,14 @@ from vllm_multilora.wording import printable
 # What nobody has asked for comes last: those that have failed are to be seen.
 _IN_ORDER = [state.value for state in NEAREST_FIRST if state is not AdapterState.ABSENT]
 _UNITS = ((86_400, "d"), (3_600, "h"), (60, "min"))
+_KERNELS = ("layers", "kind", "rows", "kernels", "reason", "problem")
 
 
 def table(listing: Mapping[str, Any], *, now: float) -> list[str]:
     """The lines of a table: totals, an adapter a line, and what went wrong below.
 
-    What the server does not show to the holder of a key has no column and no total.
-
-    Args:
-        listing: The answer of `GET /v1/lora_adapters`.
-        now: Unix time, from which ages count.
+    What the server does not show to the holder of a key has no column and no total. Ages count
+    from `now`, in Unix time.
     """
     adapters = sorted(listing["data"], key=_order)
     shown = [key for key in _COLUMNS if all(key in adapter for adapter in adapters)]
@@ -33,8 +31,10 @@ def table(listing: Mapping[str, Any], *, now: float) -> list[str]:
     ]
     right = [number for number, is_right in enumerate(are_right) if is_right]
     lines = [*_totals(listing), "", *aligned([headings, *rows], right=right)]
-    if kernels := listing.get("kernels"):
-        lines += ["", *_kernels(kernels)]
+    if kernels := listing.get("kernels"):  # what workers on a GPU have chosen at start
+        rows = [[printable(row.get(key, "")) for key in _KERNELS] for row in kernels]
+        headings = (*map(str.upper, _KERNELS[:-1]), "PROBLEM WITH OURS")
+        lines += ["", *aligned([headings, *rows])]
     failed = [adapter for adapter in adapters if adapter["last_error"]]
     if failed:
         # A reason may have several lines, one for each thing that is wrong.
@@ -58,16 +58,6 @@ def _totals(listing: Mapping[str, Any]) -> list[str]:
         keys = ("adapters", "bytes", "adapters_limit", "bytes_limit")
         lines.append(f"host memory  {held(*(cpu[key] for key in keys))}")
     return [*lines, f"registered   {len(listing['data'])}"]
-
-
-_KERNEL_KEYS = ("layers", "kind", "rows", "kernels", "reason", "problem")
-
-
-def _kernels(kernels: Sequence[Mapping[str, str]]) -> list[str]:
-    """Which kernels serve which layers: what workers on a GPU have chosen at start."""
-    headings = ("LAYERS", "KIND", "ROWS", "KERNELS", "REASON", "PROBLEM WITH OURS")
-    rows = [[printable(row.get(key, "")) for key in _KERNEL_KEYS] for row in kernels]
-    return aligned([headings, *rows], right=[])
 
 
 def _text(value: object, now: float) -> str:

@@ -23,12 +23,7 @@ def cut(text: str, width: int) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], *, right: Container[int] = ()) -> list[str]:
-    """Lines in which every column is as wide as its widest cell.
-
-    Args:
-        rows: Cells, as many in each row.
-        right: Numbers of the columns whose cells stand at their right edge.
-    """
+    """Lines with columns as wide as their widest cells; those numbered in `right` end alike."""
     widths = [max(map(width_of, column)) for column in zip(*rows, strict=True)]
 
     def padded(column: int, cell: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,37 +12,29 @@ from typing import TYPE_CHECKING
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.slots.assignment import MAX_SLOTS
 from vllm_multilora.slots.budget import GIB
-from vllm_multilora.toolbox.commands.arguments import server_flags
 from vllm_multilora.toolbox.commands.output import plots
 from vllm_multilora.toolbox.commands.planning import plan_traffic
+from vllm_multilora.toolbox.commands.shared_arguments import add_server_flags, server_of
 
 if TYPE_CHECKING:
     from vllm_multilora.integration.offline.base_model import BaseModel
-    from vllm_multilora.toolbox.planning.memory_plan import MemoryPlan
 
 PLANNED, TOO_LARGE = 0, 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments."""
-    server = server_flags.add_arguments(parser, needs_model=False)
-    server.add_argument("--max-loras", type=int, metavar="N", help="number of slots")
-    server.add_argument("--max-lora-rank", type=int, metavar="R", help="rank of the slots")
+    server = add_server_flags(parser, needs_model=False)
+    for flag, metavar, default, meaning in (
+        ("--max-loras", "N", None, "number of slots"),
+        ("--max-lora-rank", "R", None, "rank of the slots"),
+        ("--tensor-parallel-size", "T", 1, "number of workers (default: 1)"),
+        ("--max-model-len", "TOKENS", None, "length of the longest request"),
+    ):
+        server.add_argument(flag, type=int, metavar=metavar, default=default, help=meaning)
     server.add_argument(
-        "--tensor-parallel-size",
-        type=int,
-        default=1,
-        metavar="T",
-        help="number of workers (default: 1)",
-    )
-    server.add_argument(
-        "--fully-sharded-loras",
-        "--fully-sharded",
+        *("--fully-sharded-loras", "--fully-sharded"),
         action="store_true",
         help="shard LoRA as far as possible",
-    )
-    server.add_argument(
-        "--max-model-len", type=int, metavar="TOKENS", help="length of the longest request"
     )
     server.add_argument(
         "--gpu-memory-utilization",
@@ -51,35 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="part of a GPU's memory that vLLM takes, above 0 and at most 1 (default: vLLM's)",
     )
-    parser.add_argument(
-        "--gpu-memory",
-        type=float,
-        metavar="GIB",
-        help="memory of one GPU; shows what is left for requests",
-    )
-    parser.add_argument(
-        "--adapters",
-        type=Path,
-        metavar="DIR",
-        help="folder whose sub-folders are the adapters to serve",
-    )
+    plot = "plot the slots' memory against their number, as FILE.png or FILE.svg"
+    for flag, kind, metavar, meaning in (
+        ("--gpu-memory", float, "GIB", "memory of one GPU; shows what is left for requests"),
+        ("--adapters", Path, "DIR", "folder whose sub-folders are the adapters to serve"),
+        ("--plot", Path, "FILE", plot),
+    ):
+        parser.add_argument(flag, type=kind, metavar=metavar, help=meaning)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--plot",
-        type=Path,
-        metavar="FILE",
-        help="plot the slots' memory against their number, as FILE.png or FILE.svg",
-    )
     plan_traffic.add_arguments(parser)
 
 
 def _offline_costs(arguments: argparse.Namespace) -> BaseModel:
-    server = server_flags.server_of(
-        arguments,
-        tensor_parallel_size=arguments.tensor_parallel_size,
-        fully_sharded_loras=arguments.fully_sharded_loras,
-        max_model_len=arguments.max_model_len,
-    )
+    server = server_of(arguments)
     from vllm_multilora.integration.offline.costs import offline_costs
 
     return offline_costs(server)
@@ -89,41 +64,36 @@ def run(
     arguments: argparse.Namespace,
     costs_of: Callable[[argparse.Namespace], BaseModel] = _offline_costs,
 ) -> int:
-    """Runs the command.
-
-    Args:
-        arguments: Those of `add_arguments`.
-        costs_of: Finds out what the base model costs.
-
-    Returns:
-        0, or 1 if a GPU of --gpu-memory has no room for it.
-
-    Raises:
-        MultiLoRAError: The costs cannot be told.
-    """
+    """Runs the command; `costs_of` finds out what the base model costs."""
     if arguments.traffic is not None:
         return plan_traffic.run(arguments)
     _check(arguments)
     if arguments.plot:
         plots.require(arguments.plot)
-    plan = _plan(arguments, costs_of(arguments))
-    if arguments.plot:
-        _draw(plan, arguments.plot)
+    model, gpu = costs_of(arguments), arguments.gpu_memory
     from vllm_multilora.toolbox.commands.planning.plan_json import plan_as_json
     from vllm_multilora.toolbox.commands.planning.plan_report import report
+    from vllm_multilora.toolbox.planning.adapter_survey import survey_adapters
+    from vllm_multilora.toolbox.planning.memory_plan import MemoryPlan
 
+    survey = None
+    if arguments.adapters is not None:
+        survey = survey_adapters(arguments.adapters, model.layouts[model.ranks[-1]])
+    plan = MemoryPlan(
+        model,
+        arguments.max_loras,
+        arguments.max_lora_rank,
+        gpu_bytes=None if gpu is None else int(gpu * GIB),
+        utilization=arguments.gpu_memory_utilization or model.utilization,
+        survey=survey,
+    )
+    if arguments.plot:
+        plots.draw_memory(plan, arguments.plot)
     if arguments.json:
         print(json.dumps(plan_as_json(plan), indent=2))
     else:
         print("\n".join(report(plan)))
     return TOO_LARGE if plan.left is not None and plan.left <= 0 else PLANNED
-
-
-def _draw(plan: MemoryPlan, path: Path) -> None:
-    from vllm_multilora.toolbox.commands.planning import plan_plot
-
-    plan_plot.draw(plan, path)
-    print(f"wrote {path}", file=sys.stderr)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -157,21 +127,3 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--gpu-memory-utilization must be in (0, 1], got {share}")
     if gpu is not None and not (gpu > 0 and math.isfinite(gpu * GIB)):
         raise ConfigError(f"--gpu-memory must be a positive number of GiB, got {gpu}")
-
-
-def _plan(arguments: argparse.Namespace, model: BaseModel) -> MemoryPlan:
-    from vllm_multilora.toolbox.planning.adapter_survey import survey_adapters
-    from vllm_multilora.toolbox.planning.memory_plan import MemoryPlan
-
-    survey = None
-    if arguments.adapters is not None:
-        survey = survey_adapters(arguments.adapters, model.layouts[model.ranks[-1]])
-    gpu = arguments.gpu_memory
-    return MemoryPlan(
-        model,
-        arguments.max_loras,
-        arguments.max_lora_rank,
-        gpu_bytes=None if gpu is None else int(gpu * GIB),
-        utilization=arguments.gpu_memory_utilization or model.utilization,
-        survey=survey,
-    )

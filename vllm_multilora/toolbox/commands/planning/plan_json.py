@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
-from vllm_multilora.integration.offline.kv_cache import KvCache
-from vllm_multilora.toolbox.planning.memory_plan import MemoryPlan
-from vllm_multilora.toolbox.planning.plan_hints import Advice
+from vllm_multilora.integration.offline.base_model import LayerMemory
+from vllm_multilora.toolbox.planning.memory_plan import Advice, MemoryPlan
 
 
 def plan_as_json(plan: MemoryPlan) -> dict[str, Any]:
@@ -26,15 +27,9 @@ def plan_as_json(plan: MemoryPlan) -> dict[str, Any]:
         "fixed_bytes": memory.fixed_bytes,
         "total_bytes": plan.total,
         "staging_bytes": model.staging_bytes,
-        "layers": [
-            {"name": part.name, "slot_bytes": part.slot_bytes, "fixed_bytes": part.fixed_bytes}
-            for part in memory.layers
-        ],
-        "plugin_tables": [
-            {"name": part.name, "slot_bytes": part.slot_bytes, "fixed_bytes": part.fixed_bytes}
-            for part in memory.tables
-        ],
-        "kv_cache": _kv_cache(model.kv_cache, plan),
+        "layers": _parts(memory.layers),
+        "plugin_tables": _parts(memory.tables),
+        "kv_cache": _kv_cache(plan),
         "totals": [
             {"max_loras": slots, "max_lora_rank": rank, "bytes": model.by_rank[rank].total(slots)}
             for slots in plan.slot_counts
@@ -49,7 +44,15 @@ def plan_as_json(plan: MemoryPlan) -> dict[str, Any]:
     }
 
 
-def _kv_cache(cache: KvCache | None, plan: MemoryPlan) -> dict[str, Any] | None:
+def _parts(parts: Iterable[LayerMemory]) -> list[dict[str, Any]]:
+    return [
+        {"name": part.name, "slot_bytes": part.slot_bytes, "fixed_bytes": part.fixed_bytes}
+        for part in parts
+    ]
+
+
+def _kv_cache(plan: MemoryPlan) -> dict[str, Any] | None:
+    cache = plan.model.kv_cache
     if cache is None:
         return None
     found: dict[str, Any] = {
@@ -58,12 +61,10 @@ def _kv_cache(cache: KvCache | None, plan: MemoryPlan) -> dict[str, Any] | None:
         "tokens_taken": cache.tokens(plan.total),
         "requests_taken": cache.requests(plan.total),
     }
-    if plan.budget is not None:
-        left = max(0, plan.left or 0)
-        found |= {
-            "most_tokens_left": cache.tokens(left),
-            "most_requests_left": cache.requests(left),
-        }
+    if plan.left is not None:
+        left = max(0, plan.left)
+        found["most_tokens_left"] = cache.tokens(left)
+        found["most_requests_left"] = cache.requests(left)
     return found
 
 
@@ -93,12 +94,11 @@ def _advice(advice: Advice | None) -> dict[str, Any] | None:
     unused = advice.unused
     return {
         "max_lora_rank": advice.max_lora_rank,
-        "by_rank": [
-            {"rank": need.rank, "fits": need.fits, "left_out": need.left_out, "bytes": need.bytes}
-            for need in advice.needs
-        ],
-        "unused_layers": None
-        if unused is None
-        else {"layers": unused.suffixes, "lora_target_modules": unused.targets}
-        | {"bytes": unused.bytes},
+        "by_rank": [asdict(need) for need in advice.needs],
+        "unused_layers": unused
+        and {
+            "layers": unused.suffixes,
+            "lora_target_modules": unused.targets,
+            "bytes": unused.bytes,
+        },
     }

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from vllm_multilora.adapters.model.ranks import LARGE_RANK
 from vllm_multilora.slots.budget import GIB, enough_gib, readable
 from vllm_multilora.toolbox.commands.output.text_table import aligned
-from vllm_multilora.toolbox.commands.planning.plan_advice import advice_lines
 from vllm_multilora.toolbox.planning.memory_plan import MemoryPlan
-from vllm_multilora.wording import counted
+from vllm_multilora.wording import counted, listed
+
+_MAX_NAMED = 5
 
 
 def report(plan: MemoryPlan) -> list[str]:
     """The lines to print."""
-    sections = [
-        _head(plan),
-        _layers(plan),
-        _cost(plan),
-        _grid(plan),
-        _gpu(plan),
-        _host(plan),
-        advice_lines(plan),
-    ]
     lines: list[str] = []
-    for section in sections:
-        printed = list(section)
+    for section in (_head, _layers, _cost, _grid, _gpu, _host, _adapters):
+        printed = list(section(plan))
         lines += ["", *printed] if lines and printed else printed
     return lines
 
@@ -44,17 +37,15 @@ def _layers(plan: MemoryPlan) -> Iterator[str]:
     for group in plan.memory.groups():
         share = f"{group.slot_bytes / whole:.1%}"
         rows.append((group.name, str(group.layers), f"{group.slot_bytes:,}", share))
-    rows.append(("a slot of rank " + str(plan.max_lora_rank), "", f"{whole:,}", ""))
+    rows.append((f"a slot of rank {plan.max_lora_rank}", "", f"{whole:,}", ""))
     yield from aligned(rows, right=range(1, len(rows[0])))
 
 
 def _cost(plan: MemoryPlan) -> Iterator[str]:
-    total = plan.total
-    fixed = plan.memory.fixed_bytes
+    total, fixed = plan.total, plan.memory.fixed_bytes
     more = f", {fixed:,} of them whatever the number of slots" if fixed else ""
     yield f"{counted(plan.max_loras, 'slot')}: {total:,} bytes ({readable(total)}){more}"
-    cache = plan.model.kv_cache
-    if cache is not None:
+    if cache := plan.model.kv_cache:
         yield f"in KV cache: {cache.worth(total)} (a token takes {cache.token_bytes:,.0f} bytes)"
 
 
@@ -82,15 +73,14 @@ def _gpu(plan: MemoryPlan) -> Iterator[str]:
             "the weights alone are more than there is: raise --tensor-parallel-size, or take a "
             "larger GPU or a quantised model"
         )
-        return
-    if plan.left <= 0:
+    elif plan.left <= 0:
         yield "that is more than there is: lower --max-loras or --max-lora-rank"
-        return
-    yield f"{readable(plan.left)} are left for the KV cache, activations and CUDA graphs" + (
-        f": at most {cache.worth(plan.left)}" if cache else ""
-    )
-    if cache:
-        yield f"without LoRA: at most {cache.worth(plan.budget)}"
+    else:
+        yield f"{readable(plan.left)} are left for the KV cache, activations and CUDA graphs" + (
+            f": at most {cache.worth(plan.left)}" if cache else ""
+        )
+        if cache:
+            yield f"without LoRA: at most {cache.worth(plan.budget)}"
 
 
 def _host(plan: MemoryPlan) -> Iterator[str]:
@@ -104,3 +94,71 @@ def _host(plan: MemoryPlan) -> Iterator[str]:
         f"--multilora-cpu-cache-gib must be at least {enough_gib(plan.host_least)}: a batch may "
         f"need {plan.max_loras} such adapters"
     )
+
+
+def _adapters(plan: MemoryPlan) -> Iterator[str]:
+    if (survey := plan.survey) is not None:
+        size = sum(plan.host_bytes.values())
+        yield (
+            f"adapters: {len(survey.adapters)} that the base model accepts, {readable(size)} in "
+            f"host memory; {len(survey.refused)} that it does not"
+        )
+        for name, problems in survey.refused:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            yield f"- {name} cannot be served: {problems[0]}{more}"
+        for need in plan.advice.needs if plan.advice else ():
+            fits = f"{need.fits} of {len(survey.adapters)} fit"
+            yield f"- rank {need.rank}: {fits}; slots of it take {readable(need.bytes)}"
+    yield from (f"- {note}" for note in _notes(plan))
+
+
+def _notes(plan: MemoryPlan) -> Iterator[str]:
+    if plan.max_lora_rank >= LARGE_RANK:
+        share = plan.memory.slot_bytes / plan.model.weight_bytes
+        yield (
+            f"an adapter of rank {plan.max_lora_rank} on all modules is {share:.0%} of the base "
+            "model's size, and adds about that share to a token's work: one that is always in use "
+            "is better merged"
+        )
+    advice, survey = plan.advice, plan.survey
+    if advice is None or survey is None:
+        return
+    highest = advice.max_lora_rank
+    if highest > plan.max_lora_rank:
+        left_out = [a.name for a in survey.adapters if a.rank > plan.max_lora_rank]
+        yield (
+            f"--max-lora-rank {plan.max_lora_rank} is too small for "
+            f"{listed(left_out, _MAX_NAMED)}: --max-lora-rank {highest} serves all"
+        )
+    elif highest < plan.max_lora_rank:
+        saved = plan.total - plan.model.by_rank[highest].total(plan.max_loras)
+        yield f"--max-lora-rank {highest} serves all and saves {_worth(saved, plan)}"
+    if len(advice.needs) > 1:
+        below, top = advice.needs[-2:]
+        if len(below.left_out) * 2 <= len(survey.adapters):
+            yield (
+                f"{listed(below.left_out, _MAX_NAMED)} alone "
+                f"need{'s' * (len(below.left_out) == 1)} rank {top.rank}, which costs "
+                f"{_worth(top.bytes - below.bytes, plan)}: train at rank {below.rank}, or serve "
+                "elsewhere"
+            )
+    if advice.unused:
+        yield (
+            f"no adapter touches {', '.join(advice.unused.suffixes)}: --lora-target-modules "
+            f"{' '.join(advice.unused.targets)} saves {_worth(advice.unused.bytes, plan)} at rank "
+            f"{highest}"
+        )
+    empty = plan.max_loras - len(survey.adapters)
+    if empty > 0:
+        saved = empty * plan.memory.slot_bytes
+        yield (
+            f"{counted(plan.max_loras, 'slot')} for {counted(len(survey.adapters), 'adapter')}: "
+            f"{empty} would stay empty, and take {_worth(saved, plan)}"
+        )
+    if len(survey.adapters) == 1 and not survey.refused:
+        yield "one adapter alone costs least when it is merged into the base model"
+
+
+def _worth(size: int, plan: MemoryPlan) -> str:
+    cache = plan.model.kv_cache
+    return readable(size) + (f" ({cache.tokens(size):,} tokens of KV cache)" if cache else "")

@@ -15,22 +15,16 @@ from vllm_multilora.slots.budget import CpuBudget
 from vllm_multilora.slots.simulation.adapter_sizes import size_in
 from vllm_multilora.slots.simulation.replay import ServerShape
 from vllm_multilora.slots.simulation.traces import read_timed_trace
-from vllm_multilora.toolbox.capacity.calibration import (
-    Calibration,
-    check_fits,
-    read_calibration,
-    versions_here,
-)
-from vllm_multilora.toolbox.capacity.forecast import Forecast, PlannedServer, forecast
+from vllm_multilora.toolbox.capacity.calibration import Calibration, check_fits, read_calibration
+from vllm_multilora.toolbox.capacity.forecast import Forecast, forecast
+from vllm_multilora.toolbox.capacity.served import PlannedServer
 from vllm_multilora.toolbox.commands.output.text_table import aligned
 from vllm_multilora.wording import counted
 
-PLANNED = 0
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that belong to --traffic."""
     traffic = parser.add_argument_group(
         "traffic instead of memory (settings default to those of the calibrated server)"
     )
@@ -62,11 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command; returns 0.
-
-    Raises:
-        MultiLoRAError: Something in its input is wrong.
-    """
     if arguments.calibration is None:
         raise ConfigError(
             "--traffic needs --calibration, a file that `vllm-multilora calibrate` writes"
@@ -76,26 +65,21 @@ def run(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"{flag} is for plans of memory: leave it or --traffic out")
     trace = read_timed_trace(arguments.traffic)
     calibration = read_calibration(arguments.calibration)
-    check_fits(calibration, arguments.calibration, arguments.model, versions_here())
+    check_fits(calibration, arguments.calibration, arguments.model)
     server = _server(arguments, calibration)
     sizes = dict(calibration.adapters)
     if arguments.adapters is not None:
         sizes |= sizes_in(arguments.adapters)
     found = forecast(trace, sizes, server, calibration)
-    print(
-        _json(found, server, calibration) if arguments.json else _text(found, server, calibration)
-    )
+    report = _json if arguments.json else _text
+    print(report(found, server, calibration))
     for each in found.outside:
         print(f"vllm-multilora plan: outside the calibration: {each}", file=sys.stderr)
-    return PLANNED
+    return 0
 
 
 def sizes_in(folder: Path) -> dict[str, int]:
-    """Bytes of the weights of the adapters in a directory, by their folders' names.
-
-    Raises:
-        ConfigError: It cannot be read.
-    """
+    """Bytes of the weights of the adapters in a directory, by their folders' names."""
     try:
         files = [each / name for each in sorted(folder.iterdir()) for name in _WEIGHTS]
     except OSError as error:
@@ -107,20 +91,15 @@ def _server(arguments: argparse.Namespace, calibration: Calibration) -> PlannedS
     known, gib = calibration.settings, arguments.cpu_cache_gib
     size = None if gib is None else size_in("GiB", gib, "--cpu-cache-gib")
 
-    def given(value: int | None, default: int) -> int:
-        return default if value is None else value
+    def setting(name: str) -> int:
+        given = getattr(arguments, name)
+        return int(getattr(known, name) if given is None else given)
 
+    budget = CpuBudget(adapters=arguments.max_cpu_loras, bytes=size)
     if size is None and arguments.max_cpu_loras is None:
         budget = CpuBudget(adapters=known.max_cpu_loras, bytes=known.cpu_cache_bytes)
-    else:
-        budget = CpuBudget(adapters=arguments.max_cpu_loras, bytes=size)
-    shape = ServerShape(
-        given(arguments.max_loras, known.max_loras),
-        budget,
-        given(arguments.max_num_seqs, known.max_num_seqs),
-    )
-    step_tokens = given(arguments.max_num_batched_tokens, known.max_num_batched_tokens)
-    return PlannedServer(shape, step_tokens, arguments.policy)
+    shape = ServerShape(setting("max_loras"), budget, setting("max_num_seqs"))
+    return PlannedServer(shape, setting("max_num_batched_tokens"), arguments.policy)
 
 
 def _text(found: Forecast, server: PlannedServer, calibration: Calibration) -> str:
