@@ -1,7 +1,6 @@
 """What an API server's meter counts of vLLM's requests; vLLM's classes, without an engine."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace

@@ -5,9 +5,12 @@ from dataclasses import replace
 import torch
 
 from tests.adapters.checkpoints import MODULES, layout
-from vllm_multilora.integration.offline.base_model import BaseModel
-from vllm_multilora.integration.offline.kv_cache import KvCache
-from vllm_multilora.integration.offline.slot_memory import LayerMemory, SlotMemory
+from vllm_multilora.integration.offline.base_model import (
+    BaseModel,
+    KvCache,
+    LayerMemory,
+    SlotMemory,
+)
 
 RANKS = (8, 16, 32, 64)
 HEAD_WIDTHS = 1000

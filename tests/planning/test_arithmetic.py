@@ -3,8 +3,7 @@
 import pytest
 
 from tests.adapters.checkpoints import MODULES
-from vllm_multilora.integration.offline.kv_cache import KvCache
-from vllm_multilora.integration.offline.slot_memory import LayerMemory, SlotMemory
+from vllm_multilora.integration.offline.base_model import KvCache, LayerMemory, SlotMemory
 from vllm_multilora.slots.budget import readable
 from vllm_multilora.toolbox.planning.memory_plan import MemoryPlan
 

@@ -20,14 +20,12 @@ from vllm.sampling_params import (
 from tests.tenants.callers import as_caller
 from vllm_multilora.gateway.table import MAX_ITEMS
 from vllm_multilora.integration.api_server.failure_delivery import HIDDEN_FOLDERS
-from vllm_multilora.integration.server.requests import metering
 from vllm_multilora.integration.server.requests.callers import (
     MAX_ANSWERS,
     Caller,
 )
 from vllm_multilora.integration.server.requests.engine_admission import follow
 from vllm_multilora.integration.server.requests.metering import METER, ServerMeter
-from vllm_multilora.metering.usage_log import Usage
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import Tenant, TenantLimits

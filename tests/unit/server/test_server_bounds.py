@@ -28,10 +28,8 @@ from vllm_multilora.integration.server.names.refusals import (
     LONGEST_PAUSE_S,
     Refusals,
 )
-from vllm_multilora.integration.server.requests import engine_admission, http_calls, metering
+from vllm_multilora.integration.server.requests import engine_admission, http_calls
 from vllm_multilora.integration.server.requests.http_calls import HttpCall, current_call
-from vllm_multilora.integration.server.requests.metering import METER, ServerMeter
-from vllm_multilora.metering.usage_log import Status
 
 ANSWER: Any = SimpleNamespace()
 

@@ -16,9 +16,6 @@ _ALL = (*SEAMS, Seams(TOOLS, (), attributes=TOOL_ATTRIBUTES))
 def judge(path: Path) -> int:
     """Compares a vLLM's source with what the plugin knows, and prints what differs.
 
-    Args:
-        path: A wheel, or a folder with vLLM's package.
-
     Returns:
         0 if everything is as in the tested versions, 1 otherwise.
 

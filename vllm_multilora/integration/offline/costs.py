@@ -27,15 +27,18 @@ from vllm.v1.kv_cache_interface import KVCacheGroupSpec, UniformTypeKVCacheSpecs
 from multilora_kernels.dtypes import of_torch
 from multilora_kernels.packs.scatter import STAGING_BYTES
 from vllm_multilora.adapters.model.layout import ModelLayout
-from vllm_multilora.integration.offline.base_model import BaseModel
-from vllm_multilora.integration.offline.kv_cache import KvCache
+from vllm_multilora.integration.offline.base_model import (
+    BaseModel,
+    KvCache,
+    LayerMemory,
+    SlotMemory,
+)
 from vllm_multilora.integration.offline.model_without_weights import (
     ALLOWED_RANKS,
     BaseModelError,
     ServerFlags,
     offline_manager,
 )
-from vllm_multilora.integration.offline.slot_memory import LayerMemory, SlotMemory
 from vllm_multilora.integration.patching.activation import kernel_backend, loads_adapters
 from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
 from vllm_multilora.integration.worker.model.model_layout import (
@@ -59,14 +62,7 @@ _RANK_TABLE_BYTES = 2 * torch.int32.itemsize  # a shrink rank and an expand rank
 
 
 def offline_costs(server: ServerFlags) -> BaseModel:
-    """What the first worker of a server would allocate.
-
-    Args:
-        server: Its settings; `max_loras` does not matter.
-
-    Raises:
-        BaseModelError: vLLM does not take the model or a setting, or has no LoRA for the model.
-    """
+    """What the first worker of a server would allocate."""
     config = server.vllm_config()
     lora_config: Any = config.lora_config
     model_config: Any = config.model_config

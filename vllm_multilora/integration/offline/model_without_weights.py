@@ -45,24 +45,9 @@ class BaseModelError(MultiLoRAError):
 
 @dataclass(frozen=True)
 class ServerFlags:
-    """The settings of `vllm serve` that decide what is built; each as vLLM's flag of that name.
+    """The settings of `vllm serve` that decide what is built; each as vLLM's flag of that name."""
 
-    Attributes:
-        model: The base model's folder or name, or the path of its `config.json`; its weights may
-            be absent.
-        max_loras: Slots.
-        max_lora_rank: The slots' rank.
-        tensor_parallel_size: Workers that share the model.
-        fully_sharded_loras: Whether LoRA is sharded as far as it goes.
-        lora_target_modules: The modules that adapters are restricted to; None: all.
-        dtype: The base model's.
-        lora_dtype: The slots'; `auto` is the model's.
-        max_model_len: The longest request; None: the model's own.
-        trust_remote_code: Whether code that comes with the model may run.
-        dora: The plugin's `--multilora-dora`.
-    """
-
-    model: str
+    model: str  # or the path of its `config.json`; its weights may be absent
     max_loras: int = 1
     max_lora_rank: int = 16
     tensor_parallel_size: int = 1
@@ -72,7 +57,7 @@ class ServerFlags:
     lora_dtype: str = "auto"
     max_model_len: int | None = None
     trust_remote_code: bool = False
-    dora: bool = False
+    dora: bool = False  # the plugin's `--multilora-dora`
 
     def vllm_config(self) -> VllmConfig:
         """The engine's configuration.
@@ -168,9 +153,6 @@ def offline_manager(config: VllmConfig) -> Iterator[LoRAModelManager]:
 
 def offline_layout(server: ServerFlags) -> ModelLayout:
     """What a model accepts of an adapter, as the first worker of a server has it.
-
-    Args:
-        server: Its settings; `max_loras` does not matter.
 
     Raises:
         BaseModelError: vLLM does not take the model or a setting, or has no LoRA for the model.
@@ -272,11 +254,7 @@ def _numbers() -> Iterator[None]:
 
 @contextmanager
 def one_worker(*, of: int = 1) -> Iterator[None]:
-    """Process groups of one process, which vLLM's layers ask for their sizes.
-
-    Args:
-        of: How many workers the tensor-parallel group says it has; this one is the first.
-    """
+    """Process groups of one process, which vLLM's layers ask for their sizes."""
     with _groups_of_one():
         group = parallel_state.get_tp_group()
         size, group.world_size = group.world_size, of

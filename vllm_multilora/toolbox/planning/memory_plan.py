@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from vllm_multilora.integration.offline.base_model import BaseModel
-from vllm_multilora.integration.offline.slot_memory import SlotMemory
+from vllm_multilora.integration.offline.base_model import BaseModel, SlotMemory
 from vllm_multilora.toolbox.planning.adapter_survey import Survey
 from vllm_multilora.toolbox.planning.plan_hints import Advice, advise
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vllm_multilora.integration.offline.base_model import BaseModel
-from vllm_multilora.integration.offline.slot_memory import SlotMemory
+from vllm_multilora.integration.offline.base_model import BaseModel, SlotMemory
 from vllm_multilora.toolbox.planning.adapter_survey import Survey, SurveyedAdapter
 
 

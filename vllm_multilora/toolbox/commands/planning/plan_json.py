@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_multilora.integration.offline.kv_cache import KvCache
+from vllm_multilora.integration.offline.base_model import KvCache
 from vllm_multilora.toolbox.planning.memory_plan import MemoryPlan
 from vllm_multilora.toolbox.planning.plan_hints import Advice
 
