@@ -48,7 +48,6 @@ def start_of(lora: Any) -> int:
 
 
 def last_occurrence(tokens: Sequence[int], invocation: Sequence[int]) -> int | None:
-    """Where a sequence of tokens begins for the last time among others; None: nowhere."""
     content, requested = array("q", tokens).tobytes(), array("q", invocation).tobytes()
     at = content.rfind(requested)
     while at % _TOKEN and at >= 0:  # across the border of two tokens

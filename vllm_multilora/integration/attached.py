@@ -16,19 +16,14 @@ _T = TypeVar("_T")
 
 
 class Attached(Generic[_T]):
-    """One thing that an object of vLLM's may have with it.
-
-    Args:
-        name: Short name, unique.
-    """
+    """One thing that an object of vLLM's may have with it."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def get(self, owner: Any) -> _T | None:
         """What the object has; None if nothing was set."""
-        value: _T | None = getattr(owner, "vllm_multilora", {}).get(self._name)
-        return value
+        return getattr(owner, "vllm_multilora", {}).get(self._name)
 
     def set(self, owner: Any, value: _T) -> None:
         """Keeps something with the object, in the place of what it had before."""
@@ -40,8 +35,7 @@ class Attached(Generic[_T]):
         """What the object has; what `make` returns, from then on, where nothing was set."""
         if not self.is_set(owner):
             self.set(owner, make())
-        value: _T = owner.vllm_multilora[self._name]
-        return value
+        return owner.vllm_multilora[self._name]
 
     def is_set(self, owner: Any) -> bool:
         """Whether anything was set, None included."""

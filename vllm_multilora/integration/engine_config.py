@@ -55,8 +55,7 @@ def check_access(
     """Has the gateway read the keys of a server that has any.
 
     Raises:
-        ConfigError: The admin key or the tenants file cannot be used, or nothing would guard the
-            server with them.
+        ConfigError: The keys cannot be used, or nothing would guard the server with them.
     """
     # All servers of a machine may have the variable, also those without adapters.
     serves_adapters = vllm_config.lora_config is not None

@@ -119,12 +119,7 @@ def without_folders(text: str, folders: Sequence[str]) -> str:
 
 
 def from_stop_reason(stop_reason: Any, tokenizer: Any = None) -> LoadFailure | None:
-    """The failure in a stop reason; None if it is another kind of stop.
-
-    Args:
-        stop_reason: Of a request's last output.
-        tokenizer: The model's, for what tokens stand for; None where there is none.
-    """
+    """The failure in a stop reason; None if it is another kind of stop."""
     if not isinstance(stop_reason, str):
         return None
     if stop_reason.startswith(_UNINVOKED):
@@ -138,13 +133,7 @@ def from_stop_reason(stop_reason: Any, tokenizer: Any = None) -> LoadFailure | N
 
 
 def uninvoked(name: str, invocation: Sequence[int], tokenizer: Any) -> RequestFailure:
-    """The failure of a request whose prompt does not activate its adapter.
-
-    Args:
-        name: The adapter's.
-        invocation: The token ids that activate it.
-        tokenizer: The model's, for the tokens' text; None where there is none.
-    """
+    """The failure of a request whose prompt does not activate its adapter."""
     tokens, text = list(invocation), ""
     if tokenizer is not None:
         # Tokenizers may know fewer ids than the model has room for, and some raise for the rest.
@@ -178,13 +167,7 @@ class RefusalsInOneLine(logging.Filter):
 
 
 class AdapterRefusedError(MultiLoRAError):
-    """An adapter cannot be served; says all that is wrong, for people and for programs.
-
-    Attributes:
-        adapter_id: The adapter's number.
-        failure: Why.
-        problems: All that is wrong with its files, each as `Problem.as_dict`.
-    """
+    """An adapter cannot be served; says all that is wrong, for people and for programs."""
 
     def __init__(
         self, adapter_id: int, failure: LoadFailure, problems: list[dict[str, Any]]
@@ -214,7 +197,6 @@ class AdapterRefusedError(MultiLoRAError):
 
     @classmethod
     def of_dict(cls, adapter_id: int, sent: Mapping[str, Any]) -> AdapterRefusedError:
-        """The refusal that another process has sent."""
         failure = LoadFailure(FailureKind(sent["kind"]), sent["message"])
         return cls(adapter_id, failure, sent["problems"])
 

@@ -83,13 +83,7 @@ def request_lists(vllm_config: VllmConfig, slots: int) -> RequestLists | None:
 
 
 def recorder(vllm_config: VllmConfig, role: str, folder: Path | None) -> Recorder | None:
-    """What a process records with; None where nothing is recorded.
-
-    Args:
-        vllm_config: Of the engine.
-        role: `engine` or `server`.
-        folder: See `folder_of`.
-    """
+    """What a process records with; None where nothing is recorded."""
     if folder is None:
         return None
     is_server, settings = role == "server", settings_of(vllm_config)

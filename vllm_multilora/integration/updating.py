@@ -25,11 +25,7 @@ _STOCK_VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 
 
 def allow_updating(vllm_config: VllmConfig) -> None:
-    """In the process that starts several API servers: takes vLLM's variable away.
-
-    Args:
-        vllm_config: Of the engine; the plugin acts for it.
-    """
+    """In the process that starts several API servers: takes vLLM's variable away."""
     parallel = vllm_config.parallel_config
     if parallel._api_process_count <= 1 or parallel._api_process_rank >= 0:
         return

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.lora.layers.utils import LoRAMappingType
 from vllm.lora.request import LoRARequest
+from vllm.v1.worker.gpu.lora_utils import LoraState
 
 from vllm_multilora.integration.activated import ActivatedLoRARequest, from_token
-from vllm_multilora.integration.step.mapping import BatchMapping, base_rows_of, make_lora_inputs
-from vllm_multilora.integration.worker.manager import set_active_loras_from_inputs
+from vllm_multilora.integration.step.mapping import BatchMapping, base_rows_of
+from vllm_multilora.integration.worker.rows.batch_lora_state import BatchLoraState
 
 
 def lora(number: int, start: int | None = None) -> LoRARequest:
@@ -86,22 +87,39 @@ def test_rows_before_the_first_activated_token_are_the_base_models(requests):
 @settings(deadline=None)
 @given(traffic())
 def test_so_they_are_in_the_second_model_runner(requests):
-    taken = []
-    runner = SimpleNamespace(req_states=SimpleNamespace(num_computed_prefill_tokens=None))
+    runner = SecondRunner(len(requests))
+    state = BatchLoraState(runner)
+    for index, (adapter, *_) in enumerate(requests):
+        state.add_request(str(index), index, adapter)
     for batch in steps_of(requests):
-        state = SimpleNamespace(
-            lora_ids=ids_of(requests, [(i, 0, 0) for i in range(len(requests))]),
-            lora_requests={str(i): r[0] for i, r in enumerate(requests) if r[0]},
-        )
         rows = np.array([index for index, *_ in batch])
         computed = np.zeros(len(requests), np.int32)
         computed[rows] = [min(begin, requests[i][1]) for i, begin, _ in batch]
         runner.req_states.num_computed_prefill_tokens = computed
-        runner.lora_manager = None
         tokens = np.array([count for *_, count in batch], np.int32)
-        inputs = make_lora_inputs(None, state, [str(i) for i in rows], rows, tokens)
-        set_active_loras_from_inputs(lambda *args: taken.append(args), runner, *inputs)
-        assert list(taken[-1][2]) == expected(requests, batch)
+        _, (mapping,), _ = state.make_lora_inputs([str(i) for i in rows], rows, tokens)
+        assert list(mapping.index_mapping) == expected(requests, batch)
+
+
+class SecondRunner:
+    """What a state asks of the second model runner that it is for."""
+
+    def __init__(self, places: int) -> None:
+        self.lora_state = LoraState(max_num_reqs=places)
+        self.lora_manager = SimpleNamespace(has_encoder=False)
+        self.req_states = SimpleNamespace(num_computed_prefill_tokens=None)
+
+
+def test_second_model_runner_tells_two_versions_of_an_adapter_apart():
+    runner = SecondRunner(3)
+    state = BatchLoraState(runner)
+    numbers = [7, 2**53 - 1, 7]  # a reload gives an adapter a new one
+    for index, number in enumerate(numbers):
+        state.add_request(f"r{index}", index, LoRARequest("acme", number, "/adapters/acme"))
+    names = [f"r{index}" for index in range(3)]
+    _, (mapping,), active = state.make_lora_inputs(names, np.arange(3), np.array([4, 1, 1]))
+    assert mapping.ids.tolist() == numbers
+    assert sorted(request.lora_int_id for request in active) == [7, 2**53 - 1]
 
 
 @pytest.mark.parametrize("rows", [None, [0, 2]])

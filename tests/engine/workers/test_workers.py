@@ -335,7 +335,7 @@ def test_rows_of_an_adapter_that_is_in_no_slot_are_computed_without_it_until_it_
         if described == "by the batch":
             manager.activate_batch(batch, tokens, sampled, language, inactive)
         elif described == "by requests":
-            manager.set_active_adapters(set(requests.values()), mapping)
+            manager.set_active_adapters(set(requests.values()), LoRAMapping((mapping,), ()))
         else:
             rows = LoRAMapping(mapping.index_mapping, mapping.prompt_mapping)
             manager.set_active_adapters(set(requests.values()), rows)

@@ -35,14 +35,13 @@ def absolute(*tensors):
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton-invariant"])
 def test_add_lora_linear(case: Case, backend: str):
-    scale = -0.5  # other calls below have 1, as all of vLLM's
     a, b = case.lora_a(), case.lora_b()
     x = case.random(case.tokens, case.k, seed=20)
     y = case.random(case.tokens, sum(case.widths), seed=21)
     out = y.clone()
-    case.wrapper(backend).add_lora_linear(out, x, a, b, scale, case.widths)
-    expected = linear(y, x, a, b, case.token_slots, scale)
-    assert_close(out, expected, linear(*absolute(y, x, a, b), case.token_slots, abs(scale)))
+    case.wrapper(backend).add_lora_linear(out, x, a, b, 1.0, case.widths)
+    expected = linear(y, x, a, b, case.token_slots)
+    assert_close(out, expected, linear(*absolute(y, x, a, b), case.token_slots))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -73,12 +72,12 @@ def test_add_lora_linear_with_a_batch_dimension_in_front(backend: str):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_add_shrink_leaves_every_row_finished(case: Case, backend: str):
     """Ranks that are sharded over workers are gathered next: rows without adapter are zeros."""
-    a, scale = case.lora_a(), 0.5
+    a = case.lora_a()
     x = case.random(case.tokens, case.k, seed=20)
     h = torch.full((len(a), case.tokens, case.rank), float("nan"), device=DEVICE)
-    case.wrapper(backend).add_shrink(h, x, a, scale)
-    expected = torch.stack([shrunk(x, w, case.token_slots, scale) for w in a])
-    magnitude = [shrunk(*absolute(x, w), case.token_slots, scale) for w in a]
+    case.wrapper(backend).add_shrink(h, x, a, 1.0)
+    expected = torch.stack([shrunk(x, w, case.token_slots, 1.0) for w in a])
+    magnitude = [shrunk(*absolute(x, w), case.token_slots, 1.0) for w in a]
     assert_close(h, expected, torch.stack(magnitude))
 
 
@@ -140,10 +139,10 @@ def check_logits(case: Case, backend: str, *, columns: int) -> None:
     rows, width = len(case.lengths), case.widths[0] + columns
     x, y = case.random(rows, case.k, seed=20), case.random(rows, width, seed=21)
     out = y.clone()
-    case.wrapper(backend).add_lora_logits(out, x, a, b, 0.5)
+    case.wrapper(backend).add_lora_logits(out, x, a, b, 1.0)
     own = b[:, :, :width]
-    expected = linear(y, x, (a,), (own,), case.request_slots, 0.5)
-    magnitude = linear(*absolute(y, x, (a,), (own,)), case.request_slots, 0.5)
+    expected = linear(y, x, (a,), (own,), case.request_slots)
+    magnitude = linear(*absolute(y, x, (a,), (own,)), case.request_slots)
     assert_close(out, expected, magnitude)
 
 

@@ -62,7 +62,6 @@ def make_layer(kind: str, a: Any, b: Any, **attributes: Any) -> Any:
     layer = object.__new__(getattr(layers, kind))
     torch.nn.Module.__init__(layer)
     layer.lora_a_stacked, layer.lora_b_stacked = a, b
-    layer._enable_aux_cuda_stream = attributes.pop("aux_stream", False)
     layer.base_layer = SimpleNamespace(params_dtype=torch.bfloat16)
     vars(layer).update(attributes)
     layer.output_slices = tuple(each.size(-2) for each in b) if isinstance(b, tuple) else ()
@@ -78,7 +77,7 @@ def make_layers() -> dict[str, Any]:
         "qkv": make_layer("QKVParallelLinearWithLoRA", *linear(96, 32, 32)),
         "qkv of the next layer": make_layer("QKVParallelLinearWithLoRA", *linear(96, 32, 32)),
         "odd": make_layer("RowParallelLinearWithLoRA", *linear(51, k=75)),
-        "aside": make_layer("ColumnParallelLinearWithLoRA", *linear(160), aux_stream=True),
+        "aside": make_layer("ColumnParallelLinearWithLoRA", *linear(160)),
         "sharded": make_layer("ColumnParallelLinearWithShardedLoRA", *linear(80, a_rank=8)),
         "second of sharded rows": make_layer(
             "RowParallelLinearWithShardedLoRA", *linear(40), tp_rank=1
@@ -180,11 +179,14 @@ def call_as_vllm_does(
 
 
 @pytest.mark.parametrize("backend", ["triton", "triton-invariant"])
-def test_steps_of_any_size_launch_only_what_the_warm_up_has_launched(variants, backend):
+def test_steps_of_any_size_launch_only_what_the_warm_up_has_launched(
+    variants, backend, monkeypatch
+):
     from vllm.lora.layers import LoRAMapping
 
     from vllm_multilora.integration.worker.slots.warm_up import warm_up
 
+    monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
     wrapper, layers = make_wrapped_layers(backend)
     warm_up(layers.values(), torch.bfloat16, make_slots())
     warmed = set(variants)
@@ -232,7 +234,7 @@ def test_processes_compile_what_the_warm_up_launches_and_it_says_so(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     said = re.search(
-        r"LoRA kernels for 3 kinds of layer are ready after [\d.]+ s: (\d+) kernels, of which "
+        r"LoRA kernels for 4 kinds of layer are ready after [\d.]+ s: (\d+) kernels, of which "
         r"(\d+) processes compiled what Triton's cache lacked, and this one 0\.",
         done.stderr,
     )

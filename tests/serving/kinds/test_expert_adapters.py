@@ -92,7 +92,6 @@ def _train(base: Path, folder: Path) -> Trained:
 @contextmanager
 def filler(manager: Any) -> Iterator[Any]:
     """Fills slots of a real model from a store, and returns what its worker answers."""
-    from vllm.lora.lora_model import LoRAModel
     from vllm.lora.request import LoRARequest
 
     from vllm_multilora.integration.worker.slots.filler import SlotFiller
@@ -101,7 +100,7 @@ def filler(manager: Any) -> Iterator[Any]:
     client = StoreClient(StoreThread(), "server")
     try:
         client.configure([manager.layout], StoreSettings())
-        filler = SlotFiller(manager, SpecialParts(manager, LoRAModel, None), None)
+        filler = SlotFiller(manager, SpecialParts(manager, None), None)
         filler.open_memory(client.address, "server")
 
         def fill(folder: Path) -> Answer:

@@ -756,31 +756,3 @@ async def test_what_one_engine_could_not_read_goes_with_its_folder(tmp_path: Pat
     site.take("acme")
     await site.look()
     assert engine.held == {}
-
-
-def test_second_model_runner_s_adapter_numbers_have_room() -> None:
-    from vllm.v1.worker.gpu.lora_utils import LoraState
-
-    from vllm_multilora.integration.patching.tables.ledger import apply_patches
-
-    apply_patches()
-    state = LoraState(max_num_reqs=2)
-    state.add_request("request", 1, LoRARequest("acme", 2**53 - 1, "/adapters/acme"))
-    assert state.lora_ids.tolist() == [0, 2**53 - 1]
-
-
-def test_second_model_runner_tells_two_versions_of_an_adapter_apart() -> None:
-    """A reload gives an adapter a new number; requests in flight end on the old one."""
-    import numpy as np
-    from vllm.v1.worker.gpu.lora_utils import LoraState
-
-    from vllm_multilora.integration.patching.tables.ledger import apply_patches
-
-    apply_patches()
-    state = LoraState(max_num_reqs=3)
-    for index, number in enumerate((7, 8, 7)):
-        state.add_request(f"request-{index}", index, LoRARequest("acme", number, "/adapters/acme"))
-    names = [f"request-{index}" for index in range(3)]
-    mapping, _, requests = state.make_lora_inputs(names, np.arange(3), np.array([4, 1, 1]))
-    assert mapping.ids.tolist() == [7, 8, 7]
-    assert sorted(request.lora_int_id for request in requests) == [7, 8]

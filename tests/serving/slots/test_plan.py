@@ -111,7 +111,7 @@ def test_a_server_says_it_when_it_starts(folder, caplog, monkeypatch):
 
     from vllm_multilora.integration.offline.model_without_weights import one_worker
     from vllm_multilora.integration.patching.tables.ledger import apply_patches
-    from vllm_multilora.integration.worker.slots import start_report
+    from vllm_multilora.integration.worker.slots import slot_buffers
     from vllm_multilora.slots.budget import CpuBudget, readable
 
     apply_patches()
@@ -119,13 +119,13 @@ def test_a_server_says_it_when_it_starts(folder, caplog, monkeypatch):
     with real_manager(folder / "llama", setting, one_worker) as manager:
         config = get_current_vllm_config()
         # vLLM's loggers do not always pass on to pytest's.
-        monkeypatch.setattr(start_report.logger, "handlers", [caplog.handler])
-        monkeypatch.setattr(start_report.logger, "propagate", False)
-        caplog.set_level("INFO", logger=start_report.__name__)
-        start_report.report_slots(manager, CpuBudget(bytes=2**30), config)
+        monkeypatch.setattr(slot_buffers.logger, "handlers", [caplog.handler])
+        monkeypatch.setattr(slot_buffers.logger, "propagate", False)
+        caplog.set_level("INFO", logger=slot_buffers.__name__)
+        slot_buffers.report_slots(manager, CpuBudget(bytes=2**30), config)
         config.parallel_config.rank = 1  # another worker says nothing
-        start_report.report_slots(manager, CpuBudget(bytes=2**30), config)
-    [line] = [r.getMessage() for r in caplog.records if r.name == start_report.__name__]
+        slot_buffers.report_slots(manager, CpuBudget(bytes=2**30), config)
+    [line] = [r.getMessage() for r in caplog.records if r.name == slot_buffers.__name__]
     total = costs(folder / "llama", setting).by_rank[16].total(3)
     assert f"3 of rank 16 in bfloat16 take {readable(total)}" in line
     assert "Adapters in host memory: up to 1.00 GiB." in line

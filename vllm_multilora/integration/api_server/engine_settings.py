@@ -34,10 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ESSENTIAL = (
-    *("punica-wrapper", "worker-manager", "batch-mapping", "batch-inputs"),
-    *("executor-class", "engine-core"),
-)
+_ESSENTIAL = ("punica-wrapper", "worker-manager", "batch-mapping", "executor-class", "engine-core")
 """Patches that act together: with one of them missing, requests get the base model's answers."""
 
 COMPILED_WITH = "multilora_compiled_with"
@@ -46,11 +43,6 @@ COMPILED_WITH = "multilora_compiled_with"
 
 def complete(vllm_config: VllmConfig, engine_args: Any, usage_context: UsageContext | None) -> None:
     """Checks a new engine's configuration, and completes it where the plugin loads its adapters.
-
-    Args:
-        vllm_config: Of the engine.
-        engine_args: vLLM's `EngineArgs` that it was made from.
-        usage_context: What the engine is for; None where nobody starts one with it.
 
     Raises:
         ConfigError: A setting cannot be used, or adapters cannot be served with this vLLM.
@@ -103,11 +95,7 @@ def require_patches() -> None:
 
 
 def require_nothing_to_check(settings: MultiLoRAConfig) -> None:
-    """Refuses, where vLLM's own code loads adapters, settings that say which it may load.
-
-    Raises:
-        ConfigError: There are such settings.
-    """
+    """Refuses, where vLLM's own code loads adapters, settings that say which it may load."""
     if checks := checks_in(settings):
         raise ConfigError(
             f"{checks} would check no adapter here, because vLLM's own code loads "
@@ -151,9 +139,6 @@ def require_rows_in_order(vllm_config: VllmConfig) -> None:
 
     An adapter's rows follow from their places among a step's tokens. Some options move rows without
     saying so: one customer's request is then computed with another's adapter, in stock vLLM too.
-
-    Raises:
-        ConfigError: There is such an option.
     """
     for option, flag, reason in _disorder(vllm_config):
         raise ConfigError(
@@ -204,9 +189,6 @@ def require_adapters_apart(transfer: KVTransferConfig | None) -> None:
     Those that look up blocks by vLLM's hashes do not mix them, since the hashes contain the digest
     of the weights, nor do those that pass a request's blocks from one engine to another. Others
     find by tokens alone what another adapter has computed, in stock vLLM too.
-
-    Args:
-        transfer: vLLM's settings of KV connectors; None: there is none.
 
     Raises:
         ConfigError: A connector finds blocks by tokens alone.

@@ -14,13 +14,7 @@ if TYPE_CHECKING:
 
 
 def was_loaded(table: Mapping[str, LoRARequest], request: Any, before: LoRARequest | None) -> bool:
-    """Whether what a call is to load was loaded since its name led to `before`.
-
-    Args:
-        table: Adapters by name.
-        request: The call's `LoadLoRAAdapterRequest`.
-        before: What its name led to when it came.
-    """
+    """Whether what a call is to load was loaded since its name led to `before`."""
     loaded = table.get(request.lora_name)
     return (
         loaded is not None

@@ -93,10 +93,6 @@ def mark_failed(request_outputs: list[Any], failures: dict[str, LoadFailure]) ->
 
     Those of `LLM.generate` have said why by their finish and stop reasons. Those of `LLM.embed` and
     the like, which are empty, have nothing of that kind.
-
-    Args:
-        request_outputs: vLLM's answers of a step.
-        failures: By the ids of the answers; see `deliver_failures`.
     """
     for output in request_outputs if failures else ():
         failure = failures.get(output.request_id)

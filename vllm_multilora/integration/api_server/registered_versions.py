@@ -17,14 +17,7 @@ VERSIONS: Attached[dict[int, Version]] = Attached("versions")
 
 @dataclass(frozen=True)
 class Version:
-    """What is known of an adapter's weights.
-
-    Attributes:
-        digest: Of the weights.
-        loaded: When they were registered, in seconds since 1970.
-        kind: As of `PackInfo`.
-        invocation: Token ids that activate an activated adapter; none for others.
-    """
+    """What is known of an adapter's weights."""
 
     digest: str
     loaded: float
@@ -43,13 +36,7 @@ def read_invocation(text: str) -> tuple[int, ...]:
 
 
 def note(client: Any, adapter: int, version: Version) -> None:
-    """An adapter was registered; registering the same again changes nothing.
-
-    Args:
-        client: vLLM's `EngineClient` of this server.
-        adapter: Its number.
-        version: What was read.
-    """
+    """An adapter was registered; registering the same again changes nothing."""
     known = VERSIONS.get_or_make(client, dict)
     if adapter not in known or known[adapter].digest != version.digest:
         known[adapter] = version

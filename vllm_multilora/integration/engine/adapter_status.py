@@ -28,13 +28,7 @@ Row = dict[str, Any]
 def engine_report(
     adapters: EngineAdapters, requests: Mapping[int, int], asked: Sequence[int]
 ) -> Report:
-    """One engine's report, and how many seconds it has cost.
-
-    Args:
-        adapters: The engine's.
-        requests: Requests accepted by adapter.
-        asked: Adapters to tell of even if the engine does not know them (any more).
-    """
+    """One engine's report, and how many seconds it has cost."""
     adapters.poll()
     begun = time.perf_counter()
     known = {entry.number: entry for entry in adapters.known()}

@@ -61,11 +61,6 @@ def starting_workers(executor: Any, vllm_config: VllmConfig) -> Iterator[None]:
     """Wraps the start of an executor and its workers, which connect to their link meanwhile.
 
     The store starts beside them, since an engine waits for it as soon as its model is loaded.
-
-    Args:
-        executor: Gets the link as its `LINK`; None if its workers cannot be heard. Gets what keeps
-            the store up as its `EARLY_STORE`, and its server's name as its `SERVER`.
-        vllm_config: Of the engine.
     """
     join_vllm_logging()
     server = server_of(vllm_config)
@@ -142,17 +137,11 @@ def make_adapters(
 ) -> EngineAdapters | None:
     """Connects the store and an executor's workers.
 
-    Args:
-        executor: Its workers have started.
-        scheduler: The scheduler beside it.
-        wake: Has the engine core look for what there is to do, from any thread; None where its
-            caller takes the steps.
-
     Returns:
         The engine's adapters; None where vLLM itself, or another program, loads them.
     """
     vllm_config: VllmConfig = executor.vllm_config
-    workers_have_ours = executor.collective_rpc(worker_calls.has_our_manager)
+    workers_have_ours = executor.collective_rpc(worker_calls.begin_serving)
     if not all(workers_have_ours):
         return None
     lora_config = vllm_config.lora_config

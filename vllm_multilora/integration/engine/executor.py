@@ -48,7 +48,6 @@ _WATCHED = frozenset(
 )
 """Calls of workers that are answered here, or have a consequence here."""
 
-_D = TypeVar("_D")
 _T = TypeVar("_T")
 
 
@@ -157,8 +156,7 @@ class AdapterExecutorMixin:
         """
         adapters = self.connect()
         if adapters is None:
-            added: bool = super().add_lora(lora_request)  # type: ignore[misc]
-            return added
+            return super().add_lora(lora_request)  # type: ignore[misc]
         return self._carry_out(adapters, partial(self._register, adapters, as_sent(lora_request)))
 
     def _register(self, adapters: EngineAdapters, request: LoRARequest) -> Future[bool]:
@@ -171,9 +169,6 @@ class AdapterExecutorMixin:
 
     def _register_for_server(self, fields: dict[str, Any]) -> Any:
         """Registers an adapter as `add_lora`, and answers with what was read.
-
-        Args:
-            fields: Of the adapter's `LoRARequest`.
 
         Returns:
             What `registered_version` reads, or `AdapterRefusedError.as_dict`; as a future as for
@@ -203,8 +198,7 @@ class AdapterExecutorMixin:
         """
         adapters = self.connect()
         if adapters is None:
-            removed: bool = super().remove_lora(lora_id)  # type: ignore[misc]
-            return removed
+            return super().remove_lora(lora_id)  # type: ignore[misc]
         return self._carry_out(adapters, partial(self._remove, adapters, lora_id))
 
     def _remove(self, adapters: EngineAdapters, lora_id: int) -> Future[bool]:
@@ -246,8 +240,7 @@ class AdapterExecutorMixin:
         """Pins an adapter; returns as `add_lora`."""
         adapters = self.connect()
         if adapters is None:
-            pinned: bool = super().pin_lora(lora_id)  # type: ignore[misc]
-            return pinned
+            return super().pin_lora(lora_id)  # type: ignore[misc]
         return self._carry_out(adapters, partial(adapters.pin, lora_id))
 
     def _carry_out(
@@ -256,7 +249,7 @@ class AdapterExecutorMixin:
         """Has a call carried out and answered; both where they hold up no step."""
         deferred_calls = self.scheduler.deferred_calls
         answer: Future[_T] = Future()
-        pass_on = partial(_pass_on, answer, lambda result: result)
+        pass_on = partial(_pass_on, answer)
 
         def carry_out() -> None:
             try:
@@ -282,12 +275,12 @@ def _wake(inputs: Any) -> None:
     inputs.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
 
-def _pass_on(answer: Future[_T], what: Callable[[_D], _T], done: Future[_D]) -> None:
-    """Gives a future what follows from another one's result, or its error."""
+def _pass_on(answer: Future[_T], done: Future[_T]) -> None:
+    """Gives a future another one's result, or its error."""
     if (error := done.exception()) is not None:
         answer.set_exception(error)
     else:
-        answer.set_result(what(done.result()))
+        answer.set_result(done.result())
 
 
 def _answer(
@@ -318,11 +311,6 @@ def scheduler_over(
 
     Where the plugin loads the adapters it is an `AdapterAwareMixin`, and a `FairSharesMixin` where
     shares are fair. Where there are tenants, a `TenantWallMixin` stands in front.
-
-    Args:
-        scheduler: vLLM's choice.
-        vllm_config: The engine's.
-        executor: Stands beside the class's only scheduler, which does not keep it alive.
     """
     mixins: list[type] = [TenantWallMixin] if has_wall(vllm_config) else []
     if loads_adapters(vllm_config):

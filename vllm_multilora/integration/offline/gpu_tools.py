@@ -45,12 +45,10 @@ def triton_folder() -> Path:
 
 
 def compiler() -> str | None:
-    """The C compiler that Triton would use."""
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 
 
 def python_header() -> Path:
-    """The header that Triton's launchers include."""
     return Path(sysconfig.get_path("include")) / "Python.h"
 
 

@@ -45,7 +45,7 @@ class BaseModelError(MultiLoRAError):
 
 @dataclass(frozen=True)
 class ServerFlags:
-    """The settings of `vllm serve` that decide what is built; each as vLLM's flag of that name.
+    """The settings of `vllm serve` that decide what is built; each as vLLM's flag of that name."""
 
     Attributes:
         model: The base model's folder or name, or the path of its `config.json`; its weights may
@@ -63,7 +63,7 @@ class ServerFlags:
     lora_dtype: str = "auto"
     max_model_len: int | None = None
     trust_remote_code: bool = False
-    dora: bool = False
+    dora: bool = False  # the plugin's `--multilora-dora`
 
     def vllm_config(self) -> VllmConfig:
         """The engine's configuration.

@@ -29,8 +29,7 @@ def settings_of(vllm_config: VllmConfig) -> MultiLoRAConfig:
 
 def given_to(vllm_config: VllmConfig) -> dict[str, Any]:
     """The settings that were given for an engine; empty where none were."""
-    given: dict[str, Any] = _additional(vllm_config).get(CONFIG_KEY) or {}
-    return given
+    return _additional(vllm_config).get(CONFIG_KEY) or {}
 
 
 def _additional(vllm_config: VllmConfig) -> dict[str, Any]:
@@ -46,11 +45,7 @@ def is_active(vllm_config: VllmConfig) -> bool:
 
 
 def adapts_towers(given: Any) -> bool:
-    """Whether adapters act in towers and connectors: such servers are left to vLLM.
-
-    Args:
-        given: vLLM's `LoRAConfig`, or the arguments of a server.
-    """
+    """Whether adapters act in towers and connectors: such servers are left to vLLM."""
     return bool(getattr(given, "enable_tower_connector_lora", False))
 
 
@@ -85,11 +80,7 @@ def kernel_backend(vllm_config: VllmConfig) -> str:
 
 
 def loads_adapters(vllm_config: VllmConfig) -> bool:
-    """Whether the plugin loads and computes this engine's adapters, and not vLLM's own code.
-
-    Raises:
-        Exception: As `kernel_backend`.
-    """
+    """Whether the plugin loads and computes this engine's adapters, and not vLLM's own code."""
     return kernel_backend(vllm_config) != "vllm"
 
 

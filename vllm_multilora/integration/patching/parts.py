@@ -9,14 +9,9 @@ from vllm_multilora.integration.patching.version import minor_of
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the plugin.
+    """A part of the plugin, and the oldest and newest minor versions of vLLM it was tested with.
 
-    Attributes:
-        name: Short name, unique.
-        what: What it does, in words.
-        first: The oldest minor version of vLLM that it was tested with, such as `(0, 29)`.
-        last: The newest one.
-        modules: Modules and packages below `vllm_multilora` that belong to it.
+    `modules` are those below `vllm_multilora` that belong to it, packages included.
     """
 
     name: str
@@ -27,7 +22,6 @@ class Part:
 
     @property
     def tested(self) -> str:
-        """The tested versions, in words."""
         return " to ".join(".".join(map(str, each)) for each in (self.first, self.last))
 
     def is_tested(self, version: str | None) -> bool:
@@ -41,7 +35,6 @@ class Part:
         return minor is not None and minor > self.last
 
     def has_module(self, module: str) -> bool:
-        """Whether a module, such as `vllm_multilora.store.clients.client`, belongs to this part."""
         return part_of(module) is self
 
 
@@ -81,11 +74,7 @@ TOOLS = Part(
 
 
 def part_of(module: str) -> Part:
-    """The part that a module belongs to: the core, unless a list says otherwise.
-
-    Args:
-        module: Its full name, such as `vllm_multilora.store.clients.client`.
-    """
+    """The part that a module belongs to: the core, unless a list says otherwise."""
     name = module.removeprefix("vllm_multilora.")
     for part in (GATEWAY, TOOLS):
         if any(name == each or name.startswith(f"{each}.") for each in part.modules):

@@ -75,10 +75,7 @@ class Patch:
             AttributeError: Its module has no such function.
         """
         module, _, function = self.handler.partition(":")
-        handler: Callable[..., Any] = getattr(
-            importlib.import_module(f"{self.package}.{module}"), function
-        )
-        return handler
+        return getattr(importlib.import_module(f"{self.package}.{module}"), function)
 
     def is_applied(self) -> bool:
         """Whether the target is replaced in this process; a module not imported yet has none."""
@@ -133,9 +130,7 @@ class Patch:
         return owner, attribute
 
     def _is_replaced(self, owner: Any, attribute: str) -> bool:
-        found = getattr(owner, attribute, None)
-        found = found.fget if isinstance(found, property) else found
-        return getattr(found, _MARK, None) == self.name
+        return getattr(_function_of(getattr(owner, attribute, None)), _MARK, None) == self.name
 
     def _misfit(self, original: Any) -> str:
         """Why a target is not the one that the handler is for; empty where it is, or must be.
@@ -154,17 +149,10 @@ class Patch:
         )
 
     def _replace(self, owner: Any, attribute: str, original: Any) -> None:
-        if isinstance(original, staticmethod | classmethod):
-            replacement = self._replacement(original.__func__)
-            setattr(owner, attribute, type(original)(replacement))
-        elif isinstance(original, property):
-            assert original.fget is not None
-            replacement = self._replacement(original.fget)
-            setattr(owner, attribute, property(replacement))
-        else:
-            replacement = self._replacement(original)
-            setattr(owner, attribute, replacement)
+        replacement: Any = self._replacement(_function_of(original))
         setattr(replacement, _MARK, self.name)
+        is_wrapped = isinstance(original, staticmethod | classmethod | property)
+        setattr(owner, attribute, type(original)(replacement) if is_wrapped else replacement)
 
     def _replacement(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """A function that looks like the original, be that a class, and calls the handler."""
@@ -213,13 +201,17 @@ class Patch:
             return _stock
 
 
+def _function_of(found: Any) -> Any:
+    """The function in a property, or in a static or class method; others as they are."""
+    if isinstance(found, property):
+        return found.fget
+    return found.__func__ if isinstance(found, staticmethod | classmethod) else found
+
+
 def _parameters(original: Any) -> str | None:
     """A target's parameters as `_literal_defaults` writes them; None if it is no function."""
-    if isinstance(original, property):
-        original = original.fget
-    elif isinstance(original, staticmethod | classmethod):
-        original = original.__func__
-    elif inspect.isclass(original):
+    original = _function_of(original)
+    if inspect.isclass(original):
         original = original.__init__
     try:
         signature = inspect.signature(original)

@@ -26,11 +26,6 @@ def when_imported(module: str, action: _Action) -> None:
 
     It is called before the import returns, so that nobody gets hold of a name in the module
     earlier. A module that cannot be found is none to wait for: then it is called now as well.
-
-    Args:
-        module: The module's full name.
-        action: Takes no arguments. It may be called again if the import it waited for came at
-            the same time from another thread.
     """
     if module not in sys.modules and _can_be_found(module):
         _finder.expect(module, action)

@@ -22,17 +22,11 @@ _FOLDER = Path(vllm_multilora.integration.__file__).parent
 
 @dataclass(frozen=True)
 class SeamFinding:
-    """One thing of vLLM's that the plugin counts on.
+    """One thing of vLLM's that the plugin counts on."""
 
-    Attributes:
-        what: The patch's name, the class that is extended, or the module of ours that imports it.
-        target: The thing, as `module:name`.
-        problem: What is not as the plugin knows it; empty if all is.
-    """
-
-    what: str
-    target: str
-    problem: str
+    what: str  # the patch's name, the class that is extended, or the module of ours that imports it
+    target: str  # as `module:name`
+    problem: str  # what is not as the plugin knows it; empty if all is
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,11 +37,7 @@ class CodeDefinition:
 
 
 class VllmSource:
-    """The modules of a vLLM, as text.
-
-    Args:
-        read: Gives a file's text by its path, such as `vllm/config/lora.py`; None if there is none.
-    """
+    """The modules of a vLLM, as text."""
 
     def __init__(self, read: Callable[[str], str | None]) -> None:
         self._read = read
@@ -135,7 +131,9 @@ class VllmSource:
                     if alias.name == "*":
                         found = self._in_module(source, name, hops - 1) or found
                     elif (alias.asname or alias.name) == name:
-                        found = self._imported(source, alias.name, hops - 1) or (module, node)
+                        imported = is_vllms(source)
+                        found = self._in_module(source, alias.name, hops - 1) if imported else None
+                        found = found or (module, node)
             elif _defines(node, name):
                 found = module, node
         if found is None and self.has_module(f"{module}.{name}"):
@@ -143,11 +141,6 @@ class VllmSource:
         # Names that a package finds when they are asked for.
         is_lazy = any(_defines(node, "__getattr__") for node in tree.body)
         return (module, tree) if found is None and is_lazy and _mentions(tree, name) else found
-
-    def _imported(self, source: str, name: str, hops: int) -> tuple[str, ast.AST] | None:
-        if not is_vllms(source):
-            return None
-        return self._in_module(source, name, hops)
 
     def _in_class(
         self, module: str, owner: ast.ClassDef, name: str, hops: int

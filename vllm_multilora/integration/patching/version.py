@@ -15,7 +15,6 @@ _FIRST = {
     f"{_SCHEDULER}._handle_blocked_waiting_request": (0, 31),
     # Adapters with whole heads.
     f"{_PUNICA}.apply_lora_full_linear": (0, 31),
-    f"{_PUNICA}._select_full_linear_output": (0, 31),
     # Scores of given tokens with the second model runner.
     f"{_SCORES}.compute_prompt_token_id_logprobs": (0, 31),
 }
@@ -54,12 +53,7 @@ def minor_of(version: str | None) -> tuple[int, int] | None:
 
 
 def is_expected(target: str, version: str | None) -> bool:
-    """Whether a version of vLLM has what the plugin patches or overrides there.
-
-    Args:
-        target: As `module:Class.attribute`.
-        version: vLLM's version; what is unknown is taken for the newest.
-    """
+    """Whether a version of vLLM has what the plugin patches or overrides there."""
     minor = minor_of(version)
     if minor is None:
         return target not in _LAST

@@ -58,12 +58,6 @@ def cpu_budget(
     for memory that another one of the same batch has: the default grows to that, a setting that
     is smaller is refused.
 
-    Args:
-        settings: The plugin's.
-        vllm_config: Of the engine; `lift_default_count` has seen it.
-        largest_adapter: Bytes of an adapter of `max_lora_rank` in every module, for all of the
-            engine's workers on this machine.
-
     Raises:
         ConfigError: `cpu_cache_gib` is too small for the slots.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -27,13 +27,11 @@ class BatchMapping:
         type: vLLM's mapping type (language model, tower or connector).
         base_rows: [requests], how many of a request's first tokens in the step its adapter does
             not act on; None: all adapters act on all tokens.
-        starts: The first tokens [requests] that adapters act on, from which `base_rows` follow
-            once it is known how far requests are; None where adapters act on all tokens.
-        states: [requests], where vLLM's second model runner keeps each request's state; None with
-            the first.
+        encoder_items: As of `MultiLoRAWorkerManager.map_encoder`; None: not mapped with the step.
     """
 
     is_prefill = True
+    encoder_items: tuple[npt.NDArray[np.integer], npt.NDArray[np.int64]] | None = None
 
     def __init__(
         self,
@@ -50,8 +48,6 @@ class BatchMapping:
         )
         self.type = type
         self.base_rows = base_rows
-        self.starts: npt.NDArray[np.integer] | None = None
-        self.states: npt.NDArray[np.integer] | None = None
 
     def __eq__(self, other: Any) -> bool:
         return (
@@ -121,12 +117,8 @@ def base_rows_of(
     """`BatchMapping.base_rows` of a step.
 
     Looks at requests in turn only while some of them have activated adapters, and then only at
-    those whose prompts are not computed yet: generated tokens are the adapter's.
-
-    Args:
-        requests: The runner's states of its requests, by id.
-        input_batch: The runner's batch.
-        tokens: [requests], tokens of each request in the step.
+    those whose prompts are not computed yet: generated tokens are the adapter's. `tokens` are those
+    of each request in the step, [requests].
     """
     adapters = input_batch.lora_id_to_lora_request.values()
     if not any(isinstance(lora, ActivatedLoRARequest) for lora in adapters):
@@ -137,27 +129,3 @@ def base_rows_of(
     for index in np.flatnonzero(computed < input_batch.num_prompt_tokens[:count]).tolist():
         starts[index] = start_of(requests[input_batch.req_ids[index]].lora_request)
     return rows_before(starts, computed, tokens)
-
-
-def make_lora_inputs(
-    original: Callable[..., Any],
-    state: Any,
-    req_ids: list[str],
-    idx_mapping: Any,
-    num_scheduled_tokens: Any,
-) -> tuple[Any, Any, Any]:
-    mapping = BatchMapping(
-        state.lora_ids[idx_mapping], num_scheduled_tokens, None, LoRAMappingType.LANGUAGE
-    )
-    mapping.states = idx_mapping
-    requests = [state.lora_requests.get(req_id) for req_id in req_ids]
-    # By number: requests for two versions of an adapter are equal to vLLM, which goes by name.
-    active = {request.lora_int_id: request for request in requests if request is not None}
-    if any(isinstance(request, ActivatedLoRARequest) for request in active.values()):
-        mapping.starts = np.array([start_of(request) for request in requests])
-    return mapping, mapping, list(active.values())
-
-
-def init_lora_state(original: Callable[..., None], state: Any, *args: Any, **kwargs: Any) -> None:
-    original(state, *args, **kwargs)
-    state.lora_ids = state.lora_ids.astype(np.int64)

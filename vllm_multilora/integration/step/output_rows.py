@@ -47,15 +47,12 @@ class OutputRows:
 
     @property
     def buffer(self) -> torch.Tensor:
-        """The plan's own buffer on the device."""
         return self._own_plan.buffer
 
     def read_slot_runs(self) -> None:
-        """Has the own plan bring its slot runs, too."""
         self._own_plan.sends_slot_runs = True
 
     def clear(self) -> None:
-        """The memory on the device was lost."""
         self._own_plan.clear()
 
     def set_step(

@@ -27,19 +27,12 @@ from vllm.lora.layers import BaseLayerWithLoRA, FusedMoEWithLoRA
 from vllm.lora.layers.utils import LoRAMappingType
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
-from multilora_kernels import (
-    BatchPlan,
-    OutputFactors,
-    PlanLayout,
-    lora_expand,
-    lora_linear,
-    lora_shrink,
-)
+from multilora_kernels import BatchPlan, OutputFactors, PlanLayout, lora_shrink
 from vllm_multilora.integration.patching.activation import kernel_backend
 from vllm_multilora.integration.step.mapping import BatchMapping
 from vllm_multilora.integration.step.output_rows import OutputRows
 from vllm_multilora.integration.step.punica_moe import ExpertLayers
-from vllm_multilora.integration.step.punica_prepared import PreparedLayers, slices_of
+from vllm_multilora.integration.step.punica_prepared import PreparedLayers
 from vllm_multilora.integration.step.stock_rows import StockRows
 
 if TYPE_CHECKING:
@@ -47,15 +40,7 @@ if TYPE_CHECKING:
 
 
 class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
-    """Computes every adapter of a mixed batch with `multilora_kernels`.
-
-    Args:
-        max_num_batched_tokens: The most tokens in a step.
-        max_batches: The most sequences in a step.
-        device: Where the model runs.
-        backend: The kernels' backend.
-        lora_config: vLLM's LoRA settings.
-    """
+    """Computes every adapter of a mixed batch with `multilora_kernels`."""
 
     def __init__(
         self,
@@ -91,11 +76,7 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
         self.output_rows.read_slot_runs()
 
     def adopt_layers(self, layers: Iterable[BaseLayerWithLoRA]) -> None:
-        """Learns which layers use this wrapper, so that a step prepares what they read and no more.
-
-        Args:
-            layers: All of them, before the first step.
-        """
+        """Learns which layers use this wrapper: steps prepare what they read, and no more."""
         layers = list(layers)
         self._stock_rows.adopt_layers(layers)
         if any(isinstance(layer, FusedMoEWithLoRA) for layer in layers):
@@ -182,29 +163,14 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        """`y += scale * (x @ A.T) @ B.T`, each row with its own adapter; all slices at once.
+        """`y += (x @ A.T) @ B.T`, each row with its own adapter; all slices at once.
 
         Then y is multiplied where the row's adapter does that.
         """
         if y.ndim != 2 or x.ndim != 2:  # a view takes as long as a small adapter's product
             y, x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-        if scale == 1.0:  # the path of every layer and step
-            prepared = self.linear(lora_a_stacked, lora_b_stacked, add_inputs=add_inputs)
-            if prepared is not None:
-                prepared(y, x, self.plan)
-                return
-        lora_linear(
-            y,
-            x,
-            lora_a_stacked,
-            lora_b_stacked,
-            self._ranks(self.shrink_ranks, len(lora_a_stacked), lora_a_stacked[0].size(-2)),
-            self.plan,
-            scale=scale,
-            add_inputs=add_inputs,
-            factors=self.factors if add_inputs else None,
-            backend=self.backend,
-        )
+        assert scale == 1.0, "slots have the scaled weights"
+        self.linear(lora_a_stacked, lora_b_stacked, add_inputs=add_inputs)(y, x, self.plan)
 
     def add_shrink(
         self,
@@ -214,23 +180,10 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """`y[i] = scale * x @ A_i.T`, finished for every row: layers that shard ranks gather y."""
+        """`y[i] = x @ A_i.T`, finished for every row: layers that shard ranks gather y."""
         assert isinstance(y, torch.Tensor), "y must be one tensor [slices, tokens, ranks]"
-        x = x.reshape(-1, x.shape[-1])
-        if scale == 1.0:
-            prepared = self.shrink(lora_a_stacked)
-            if prepared is not None:
-                prepared(y, x, self.plan)
-                return
-        lora_shrink(
-            y,
-            x,
-            lora_a_stacked,
-            self._ranks(self.shrink_ranks, len(lora_a_stacked), lora_a_stacked[0].size(-2)),
-            self.plan,
-            scale=scale,
-            backend=self.backend,
-        )
+        assert scale == 1.0, "slots have the scaled weights"
+        self.shrink(lora_a_stacked)(y, x.reshape(-1, x.shape[-1]), self.plan)
 
     def add_expand(
         self,
@@ -244,31 +197,8 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
     ) -> None:
         """`y[:, offset_i:] += x[i] @ B_i.T`, from column `offset_start` on."""
         assert isinstance(x, torch.Tensor), "x must be one tensor [slices, tokens, ranks]"
-        self._expand(y.view(-1, y.shape[-1]), x, lora_b_stacked, offset_start, add_inputs)
-
-    def _expand(
-        self,
-        y: torch.Tensor,
-        h: torch.Tensor,
-        lora_b_stacked: tuple[torch.Tensor, ...] | torch.Tensor,
-        offset: int,
-        add_inputs: bool,
-    ) -> None:
-        prepared = self.expand(lora_b_stacked, offset, add_inputs=add_inputs)
-        if prepared is not None:
-            prepared(y, h, self.plan)
-            return
-        slices = slices_of(lora_b_stacked)
-        lora_expand(
-            y,
-            h,
-            slices,
-            self._ranks(self.expand_ranks, len(slices), slices[0].size(-1)),
-            self.plan,
-            offset=offset,
-            add_inputs=add_inputs,
-            backend=self.backend,
-        )
+        expand = self.expand(lora_b_stacked, offset_start, add_inputs=add_inputs)
+        expand(y.view(-1, y.shape[-1]), x, self.plan)
 
     def add_lora_embedding(
         self,
@@ -279,7 +209,7 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
         **kwargs: Any,
     ) -> None:
         """`y += x @ B.T`; x holds each token's row of the adapter's embedding."""
-        self._expand(y, x.unsqueeze(0), lora_b_stacked, 0, add_inputs)
+        self.expand(lora_b_stacked, add_inputs=add_inputs)(y, x.unsqueeze(0), self.plan)
 
     def add_lora_logits(
         self,
@@ -290,24 +220,11 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """`y += scale * (x @ A.T) @ B.T` over the rows that reach the logits."""
+        """`y += (x @ A.T) @ B.T` over the rows that reach the logits."""
         y, x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-        columns = y.size(-1)
-        if scale == 1.0:
-            prepared = self.logits(lora_a_stacked, lora_b_stacked, columns)
-            if prepared is not None:
-                prepared(y, x, self.output_rows.plan(x))
-                return
-        lora_linear(
-            y,
-            x,
-            (lora_a_stacked,),
-            (lora_b_stacked[..., :columns, :],),
-            self._ranks(self.shrink_ranks, 1, lora_a_stacked.size(-2)),
-            self.output_rows.plan(x),
-            scale=scale,
-            backend=self.backend,
-        )
+        assert scale == 1.0, "slots have the scaled weights"
+        logits = self.logits(lora_a_stacked, lora_b_stacked, y.size(-1))
+        logits(y, x, self.output_rows.plan(x))
 
     def apply_lora_full_linear(
         self,
@@ -327,7 +244,11 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
             self.output_rows.plan(x),
             backend=self.backend,
         )
-        y.copy_(self._select_full_linear_output(y, head[0], bias_stacked, module_enabled))
+        slots = self.sampler_indices
+        own = slots.clamp_min(0)
+        replaces = (slots >= 0) & module_enabled[own]
+        found = head[0].to(y.dtype) + bias_stacked[own].to(y.dtype)
+        y.copy_(torch.where(replaces.unsqueeze(-1), found, y))
 
 
 def _have_own_graphs(config: Any) -> bool:

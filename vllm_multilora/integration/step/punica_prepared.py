@@ -36,8 +36,7 @@ _Slices = tuple[torch.Tensor, ...]
 class PreparedLayers:
     """The part of the punica wrapper that keeps what was prepared for its layer.
 
-    Every method returns what is to be called with a batch, or None while the model is being
-    compiled if nobody has called it before.
+    Every method returns what is to be called with a batch.
     """
 
     backend: str
@@ -67,79 +66,58 @@ class PreparedLayers:
         """Whether kernels of the layer read weights past an adapter's rank: vLLM's do."""
         return any(VLLM in choice.backends for choice in self._choices.values())
 
-    def linear(self, a: _Slices, b: _Slices, *, add_inputs: bool = True) -> Prepared | None:
+    def linear(self, a: _Slices, b: _Slices, *, add_inputs: bool = True) -> Prepared:
         """For `add_lora_linear`."""
-
-        def ours(backend: str) -> Prepared:
-            return PreparedLinear(
-                a,
-                b,
-                self._ranks(self.shrink_ranks, len(a), a[0].size(-2)),
-                self.plan.layout,
-                add_inputs=add_inputs,
-                factors=self.factors if add_inputs else None,
-                backend=backend,
-            )
-
-        def stock() -> Prepared:
-            return StockLinear(a, b, self.plan.layout, add_inputs=add_inputs)
-
         key = "linear", add_inputs
-        return self._call(key, b, lambda: self._chosen(key, ours, stock))
+        return self._call(key, b, self._linear, key, a, b, add_inputs)
 
-    def shrink(self, a: _Slices) -> Prepared | None:
+    def shrink(self, a: _Slices) -> Prepared:
         """For `add_shrink`."""
-
-        def ours(backend: str) -> Prepared:
-            ranks = self._ranks(self.shrink_ranks, len(a), a[0].size(-2))
-            return PreparedShrink(a, ranks, self.plan.layout, backend=backend)
-
-        def stock() -> Prepared:
-            return StockShrink(a, self.plan.layout)
-
-        key = ("shrink",)
-        return self._call(key, a, lambda: self._chosen(key, ours, stock))
+        return self._call(("shrink",), a, self._shrink, a)
 
     def expand(
         self, b: _Slices | torch.Tensor, offset: int = 0, *, add_inputs: bool = True
-    ) -> Prepared | None:
+    ) -> Prepared:
         """For `add_expand`, and for `add_lora_embedding` with its one tensor."""
-
-        def ours(backend: str) -> Prepared:
-            slices = slices_of(b)
-            return PreparedExpand(
-                slices,
-                self._ranks(self.expand_ranks, len(slices), slices[0].size(-1)),
-                self.plan.layout,
-                offset=offset,
-                add_inputs=add_inputs,
-                backend=backend,
-            )
-
-        def stock() -> Prepared:
-            layout = self.plan.layout
-            return StockExpand(slices_of(b), layout, offset=offset, add_inputs=add_inputs)
-
         key = "expand", offset, add_inputs
-        return self._call(key, b, lambda: self._chosen(key, ours, stock))
+        return self._call(key, b, self._expand, key, slices_of(b), offset, add_inputs)
 
-    def logits(self, a: torch.Tensor, b: torch.Tensor, columns: int) -> Prepared | None:
+    def logits(self, a: torch.Tensor, b: torch.Tensor, columns: int) -> Prepared:
         """For `add_lora_logits` with so many columns of y."""
-
-        def ours(backend: str) -> Prepared:
-            return PreparedLinear(
-                (a,),
-                (b[..., :columns, :],),
-                self._ranks(self.shrink_ranks, 1, a.size(-2)),
-                self.plan.layout,
-                backend=backend,
-            )
-
-        def stock() -> Prepared:
-            return StockLinear((a,), (b,), self.plan.layout)
-
         key = "logits", columns
-        return self._call(key, b, lambda: self._chosen(("logits",), ours, stock))
+        return self._call(key, b, self._linear, ("logits",), (a,), (b,), True, columns)
+
+    def _linear(
+        self, key: CallKey, a: _Slices, b: _Slices, add_inputs: bool, columns: int | None = None
+    ) -> Prepared:
+        layout, ranks = self.plan.layout, self._ranks(self.shrink_ranks, len(a), a[0].size(-2))
+        own = b if columns is None else (b[0][..., :columns, :],)
+        options: dict[str, Any] = {"add_inputs": add_inputs}
+        factors = self.factors if add_inputs else None
+        return self._chosen(
+            key,
+            lambda used: PreparedLinear(
+                a, own, ranks, layout, **options, factors=factors, backend=used
+            ),
+            lambda: StockLinear(a, b, layout, **options),
+        )
+
+    def _shrink(self, a: _Slices) -> Prepared:
+        layout, ranks = self.plan.layout, self._ranks(self.shrink_ranks, len(a), a[0].size(-2))
+        return self._chosen(
+            ("shrink",),
+            lambda used: PreparedShrink(a, ranks, layout, backend=used),
+            lambda: StockShrink(a, layout),
+        )
+
+    def _expand(self, key: CallKey, b: _Slices, offset: int, add_inputs: bool) -> Prepared:
+        layout, ranks = self.plan.layout, self._ranks(self.expand_ranks, len(b), b[0].size(-1))
+        options: dict[str, Any] = {"offset": offset, "add_inputs": add_inputs}
+        return self._chosen(
+            key,
+            lambda used: PreparedExpand(b, ranks, layout, **options, backend=used),
+            lambda: StockExpand(b, layout, **options),
+        )
 
     def _chosen(
         self, key: CallKey, ours: Callable[[str], Prepared], stock: Callable[[], Prepared]
@@ -154,14 +132,13 @@ class PreparedLayers:
         return PreparedByRows(self.plan.layout, bounds, made) if bounds else made[0]
 
     def _call(
-        self, key: CallKey, weights: object, prepare: Callable[[], Prepared]
-    ) -> Prepared | None:
-        known: Any = self._prepared.get(key)
-        if torch.compiler.is_compiling():
-            # A layer calls its own wrapper, with its own weights.
-            return None if known is None else known[1]
+        self, key: CallKey, weights: object, prepare: Callable[..., Prepared], *args: Any
+    ) -> Prepared:
+        if torch.compiler.is_compiling():  # a layer calls its own wrapper, with its own weights
+            return self._prepared[key][1]
+        known = self._prepared.get(key)
         if known is None or known[0] is not weights:
-            known = self._prepared[key] = weights, prepare()
+            known = self._prepared[key] = weights, prepare(*args)
         return known[1]
 
     def _ranks(self, true_ranks: torch.Tensor | None, slices: int, rank: int) -> torch.Tensor:

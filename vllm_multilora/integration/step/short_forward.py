@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm import envs
 from vllm.lora.layers import (
     BaseLayerWithLoRA,
     ColumnParallelLinearWithLoRA,
@@ -40,7 +41,8 @@ def shorten_forward(layer: BaseLayerWithLoRA) -> None:
     base: Any = layer.base_layer
     hands_on_bias, returns_bias = base.skip_bias_add, base.return_bias
     parameters = base._parameters  # a look-up of `base.bias` ends in Python, after all others
-    multiplies_plainly = _multiplies_plainly(base.quant_method)
+    # On CPUs vLLM's plain method does no more than call this, in a roundabout way.
+    is_plain = type(base.quant_method) is UnquantizedLinearMethod and hasattr(base, "cpu_linear")
     wrapper: Any = layer.punica_wrapper
     add_adapters = wrapper.linear(layer.lora_a_stacked, layer.lora_b_stacked)
     plan = wrapper.plan
@@ -48,7 +50,7 @@ def shorten_forward(layer: BaseLayerWithLoRA) -> None:
     def forward(input_: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         bias = parameters["bias"]
         added = None if hands_on_bias else bias
-        if multiplies_plainly:
+        if is_plain:
             y: torch.Tensor = base.cpu_linear(input_, parameters["weight"], added)
         else:
             y = base.quant_method.apply(base, input_, added)
@@ -59,14 +61,6 @@ def shorten_forward(layer: BaseLayerWithLoRA) -> None:
         return (y, bias if hands_on_bias else None) if returns_bias else y
 
     layer.forward = forward
-
-
-def _multiplies_plainly(method: Any) -> bool:
-    """Whether a method does no more than call its layer's `cpu_linear`, in a roundabout way."""
-    return (
-        type(method) is UnquantizedLinearMethod
-        and getattr(method._gemm_impl, "__name__", "") == "cpu_unquantized_gemm"
-    )
 
 
 def _does_the_same(layer: BaseLinearLayerWithLoRA) -> bool:
@@ -80,5 +74,5 @@ def _does_the_same(layer: BaseLinearLayerWithLoRA) -> bool:
         and kind.forward in _FORWARDS
         and layer.tp_size == 1
         and "bias" in layer.base_layer._parameters
-        and not layer._enable_aux_cuda_stream
+        and not envs.VLLM_LORA_ENABLE_DUAL_STREAM
     )

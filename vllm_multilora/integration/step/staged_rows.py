@@ -14,11 +14,6 @@ from multilora_kernels.batch.staging import StagingRing
 class StagedRows:
     """A tensor that keeps its address and gets new values by one asynchronous copy.
 
-    Args:
-        rows: The most rows of a step.
-        device: Where they are read.
-        dtype: Of the values.
-
     Attributes:
         buffer: [rows] on the device. Rows past a step's values keep older ones, at first
             zeros: captured graphs read padding rows as well, and must find valid numbers there.
@@ -62,7 +57,6 @@ class SlotColumns:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the device."""
         return self._columns.buffer.nbytes
 
     def write(self, slot: int, *columns: npt.NDArray[np.int32]) -> None:

@@ -59,7 +59,6 @@ class _WeightTables:
         self._copies = [(each, each.to("cpu", copy=True)) for each in tables]
 
     def restore(self) -> None:
-        """Writes the tables again: their memory was lost."""
         for table, copy in self._copies:
             table.copy_(copy)
 
@@ -114,7 +113,10 @@ def _contiguous_strides(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 class _StockCall(Prepared):
-    """What vLLM's calls have in common."""
+    """What vLLM's calls have in common; weights are as of `_WeightTables`.
+
+    They are zeros past an adapter's rank, and layouts of plans have slot runs.
+    """
 
     def __init__(self, layout: PlanLayout, tables: _WeightTables) -> None:
         super().__init__(layout)
@@ -129,14 +131,7 @@ class _StockCall(Prepared):
 
 
 class StockLinear(_StockCall):
-    """As `PreparedLinear`.
-
-    Args:
-        a: Per slice, [slots, 1, ranks, inputs].
-        b: Per slice, [slots, 1, outputs, ranks]; zeros past an adapter's rank, as in a.
-        layout: The layout of the plans to come, with slot runs.
-        add_inputs: Whether y is added to.
-    """
+    """As `PreparedLinear`."""
 
     def __init__(
         self,
@@ -170,12 +165,7 @@ class StockLinear(_StockCall):
 
 
 class StockShrink(_StockCall):
-    """As `PreparedShrink`.
-
-    Args:
-        a: Per slice, [slots, 1, ranks, inputs]; zeros past an adapter's rank.
-        layout: The layout of the plans to come, with slot runs.
-    """
+    """As `PreparedShrink`."""
 
     def __init__(self, a: Sequence[torch.Tensor], layout: PlanLayout) -> None:
         super().__init__(layout, _WeightTables(a, ()))
@@ -196,14 +186,7 @@ class StockShrink(_StockCall):
 
 
 class StockExpand(_StockCall):
-    """As `PreparedExpand`.
-
-    Args:
-        b: Per slice, [slots, 1, outputs, ranks]; zeros past an adapter's rank.
-        layout: The layout of the plans to come, with slot runs.
-        offset: First column of y.
-        add_inputs: Whether y is added to.
-    """
+    """As `PreparedExpand`."""
 
     def __init__(
         self,
@@ -260,9 +243,6 @@ def step_metadata(plan: BatchPlan) -> LoRAKernelMeta:
 
     vLLM's own sorts and counts on the device and waits for it, or makes five copies from memory
     that is not pinned. This one needs no copy of its own. Its kernels look at all slots.
-
-    Args:
-        plan: Its layout has room for slot runs.
     """
     from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta  # on GPUs only
 

@@ -27,11 +27,6 @@ TokenHead: Any = getattr(layers, "TokenClassificationHeadWithLoRA", _NONE)
 class StockRows:
     """Numbers by row that layers other than linear ones read, and only what a model's do.
 
-    Args:
-        max_tokens: The most tokens in a step.
-        slots: Of adapters.
-        device: Where the model runs.
-
     Attributes:
         embedding_offsets: First row of each token's adapter in an embedding's A.
         sampler_slots: Slots by sampled row, which full-weight heads read.

@@ -28,14 +28,13 @@ from vllm_multilora.integration.patching.activation import loads_adapters, setti
 from vllm_multilora.integration.patching.tables.core_seams import PUNICA_WRAPPER
 from vllm_multilora.integration.settings.cache_settings import cpu_budget, store_settings
 from vllm_multilora.integration.settings.flags import checks_in
-from vllm_multilora.integration.step.mapping import BatchMapping, base_rows_of, rows_before
+from vllm_multilora.integration.step.mapping import BatchMapping, base_rows_of
 from vllm_multilora.integration.worker.model.experts import leave_experts_alone
-from vllm_multilora.integration.worker.rows.encoder_rows import first_items
 from vllm_multilora.integration.worker.slots.filler import SlotFiller
 from vllm_multilora.integration.worker.slots.model_manager import MultiLoRAModelManager
 from vllm_multilora.integration.worker.slots.own_store import OwnStore
+from vllm_multilora.integration.worker.slots.slot_buffers import report_slots
 from vllm_multilora.integration.worker.slots.special import SpecialParts
-from vllm_multilora.integration.worker.slots.start_report import report_slots
 from vllm_multilora.integration.worker_link.fill_link import (
     Answer,
     FillFailed,
@@ -68,8 +67,7 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         sampled_rows: [requests], how many rows of each request the last batch sampled.
         row_maxima: [rows, 1], the largest logit of each row that the first model runner is about
             to sample from; None otherwise.
-        idle_generators: Of requests with a seed, by row, those that the first model runner is not
-            to use in this step.
+        idle_generators: Of requests with a seed, by row, that are not used in this step.
     """
 
     _manager_cls = MultiLoRAModelManager  # type: ignore[assignment]
@@ -88,7 +86,7 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         manager = self._adapter_manager
         self._vllm_config = vllm_config
         self.row_maxima, self.idle_generators = None, {}
-        special = SpecialParts(manager, self._lora_model_cls, self.max_position_embeddings)
+        special = SpecialParts(manager, self.max_position_embeddings)
         self.filler = SlotFiller(manager, special, attach_worker(self.rank))
         self.largest_adapter = manager.layout.largest_bytes() + manager.special_slot_bytes
         report_slots(manager, self._budget(), vllm_config)
@@ -109,7 +107,6 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
 
     @property
     def model_manager(self) -> MultiLoRAModelManager:
-        """The model's side: its slots and layers."""
         return self._adapter_manager
 
     # Batches
@@ -144,19 +141,18 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         self._adapter_manager.set_adapter_mapping(mapping)
 
     def set_active_adapters(self, requests: Iterable[Any], mapping: Any | None) -> None:
-        """As `activate_batch`, from vLLM's own description of a batch."""
+        """As `activate_batch`, from vLLM's description of a batch, or `BatchLoraState`'s."""
         # Sets of requests have another order on every rank, and ranks must decide alike.
         ordered = sorted((r for r in requests if r), key=lambda request: request.lora_int_id)
         self._place({request.lora_int_id: request for request in ordered})
-        if self._missing and isinstance(mapping, BatchMapping):
-            mapping = BatchMapping(
-                self._without_missing(mapping.ids),
-                mapping.tokens,
-                mapping.samples,
-                mapping.type,
-                mapping.base_rows,
-            )
-        elif self._missing and mapping is not None:
+        own = mapping.index_mapping[0] if mapping is not None and mapping.index_mapping else None
+        if isinstance(own, BatchMapping):
+            own.ids = self._without_missing(own.ids)
+            self._adapter_manager.set_adapter_mapping(own)  # type: ignore[arg-type]
+            if own.encoder_items is not None:
+                self.map_encoder(*own.encoder_items)
+            return
+        if self._missing and mapping is not None:
             mapping = replace(
                 mapping,
                 index_mapping=tuple(self._without_missing(np.array(mapping.index_mapping))),
@@ -190,7 +186,9 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         One that is in none has no business in the step: its rows are computed without it, the
         engine core is told and throws their tokens away, and the other rows never notice.
         """
-        if self._is_warming_up and self._is_warm_up(step.values()):
+        if self._is_warming_up and all(
+            request.lora_path == _WARM_UP_PATH for request in step.values()
+        ):
             if step:  # graphs are captured without adapters as well
                 self._place_warm_up(step)
             return
@@ -239,7 +237,6 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         return True
 
     def begin(self, order: Order) -> None:
-        """Begins to carry out an order of the engine core's."""
         self._end_warm_up()
         self._orders += 1
         self.filler.begin(order)
@@ -273,11 +270,7 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
     # What vLLM calls besides
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
-        """Refused: the engine core would know nothing of it, and have no request use it.
-
-        Raises:
-            MultiLoRAError: Always.
-        """
+        """Refused: the engine core would know nothing of it, and have no request use it."""
         raise not_by_workers("add")
 
     def remove_all_adapters(self) -> None:
@@ -290,7 +283,6 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
             self._step_orders = -1  # the next step looks at all of its slots
 
     def slots_lost(self) -> None:
-        """The slots' memory did not survive (sleep mode): the engine core fills them again."""
         self.filler.await_all()
         self._adapter_manager.forget_contents()
         self.filler.slots_back()
@@ -308,9 +300,6 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         """Announces a warm-up adapter of a rank."""
         self._warm_up_ranks[lora_request.lora_int_id] = rank
         return True
-
-    def _is_warm_up(self, requests: Iterable[LoRARequest]) -> bool:
-        return all(request.lora_path == _WARM_UP_PATH for request in requests)
 
     def _place_warm_up(self, step: Mapping[int, LoRARequest]) -> None:
         manager = self._adapter_manager
@@ -400,28 +389,3 @@ def set_active_loras(
         mapping_type,
         base_rows_of(runner.requests, input_batch, num_scheduled_tokens),
     )
-
-
-def set_active_loras_from_inputs(
-    original: Callable[..., None],
-    runner: Any,
-    prompts: Any,
-    tokens: Any,
-    requests: Any,
-    *args: Any,
-    **kwargs: Any,
-) -> None:
-    if isinstance(prompts, BatchMapping):
-        assert prompts.states is not None, "a mapping that the second model runner has not made"
-        if prompts.starts is not None:
-            computed = runner.req_states.num_computed_prefill_tokens[prompts.states]
-            prompts.base_rows = rows_before(prompts.starts, computed, prompts.tokens)
-        manager = manager_of(runner)
-        if manager is not None:
-            manager.set_active_adapters(requests, prompts)
-            if manager.has_encoder:
-                manager.map_encoder(*first_items(runner, prompts.ids, prompts.states))
-            return
-        prompts, tokens = prompts.prompt_mapping, prompts.index_mapping
-        requests = set(requests)
-    original(runner, prompts, tokens, requests, *args, **kwargs)

@@ -37,6 +37,16 @@ def has_our_manager(worker: Any) -> bool:
     return manager_of(worker.model_runner) is not None
 
 
+def begin_serving(worker: Any) -> bool:
+    """As `has_our_manager`; the first request of the engine follows."""
+    runner, is_ours = worker.model_runner, has_our_manager(worker)
+    if is_ours and not hasattr(runner, "input_batch"):  # vLLM's second one
+        from vllm_multilora.integration.worker.rows.batch_lora_state import BatchLoraState
+
+        runner.lora_state = BatchLoraState(runner)
+    return is_ours
+
+
 def reach_engine_core(worker: Any, address: LinkAddress) -> str | None:
     """Connects a worker that its engine core does not hear yet.
 
@@ -81,11 +91,6 @@ def open_memory(
 ) -> tuple[bytes, int]:
     """Says where the stores are.
 
-    Args:
-        worker: vLLM's.
-        machines: Ranks and the store's address of each machine.
-        server: As the engine core's `StoreClient`'s.
-
     Returns:
         What this worker accepts of an adapter, a `ModelLayout` in msgpack; and the bytes of the
         largest adapter that does.
@@ -99,7 +104,6 @@ def open_memory(
 
 
 def kernels_in_use(worker: Any) -> list[dict[str, str]]:
-    """Which kernels serve which layers of this worker, as of `kernel_rows`."""
     return kernel_rows(_manager(worker).model_manager.kernel_record)
 
 
@@ -111,18 +115,14 @@ def carry_out(worker: Any, orders: list[Order]) -> None:
 
 def slots_away(worker: Any) -> None:
     """Waits until nothing is being copied into slots, and copies nothing: the worker will sleep."""
-    from vllm_multilora.integration.worker.manager import manager_of
-
-    if (manager := manager_of(worker.model_runner)) is not None:
-        manager.filler.slots_away()
+    if has_our_manager(worker):
+        _manager(worker).filler.slots_away()
 
 
 def slots_lost(worker: Any) -> None:
     """Empties the worker's slots, whose memory may not have survived its sleep."""
-    from vllm_multilora.integration.worker.manager import manager_of
-
-    if (manager := manager_of(worker.model_runner)) is not None:
-        manager.slots_lost()
+    if has_our_manager(worker):
+        _manager(worker).slots_lost()
 
 
 # Where the engine core waits for its workers
@@ -139,12 +139,10 @@ def carry_out_now(worker: Any, orders: list[Order]) -> list[Answer]:
 
 
 def load_now(worker: Any, load_request: LoadRequest) -> Loaded | Failed:
-    """Loads an adapter from the worker's own store."""
     return _manager(worker).own_store.load(load_request)
 
 
 def release_now(worker: Any, pack: int) -> None:
-    """Gives a lease of `load_now` back."""
     _manager(worker).own_store.release(pack)
 
 

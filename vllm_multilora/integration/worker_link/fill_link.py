@@ -44,15 +44,10 @@ class Attach(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Filled(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """An order was carried out.
-
-    Attributes:
-        order: Its number.
-        seconds: That it took; None where there was nothing to do.
-    """
+    """An order was carried out."""
 
     order: int
-    seconds: float | None
+    seconds: float | None  # None where there was nothing to do
 
 
 class FillFailed(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -84,9 +79,6 @@ _Incoming: TypeAlias = Attach | Filled | FillFailed | Missing
 class FillLink:
     """The engine core's end; for its main thread only.
 
-    Args:
-        ranks: How many workers there are.
-
     Raises:
         OSError: No socket can be made in the folder of this user's stores.
         StoreUnavailableError: Likewise.
@@ -101,11 +93,7 @@ class FillLink:
         self._waker: Waker | None = None
 
     def attach_all(self) -> list[int]:
-        """Takes in the workers that have connected, and nobody after that.
-
-        Returns:
-            The ranks that have not, ascending.
-        """
+        """Takes in the workers that have connected, and nobody after that; returns who has not."""
         self._listener.setblocking(False)
         while len(self._channels) < self._ranks:
             try:
@@ -147,11 +135,7 @@ class FillLink:
         self._selector.register(connection, selectors.EVENT_READ, (rank, channel))
 
     def poll(self, seconds: float = 0.0) -> list[tuple[int, Answer]]:
-        """What workers have said since the last call, each with its rank.
-
-        Args:
-            seconds: How long to wait for something.
-        """
+        """What workers have said since the last call, each with its rank."""
         if self._waker is not None:
             self._waker.rearm()
         found: list[tuple[int, Answer]] = []
@@ -189,11 +173,7 @@ class FillLink:
 
 
 class WorkerLink:
-    """A worker's end; may be used by several threads.
-
-    Args:
-        connection: To the engine core, which knows which worker this is.
-    """
+    """A worker's end; may be used by several threads."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._channel: Channel[_Incoming] = Channel(connection, _Incoming)

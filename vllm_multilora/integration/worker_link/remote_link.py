@@ -36,13 +36,7 @@ _CONNECT_LIMIT_S = 10.0
 
 
 class LinkAddress(msgspec.Struct, frozen=True, array_like=True):
-    """Where an engine core listens, and what opens its door.
-
-    Attributes:
-        host: Name or number.
-        port: Its port.
-        key: Known to the engine core and its workers alone.
-    """
+    """Where an engine core listens, and what opens its door."""
 
     host: str
     port: int
@@ -60,9 +54,6 @@ class _Caller:
 
 class RemoteAcceptor:
     """The engine core's end; for its main thread only. Nothing here waits.
-
-    Args:
-        host: The address of this machine that other machines reach it by.
 
     Raises:
         OSError: There is no such address here, or no port is free.
@@ -133,11 +124,6 @@ class RemoteAcceptor:
 def dial(address: LinkAddress, purpose: Purpose, rank: int) -> socket.socket:
     """Connects a worker to its engine core.
 
-    Args:
-        address: The engine core's.
-        purpose: What for.
-        rank: Which worker this is.
-
     Raises:
         OSError: Nobody answers there.
     """
@@ -176,10 +162,6 @@ class StoreRelay:
 
     Two threads copy: the engine core talks to this store as to its own. If either side disconnects,
     the other connection is closed, both connect again, and the store is restarted if necessary.
-
-    Args:
-        store: The store of this machine.
-        dial: Connects to the engine core; raises `OSError`.
 
     Raises:
         OSError: The engine core cannot be reached.

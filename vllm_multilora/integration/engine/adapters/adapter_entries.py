@@ -158,11 +158,7 @@ class AdapterEntry:
 
 
 class Entries:
-    """The known adapters by their numbers, those longest not asked for first.
-
-    Attributes:
-        leased: Those that are on lease.
-    """
+    """The known adapters by their numbers, those longest not asked for first."""
 
     def __init__(self) -> None:
         self.leased: dict[AdapterEntry, None] = {}

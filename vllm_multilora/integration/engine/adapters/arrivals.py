@@ -45,15 +45,6 @@ _OUT_OF_REACH = (
 class Arrivals:
     """Takes in versions of adapters as they are loaded, copied, refused and lost.
 
-    Args:
-        registrations: The known adapters.
-        load_requests: What the store was asked.
-        orders: What the workers were told.
-        slots: Who has which.
-        observer: Told of everything that is counted or shown.
-        copy_s: As of `EngineAdapters`.
-        required: Which versions may be served; None: all.
-
     Attributes:
         lost: Adapters that some worker was without in a step, and that as their failure.
     """
@@ -85,12 +76,7 @@ class Arrivals:
             self._slots.begin_step(active)
 
     def poll(self, lease_s: float = 0.0, copy_s: float = 0.0) -> None:
-        """Takes in what the store and the workers have said.
-
-        Args:
-            lease_s: Seconds to wait for leases; see `LoadRequests.hear`.
-            copy_s: Seconds to wait for a worker.
-        """
+        """Takes in what the store and the workers have said."""
         answers = self._orders.poll(copy_s)
         self._load_requests.hear(self._take, lease_s)
         # After what the store says: that it has gone explains why copies have failed.

@@ -98,15 +98,7 @@ class EngineAdapters:
     # What the scheduler asks
 
     def request_load(self, request: LoRARequest, tenant: Seal | None = None) -> LoadFailure | None:
-        """A request for an adapter has arrived.
-
-        Args:
-            request: Its adapter.
-            tenant: Whose it is; None: nobody's in particular.
-
-        Returns:
-            Why it cannot be served, whatever becomes of the adapter that has this number.
-        """
+        """A request for an adapter has arrived; returns why it cannot be served, in any case."""
         owner = "" if tenant is None else tenant.tenant
         failure = self._registrations.clash(request) or self._blends.admit(request, owner)
         if failure is not None:
@@ -129,7 +121,6 @@ class EngineAdapters:
         return None
 
     def state(self, adapter_id: int) -> AdapterState:
-        """Where an adapter is."""
         entry = self._known.find(adapter_id)
         if entry is None:
             return AdapterState.ABSENT
@@ -143,27 +134,17 @@ class EngineAdapters:
         return entry is not None and entry.is_reload_asked and entry.ticket is not None
 
     def version(self, adapter_id: int) -> PackInfo | None:
-        """The newest version of an adapter's weights; from any thread.
-
-        Returns:
-            The version; that in its slot, where `bring` has just said that it is there. None before
-            it was loaded.
-        """
+        """The newest version of an adapter's weights, None before it was loaded; any thread."""
         entry = self._known.find(adapter_id)
         return None if entry is None else entry.pack
 
     def begin_step(self, active: frozenset[int]) -> None:
-        """A step is being scheduled, when these adapters have running requests."""
         self._arrivals.begin_step(active)
 
     def is_ready(self, adapter_id: int, *, reload: bool = False) -> bool:
         """Whether an adapter that requests wait for can be brought into a slot now, or is in one.
 
         Asks for one that has been lost meanwhile.
-
-        Args:
-            adapter_id: The adapter.
-            reload: Whether that is asked for a request that waits for a reload.
         """
         if self.failure(adapter_id, reload=reload) is not None:
             return False
@@ -187,12 +168,7 @@ class EngineAdapters:
         return self._arrivals.bring(self._known[adapter_id])
 
     def running(self, adapters: frozenset[int], *, computes: bool = True) -> None:
-        """Tells the adapters of all running requests; once a step, when it has been scheduled.
-
-        Args:
-            adapters: The adapters.
-            computes: Whether there is anything to compute in the step.
-        """
+        """Tells the adapters of all running requests; once a step, when it has been scheduled."""
         if adapters != self._running:
             found = [e for i in sorted(adapters) if (e := self._known.find(i)) is not None]
             self._load_requests.used(
@@ -208,10 +184,6 @@ class EngineAdapters:
         """Why an adapter cannot be had, None unless its state is FAILED or QUARANTINED.
 
         A reload that fails leaves the version before serving those that did not ask for it.
-
-        Args:
-            adapter_id: The adapter.
-            reload: Whether to tell of a reload that has failed.
         """
         entry = self._known.find(adapter_id)
         if entry is None:
@@ -265,12 +237,9 @@ class EngineAdapters:
         return self._answered(entry, future)
 
     def register(self, request: LoRARequest) -> Future[bool]:
-        """Has an adapter read and checked.
+        """Has an adapter read and checked; holds an `AdapterRefusedError` if it cannot be served.
 
         That lifts its weights' quarantine, unless it is known or a request's, of a directory.
-
-        Returns:
-            Done when it can be served; holds an `AdapterRefusedError` if it cannot.
         """
         known = self._known.find(request.lora_int_id)
         failure = self._registrations.clash(request) or self._blends.admit(request, "")
@@ -287,24 +256,19 @@ class EngineAdapters:
         return self._answered(entry, future)
 
     def remove(self, adapter_id: int) -> Future[bool]:
-        """Forgets an adapter that no request uses; its slot and host memory are free when done.
-
-        Returns:
-            Whether it was known.
-        """
+        """Forgets an adapter that no request uses: if it was known, once its memory is free."""
         entry = self._known.find(adapter_id)
         if entry is None:
             return _done()
         return self._registrations.withdraw(entry)
 
     def blends_with(self, adapter_id: int) -> list[int]:
-        """The blends that an adapter is a part of."""
         return [entry.number for entry in self._known.blends_with(adapter_id)]
 
     def slots_lost(self) -> None:
         """The slots' memory did not survive (sleep mode): adapters are to be copied there again."""
         self.slots.clear_all()
-        self.observer.settle(self)
+        self.observer.settle(self.state, self.slots.contents)
 
     def yield_host_memory(self) -> None:
         """Gives back what waits there for a slot; the scheduler asks for it again."""
@@ -312,7 +276,6 @@ class EngineAdapters:
             self._load_requests.release(entry)
 
     def known(self) -> Entries:
-        """All adapters."""
         return self._known
 
     # The exchange with the store and the workers
@@ -321,7 +284,7 @@ class EngineAdapters:
         """Takes in what has happened since, and sends what is due; see `LoadRequests.hear`."""
         self._arrivals.poll(lease_s)
         self._orders.send()
-        self.observer.settle(self)
+        self.observer.settle(self.state, self.slots.contents)
 
     def _answered(self, entry: AdapterEntry, future: Future[bool]) -> Future[bool]:
         """What waits for an adapter; done already where the answer is there."""

@@ -46,11 +46,6 @@ class LoadRequests:
     """Outstanding load requests, each with the entry that its answer is for.
 
     An entry has one load request of requests and one of registrations at a time.
-
-    Args:
-        store: Answers.
-        signing_keys: File of keys by one of which adapters must be signed; None: signatures are not
-            looked at.
     """
 
     def __init__(self, store: Store, signing_keys: str | None) -> None:
@@ -98,11 +93,7 @@ class LoadRequests:
         )
 
     def end(self, entry: AdapterEntry, ticket: int) -> Fingerprint | None:
-        """A want of an entry is over.
-
-        Returns:
-            The state of the file of signing keys when it was asked.
-        """
+        """A load request is over; returns the state of the signing keys when it was made."""
         del self._tickets[ticket]
         self._leases.discard(ticket)
         entry.is_reading = False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from vllm_multilora.failures import LoadFailure
 from vllm_multilora.integration.blends import label_of
@@ -16,33 +17,11 @@ from vllm_multilora.store.protocol.messages import Loaded, Totals
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-    from vllm_multilora.slots.assignment import SlotAssignment
     from vllm_multilora.states import AdapterState
 
 
-class ObservedAdapters(Protocol):
-    """What an observer asks of an engine's adapters; `EngineAdapters` has it."""
-
-    slots: SlotAssignment
-
-    def state(self, adapter_id: int) -> AdapterState:
-        """Where an adapter is."""
-
-
 class AdapterObserver(SlotEvents):
-    """Told by `EngineAdapters` and its slots; changes nothing.
-
-    Args:
-        recorder: Records metrics; None where they are off.
-        requests: The requests' metrics; None likewise.
-        slots: Number of slots.
-        max_rank: Of the slots.
-
-    Attributes:
-        usage: Each adapter's use.
-        host_memory: What the store has said last of host memory; None if nothing.
-        kernels: Which kernels serve which layers, where a worker has chosen; the first one's.
-    """
+    """Told by `EngineAdapters` and its slots; changes nothing."""
 
     def __init__(
         self,
@@ -71,12 +50,10 @@ class AdapterObserver(SlotEvents):
             self._metrics.kernels(kernels)
 
     def known(self, request: LoRARequest) -> None:
-        """An adapter has come to be known."""
         self._names[request.lora_int_id] = label_of(request)
         self._changed.add(request.lora_int_id)
 
     def loaded(self, request: LoRARequest, message: Loaded) -> None:
-        """The store has an adapter, or has checked it."""
         if self._metrics is not None:
             self._metrics.known(label_of(request))
         note = self.usage.read if message.was_read else self.usage.found
@@ -106,12 +83,10 @@ class AdapterObserver(SlotEvents):
         return adapters
 
     def copied(self, request: LoRARequest, seconds: float) -> None:
-        """An adapter was copied into its slot."""
         if self._metrics is not None:
             self._metrics.copied(label_of(request), seconds)
 
     def evicted_from_host(self, request: LoRARequest) -> None:
-        """An adapter has left host memory to make room."""
         self.evicted(Tier.CPU, request.lora_int_id)
         self._changed.add(request.lora_int_id)
 
@@ -140,13 +115,11 @@ class AdapterObserver(SlotEvents):
         self._changed.add(adapter_id)
 
     def step(self, adapters: frozenset[int]) -> None:
-        """A step with these adapters begins."""
         self.usage.step(adapters)
         if self._metrics is not None:
             self._metrics.step(len(adapters))
 
     def totals(self, totals: Totals) -> None:
-        """What host memory holds now."""
         self.host_memory = totals
         if self._metrics is not None:
             self._metrics.host_memory(
@@ -157,12 +130,10 @@ class AdapterObserver(SlotEvents):
             )
 
     def pinned(self, adapters: frozenset[int]) -> None:
-        """These adapters are pinned."""
         if self._metrics is not None:
             self._metrics.pinned(adapters)
 
     def forgotten(self, request: LoRARequest) -> None:
-        """An adapter was removed."""
         adapter_id = request.lora_int_id
         self.usage.forget(adapter_id)
         if self._metrics is not None:
@@ -170,7 +141,9 @@ class AdapterObserver(SlotEvents):
         self._names.pop(adapter_id, None)
         self._changed.add(adapter_id)  # it may have left a slot
 
-    def settle(self, adapters: ObservedAdapters) -> None:
+    def settle(
+        self, state_of: Callable[[int], AdapterState], contents: tuple[int | None, ...]
+    ) -> None:
         """What was begun is complete; costs next to nothing where nothing has changed."""
         if not self._changed:
             return
@@ -178,5 +151,5 @@ class AdapterObserver(SlotEvents):
         if self._metrics is not None:
             for adapter_id in changed:
                 if adapter_id in self._names:
-                    self._metrics.moved(adapter_id, adapters.state(adapter_id))
-            self._metrics.contents(adapters.slots.contents)
+                    self._metrics.moved(adapter_id, state_of(adapter_id))
+            self._metrics.contents(contents)

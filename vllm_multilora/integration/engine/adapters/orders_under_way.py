@@ -20,7 +20,7 @@ class Workers(Protocol):
         """Has all workers begin with orders, after the steps that they have."""
 
     def poll(self, seconds: float = 0.0) -> list[tuple[int, Answer]]:
-        """What workers have answered since, each with its rank; waits at most so long, likewise."""
+        """What workers have answered since, each with its rank; waits at most so long."""
 
 
 @dataclass(eq=False)
@@ -43,13 +43,7 @@ class UnderWay:
 
 
 class OrdersUnderWay:
-    """All orders that some worker has not answered.
-
-    Args:
-        workers: Carry them out.
-        slots: Give the numbers of orders to fill one.
-        ranks: Number of workers.
-    """
+    """All orders that some worker has not answered."""
 
     def __init__(self, workers: Workers, slots: SlotAssignment, ranks: int) -> None:
         self._workers = workers
@@ -94,7 +88,6 @@ class OrdersUnderWay:
         return self._workers.poll(seconds)
 
     def send(self) -> None:
-        """Sends the workers their orders."""
         if self._outbox:
             orders, self._outbox = self._outbox, []
             self._workers.send(orders)

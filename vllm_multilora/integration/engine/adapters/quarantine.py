@@ -72,9 +72,6 @@ class Quarantine:
 
         But for requests that have begun: steps of theirs that are under way, and what they have in
         the KV cache, are of the weights before.
-
-        Args:
-            requests: vLLM's, by id.
         """
         self._is_base_unsound = False
         self._begun_before.update(name for name, each in requests.items() if has_begun(each))
@@ -82,16 +79,7 @@ class Quarantine:
     def look(
         self, output: Any, requests: dict[str, Request], pack_of: Callable[[int], PackInfo | None]
     ) -> dict[int, LoadFailure]:
-        """Looks for numbers that are not finite in what a step has computed.
-
-        Args:
-            output: vLLM's `ModelRunnerOutput`.
-            requests: vLLM's, by id.
-            pack_of: The newest version of an adapter.
-
-        Returns:
-            The adapters that are quarantined for it from now on, and why.
-        """
+        """Looks for numbers that are not finite in what a step has computed."""
         guilty: dict[int, tuple[LoRARequest, str | None]] = {}
         self._begun_before &= requests.keys()
         for name in _unsound(output):

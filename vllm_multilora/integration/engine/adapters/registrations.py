@@ -30,17 +30,7 @@ _TRIES = 64  # for each new adapter; those that cannot be forgotten go to the en
 
 
 class Registrations:
-    """The known adapters, and those who are told when one has been checked.
-
-    Args:
-        load_requests: Has the store check.
-        orders: Has workers check what vLLM fills in itself.
-        slots: Know which adapters are pinned.
-        observer: Told of everything that is counted or shown.
-
-    Attributes:
-        known: The adapters.
-    """
+    """The known adapters, and those who are told when one has been checked."""
 
     def __init__(
         self,
@@ -115,9 +105,6 @@ class Registrations:
         """Has an adapter checked, unless it is there; `fresh`: even then.
 
         One check is under way at a time, and all `fresh` ones that come meanwhile get the next.
-
-        Returns:
-            Done when it can be served; holds an `AdapterRefusedError` if it cannot.
         """
         future: Future[bool] = Future()
         entry.failure = None
@@ -170,7 +157,6 @@ class Registrations:
         return True
 
     def succeed(self, entry: AdapterEntry) -> None:
-        """An adapter has been checked, and can be served."""
         registrations = self._take(entry)
         for future in registrations:
             future.set_result(True)
@@ -213,10 +199,6 @@ class KnownBlends:
 
     A blend is made when a request asks for it, and made again if it has left memory. So one that
     nobody uses can be forgotten as soon as there are too many.
-
-    Args:
-        registrations: The known adapters.
-        most: Blends that each tenant, and all requests of no tenant together, may have.
     """
 
     def __init__(self, registrations: Registrations, most: int) -> None:
@@ -224,15 +206,7 @@ class KnownBlends:
         self._most = most
 
     def admit(self, request: LoRARequest, tenant: str) -> LoadFailure | None:
-        """A request's adapter is about to be known; idle blends are forgotten for it.
-
-        Args:
-            request: Its adapter, which need not be a blend.
-            tenant: Whose request it is; empty: nobody's in particular.
-
-        Returns:
-            Why it may not be: as many others of the tenant are in use.
-        """
+        """Why a request's adapter may not be known; idle blends of the tenant are forgotten."""
         known = self._registrations.known
         if not is_blend(request.lora_path) or known.find(request.lora_int_id) is not None:
             return None

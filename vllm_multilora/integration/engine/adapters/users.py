@@ -18,11 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Leaving:
-    """An adapter on its way out: when its requests are ended, and what is done then.
-
-    Attributes:
-        then: Is told whether it leaves.
-    """
+    """An adapter on its way out: when its requests are ended, and what is done then."""
 
     number: int
     deadline: float
@@ -51,7 +47,6 @@ class AdapterUsers:
         return self._counts[number]
 
     def come(self, lora: LoRARequest) -> None:
-        """A request was taken in."""
         self.accepted[lora.lora_int_id] += 1
         self._counts[lora.lora_int_id] += 1
         self._names[lora.lora_int_id] = label_of(lora)
@@ -65,13 +60,7 @@ class AdapterUsers:
         return True
 
     def retire(self, number: int, limit_s: float, then: Callable[[bool], None]) -> None:
-        """An adapter is to leave; see `let_go` and `keep`.
-
-        Args:
-            number: The adapter; nobody sends requests for it any more, unless it is kept.
-            limit_s: Seconds after which it is overdue.
-            then: Called with true when no request uses it, or with false when it is kept.
-        """
+        """An adapter is to leave: `then` is told whether it did; see `let_go` and `keep`."""
         self._leaving.append(Leaving(number, time.monotonic() + limit_s, limit_s, then))
 
     def let_go(self) -> list[Leaving]:
@@ -109,9 +98,6 @@ class AdapterUsers:
         """The adapters with requests that run, and those with requests that wait.
 
         A request waits for whatever it cannot run without: a load, a slot, a turn, memory.
-
-        Args:
-            running: The running requests.
         """
         runs = Counter(r.lora_request.lora_int_id for r in running if r.lora_request)
         names = self._names

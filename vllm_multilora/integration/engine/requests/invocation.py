@@ -35,12 +35,7 @@ class Activation:
 
 
 def is_invoked(request: Request, pack: PackInfo) -> bool:
-    """Whether a request's prompt invokes a version of its adapter; plain ones need not be.
-
-    Args:
-        request: One with an adapter.
-        pack: The version.
-    """
+    """Whether a request's prompt invokes a version of its adapter; plain ones need not be."""
     if not pack.invocation_tokens:
         return True
     known = ACTIVATION.get(request)
@@ -58,22 +53,12 @@ def _find(request: Request, invocation: tuple[int, ...]) -> int | None:
 
 
 def start_in(request: Request, digest: str) -> int | None:
-    """The first token that a version of a request's adapter acts on; None for plain ones.
-
-    Args:
-        request: Of which `is_invoked` has been asked for that version.
-        digest: Of the version's weights.
-    """
+    """The first token that a version of a request's adapter acts on; None for plain ones."""
     known = ACTIVATION.get(request)
     return known.start if known is not None and known.digest == digest else None
 
 
 def activate(request: Request, digest: str) -> None:
-    """Has a request's adapter act from its invocation on, in the version that it is to run on.
-
-    Args:
-        request: As of `start_in`.
-        digest: Of the version's weights.
-    """
+    """Has a request's adapter act from its invocation on, in the version that it is to run on."""
     if request.lora_request is not None:
         request.lora_request = from_token(request.lora_request, start_in(request, digest))

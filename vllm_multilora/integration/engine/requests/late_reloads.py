@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import RequestStatus
 
@@ -11,26 +11,9 @@ from vllm_multilora.integration.engine.requests.tenant_wall import tenant_of
 from vllm_multilora.integration.failed_requests import to_stop_reason
 
 if TYPE_CHECKING:
-    from vllm.lora.request import LoRARequest
     from vllm.v1.request import Request
 
-    from vllm_multilora.failures import LoadFailure
-    from vllm_multilora.integration.seals import Seal
-
 HAS_RUN = (RequestStatus.RUNNING, RequestStatus.PREEMPTED)
-
-
-class ReloadedAdapters(Protocol):
-    """What reloads need of an engine's adapters; `EngineAdapters` has it."""
-
-    def is_reloading(self, adapter_id: int) -> bool:
-        """Whether the store has been asked for an adapter's reload, and has not answered."""
-
-    def failure(self, adapter_id: int, *, reload: bool = False) -> LoadFailure | None:
-        """Why an adapter cannot be had, or its reload."""
-
-    def request_load(self, request: LoRARequest, tenant: Seal | None = None) -> LoadFailure | None:
-        """A request for an adapter has arrived; returns why it cannot be served."""
 
 
 class LateReloads:
@@ -46,8 +29,8 @@ class LateReloads:
         # Requests that are held back, by adapter, for all adapters of which a reload is on its way.
         self._held: dict[int, dict[str, None]] = {}
 
-    def hold(self, request: Request, adapters: ReloadedAdapters) -> bool:
-        """Whether a new request with an adapter is held back."""
+    def hold(self, request: Request, adapters: Any) -> bool:
+        """Whether a new request with an adapter is held back; `adapters` are `EngineAdapters`."""
         lora = request.lora_request
         assert lora is not None
         number = lora.lora_int_id
@@ -66,15 +49,11 @@ class LateReloads:
         lora = request.lora_request
         return lora is not None and request.request_id in self._held.get(lora.lora_int_id, ())
 
-    def ask(self, requests: Mapping[str, Request], adapters: ReloadedAdapters) -> dict[str, str]:
+    def ask(self, requests: Mapping[str, Request], adapters: Any) -> dict[str, str]:
         """Asks for the reloads whose turn it is, and ends what waits for one that has failed.
 
         No step may look at such a request for long: others of its adapter, which the version before
         serves, wait for a slot before it.
-
-        Args:
-            requests: All that have not ended.
-            adapters: Are asked.
 
         Returns:
             Of requests that cannot be served, why, as stop reasons.

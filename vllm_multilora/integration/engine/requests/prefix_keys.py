@@ -24,7 +24,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import RequestStatus
 
@@ -35,33 +35,20 @@ from vllm_multilora.integration.engine.requests import invocation
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-    from vllm_multilora.store.protocol.messages import PackInfo
-
 VERSION: Attached[str | None] = Attached("version")
 """The digest of the weights that a `Request` runs on; not set before they are known.
 
 None where vLLM loads the adapter, and has keys of its own.
 """
 
-_newest: weakref.ref[HashesBlocks] | None = None
-"""The scheduler that was made last: of the engine core that makes its hasher next."""
+_newest: weakref.ref[Any] | None = None
+"""The scheduler that was made last: of the engine core that makes its hasher next.
+
+Its `may_hash` says, on any thread, whether all that a request's keys contain is known.
+"""
 
 
-class HashesBlocks(Protocol):
-    """A scheduler, as far as its engine's hasher needs it."""
-
-    def may_hash(self, request: Request) -> bool:
-        """Whether all that a request's keys contain is known; any thread."""
-
-
-class Versions(Protocol):
-    """Knows what adapters are."""
-
-    def version(self, lora_id: int) -> PackInfo | None:
-        """The weights that an adapter has; None: not known yet."""
-
-
-def hash_for(scheduler: HashesBlocks) -> None:
+def hash_for(scheduler: Any) -> None:
     """Has the engine core that is being made ask its scheduler before it hashes blocks."""
     global _newest
     _newest = weakref.ref(scheduler)
@@ -80,7 +67,7 @@ def get_request_block_hasher(
 
 def _hash_blocks(
     hash_blocks: Callable[[Request], list[Any]],
-    scheduler: Callable[[], HashesBlocks | None],
+    scheduler: Callable[[], Any],
     request: Request,
 ) -> list[Any]:
     """The hashes of a request's new blocks; none before all that they contain is known."""
@@ -88,13 +75,8 @@ def _hash_blocks(
     return hash_blocks(request) if served is None or served.may_hash(request) else []
 
 
-def is_known(request: Request, adapters: Versions | None) -> bool:
-    """Whether the keys of a request's adapter are known; any thread.
-
-    Args:
-        request: It may have just been made, while steps are computed.
-        adapters: None before they are connected.
-    """
+def is_known(request: Request, adapters: Any) -> bool:
+    """Whether the keys of a request's adapter are known to `EngineAdapters`; any thread."""
     if request.lora_request is None or request.block_hashes or VERSION.is_set(request):
         return True
     version = None if adapters is None else adapters.version(request.lora_request.lora_int_id)
@@ -108,10 +90,6 @@ def is_known(request: Request, adapters: Versions | None) -> bool:
 def set_version(request: Request, digest: str) -> bool:
     """Gives a request the keys of the weights that it is to run on.
 
-    Args:
-        request: One with an adapter, which its prompt invokes (`invocation.is_invoked`).
-        digest: Of the adapter's weights.
-
     Returns:
         Whether it may run on them: not where other weights have computed a part of its prompt, or
         of its answer.
@@ -123,7 +101,8 @@ def set_version(request: Request, digest: str) -> bool:
         return False
     VERSION.set(request, digest)
     invocation.activate(request, digest)
-    _hash_again(request)
+    request.block_hashes.clear()
+    request.update_block_hashes()
     return True
 
 
@@ -141,11 +120,6 @@ def _holds_results(request: Request, digest: str) -> bool:
         return False
     # Workers that have run it may remember where its adapter begins to act.
     return start_of(request.lora_request) != (invocation.start_in(request, digest) or 0)
-
-
-def _hash_again(request: Request) -> None:
-    request.block_hashes.clear()
-    request.update_block_hashes()
 
 
 def block_hash_keys(

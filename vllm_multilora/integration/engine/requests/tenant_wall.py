@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,19 +56,15 @@ class TenantWallMixin:
         prefix_keys.hash_for(self)
 
     def may_hash(self, request: Request) -> bool:
-        """Opens a request's seal first: its blocks are keyed by its tenant's salt."""
         self.open_seal(request)
         return super().may_hash(request) if hasattr(super(), "may_hash") else True  # type: ignore[misc]
 
     def open_seal(self, request: Request) -> None:
-        """Reads a request's seal as it arrives, before its blocks are hashed; any thread.
-
-        Args:
-            request: Its `cache_salt` becomes the salt in the seal.
-        """
+        """Reads a request's seal as it arrives, before its blocks are hashed; any thread."""
         if SEAL.is_set(request):
             return
-        for text in _possible_seals(request):
+        in_id = _SEAL_IN_ID.search(request.request_id)
+        for text in (request.cache_salt, in_id and in_id[1]):
             if (seal := opened(self._secret, text)) is not None:
                 SEAL.set(request, seal)
                 request.cache_salt = seal.salt or None
@@ -103,12 +98,6 @@ class TenantWallMixin:
             sent = outputs.setdefault(request.client_index, EngineCoreOutputs())
             sent.outputs.append(_refusal(request))
         return outputs
-
-
-def _possible_seals(request: Request) -> Iterator[str | None]:
-    yield request.cache_salt
-    if (found := _SEAL_IN_ID.search(request.request_id)) is not None:
-        yield found[1]
 
 
 def _refusal(request: Request) -> EngineCoreOutput:

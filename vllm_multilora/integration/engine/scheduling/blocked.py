@@ -20,22 +20,14 @@ class BlockedAdapters:
     """The adapters that steps have asked for in vain.
 
     To look at one here takes an eighth of the calls that it takes a step to examine a request.
-
-    Args:
-        turns: Know which adapters wait for slots, and have none to come for.
-
-    Attributes:
-        numbers: Of these adapters.
-        unready: Those of them that the store has not answered for.
     """
 
     def __init__(self, turns: SlotTurns) -> None:
         self._turns = turns
         self.numbers: set[int] = set()
-        self.unready: set[int] = set()
+        self.unready: set[int] = set()  # those of them that the store has not answered for
 
     def add(self, number: int) -> None:
-        """No request can run with an adapter in this step."""
         self.numbers.add(number)
 
     def add_unready(self, entry: AdapterEntry) -> None:
@@ -46,11 +38,7 @@ class BlockedAdapters:
             self._turns.wait(entry.number)  # its lease is all that is late
 
     def begin_step(self, adapters: EngineAdapters) -> None:
-        """Leaves those of which it would be said again that they are blocked.
-
-        Args:
-            adapters: Know what the store has answered.
-        """
+        """Leaves those of which it would be said again that they are blocked."""
         before, self.numbers, self.unready = self.numbers, set(), set()
         for number in () if adapters.asks_late else before:
             entry = adapters.known().find(number)

@@ -61,21 +61,13 @@ class _Line:
         """The first request that is shown; None where none is."""
         heads = self._heads
         if heads is None:
-            shown = (
-                (key, subqueue)
-                for key, subqueue in self.subqueues.items()
-                if key not in self.hidden
-            )
-            heads = self._heads = [(subqueue[0][0], key) for key, subqueue in shown]
+            shown = (key for key in self.subqueues if key not in self.hidden)
+            heads = self._heads = [(self.subqueues[key][0][0], key) for key in shown]
             heapq.heapify(heads)
         return self.subqueues[heads[0][1]][0][1] if heads else None
 
     def pop(self, *, hides: bool) -> tuple[Any, Key]:
-        """Takes the request that `first` has just returned; hides the rest of its lane, or not.
-
-        Returns:
-            Its place, and its lane.
-        """
+        """Takes the request that `first` has just returned; hides the rest of its lane, or not."""
         assert self._heads
         key = self._heads[0][1]
         subqueue = self.subqueues[key]
@@ -181,11 +173,7 @@ class FairQueue(RequestQueue):
         return [flow for flow, line in found if line.subqueues.keys() <= line.hidden]
 
     def begin_step(self, kept: Container[int | None] = ()) -> None:
-        """Counters have changed: another step is being scheduled.
-
-        Args:
-            kept: Adapters of which requests that were passed over are not shown in it either.
-        """
+        """Another step is being scheduled, in which what waits for `kept` adapters stays hidden."""
         self._order = self._passing = None
         self._taken.clear()
         self._emptied.clear()
@@ -219,7 +207,6 @@ class FairQueue(RequestQueue):
         self._put(request, self._back if self._rank is None else self._rank(request))
 
     def prepend_request(self, request: Request) -> None:
-        """Puts a request before all others of its flow, where they have no rank."""
         self._front -= 1
         self._put(request, self._front if self._rank is None else self._rank(request))
 
@@ -271,7 +258,6 @@ class FairQueue(RequestQueue):
         self.remove_requests((request,))
 
     def remove_requests(self, requests: Iterable[Request]) -> None:
-        """Removes those of the requests that are in the queue."""
         leaving = set(requests)
         for flow, adapter in self._owners(leaving):
             line = self._lines.get(flow)

@@ -130,7 +130,6 @@ class FairSharesMixin(AdapterAwareMixin):
         self._reserve: Callable[[Request, int, int], int] = super()._reserve_prefill_lookahead  # type: ignore[misc]
 
     def add_request(self, request: Request) -> None:
-        """Takes a request in, or more input for one."""
         if request.request_id in self.requests:
             # One that has ended is nobody's, and may be kept until a connector has sent its blocks.
             if (known := self._flows.get(request.request_id)) is not None:
@@ -142,7 +141,6 @@ class FairSharesMixin(AdapterAwareMixin):
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """Schedules a step."""
         shares = self._shares
         if not shares.is_contended:
             self._heavy_left, self._light_had, self._saved = None, 0.0, 0.0
@@ -167,7 +165,6 @@ class FairSharesMixin(AdapterAwareMixin):
         return output
 
     def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        """Takes in a step's results."""
         now = time.perf_counter()
         for step in self._under_way:
             if step.output is scheduler_output:
@@ -199,11 +196,7 @@ class FairSharesMixin(AdapterAwareMixin):
         return allowed + self._saved if allowed else 0.0
 
     def _charge(self, scheduled: dict[str, int]) -> bool:
-        """Charges flows for a step.
-
-        Returns:
-            Whether others than heavy flows generate in it, and have no prompts.
-        """
+        """Charges flows for a step; whether others than heavy flows do nothing but generate."""
         costs: defaultdict[Flow, float] = defaultdict(float)
         with_prompts: set[Flow] = set()
         users: defaultdict[int, list[Flow]] = defaultdict(list)

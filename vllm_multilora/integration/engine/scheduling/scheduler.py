@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from vllm.v1.core.sched.interface import PauseState
@@ -69,16 +69,6 @@ _LEASE_S = 0.001
 COULD_RUN = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
 
-class Executor(Protocol):
-    """What a scheduler needs of the executor beside it."""
-
-    def serve(self, scheduler: AdapterAwareMixin) -> None:
-        """Takes the scheduler that has just been made."""
-
-    def connect(self) -> EngineAdapters | None:
-        """Attaches the engine's adapters to the scheduler, if that has not happened yet."""
-
-
 class DeferredCalls:
     """What an engine core has to say to the store, and to those who wait for its answers.
 
@@ -118,10 +108,10 @@ class AdapterAwareMixin:
         request_metrics: Those of requests; None likewise.
         adapters: The engine's adapters; None before they are connected, and where vLLM loads them.
         is_connected: Whether it is known who loads adapters.
-        executor: The one beside it, which has made its class; None where there is none.
+        executor: The `AdapterExecutorMixin` that has made its class; None where there is none.
     """
 
-    executor: Executor | None = None
+    executor: Any = None
 
     if TYPE_CHECKING:
         waiting: Any
@@ -168,7 +158,7 @@ class AdapterAwareMixin:
         return self.users[lora_id] > 0
 
     def may_hash(self, request: Request) -> bool:
-        """As `prefix_keys.HashesBlocks` has it."""
+        """Whether all that a request's keys contain is known; any thread."""
         return prefix_keys.is_known(request, self.adapters)
 
     def _let_go(self) -> None:
@@ -258,7 +248,6 @@ class AdapterAwareMixin:
         return freed
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """Schedules a step."""
         self._let_go()
         adapters = self.adapters
         if adapters is None:

@@ -56,17 +56,11 @@ class _LoadRequest:
 
 @dataclass(eq=False)
 class _Pack:
-    """An adapter's packs on all machines.
-
-    Attributes:
-        parts: By machine.
-        leases: That the engine core has.
-        is_lost: Whether a machine has it no more; it is kept until its leases are given back.
-    """
+    """An adapter's packs on all machines."""
 
     parts: tuple[PackInfo, ...]
     leases: int = 0
-    is_lost: bool = False
+    is_lost: bool = False  # on some machine; it is kept until its leases are given back
 
 
 class MachineStores:
@@ -91,7 +85,6 @@ class MachineStores:
 
     @property
     def address(self) -> str:
-        """Address of the store on the engine core's own machine."""
         return self._clients[0].address
 
     def elsewhere(self, pack: int) -> tuple[PackInfo, ...]:
@@ -157,14 +150,12 @@ class MachineStores:
         return came
 
     def start_waking(self, wake: Callable[[], None]) -> None:
-        """As `StoreClient.start_waking`, for all."""
         for client in self._clients:
             client.start_waking(wake)
 
     def say_by(
         self, say: Callable[[Callable[[], None]], None], say_all: Callable[[], None]
     ) -> None:
-        """As `StoreClient.say_by`, for all."""
         for client in self._clients:
             client.say_by(say, say_all)
 

@@ -30,14 +30,7 @@ _ARRIVAL_LIMIT_S = 10.0
 
 
 class RemoteStore:
-    """The store of another machine, as a `StoreHost`: a worker there brings it here.
-
-    Args:
-        acceptor: Where the worker connects.
-        rank: Which worker.
-        address: Where the store listens, on its own machine.
-        first: The worker's first connection.
-    """
+    """The store of another machine, as a `StoreHost`: a worker there brings it here."""
 
     def __init__(
         self, acceptor: RemoteAcceptor, rank: int, address: str, first: socket.socket
@@ -61,13 +54,7 @@ class RemoteStore:
 
 @dataclass(frozen=True)
 class RemoteMachine:
-    """Another machine.
-
-    Attributes:
-        ranks: Its workers.
-        address: Where its store listens, for these.
-        store: The same for the engine core.
-    """
+    """Another machine."""
 
     ranks: list[int]
     address: str
@@ -77,17 +64,7 @@ class RemoteMachine:
 def reach(
     executor: Any, link: FillLink, ranks: list[int], vllm_config: VllmConfig
 ) -> list[RemoteMachine] | None:
-    """Connects workers that are not on this machine.
-
-    Args:
-        executor: vLLM's; its workers have started.
-        link: Takes them in.
-        ranks: Those workers.
-        vllm_config: Of the engine.
-
-    Returns:
-        Their machines; None, and nothing is connected, where one cannot be reached.
-    """
+    """Connects workers that are not on this machine; None, and nothing, if one is out of reach."""
     try:
         acceptor = RemoteAcceptor(get_ip())  # where vLLM's own messages between machines go
     except OSError as error:

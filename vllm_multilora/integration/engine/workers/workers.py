@@ -39,14 +39,7 @@ _MAX_UNREAD = 4
 
 
 class LinkedWorkers:
-    """Workers that answer by themselves.
-
-    Args:
-        call: The executor's `collective_rpc`; used from the engine core's main thread only.
-        link: The workers have connected to it.
-        elsewhere: Where a pack lies on the server's other machines, by its number; None where
-            there are none.
-    """
+    """Workers that answer by themselves."""
 
     def __init__(
         self,
@@ -75,11 +68,7 @@ class LinkedWorkers:
 
 
 class WaitingWorkers:
-    """Workers that are waited for.
-
-    Args:
-        call: The executor's `collective_rpc`.
-    """
+    """Workers that are waited for."""
 
     def __init__(self, call: Call) -> None:
         self._call = call
@@ -98,9 +87,6 @@ class WaitingStore:
     """The stores that workers ask, as one that answers at once.
 
     Its packs are numbers that the workers know, each for what its own store gave it.
-
-    Args:
-        call: The executor's `collective_rpc`.
     """
 
     def __init__(self, call: Call) -> None:

@@ -10,14 +10,9 @@ from __future__ import annotations
 CORE_ATTRIBUTES: tuple[str, ...] = (
     "vllm.config.parallel:ParallelConfig._api_process_count",
     "vllm.config.parallel:ParallelConfig._api_process_rank",
-    "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA._enable_aux_cuda_stream",
     "vllm.lora.model_manager:LoRAModelManager._convert_3d_to_2d_moe_lora",
     "vllm.lora.model_manager:LoRAModelManager._create_merged_loras_inplace",
-    "vllm.lora.model_manager:LoRAModelManager._enable_moe_shared_loras",
-    "vllm.lora.model_manager:LoRAModelManager._is_moe",
-    "vllm.lora.worker_manager:WorkerLoRAManager._lora_model_cls",
     "vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner._replace_quant_method",
-    "vllm.model_executor.layers.linear:UnquantizedLinearMethod._gemm_impl",
     "vllm.v1.core.sched.scheduler:Scheduler._reserve_prefill_lookahead",
     "vllm.v1.structured_output.request:StructuredOutputRequest._grammar",
 )

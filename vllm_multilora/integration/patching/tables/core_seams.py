@@ -96,31 +96,6 @@ _PATCHES: tuple[Patch, ...] = (
         until="vLLM sets the LoRA mapping for such steps.",
     ),
     Patch(
-        name="batch-inputs",
-        target="vllm.v1.worker.gpu.lora_utils:LoraState.make_lora_inputs",
-        takes=("self, req_ids, idx_mapping, num_scheduled_tokens",),
-        handler="step.mapping:make_lora_inputs",
-        why="As batch-mapping, for vLLM's second model runner. That one collects a step's "
-        "adapters in a set, in which two versions of an adapter are one: the engine dies after a "
-        "reload with requests in flight. Tells them apart by number. The count by which vLLM "
-        "picks a captured graph still goes by name; our kernels read all adapters from the plan, "
-        "and vLLM's of experts look at all slots, whatever the graph was captured with.",
-        checked=("0.29/2", "0.31/2", "0.32/2", "0.33/2"),
-        until="As batch-mapping.",
-    ),
-    Patch(
-        name="batch-inputs-taken",
-        target="vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin._set_active_loras",
-        takes=(
-            "self, prompt_lora_mapping, token_lora_mapping, lora_requests, "
-            "mapping_type=LoRAMappingType.LANGUAGE",
-        ),
-        handler="worker.manager:set_active_loras_from_inputs",
-        why="Takes what batch-inputs makes; spells it out for stock managers.",
-        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-        until="As batch-mapping.",
-    ),
-    Patch(
         name="prompt-logprobs-2",
         target="vllm.v1.worker.gpu.sample.prompt_logprob:"
         "PromptLogprobsWorker.compute_prompt_logprobs",
@@ -230,16 +205,6 @@ _PATCHES: tuple[Patch, ...] = (
         "the others. Answers them with the first one's success.",
         checked=(),
         until="vLLM answers a load that has waited for an equal one with success.",
-    ),
-    Patch(
-        name="lora-ids",
-        target="vllm.v1.worker.gpu.lora_utils:LoraState.__init__",
-        takes=("self, max_num_reqs",),
-        handler="step.mapping:init_lora_state",
-        why="vLLM's second model runner keeps adapters' numbers in 32 bits; those of adapter "
-        "directories, which servers find without asking each other, need more.",
-        checked=("0.29/2", "0.31/2", "0.32/2", "0.33/2"),
-        until="vLLM keeps them in 64 bits, as its first model runner does.",
     ),
     Patch(
         name="prefix-cache-keys",

@@ -37,6 +37,9 @@ OVERRIDES: dict[str, dict[str, str]] = {
         "dummy_lora_cache": "self",
         "add_dummy_lora": "self, lora_request, rank",
     },
+    "vllm.v1.worker.gpu.lora_utils:LoraState": {
+        "make_lora_inputs": "self, req_ids, idx_mapping, num_scheduled_tokens",
+    },
     "vllm.lora.model_manager:LoRAModelManager": {
         "_init_punica_wrapper": "self, max_num_batched_tokens, vllm_config",
         "_get_punica_wrapper": "self, module_name",
@@ -55,7 +58,6 @@ OVERRIDES: dict[str, dict[str, str]] = {
         "add_lora_logits": "self, y, x, lora_a_stacked, lora_b_stacked, scale, *, buffer=None, "
         "**kwargs",
         "apply_lora_full_linear": "self, y, x, weight_stacked, bias_stacked, module_enabled",
-        "_select_full_linear_output": "self, y, adapter_y, bias_stacked, module_enabled",
     },
 }
 """By class, its methods and their parameters, in all supported versions that have them."""

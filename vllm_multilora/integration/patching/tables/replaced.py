@@ -53,13 +53,6 @@ REPLACED = (
         "vLLM names the first wrong item alone.",
     ),
     Replaced(
-        "integration.step.mapping",
-        "state.lora_ids",
-        "vllm.v1.worker.gpu.lora_utils:LoraState.lora_ids",
-        "vLLM's second model runner keeps adapters' numbers in 32 bits.",
-        "vLLM keeps them in 64 bits, as its first model runner does.",
-    ),
-    Replaced(
         "integration.step.short_forward",
         "layer.forward",
         "torch.nn:Module.forward",
@@ -79,6 +72,14 @@ REPLACED = (
         "vllm.model_executor.layers.fused_moe.config:FusedMoEConfig.is_lora_enabled",
         "vLLM's CPU build computes experts with --enable-lora in Triton only, which is not there.",
         "vLLM's CPU build serves experts without Triton beside LoRA.",
+    ),
+    Replaced(
+        "integration.worker.worker_calls",
+        "runner.lora_state",
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.lora_state",
+        "vLLM's second model runner spells a step's adapters out by token, takes two versions of "
+        "an adapter for one, so that the engine dies after a reload, and has 32 bits for numbers.",
+        "vLLM's LoRAMapping holds arrays.",
     ),
     Replaced(
         "integration.worker.slots.model_manager",

@@ -42,13 +42,7 @@ def attention_isa(original: Callable[..., str], *args: Any, **kwargs: Any) -> st
 def fill_tiles(
     original: Callable[[torch.nn.Module, bool], None], layer: Any, remove_weight: bool
 ) -> None:
-    """Has vLLM choose how a layer multiplies rows that fill their tiles.
-
-    Args:
-        original: vLLM's, which sets `layer.cpu_linear`.
-        layer: With `weight`, [rows, columns].
-        remove_weight: Whether nobody reads the weight itself afterwards.
-    """
+    """Has vLLM choose how a layer multiplies rows that fill their tiles."""
     weight = layer.weight
     excess = -weight.size(-1) % _TILE_COLUMNS
     if not excess or weight.dtype.itemsize != 2:
@@ -64,8 +58,7 @@ def fill_tiles(
     def cpu_linear(
         x: torch.Tensor, _: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        y: torch.Tensor = multiply(pad(x, (0, excess)), filled, bias)
-        return y
+        return multiply(pad(x, (0, excess)), filled, bias)
 
     layer.cpu_linear = cpu_linear
 
@@ -80,11 +73,6 @@ def dispatch_gemm(
     long as it takes vLLM without any.
 
     Where DoRA adapters are served, the lengths of a linear layer's rows are kept before.
-
-    Args:
-        original: vLLM's, which sets `layer.cpu_linear`.
-        layer: With `weight`.
-        remove_weight: Whether nobody reads the weight itself afterwards.
     """
     weight, config = layer.weight, get_current_vllm_config_or_none()
     if weight.is_meta or weight.dim() != 2 or config is None or not is_active(config):

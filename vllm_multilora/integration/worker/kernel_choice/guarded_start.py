@@ -53,13 +53,7 @@ _TRIED = {
 
 @dataclass(frozen=True)
 class StartSettings:
-    """How kernels are to be chosen.
-
-    Attributes:
-        kernels: `auto`, `ours` or `vllm`, as `--multilora-kernels`.
-        dtype: Type of the model's activations.
-        vllm_is_invariant: Whether vLLM runs in its batch-invariant mode.
-    """
+    """How kernels are to be chosen."""
 
     kernels: str
     dtype: torch.dtype
@@ -287,13 +281,7 @@ _VARIABLES = (
 
 
 def trial_facts(device: torch.device, *, max_tokens: int, backend: str) -> dict[str, str]:
-    """The facts by name; a choice is used again only where all of them are the same.
-
-    Args:
-        device: Where the model runs.
-        max_tokens: The largest number of rows of a step.
-        backend: The kernels that serve unless others are chosen.
-    """
+    """The facts by name; a choice is used again only where all of them are the same."""
     facts = {
         "card": card_name(device),
         "driver": _driver(),
@@ -309,7 +297,6 @@ def trial_facts(device: torch.device, *, max_tokens: int, backend: str) -> dict[
 
 
 def card_name(device: torch.device) -> str:
-    """The card's name; for tests without one, Triton's interpreter."""
     if device.type != "cuda":
         return "Triton's interpreter"
     return torch.cuda.get_device_name(device)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from vllm import envs
 from vllm.lora.layers import (
     BaseLayerWithLoRA,
     LogitsProcessorWithLoRA,
@@ -15,35 +15,18 @@ from vllm.lora.layers import (
 
 from multilora_kernels.trial.kinds import LayerKind
 from vllm_multilora.integration.step.punica_prepared import CallKey
-from vllm_multilora.integration.step.stock_rows import ClassificationHead
 from vllm_multilora.integration.worker.model.model_layout import is_ranked
 from vllm_multilora.integration.worker.model.output_factors import first_column, is_sharded
 
-EXPERTS, HEADS = "experts", "classification heads"
-"""Kinds of layers whose kernels are never chosen."""
-
 VOCABULARY_MULTIPLE = 64
 """Logits end with the padding of vLLM's vocabulary."""
-
-
-def unchosen(layers: Iterable[Any]) -> Counter[str]:
-    """How many layers have no choice of kernels, by `EXPERTS` and `HEADS`."""
-    return Counter(
-        HEADS if isinstance(layer, ClassificationHead) else EXPERTS
-        for layer in layers
-        if isinstance(layer, BaseLayerWithLoRA) and not is_ranked(layer)
-    )
 
 
 def layer_calls(layer: Any, dtype: torch.dtype) -> Iterator[tuple[CallKey, LayerKind]]:
     """The calls of one layer, by the keys of `PreparedLayers.take_kernels`.
 
     A key comes twice where a layer's rows may have two types. Layers without tracked ranks have
-    none: see `unchosen`.
-
-    Args:
-        layer: Any LoRA layer.
-        dtype: Type of the model's activations.
+    none: vLLM's kernels serve experts, and ours classification heads.
     """
     if not isinstance(layer, BaseLayerWithLoRA) or not is_ranked(layer):
         return
@@ -65,6 +48,6 @@ def layer_calls(layer: Any, dtype: torch.dtype) -> Iterator[tuple[CallKey, Layer
         base, width = layer.base_layer, sum(each.size(-2) for each in b)
         for own in dict.fromkeys((dtype, base.params_dtype)):
             y = getattr(base, "out_dtype", None) or own
-            for add in (True, False) if layer._enable_aux_cuda_stream else (True,):
+            for add in (True, False) if envs.VLLM_LORA_ENABLE_DUAL_STREAM else (True,):
                 kind = LayerKind.of_linear(a, b, own, y, columns=width, add_inputs=add)
                 yield ("linear", add), kind

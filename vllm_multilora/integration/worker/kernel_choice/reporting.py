@@ -6,10 +6,13 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
+from vllm.lora.layers import BaseLayerWithLoRA
+
 from multilora_kernels.trial.choices import Choice
 from multilora_kernels.trial.records import Record
 from vllm_multilora.integration.step.punica_prepared import OURS
-from vllm_multilora.integration.worker.kernel_choice.layer_calls import EXPERTS, HEADS, unchosen
+from vllm_multilora.integration.step.stock_rows import ClassificationHead
+from vllm_multilora.integration.worker.model.model_layout import is_ranked
 from vllm_multilora.wording import counted
 
 logger = logging.getLogger(__name__)
@@ -17,14 +20,12 @@ logger = logging.getLogger(__name__)
 NOT_TRIED = "could not be tried"
 """The problem with kernels of which a trial could not be run."""
 
+_EXPERTS = "vLLM's serve experts, since ours do not take rows by expert"
+_HEADS = "ours serve classification heads unchecked, once a request"
+
 
 def report(record: Record, card: str) -> None:
-    """Logs one line for each kind that ours do not serve alone, and one for all others.
-
-    Args:
-        record: As of `choose_kernels`.
-        card: The card's name.
-    """
+    """Logs one line for each kind that ours do not serve alone, and one for all others."""
     ours = [entry for entry in record.entries if entry.choice.backends == {OURS}]
     if ours:
         logger.info("LoRA kernels on %s: ours serve %s of layer.", card, counted(len(ours), "kind"))
@@ -49,19 +50,14 @@ def report(record: Record, card: str) -> None:
 
 
 def report_unchosen(layers: Iterable[Any], card: str) -> None:
-    """Logs which layers were not part of the choice, if there are any.
-
-    Args:
-        layers: The model's LoRA layers.
-        card: The card's name.
-    """
-    reasons = {
-        EXPERTS: "vLLM's serve experts, since ours do not take rows by expert",
-        HEADS: "ours serve classification heads unchecked, once a request",
+    """Logs which layers were not part of the choice, if there are any."""
+    found = {
+        _HEADS if isinstance(layer, ClassificationHead) else _EXPERTS
+        for layer in layers
+        if isinstance(layer, BaseLayerWithLoRA) and not is_ranked(layer)
     }
-    found = unchosen(layers)
     if found:
-        said = "; ".join(text for kind, text in reasons.items() if kind in found)
+        said = "; ".join(text for text in (_EXPERTS, _HEADS) if text in found)
         logger.info("LoRA kernels on %s, without a choice: %s.", card, said)
 
 
@@ -76,14 +72,7 @@ def reason_of(choice: Choice) -> str:
 
 
 def kernel_rows(record: Record | None) -> list[dict[str, str]]:
-    """A record as plain rows, one for each kind of layer and range of rows.
-
-    Args:
-        record: As of `choose_kernels`.
-
-    Returns:
-        By name: `kind`, `layers`, `rows`, `kernels`, `reason` and `problem`.
-    """
+    """A record as plain rows, one for each kind of layer and range of rows."""
     found = []
     for entry in () if record is None else record.entries:
         below = 0

@@ -21,9 +21,6 @@ def leave_experts_alone(model: torch.nn.Module) -> None:
     With LoRA on, vLLM chooses Triton's kernels for experts on CPUs, too, and the first step would
     fail where there is no Triton.
 
-    Args:
-        model: With its weights, before its layers are wrapped.
-
     Raises:
         ConfigError: The experts' weights are in a form for these kernels alone.
     """

@@ -79,12 +79,7 @@ class RunningLayout:
 
 
 def running_layout(manager: LoRAModelManager, *, dora: bool) -> RunningLayout:
-    """The layout of a manager's model, read from its LoRA layers.
-
-    Args:
-        manager: Its modules have been created.
-        dora: Whether slots have room for DoRA adapters' factors.
-    """
+    """The layout of a manager's model, read from its LoRA layers."""
     slices: list[SliceLayout] = []
     packed: dict[str, BaseLinearLayerWithLoRA] = {}
     special: dict[str, BaseLayerWithLoRA] = {}
@@ -498,11 +493,7 @@ class RepeatedRows:
 
 
 def repeated_rows(model: torch.nn.Module) -> Iterator[tuple[str, RepeatedRows]]:
-    """Such layers by name: of states (Mamba 2) that are of one group, which all heads need.
-
-    Args:
-        model: Its layers are wrapped for LoRA.
-    """
+    """Such layers by name: of states (Mamba 2) that are of one group, which all heads need."""
     for block, part in model.named_modules():
         layer: Any = getattr(part, "in_proj", None)
         base = getattr(layer, "base_layer", None)

@@ -46,13 +46,7 @@ _FLAGS = int(re.IGNORECASE | re.MULTILINE | re.DOTALL | re.VERBOSE)
 def module_naming(
     manager: LoRAModelManager, names: frozenset[str], refused: Iterable[str] = ()
 ) -> ModuleNaming:
-    """What becomes of module names in a manager's model.
-
-    Args:
-        manager: Its modules have been created.
-        names: Modules that this worker adapts.
-        refused: Others whose adapters are refused with a reason.
-    """
+    """What becomes of module names in a manager's model."""
     model: Any = manager.model
     targets = manager.lora_config.target_modules
     mapper = getattr(model, "hf_to_vllm_mapper", None)
@@ -82,11 +76,7 @@ def module_naming(
 
 
 def renames_of(mapper: Any) -> Renames:
-    """The renames of a `WeightsMapper` as data; what cannot be told as data is logged.
-
-    Args:
-        mapper: As `WeightsMapper.get_rename_mapper` makes it.
-    """
+    """The renames of a `WeightsMapper` as data; what cannot be told as data is logged."""
     left_out: list[str] = []
     found = Renames(
         sources=tuple(_sources(mapper.orig_to_new_renaming, left_out)),

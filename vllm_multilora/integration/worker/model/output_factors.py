@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from vllm import envs
 from vllm.distributed import get_tp_group
 from vllm.lora.layers import (
     ColumnParallelLinearWithShardedLoRA,
@@ -77,11 +78,6 @@ class SlotFactors:
     All device memory is allocated here, at the start. Filling may run on any thread, like all of
     filling a slot; everything else is for the worker's main thread, where all ranks of a
     tensor-parallel group do the same in the same order.
-
-    Args:
-        layers: The layers that packed adapters fill, in the order of their slices.
-        slots: How many slots there are.
-        device: Where the model runs.
     """
 
     def __init__(self, layers: Iterable[Any], slots: int, device: torch.device | str) -> None:
@@ -123,7 +119,6 @@ class SlotFactors:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the device."""
         biases = sum(layer.bias.nbytes for layer in self._layers if layer.bias is not None)
         lengths = self._squares.nbytes + self._lengths.nbytes + self._parts.nbytes
         return self._values.nbytes + self._marks.nbytes + biases + lengths
@@ -271,7 +266,7 @@ def no_factors(module: Any) -> str | None:
         return "vLLM has repacked its weights"
     if is_sharded(module):
         return "--fully-sharded-loras computes products in halves, which multiply nothing"
-    if getattr(module, "_enable_aux_cuda_stream", False):
+    if envs.VLLM_LORA_ENABLE_DUAL_STREAM:
         return "VLLM_LORA_ENABLE_DUAL_STREAM computes products beside the base's"
     return None
 
@@ -283,8 +278,7 @@ def _added_bias(module: Any) -> torch.Tensor | None:
         return None
     if isinstance(base, RowParallelLinear) and module.tp_rank > 0:
         return None
-    bias: torch.Tensor | None = getattr(base, "bias", None)
-    return bias
+    return getattr(base, "bias", None)
 
 
 _SHARDED = (

@@ -67,7 +67,6 @@ class RowSquares:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the device."""
         return sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
 
     def forget(self) -> None:

@@ -26,7 +26,6 @@ ENCODER = "encoder"
 def encoder_wrapper(
     vllm_config: VllmConfig, lora_config: Any, device: torch.device
 ) -> MultiLoRAPunicaWrapper:
-    """Makes the punica wrapper of a model's encoder, in front of a decoder."""
     module: Any = model_manager  # its get_punica_wrapper returns ours
     wrapper = module.get_punica_wrapper(
         MultiModalBudget(vllm_config, MULTIMODAL_REGISTRY).get_encoder_budget(),
@@ -90,5 +89,4 @@ def first_items(
 
 
 def _rows(feature: Any) -> int:
-    rows: int = feature.mm_position.get_num_embeds()
-    return rows
+    return feature.mm_position.get_num_embeds()

@@ -51,16 +51,7 @@ priority a cold request's first token can come seconds later.
 
 
 class SlotFiller:
-    """Carries out orders; all methods but the thread's own are for the worker's main thread.
-
-    Args:
-        manager: The model's slots.
-        special: Makes what vLLM fills in itself.
-        link: Where answers go; None where whoever orders waits for them (`fill_now`).
-
-    Attributes:
-        link: As above; that to an engine core on another machine is made later.
-    """
+    """Carries out orders; all methods but the thread's own are for the worker's main thread."""
 
     def __init__(
         self,
@@ -81,14 +72,7 @@ class SlotFiller:
         self._copied: Any = None  # what the stream was last asked to do
 
     def open_memory(self, address: str, server: str, *, machine: int = 0, place: int = 0) -> None:
-        """Says where the store is; from now on there may be orders.
-
-        Args:
-            address: Of this machine's store.
-            server: As `SegmentMapper`'s.
-            machine: This machine's place among those of the server.
-            place: This worker's among those that the store packs for.
-        """
+        """Says where the store is; from now on there may be orders."""
         self._machine, self._place = machine, place
         registered = None if self._device.type == "cpu" else Registered(self._device)
         self._memory = SegmentMapper(address, server, registered)
@@ -105,7 +89,6 @@ class SlotFiller:
         return self._submit(order).result()
 
     def is_filling(self, slot: int) -> bool:
-        """Whether something is being copied into a slot."""
         return slot in self._under_way and not self._under_way[slot].done()
 
     def await_slots(self, slots: Iterable[int]) -> None:
@@ -116,7 +99,6 @@ class SlotFiller:
         self._under_way = {s: f for s, f in self._under_way.items() if not f.done()}
 
     def await_all(self) -> None:
-        """Waits until nothing is being copied."""
         self.await_slots(list(self._under_way))
 
     def slots_away(self) -> None:
@@ -133,16 +115,12 @@ class SlotFiller:
             return self._start(order)
         except Exception as error:
             # What is raised in a worker's call ends the engine.
-            failed: Future[Answer] = Future()
-            failed.set_result(_failure(order, error))
-            return failed
+            return _answered(_failure(order, error))
 
     def _start(self, order: Order) -> Future[Answer]:
         if isinstance(order, Fill) and not self._has_slots:
             # Pinned, or loaded, while the engine sleeps: when it wakes, all slots are filled anew.
-            nothing_to_do: Future[Answer] = Future()
-            nothing_to_do.set_result(Filled(order.order, None))
-            return nothing_to_do
+            return _answered(Filled(order.order, None))
         queued = None
         if self._device.type != "cpu":
             queued = torch.cuda.current_stream(self._device).record_event()
@@ -252,6 +230,12 @@ def _map_ahead(known: weakref.ref[SlotFiller], memory: SegmentMapper) -> None:
         del filler
 
 
+def _answered(answer: Answer) -> Future[Answer]:
+    future: Future[Answer] = Future()
+    future.set_result(answer)
+    return future
+
+
 def _failure(order: Order, error: Exception) -> FillFailed:
     kind = classify_failure(error)
     if kind is FailureKind.INTERNAL:
@@ -282,9 +266,6 @@ class Registered:
     Copies from memory that is not page-locked are slower, and right. CUDA keeps the error of a call
     that has failed, and the next kernel that the same thread launches seems to have failed: so each
     call is made by a thread that launches none.
-
-    Args:
-        device: The GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -292,7 +273,6 @@ class Registered:
         self._parts: dict[int, list[int]] = {}  # by segment, where those that are begin
 
     def add(self, number: int, address: int, size: int) -> None:
-        """Page-locks a segment."""
         self._parts[number] = []
         self._on_thread(self._add, number, address, size)
 

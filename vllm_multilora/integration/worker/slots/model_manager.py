@@ -14,6 +14,7 @@ from vllm import envs
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.lora.layers import (
     BaseLayerWithLoRA,
+    FusedMoEWithLoRA,
     VocabParallelEmbeddingWithLoRA,
 )
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
@@ -75,10 +76,6 @@ class _Reordered:
     """Puts B's rows in the order in which vLLM has loaded those of the layers' own weights.
 
     All device memory is there from the start, as for the rest of filling a slot.
-
-    Args:
-        slots: B's slots of every slice.
-        orders: As of `RunningLayout`.
     """
 
     def __init__(self, slots: Sequence[torch.Tensor], orders: Mapping[int, torch.Tensor]) -> None:
@@ -99,7 +96,6 @@ class _Reordered:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the device, beside the slots."""
         return sum(order.nbytes for order, _ in self._distinct) + self._room.nbytes
 
     def memory_lost(self) -> None:
@@ -152,12 +148,7 @@ class MultiLoRAModelManager(LoRAModelManager):
         return super()._get_punica_wrapper(module_name)
 
     def map_encoder(self, ids: npt.NDArray[np.integer], rows: npt.NDArray[np.integer]) -> None:
-        """Maps the rows that the encoder computes in this step to adapters.
-
-        Args:
-            ids: int64 [items], the adapter of each item's request; 0 for none.
-            rows: int64 [items], how many rows each item has.
-        """
+        """Maps the rows that the encoder computes in this step to adapters."""
         assert self.encoder_wrapper is not None, "a model without an encoder before its decoder"
         mapping = BatchMapping(ids, rows, None, LoRAMappingType.TOWER)
         slots = self.lora_slots + 1
@@ -167,7 +158,9 @@ class MultiLoRAModelManager(LoRAModelManager):
         super()._create_lora_modules()
         # Whichever way an adapter holds experts, the layers that they are in take it; this only
         # says so to vLLM once it has chosen these layers. Experts that share matrices do not.
-        self._enable_mixed_moe_lora_format = self._is_moe and not self._enable_moe_shared_loras
+        has_experts = any(isinstance(each, FusedMoEWithLoRA) for each in self.modules.values())
+        shares = self.lora_config.enable_moe_shared_loras
+        self._enable_mixed_moe_lora_format = has_experts and not shares
         config = get_current_vllm_config()
         dora = settings_of(config).dora
         found = running_layout(self, dora=dora)
@@ -196,7 +189,7 @@ class MultiLoRAModelManager(LoRAModelManager):
         self.kernel_record = choose_kernels(self.modules, wrapper.backend, kernels)
         self._rests = _slot_rests(layers)
         for layer, _ in layers:
-            prepare(layer)
+            prepare(layer, dtype)
             if self.device.type == "cpu":
                 shorten_forward(layer)
         if self.device.type != "cpu":
@@ -282,11 +275,6 @@ class MultiLoRAModelManager(LoRAModelManager):
         What the slot held before is not cleared where the true ranks, which are written here,
         keep the kernels from reading it. May run on any thread, as long as no step uses the slot;
         on a GPU it is queued on the thread's current stream.
-
-        Args:
-            slot: The slot.
-            index: What the adapter has of the linear layers, and its ranks there.
-            special: What it has for layers that vLLM fills itself.
         """
         expand = np.zeros(len(self._expand_ranks), dtype=np.int32)
         shrink = np.zeros(len(self._shrink_ranks), dtype=np.int32)
@@ -441,11 +429,7 @@ def _store_by_column(modules: Iterable[Any], dtype: Any, device: torch.device) -
 
 
 def _slot_rests(layers: Iterable[tuple[Any, slice]]) -> SlotRests:
-    """What is cleared when a slot is filled: of layers whose kernels read past the true ranks.
-
-    Args:
-        layers: Each with its slices' rows in the rank tables.
-    """
+    """What is cleared when a slot is filled: of layers whose kernels read past the true ranks."""
     slices: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
     for layer, own in layers:
         if layer.punica_wrapper.reads_rests:

@@ -29,15 +29,6 @@ class OwnStore:
     What the engine core calls a pack is the ticket with which it was loaded: the same for all
     workers, whatever their stores call it.
 
-    Args:
-        mode: `process` or `thread`.
-        server: As `StoreClient`'s.
-        layout: What this worker accepts.
-        settings: How adapters are kept and read.
-
-    Attributes:
-        address: Of the store.
-
     Raises:
         StoreUnavailableError: There is no store, and none can be started.
     """
@@ -52,11 +43,7 @@ class OwnStore:
         self._packs: dict[int, PackInfo] = {}
 
     def load(self, load_request: LoadRequest) -> Loaded | Failed:
-        """Loads an adapter; returns the store's answer, with the engine core's numbers in it.
-
-        Args:
-            load_request: With the engine core's ticket.
-        """
+        """Loads an adapter; returns the store's answer, with the engine core's numbers in it."""
         ticket = load_request.ticket
         own = self._client.request_load(load_request)
         deadline = time.monotonic() + self._limit_s
@@ -97,12 +84,10 @@ class OwnStore:
         return self._packs.get(number)
 
     def release(self, number: int) -> None:
-        """Gives a lease back."""
         pack = self._packs.pop(number, None)
         if pack is not None:
             self._client.release(pack.pack)
 
     def forget(self, adapter: int) -> None:
-        """The adapter was withdrawn."""
         self._client.forget(adapter)
         self._take(self._client.poll())

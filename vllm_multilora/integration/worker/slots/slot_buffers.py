@@ -1,18 +1,26 @@
-"""What a model's LoRA layers have allocated: counted from the tensors, and cleared by slot."""
+"""What a model's LoRA layers have allocated: counted from the tensors, logged, cleared by slot."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from vllm.platforms import current_platform
+
+from multilora_kernels.dtypes import of_torch
+from vllm_multilora.slots.budget import CpuBudget, machine_memory, readable
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.lora.layers import BaseLayerWithLoRA
 
     from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
+
+logger = logging.getLogger(__name__)
 
 
 def layer_bytes(layer: BaseLayerWithLoRA, dtype: torch.dtype | None = None) -> int:
@@ -85,3 +93,33 @@ class SlotRests:
         rests = [rest for rest in rests if rest.numel()]
         if rests:
             torch._foreach_zero_(rests)
+
+
+def report_slots(manager: Any, budget: CpuBudget, vllm_config: VllmConfig) -> None:
+    """Logs what a model manager's slots and host copies take, as it has been allocated."""
+    parallel, lora_config = vllm_config.parallel_config, manager.lora_config
+    if parallel.rank != 0 or parallel.data_parallel_rank != 0:
+        return
+    dtype: Any = lora_config.lora_dtype
+    taken, slots = manager.allocated_bytes, manager.lora_slots
+    if manager.device.type == "cpu":
+        of_what, memory = "the machine's %s", machine_memory()
+    else:
+        of_what, memory = (
+            "a GPU's %s, which the KV cache lacks",
+            current_platform.get_device_total_memory(),
+        )
+    workers = parallel.world_size_across_dp
+    logger.info(
+        "Adapter slots: %d of rank %d in %s take %s, %s each: %.1f %% of %s. Adapters in host "
+        "memory: up to %s.%s `vllm-multilora plan` shows what other settings would take.",
+        slots,
+        lora_config.max_lora_rank,
+        of_torch(dtype),
+        readable(taken),
+        readable(taken // slots),
+        100 * taken / memory,
+        of_what % readable(memory),
+        budget,
+        f" Each of the {workers} workers takes as much." if workers > 1 else "",
+    )

@@ -11,6 +11,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 
 from vllm_multilora.adapters.model.tensor_names import parse_tensor_name
@@ -20,7 +21,6 @@ from vllm_multilora.store.memory.mapper import SegmentMapper
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vllm.lora.lora_model import LoRAModel
     from vllm.lora.request import LoRARequest
 
     from vllm_multilora.integration.worker.slots.model_manager import MultiLoRAModelManager
@@ -35,22 +35,10 @@ _CHECKS = (
 
 
 class SpecialParts:
-    """Makes vLLM's form of the parts that packed slices leave out.
+    """Makes vLLM's form of the parts that packed slices leave out."""
 
-    Args:
-        manager: The model manager whose layers take them.
-        model_class: vLLM's class for an adapter.
-        max_position_embeddings: As vLLM's `PEFTHelper` wants it.
-    """
-
-    def __init__(
-        self,
-        manager: MultiLoRAModelManager,
-        model_class: type[LoRAModel],
-        max_position_embeddings: int | None,
-    ) -> None:
+    def __init__(self, manager: MultiLoRAModelManager, max_position_embeddings: int | None) -> None:
         self._manager = manager
-        self._model_class = model_class
         self._max_position_embeddings = max_position_embeddings
 
     def make(
@@ -61,12 +49,6 @@ class SpecialParts:
         segments: Sequence[int],
     ) -> LoRAModel | None:
         """An adapter's special parts on this worker; None if there are none.
-
-        Args:
-            request: The adapter.
-            index: What its pack holds.
-            memory: Where that lies.
-            segments: The pack's.
 
         Raises:
             ValueError: vLLM does not take them.
@@ -89,7 +71,7 @@ class SpecialParts:
         config["bias"] = "none"  # whatever was asked for, an adapter that has any is refused
         helper = PEFTHelper.from_dict(config)
         helper.validate_legal(manager.lora_config)
-        special: Any = self._model_class.from_lora_tensors(
+        special: Any = LoRAModel.from_lora_tensors(
             lora_model_id=request.lora_int_id,
             tensors=tensors,
             peft_helper=helper,

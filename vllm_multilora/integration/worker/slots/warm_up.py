@@ -16,37 +16,36 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from vllm.lora.layers import (
-    BaseLayerWithLoRA,
-    LogitsProcessorWithLoRA,
-    VocabParallelEmbeddingWithLoRA,
-)
+from vllm.lora.layers import BaseLayerWithLoRA
 
 from multilora_kernels import SlotTable
+from multilora_kernels.launches.prepared import Prepared
+from multilora_kernels.trial.kinds import LayerKind
+from vllm_multilora.integration.step.punica_prepared import CallKey
+from vllm_multilora.integration.worker.kernel_choice.layer_calls import layer_calls
 from vllm_multilora.integration.worker.model.model_layout import is_ranked
-from vllm_multilora.integration.worker.model.output_factors import first_column, is_sharded
 from vllm_multilora.wording import counted
 
 logger = logging.getLogger(__name__)
 
 
-def prepare(layer: BaseLayerWithLoRA) -> None:
+def prepare(layer: Any, dtype: torch.dtype) -> None:
     """Describes a layer's weights for its calls in compiled code, before that is compiled.
 
     Output layers are never compiled: they are prepared when they are first called.
-
-    Args:
-        layer: With its own `MultiLoRAPunicaWrapper` and ranks that are tracked.
     """
-    wrapper: Any = layer.punica_wrapper
-    a, b = layer.lora_a_stacked, layer.lora_b_stacked
-    if isinstance(layer, VocabParallelEmbeddingWithLoRA):
-        wrapper.expand(b)
-    elif is_sharded(layer):
-        wrapper.shrink(a)
-        wrapper.expand(b, first_column(layer))
-    elif not isinstance(layer, LogitsProcessorWithLoRA):
-        wrapper.linear(a, b)
+    for key, kind in layer_calls(layer, dtype):
+        if key[0] != "logits":
+            _prepared(layer, key, kind)
+
+
+def _prepared(layer: Any, key: CallKey, kind: LayerKind) -> Prepared:
+    wrapper, a, b = layer.punica_wrapper, layer.lora_a_stacked, layer.lora_b_stacked
+    if key[0] == "logits":
+        return wrapper.logits(a, b, kind.columns)
+    if kind.operation == "linear":
+        return wrapper.linear(a, b, add_inputs=kind.add_inputs)
+    return wrapper.shrink(a) if kind.operation == "shrink" else wrapper.expand(b, kind.offset)
 
 
 def warm_up(
@@ -62,13 +61,6 @@ def warm_up(
     Of an output layer, too: with `prompt_logprobs` or drafted tokens it has several for a request.
     MoE expert layers, whose kernels are vLLM's, and classification heads, which run once for a
     request, are left out. All kernels are compiled in several processes before the calls.
-
-    Args:
-        layers: Layers with their own `MultiLoRAPunicaWrapper`, before the first step.
-        dtype: Of the model's activations.
-        slots: Fills slots, with kernels of its own.
-        workers: Processes of this machine that warm up at the same time.
-        worker: The number of this one of them.
     """
     begin = time.perf_counter()
     ranked: list[Any] = [layer for layer in layers if is_ranked(layer)]
@@ -92,25 +84,10 @@ def warm_up(
         call_all()
     logger.info(
         "LoRA kernels for %s of layer are ready after %.1f s%s.",
-        counted(len(set(map(_kind, ranked))), "kind"),
+        counted(len({kind for layer in ranked for _, kind in layer_calls(layer, dtype)}), "kind"),
         time.perf_counter() - begin,
         compiled,
     )
-
-
-def _kind(layer: Any) -> tuple[Any, ...]:
-    factors, most = layer.punica_wrapper.factors, layer.punica_wrapper.plan.layout.max_tokens
-    has_bias = None if factors is None else factors.bias is not None
-    return type(layer), most, has_bias, *map(_facts, _weights(layer))
-
-
-def _weights(layer: Any) -> tuple[torch.Tensor, ...]:
-    a, b = layer.lora_a_stacked, layer.lora_b_stacked
-    return (*a, *b) if isinstance(a, tuple) else (a, b)
-
-
-def _facts(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _row_counts(most: int) -> Iterator[int]:
@@ -122,38 +99,23 @@ def _row_counts(most: int) -> Iterator[int]:
 
 
 def _call(layer: Any, rows: int, dtype: torch.dtype) -> None:
-    wrapper, a, b = layer.punica_wrapper, layer.lora_a_stacked, layer.lora_b_stacked
+    device, plan = layer.punica_wrapper.device, layer.punica_wrapper.plan
 
-    def activations(width: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+    def activations(width: int, dtype: torch.dtype) -> torch.Tensor:
         """[rows, width] with the memory of one row: nothing will touch it."""
-        return torch.empty(width, dtype=dtype, device=wrapper.device).expand(rows, width)
+        return torch.empty(width, dtype=dtype, device=device).expand(rows, width)
 
-    def half(weights: tuple[torch.Tensor, ...], rank: int) -> torch.Tensor:
-        shape = len(weights), rows, rank
-        return torch.empty(shape, dtype=torch.float32, device=wrapper.device)
-
-    if isinstance(layer, VocabParallelEmbeddingWithLoRA):
-        found = torch.empty(rows, b.size(-1), dtype=b.dtype, device=wrapper.device)
-        wrapper.add_lora_embedding(activations(b.size(-2)), found, b)
-    elif isinstance(layer, LogitsProcessorWithLoRA):
-        # Logits end with the padding of vLLM's vocabulary, to a multiple of 64.
-        columns = -(-b.size(-2) // 64) * 64
-        y = activations(columns, getattr(layer.base_layer, "head_dtype", None) or dtype)
-        # Over the tokens' plan: that of the sampled rows begins with a step.
-        wrapper.logits(a, b, columns)(y, activations(a.size(-1)), wrapper.plan)
-    elif is_sharded(layer):
-        offset, width = first_column(layer), sum(each.size(-2) for each in b)
-        wrapper.add_shrink(half(a, a[0].size(-2)), activations(a[0].size(-1)), a, 1.0)
-        # With memory of its own: it is copied back where the offset is no multiple of 16.
-        y = torch.empty(rows, offset + width, dtype=dtype, device=wrapper.device)
-        h = half(b, b[0].size(-1))
-        wrapper.add_expand(y, h, b, layer.output_slices, offset_start=offset)
-    else:
-        base, width = layer.base_layer, sum(each.size(-2) for each in b)
-        # Routers of experts may take and give float32. And where vLLM computes adapters' products
-        # beside the base's, it does not in every layer.
-        for own in dict.fromkeys((dtype, base.params_dtype)):
-            y = activations(width, getattr(base, "out_dtype", None) or own)
-            x = activations(a[0].size(-1), own)
-            for add in (True, False) if layer._enable_aux_cuda_stream else (True,):
-                wrapper.add_lora_linear(y, x, a, b, 1.0, layer.output_slices, add_inputs=add)
+    for key, kind in layer_calls(layer, dtype):
+        _, given, out = kind.dtypes
+        if kind.operation == "expand":
+            x = torch.empty(kind.slices, rows, kind.b_rank, dtype=given, device=device)
+        else:
+            x = activations(kind.inputs, given)
+        if kind.operation == "shrink":
+            y = torch.empty(kind.slices, rows, kind.a_rank, dtype=out, device=device)
+        elif kind.offset:  # y is copied back where that is no multiple of 16
+            y = torch.empty(rows, kind.columns, dtype=out, device=device)
+        else:
+            y = activations(kind.columns, out)
+        # Over the tokens' plan, of logits too: that of the sampled rows begins with a step.
+        _prepared(layer, key, kind)(y, x, plan)
