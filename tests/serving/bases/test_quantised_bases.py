@@ -10,7 +10,7 @@ import torch
 
 from tests.attacks.poison import poisoned
 
-from ..engine import prompt_logprobs, running_engine
+from ..engine import generate, prompt_logprobs, running_engine
 from ..models.cases import Prompt
 from ..models.peft_reference import PeftReference
 from ..models.quantised import SCHEMES, Scheme, round_inputs, write
@@ -61,7 +61,6 @@ def test_adapters_of_a_quantised_base_answer_as_peft_beside_some_that_fail(
         pytest.skip(
             "without AMX, vLLM's 8-bit layers keep no weight, which its LoRA layers look at"
         )
-    from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
     base, truth = write(tmp_path, scheme)
@@ -97,17 +96,12 @@ def test_adapters_of_a_quantised_base_answer_as_peft_beside_some_that_fail(
         max_num_batched_tokens=64,
         enable_prefix_caching=False,
     ) as llm:
-        outputs = llm.generate(
-            [{"prompt_token_ids": list(prompt)} for _, prompt in requests],
-            SamplingParams(
-                max_tokens=NEW_TOKENS,
-                temperature=0.0,
-                ignore_eos=True,
-                prompt_logprobs=0,
-                detokenize=False,
-            ),
-            lora_request=[lora(name) for name, _ in requests],
-            use_tqdm=False,
+        outputs = generate(
+            llm,
+            [prompt for _, prompt in requests],
+            [lora(name) for name, _ in requests],
+            max_tokens=NEW_TOKENS,
+            prompt_logprobs=0,
         )
     for output, (name, prompt) in zip(outputs, requests, strict=True):
         (completion,) = output.outputs

@@ -1,4 +1,4 @@
-"""Hundreds of adapters through one slot, and a large one that pushes them out of host memory."""
+"""Many adapters through one slot, and a large one that pushes them out of host memory."""
 
 import os
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from ..models.tiny_models import write_llama
 
 pytestmark = [pytest.mark.serving, pytest.mark.slow]
 
-ADAPTERS = int(os.environ.get("MULTILORA_TEST_ADAPTERS", "300"))
-"""600 and 2000 are for runs by hand."""
+ADAPTERS = int(os.environ.get("MULTILORA_TEST_ADAPTERS", "120"))
+"""300 and more are for runs by hand."""
 
 NEW_TOKENS = 4
 """With one slot, every token of every request is a step of its own."""

@@ -13,7 +13,7 @@ from tests.newer_vllm import BROKEN_CORE, BROKEN_GATEWAY, VERSION, make_newer
 
 from .. import completions
 from ..models.cases import Scenario
-from ..server import ServerStartError, VllmServer
+from ..server import VllmServer
 
 pytestmark = [pytest.mark.serving, pytest.mark.slow]
 
@@ -61,12 +61,6 @@ def test_lora_is_served_when_a_patch_of_the_gateway_does_not_fit(
     assert log.count(GATEWAY_OFF) == 1
     assert "because of error-texts: takes (message, hint='')" in log
 
-    write_tenants(tmp_path / "tenants.json", {"acme": {"adapters": [ADAPTER]}})
-    tenants = ("--multilora-tenants", str(tmp_path / "tenants.json"))
-    server = serve(llama, tmp_path, environment, *tenants)
-    with pytest.raises(ServerStartError, match="protect nothing here"), server:
-        pass
-
 
 def test_keys_guard_a_server_when_a_patch_for_lora_does_not_fit(
     llama: Scenario, tmp_path: Path
@@ -87,27 +81,16 @@ def test_keys_guard_a_server_when_a_patch_for_lora_does_not_fit(
     assert GATEWAY_OFF not in log
 
 
-@pytest.mark.parametrize(
-    ("changes", "core", "gateway"),
-    [
-        pytest.param({}, True, True, id="all-seams-fit"),
-        pytest.param(BROKEN_CORE, False, True, id="core-seam-broken"),
-        pytest.param(BROKEN_GATEWAY, True, False, id="gateway-seam-broken"),
-    ],
-)
-def test_the_doctor_says_which_part_acts_on_a_newer_vllm(
-    tmp_path: Path, changes: dict[str, tuple[str, str]], core: bool, gateway: bool
-) -> None:
+def test_the_doctor_says_which_part_acts_on_a_newer_vllm(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "vllm_multilora.cli", "doctor"],
-        env={**os.environ, **make_newer(tmp_path, changes)},
+        env={**os.environ, **make_newer(tmp_path, BROKEN_CORE)},
         capture_output=True,
         text=True,
         timeout=180,
         check=False,
     )
-    words = {True: "acts on this vLLM", False: "inactive (see below)"}
     assert f"vLLM            {VERSION} (tested: " in done.stdout, done.stderr
-    assert f"core            {words[core]}" in done.stdout
-    assert f"gateway         {words[gateway]}" in done.stdout
-    assert done.returncode == (0 if core and gateway else 1)
+    assert "core            inactive (see below)" in done.stdout
+    assert "gateway         acts on this vLLM" in done.stdout
+    assert done.returncode == 1

@@ -51,11 +51,9 @@ def vllm_version(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("version", "settings", "overrides", "expected"),
     [
-        pytest.param(None, {}, {}, OURS, id="on-by-default"),
         pytest.param(None, {}, {"enable_lora": False}, None, id="lora-off"),
         pytest.param(None, {"enabled": False}, {}, STOCK, id="switched-off"),
         pytest.param(None, {"backend": "vllm"}, {}, STOCK, id="vllms-kernels"),
-        pytest.param("0.99.0+cpu", {}, {}, OURS, id="newer-vllm-that-fits"),
         pytest.param("0.28.0+cpu", {}, {}, STOCK, id="older-vllm"),
         pytest.param("0.28.0+cpu", {"enabled": True}, {}, OURS, id="older-vllm-forced"),
     ],
@@ -90,64 +88,6 @@ def test_it_is_not_forced_on_where_adapters_requests_would_get_the_base_models_a
         engine_settings.require_patches()
     monkeypatch.setattr(Patch, "apply", lambda self: True)
     engine_settings.require_patches()
-
-
-@pytest.mark.smoke("prompt_logprobs", "`embed_tokens` and `lm_head`")
-def test_prompt_log_probabilities_use_each_prompts_own_adapter(llama: Scenario):
-    """Stock's engine dies of this request on CPUs; it must not hurt anyone here."""
-    from vllm import SamplingParams
-    from vllm.lora.request import LoRARequest
-
-    from ..models.recipes import EMBEDDING_RECIPE
-
-    name = EMBEDDING_RECIPE.name
-    request = LoRARequest(name, llama.adapter_id(name), str(llama.adapters[name]))
-    adapted = next(c for c in llama.cases_of(name) if len(c.prompt) == 7)
-    base = next(c for c in llama.cases_of(None) if len(c.prompt) == 7)
-    sampling = SamplingParams(
-        temperature=0, max_tokens=1, prompt_logprobs=3, logprobs=3, detokenize=False
-    )
-
-    def prompt_logprobs(output: Any) -> list[list[float]]:
-        steps = output.prompt_logprobs[1:]
-        return [sorted((e.logprob for e in step.values()), reverse=True)[:3] for step in steps]
-
-    with running_engine(llama.base, in_process=True, enable_prefix_caching=False) as llm:
-
-        def ask(*cases: Any) -> list[Any]:
-            return llm.generate(
-                [{"prompt_token_ids": list(c.prompt)} for c in cases],
-                sampling,
-                lora_request=[request if c.adapter else None for c in cases],
-                use_tqdm=False,
-            )
-
-        together = [prompt_logprobs(output) for output in ask(adapted, base, adapted)]
-        alone = [prompt_logprobs(ask(case)[0]) for case in (adapted, base)]
-        # What a prompt's last row says of the next token is known from sampling.
-        longer = type(adapted)(
-            adapted.adapter, (*adapted.prompt, adapted.expected.tokens[0]), adapted.expected
-        )
-        last = prompt_logprobs(ask(longer)[0])[-1]
-    for found, expected in zip(together, (alone[0], alone[1], alone[0]), strict=True):
-        for row, own in zip(found, expected, strict=True):
-            assert row == pytest.approx(own, abs=1e-4)
-    assert last == pytest.approx(list(adapted.expected.top[0].values())[:3], abs=5e-4)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"bakend": "torch"}, "did you mean 'backend'"),
-        ({"backend": "cuda"}, "must be one of auto, native, torch, triton, vllm, got 'cuda'"),
-    ],
-    ids=["unknown-setting", "unknown-backend"],
-)
-def test_a_wrong_setting_stops_the_engine_with_one_sentence(llama: Scenario, settings, message):
-    from vllm import LLM
-
-    with pytest.raises(ValueError, match=message):
-        LLM(str(llama.base), enable_lora=True, additional_config={"multilora": settings})
 
 
 def test_the_flags_are_on_vllm_serve(tmp_path: Path):

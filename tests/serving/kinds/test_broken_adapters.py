@@ -1,6 +1,5 @@
 """An adapter that cannot be had fails its own requests, with the reason, and nobody else's."""
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -104,21 +103,12 @@ def break_config(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{")
 
 
-def contradict_rank(folder: Path) -> None:
-    config = json.loads((folder / "adapter_config.json").read_text())
-    config["r"] *= 2
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-
-
 @pytest.mark.parametrize(
     ("break_files", "status", "words"),
     [
         pytest.param(remove_folder, 404, VICTIM, id="folder-gone"),
-        pytest.param(remove_tensors, 404, "adapter_model.safetensors", id="tensors-gone"),
         pytest.param(truncate, 400, "adapter_model.safetensors", id="truncated"),
-        pytest.param(write_garbage, 400, "adapter_model.safetensors", id="garbage"),
         pytest.param(break_config, 400, "adapter_config.json", id="config-broken"),
-        pytest.param(contradict_rank, 400, "rank", id="rank-contradicted"),
     ],
 )
 def test_broken_files_fail_their_own_requests_until_they_are_mended(

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ..completions import body, token_ids
 from ..exposition import scrape
-from ..metered import LIMIT_S, User, Work, assert_adds_up, logged, metered
+from ..metered import LIMIT_S, User, Work, assert_adds_up, logged
 from ..models.cases import Case, Scenario
 from ..models.recipes import LINEAR_RECIPES
 from ..server import VllmServer
@@ -29,7 +29,7 @@ NAMES = tuple(recipe.name for recipe in LINEAR_RECIPES[:5])
 BASE, ROUTE, PLAIN, LEAVING, PINNED = "base", "support", "plain", "leaving", "pinned"
 CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 LONGEST = 512
-MIXED = int(os.environ.get("MULTILORA_METERED_REQUESTS", "300"))
+MIXED = int(os.environ.get("MULTILORA_METERED_REQUESTS", "120"))
 
 
 @dataclass(frozen=True)
@@ -230,23 +230,6 @@ def preemptions(deployment: Deployment) -> float:
     lines = scrape(deployment.server).splitlines()
     counts = [line for line in lines if line.startswith("vllm:num_preemptions_total")]
     return sum(float(line.split()[-1]) for line in counts)
-
-
-def test_what_a_client_gave_up_counts_as_far_as_it_got(deployment: Deployment) -> None:
-    deployment.load("left", NAMES[0])
-    lines = len(logged(deployment.log))
-    content = body("left", deployment.case(NAMES[0]), max_tokens=400, stream=True)
-    with (
-        httpx.Client(trust_env=False, timeout=120) as client,
-        client.stream("POST", f"{deployment.server.url}/v1/completions", json=content) as stream,
-    ):
-        assert next(stream.iter_lines()).startswith("data: ")
-    (line,) = logged(deployment.log, lines + 1)[lines:]
-    assert line["status"] in ("aborted", "ok")  # it may have ended before the server noticed
-    assert line["prompt_tokens"] == len(deployment.case(NAMES[0]).prompt)
-    assert 1 <= line["generation_tokens"] <= 400
-    found = metered(scrape(deployment.server))
-    assert found["generation_tokens", "left", "", ""] == line["generation_tokens"]
 
 
 def test_what_failed_is_in_the_log_and_costs_nothing(deployment: Deployment) -> None:
