@@ -1,7 +1,5 @@
 """The index of a pack: comes back as it was, and has one size whatever it says of places."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -56,7 +54,7 @@ def test_what_is_no_index_is_refused(content):
 
 def test_columns_of_different_lengths_and_unknown_types_are_refused():
     rank = index().ranks[0]
-    uneven = replace(rank, rows=rank.rows[:2])
+    uneven = rank._replace(rows=rank.rows[:2])
     with pytest.raises(ValueError, match="different lengths"):
         PackIndex.decode(PackIndex((uneven,)).encode())
     content = index().encode().replace(b"bfloat16", b"complex9")
