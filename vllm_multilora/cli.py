@@ -27,8 +27,6 @@ class Command:
     Attributes:
         module: Has `add_arguments(parser)` and `run(arguments)`; see
             `vllm_multilora.toolbox.commands`.
-        help: Its line among all commands.
-        description: What its own help begins with.
         examples: What its own help ends with, without the program's name.
     """
 
@@ -265,16 +263,7 @@ def _drop(stream: TextIO) -> None:
 def status_of(
     run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace, name: str
 ) -> int:
-    """Runs a command, and says in one sentence why it has no answer where it ends with an error.
-
-    Args:
-        run: The command's own function.
-        arguments: What it is called with.
-        name: What the sentence begins with.
-
-    Returns:
-        The exit status.
-    """
+    """Runs a command; returns the exit status, having said in one sentence why it failed."""
     try:
         status = int(run(arguments))
         return unwritten() or status
@@ -307,12 +296,14 @@ def parser_of(called: Container[str]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
+    width = max(11, shutil.get_terminal_size().columns - 2)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         subparser = commands.add_parser(
             name,
             help=command.help,
-            description=_wrapped(command.description),
+            # As argparse wraps what it formats itself, which is no narrower than this either.
+            description=textwrap.fill(command.description, width),
             epilog=_shown(command.examples),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -321,11 +312,6 @@ def parser_of(called: Container[str]) -> argparse.ArgumentParser:
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run, parser=subparser, program=parser)
     return parser
-
-
-def _wrapped(text: str) -> str:
-    """As argparse wraps what it formats itself, which is no narrower than this either."""
-    return textwrap.fill(text, max(11, shutil.get_terminal_size().columns - 2))
 
 
 def _shown(examples: Iterable[str]) -> str:
