@@ -40,15 +40,7 @@ _NOT_INVARIANT = {
 def _setting(
     default: Any, help: str, is_right: Callable[[Any], bool], expected: str, **options: Any
 ) -> Any:
-    """A field.
-
-    Args:
-        default: Its value where none is given.
-        help: What it means, as `argparse` takes it.
-        is_right: Whether it may have a value.
-        expected: Such values, for errors.
-        **options: More of `argparse.ArgumentParser.add_argument`.
-    """
+    """A field: which values it may have, `expected` in words; `options` as of `add_argument`."""
     metadata = {"is_right": is_right, "expected": expected, "options": {"help": help, **options}}
     return field(default=default, metadata=metadata)
 
@@ -342,11 +334,7 @@ class MultiLoRAConfig:
 
     @classmethod
     def from_additional_config(cls, additional_config: Mapping[str, Any] | None) -> MultiLoRAConfig:
-        """The settings in vLLM's `additional_config`; defaults where there are none.
-
-        Raises:
-            ConfigError: `multilora` is no mapping, or a key or value in it is wrong.
-        """
+        """The settings in `additional_config`, defaults where there are none; or `ConfigError`."""
         settings = given_settings(additional_config)
         known = [f.name for f in fields(cls)]
         for key in settings:
@@ -359,11 +347,7 @@ class MultiLoRAConfig:
 
 
 def given_settings(additional_config: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """What vLLM's `additional_config` has for the plugin, its keys and values unchecked.
-
-    Raises:
-        ConfigError: It is no mapping.
-    """
+    """What `additional_config` has for the plugin, unchecked; `ConfigError`: it is no mapping."""
     settings = (additional_config or {}).get(CONFIG_KEY, {})
     if not isinstance(settings, Mapping):
         raise ConfigError(

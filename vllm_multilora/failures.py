@@ -35,11 +35,7 @@ class LoadFailure:
     """One adapter that could not be had.
 
     It holds text and not the exception: an exception keeps alive the frames that it went through,
-    and with them the buffers of a half-loaded adapter.
-
-    Attributes:
-        kind: What kind of thing went wrong.
-        message: What was found and where, for the tenant whose requests fail.
+    and with them the buffers of a half-loaded adapter. It is for the tenant whose requests fail.
     """
 
     kind: FailureKind

@@ -17,13 +17,7 @@ def printable(text: str) -> str:
 
 
 def counted(count: int, what: str, many: str = "") -> str:
-    """A number of things in words, such as `1 adapter` or `2 adapters`.
-
-    Args:
-        count: How many.
-        what: The word for one.
-        many: The word for several, if an `s` does not make it.
-    """
+    """A number of things in words, such as `1 adapter` or `2 adapters`."""
     return f"{count} {what if count == 1 else many or f'{what}s'}"
 
 
@@ -40,13 +34,7 @@ def guess(name: str, known: Collection[str]) -> str:
 
 
 def adapter_kind(*, invocation_tokens: Sequence[int], dora: bool, parts: Sequence[str] = ()) -> str:
-    """What people call an adapter: `blend`, `alora` if tokens activate it, `dora`, else `lora`.
-
-    Args:
-        invocation_tokens: Those that activate it.
-        dora: Whether it is a DoRA adapter.
-        parts: Those of a blend.
-    """
+    """What people call an adapter: `blend`, `alora` if tokens activate it, `dora`, else `lora`."""
     if parts:
         return "blend"
     if invocation_tokens:

@@ -15,10 +15,9 @@ _MODULES = (
     "files.header",
     "model.layout",
     "model.size_limits",
-    "checks.matching",
     "checks.missing_modules",
     "checks.placement",
-    "checks.problem_list",
+    "checks.shape_checks",
 )
 
 

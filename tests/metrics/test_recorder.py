@@ -12,9 +12,8 @@ from vllm_multilora.metering.usage_log import Usage
 from vllm_multilora.metrics import definitions as defined
 from vllm_multilora.metrics.definitions import TIERS, AdapterInfo
 from vllm_multilora.metrics.label_values import IDLE_S, OTHER, BoundedNames
-from vllm_multilora.metrics.process_stamps import ProcessStamp
 from vllm_multilora.metrics.recorder import Recorder
-from vllm_multilora.metrics.series_file import SeriesFile, SeriesFileFullError
+from vllm_multilora.metrics.series_file import ProcessStamp, SeriesFile, SeriesFileFullError
 from vllm_multilora.metrics.server_counts import ServerCounts
 from vllm_multilora.metrics.value_folder import locked
 

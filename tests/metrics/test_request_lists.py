@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from vllm_multilora.metrics.collector import LoRACollector
-from vllm_multilora.metrics.process_stamps import ProcessStamp
 from vllm_multilora.metrics.request_lists import RequestLists
+from vllm_multilora.metrics.series_file import ProcessStamp
 
 
 def shown_lists(folder: Path) -> list[tuple[str, str, str]]:

@@ -10,11 +10,7 @@ from vllm_multilora.errors import MultiLoRAError
 
 
 class AdapterError(MultiLoRAError):
-    """Base class: this adapter cannot be had; others are not concerned.
-
-    Attributes:
-        problems: What is wrong in fields, where it was found by validation or while opening.
-    """
+    """Base class: this adapter cannot be had, others are not concerned; its `problems` say why."""
 
     def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
         super().__init__(message)

@@ -46,14 +46,7 @@ class BlendError(MultiLoRAError, ValueError):
 
 @dataclass(frozen=True)
 class BlendPart:
-    """One adapter of a blend.
-
-    Attributes:
-        number: The adapter's, in the version that was meant.
-        name: The adapter's name.
-        path: Its folder.
-        weight: The factor of what it computes.
-    """
+    """One adapter of a blend; its number is that of the version that was meant."""
 
     number: int
     name: str
@@ -63,22 +56,13 @@ class BlendPart:
 
 @dataclass(frozen=True)
 class Blend:
-    """Several adapters as one.
-
-    Attributes:
-        parts: In the order of their names, each once: the order in which their ranks stand.
-    """
+    """Several adapters as one, each once: by name, in which order their ranks stand."""
 
     parts: tuple[BlendPart, ...]
 
     @classmethod
     def of(cls, parts: Iterable[BlendPart]) -> Blend:
-        """The blend of some adapters, in whatever order they come.
-
-        Raises:
-            BlendError: There are none, or too many of them, or one comes twice, or its weight is
-                none.
-        """
+        """The blend of some adapters, in whatever order; raises `BlendError` if it is none."""
         found = sorted(parts, key=lambda part: part.name)
         weights_in({part.name: part.weight for part in found})
         for one, next_one in pairwise(found):
@@ -88,11 +72,7 @@ class Blend:
 
     @classmethod
     def read(cls, source: str) -> Blend | None:
-        """The blend that a `source` names; None if it is the path of an adapter's folder.
-
-        Raises:
-            BlendError: It begins like a source, and is none.
-        """
+        """The blend that a `source` names; None for a folder's path; raises `BlendError`."""
         if not is_blend(source):
             return None
         try:
@@ -123,7 +103,6 @@ class Blend:
 
     @property
     def numbers(self) -> frozenset[int]:
-        """Adapter numbers of the parts."""
         return frozenset(part.number for part in self.parts)
 
     def at(self, located: Callable[[str], str]) -> Blend:
@@ -131,14 +110,7 @@ class Blend:
         return Blend(tuple(replace(part, path=located(part.path)) for part in self.parts))
 
     def digest(self, digests: Sequence[str]) -> str:
-        """What tells one blend's weights from another's.
-
-        Args:
-            digests: Of its parts, in their order.
-
-        Returns:
-            64 hexadecimal digits.
-        """
+        """64 hexadecimal digits that tell its weights from others', from its parts' digests."""
         return blake3(b"vllm-multilora blend 1\n" + self._with_weights(digests)).hexdigest()
 
     def version(self, versions: Sequence[str]) -> str:
@@ -176,11 +148,7 @@ def title(source: str) -> str:
 
 
 def weights_in(value: Any) -> dict[str, float]:
-    """The weights of adapters by name, as somebody has written them.
-
-    Raises:
-        BlendError: They are no such thing; says what was found and expected.
-    """
+    """The weights of adapters by name, as somebody has written them; raises `BlendError`."""
     if not isinstance(value, dict):
         raise BlendError(f"found {shown(value)}, expected {_EXPECTED}")
     if not 1 <= len(value) <= MAX_PARTS:

@@ -37,14 +37,7 @@ _NUMBERS_END = 1 << 53  # what JSON's readers take for whole numbers
 
 @dataclass(frozen=True)
 class AdapterVersion:
-    """One version of an adapter in a directory.
-
-    Attributes:
-        name: Under which it is served: the folder's.
-        path: Of the folder.
-        config: Fingerprint of its configuration.
-        weights: Fingerprint of its weights; None where they are not there (yet).
-    """
+    """One version of an adapter in a directory, by its files; `weights` may be there later."""
 
     name: str
     path: str
@@ -65,11 +58,7 @@ class AdapterVersion:
 
 
 def require_directories(directories: Sequence[str]) -> None:
-    """Checks the directories of a server that is about to start.
-
-    Raises:
-        ConfigError: One is no directory, or cannot be read.
-    """
+    """Checks a starting server's directories; raises `ConfigError` if one cannot be read."""
     for directory in directories:
         try:
             os.scandir(directory).close()
@@ -90,11 +79,6 @@ class AdapterDirectories:
 
     A link may lead to anywhere below the directories, or below the allowed roots. What cannot be
     read for a while, directory or folder, counts as unchanged.
-
-    Args:
-        directories: Whose sub-folders are adapters.
-        allowed: Where adapters may really lie.
-        clock: Seconds; only differences count.
     """
 
     def __init__(

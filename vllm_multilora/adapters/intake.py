@@ -11,10 +11,9 @@ here, and nothing here needs PyTorch (except for pickles, if they are allowed).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +24,7 @@ from vllm_multilora.adapters.adapter_errors import (
     AdapterNotFoundError,
     AdapterReadError,
 )
-from vllm_multilora.adapters.checks.matching import TensorReport, check_tensors
-from vllm_multilora.adapters.checks.problem_list import ProblemList
+from vllm_multilora.adapters.checks.shape_checks import check_tensors
 from vllm_multilora.adapters.checks.values import explain
 from vllm_multilora.adapters.config.adapter_config import AdapterConfig
 from vllm_multilora.adapters.config.config_checks import config_problems
@@ -39,12 +37,12 @@ from vllm_multilora.adapters.files.adapter_folder import (
 from vllm_multilora.adapters.files.allowed_roots import AllowedRoots
 from vllm_multilora.adapters.files.one_pass import TensorPart, read_once
 from vllm_multilora.adapters.files.pickled import as_safetensors, pickled_name
-from vllm_multilora.adapters.files.regular_file import RegularFile, mostly_holes, too_large
+from vllm_multilora.adapters.files.regular_file import RegularFile, too_large
 from vllm_multilora.adapters.files.tensor_file import TensorFile
 from vllm_multilora.adapters.model.layout import ModelLayout, SliceLayout
 from vllm_multilora.adapters.model.size_limits import DEFAULT_LIMITS, SizeLimits
 from vllm_multilora.adapters.packing.applied import Applied, applied_of, judged
-from vllm_multilora.adapters.packing.pack_plan import PackPlan, padded_sizes, write_index
+from vllm_multilora.adapters.packing.pack_plan import PackPlan
 from vllm_multilora.adapters.problems import Code, Problem
 from vllm_multilora.adapters.signing.adapter_digest import AdapterDigest
 from vllm_multilora.adapters.signing.signature import Hash
@@ -67,8 +65,6 @@ class Rules:
 
     Attributes:
         allowed_roots: Folders below which they must lie, links resolved; none: anywhere.
-        allow_pickle: Whether weights may come from `torch.save`.
-        check_finite: Whether to refuse values that slots cannot hold.
         directories: Directories of adapters; see `AllowedRoots`.
         signers: Those by one of whom adapters must be signed, in safetensors format then; None:
             signatures are not looked at.
@@ -133,12 +129,8 @@ def _open(folder: AdapterFolder, name: str) -> RegularFile | AdapterError:
         return error
 
 
-class AdapterSource:
-    """An adapter's two files, opened once; a context manager that closes them.
-
-    Attributes:
-        version: Tells one state of the files from another.
-    """
+class AdapterSource(ExitStack):
+    """An adapter's two files, opened once; `version` tells one state of them from another."""
 
     def __init__(
         self,
@@ -150,12 +142,15 @@ class AdapterSource:
         *,
         is_pickled: bool,
     ) -> None:
+        super().__init__()
         self._config_file = config
         self._weights_file = weights
         self._rules = rules
         self._limits = limits
         self._is_pickled = is_pickled
         self._files = [file for file in (config, weights) if isinstance(file, RegularFile)]
+        for file in self._files:
+            self.callback(file.close)
         self.version = " ".join(
             str(file.fingerprint) if isinstance(file, RegularFile) else "-"
             for file in (config, weights)
@@ -165,14 +160,10 @@ class AdapterSource:
         self._used: Hash | None = None  # takes in the weights' bytes as they are packed
         if signed is not None:
             self.version += f" {signed.version}"
+            self.callback(signed.close)
 
     def verify(self) -> None:
-        """Compares the files with their signature, where they must have one.
-
-        Raises:
-            AdapterError: It is not trusted, or they are not as it says; nothing of them has been
-                parsed.
-        """
+        """Compares files that must be signed with the signature; raises `AdapterError`."""
         if self._signed is None:
             return
         config, weights = self._config_file, self._weights_file
@@ -197,22 +188,42 @@ class AdapterSource:
         if not layouts:
             raise ValueError("an adapter is checked against at least one layout, found none")
         self.verify()
-        kinds = LayoutKinds(layouts)
+        kinds, kind_of = _kinds(layouts)
         problems: list[Problem] = []
         config = self._read_config(problems)
-        if config is not None:
-            for layout in kinds.layouts:
-                problems += config_problems(config, str(_path(self._config_file)), layout)
+        if config is not None and isinstance(self._config_file, RegularFile):
+            for layout in kinds:
+                problems += config_problems(config, str(self._config_file.path), layout)
         try:
-            file = self._read_header(kinds.layouts)
-            reports = self._check_tensors(file, config, kinds, problems)
+            file = self._open_tensors(
+                self._limits.for_layouts(kinds), lambda: self._most_bytes(kinds)
+            )
+            where = str(file.file.path)
+            reports = [check_tensors(file.tensors, config, layout, where) for layout in kinds]
+            for report in reports:
+                problems += report.problems
+            problems += self._size_problems(file, kinds)
             if not problems and config is not None:
-                return self._intake(file, config, kinds, reports)
-            if self._rules.check_finite and not _too_large_in(problems):
+                pairs = zip(reports, kinds, strict=True)
+                applied = [applied_of(file, config, report, layout) for report, layout in pairs]
+                return Intake(
+                    self,
+                    file,
+                    config,
+                    layouts,
+                    applied=[applied[kind] for kind in kind_of],
+                    check_finite=self._rules.check_finite,
+                    rank=max(
+                        (config.rank_of(module.target) for r in reports for module in r.modules),
+                        default=config.rank,
+                    ),
+                )
+            is_too_large = any(problem.code == Code.FILE_TOO_LARGE for problem in problems)
+            if self._rules.check_finite and not is_too_large:
                 # Refused anyway: then all that is wrong is said at once.
                 applied = [applied_of(file, config, report) for report in reports]
-                parts = judged(applied, kinds.layouts)
-                problems += _bad_values(file, [parts[i] for i in read_once(file, parts)])
+                parts = judged(applied, kinds)
+                problems += explain(file, [parts[i] for i in read_once(file, parts)])
                 for one in self._files:
                     one.require_unchanged()
         except AdapterError as error:
@@ -224,17 +235,13 @@ class AdapterSource:
         return self._read_config([])
 
     def digest(self) -> str:
-        """The adapter's digest, of which no more is checked than it takes.
-
-        Raises:
-            AdapterError: A file is missing, or is not what its name promises.
-        """
+        """The adapter's digest; no more is checked than it takes; raises `AdapterError`."""
         self.verify()
         problems: list[Problem] = []
         config = self._read_config(problems)
         if config is None:
             raise error_of(problems)
-        file = self._open_tensors(self._weights(lambda: _ANY_SIZE), self._limits)
+        file = self._open_tensors(self._limits, lambda: _ANY_SIZE)
         digest = AdapterDigest(config, file.tensors)
         read_once(file, (), show=self.shown_to(digest.update))
         self.require_unchanged()
@@ -254,80 +261,37 @@ class AdapterSource:
         problems += found
         return config
 
-    def _read_header(self, layouts: Sequence[ModelLayout]) -> TensorFile:
-        weights = self._weights(lambda: self._most_bytes(layouts))
-        return self._open_tensors(weights, self._limits.for_layouts(layouts))
-
-    def _open_tensors(self, weights: RegularFile, limits: SizeLimits) -> TensorFile:
-        return TensorFile(weights, limits, None if self._used is None else self._used.update)
-
-    def _weights(self, most_bytes: Callable[[], int]) -> RegularFile:
-        """The tensors' file, in safetensors format; pickled ones take so many bytes at most."""
+    def _open_tensors(self, limits: SizeLimits, most_bytes: Callable[[], int]) -> TensorFile:
+        """Opens the tensors' file; pickled tensors take so many bytes at most."""
         file = self._weights_file
         if isinstance(file, AdapterError):
             raise file
         if self._is_pickled:
             file = as_safetensors(file, most_bytes())
+            self.callback(file.close)
             self._files.append(file)
-        return file
+        return TensorFile(file, limits, None if self._used is None else self._used.update)
 
-    def _check_tensors(
-        self,
-        file: TensorFile,
-        config: AdapterConfig | None,
-        kinds: LayoutKinds,
-        problems: list[Problem],
-    ) -> list[TensorReport]:
-        where = str(file.file.path)
-        reports = [check_tensors(file.tensors, config, layout, where) for layout in kinds.layouts]
-        for report in reports:
-            problems += report.problems
-        most = self._most_bytes(kinds.layouts)
-        if file.end > most:
-            problems.append(too_large(where, file.end, most))
-        else:
-            self._check_holes(file, kinds.layouts, problems)
-        return reports
-
-    def _check_holes(
-        self, file: TensorFile, layouts: Sequence[ModelLayout], problems: list[Problem]
-    ) -> None:
-        most = sum(self._limits.most_known_bytes(layout) for layout in layouts)
-        if file.end > most and (holes := file.file.hole_bytes()) > most:
-            problems.append(mostly_holes(str(file.file.path), file.end, holes))
+    def _size_problems(self, file: TensorFile, layouts: Sequence[ModelLayout]) -> Iterator[Problem]:
+        """What is wrong with the tensors' file as a whole; it may be too large, or hold nothing."""
+        where, size, most = str(file.file.path), file.end, self._most_bytes(layouts)
+        most_known = sum(map(self._limits.most_known_bytes, layouts))
+        if size > most:
+            yield too_large(where, size, most)
+        elif size > most_known and (holes := file.file.hole_bytes()) > most_known:
+            yield Problem.at(
+                Code.FILE_TOO_LARGE,
+                where,
+                "",
+                f"{size} bytes of which {holes} are stored nowhere (a sparse file)",
+                "an adapter's weights",
+                verb="has",
+                hint="copy or save the adapter again",
+            )
 
     def _most_bytes(self, layouts: Sequence[ModelLayout]) -> int:
         # Under pipeline parallelism each stage knows its own layers only.
         return sum(self._limits.most_bytes(layout) for layout in layouts)
-
-    def _intake(
-        self,
-        file: TensorFile,
-        config: AdapterConfig,
-        kinds: LayoutKinds,
-        reports: Sequence[TensorReport],
-    ) -> Intake:
-        applied = [
-            applied_of(file, config, report, layout)
-            for report, layout in zip(reports, kinds.layouts, strict=True)
-        ]
-        return Intake(
-            self,
-            file,
-            config,
-            PackPlan(
-                file,
-                kinds.all,
-                [applied[kind] for kind in kinds.of],
-                json.dumps({key: config.raw[key] for key in _KEYS_OF_VLLM if key in config.raw}),
-            ),
-            applied=[applied[kind] for kind in kinds.of],
-            check_finite=self._rules.check_finite,
-            rank=max(
-                (config.rank_of(module.target) for report in reports for module in report.modules),
-                default=config.rank,
-            ),
-        )
 
     def shown_to(self, show: Callable[[memoryview], object]) -> Callable[[memoryview], object]:
         """What the weights' bytes are to be shown to, for `show` to see them."""
@@ -342,42 +306,22 @@ class AdapterSource:
         return show_both
 
     def require_unchanged(self) -> None:
-        """Raises if the bytes that were used are not those that were opened, or are signed.
-
-        Raises:
-            AdapterReadError: A file was written to meanwhile.
-        """
+        """Raises `AdapterReadError` if bytes that were used are not those opened, or signed."""
         for file in self._files:
             file.require_unchanged()
         if self._used is not None and isinstance(self._weights_file, RegularFile):
             assert self._signed is not None
             self._signed.require_same(self._weights_file, self._used)
 
-    def close(self) -> None:
-        """Closes the files; closing twice is harmless."""
-        for file in self._files:
-            file.close()
-        if self._signed is not None:
-            self._signed.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
 
 class Intake:
     """A checked adapter that is to be read.
 
     Attributes:
-        file: Its tensors.
-        config: Its configuration.
         applied: What of it is applied, for each layout.
         rank: Its largest true rank.
         has_special: Whether it has tensors for layers that vLLM fills itself.
         invocation_tokens: From whose last occurrence in a prompt on it acts; none: on all of it.
-        dora: Whether it is a DoRA adapter.
         block_bytes: int64 [n], bytes of each block of the pack, multiples of 64; the last block is
             the index.
     """
@@ -387,7 +331,7 @@ class Intake:
         source: AdapterSource,
         file: TensorFile,
         config: AdapterConfig,
-        plan: PackPlan,
+        layouts: Sequence[ModelLayout],
         *,
         applied: Sequence[Applied],
         check_finite: bool,
@@ -397,13 +341,14 @@ class Intake:
         self.file = file
         self.config = config
         self.applied = applied
-        self._plan = plan
+        settings = {key: config.raw[key] for key in _KEYS_OF_VLLM if key in config.raw}
+        self._plan = plan = PackPlan([file], layouts, [applied], json.dumps(settings))
         self._check_finite = check_finite
         self.rank = rank
         self.has_special = plan.has_raw
         self.invocation_tokens = config.invocation_tokens
         self.dora = config.dora
-        self.block_bytes = padded_sizes(plan)
+        self.block_bytes = plan.block_bytes
 
     def read(self, addresses: _Ints | None, places: _Ints | None) -> IntakeResult:
         """Reads the tensors once: judges and digests them, and packs them into memory.
@@ -419,47 +364,20 @@ class Intake:
             ValueError: As many addresses and places as blocks are needed.
         """
         plan = self._plan
-        targets = None
         if addresses is not None and places is not None:
-            write_index(plan, addresses, places)
-            targets = np.zeros(len(plan.parts), np.int64)
-            targets[: plan.blocks] = addresses[: plan.blocks]
-        return IntakeResult(self.read_parts(plan.parts, targets), int(plan.sizes.sum()))
+            plan.write_index(addresses, places)
+        digest = self.read_parts(plan.parts[0], plan.targets(0, addresses))
+        return IntakeResult(digest, int(plan.sizes.sum()))
 
     def read_parts(self, parts: Sequence[TensorPart], targets: _Ints | None) -> str:
-        """Reads the tensors once: judges and digests them, and packs parts of them.
-
-        Args:
-            parts: What is to be packed or judged.
-            targets: As `addresses` of `read_once`.
-
-        Returns:
-            The adapter's digest.
-
-        Raises:
-            AdapterError: As `read`.
-        """
+        """Reads the tensors; arguments as of `read_once`, errors of `read`; returns the digest."""
         digest = AdapterDigest(self.config, self.file.tensors)
         show = self._source.shown_to(digest.update)
         bad = read_once(self.file, parts, addresses=targets, show=show)
         self._source.require_unchanged()
         if bad and self._check_finite:
-            raise AdapterFormatError.of(*_bad_values(self.file, [parts[i] for i in bad]))
+            raise AdapterFormatError.of(*explain(self.file, [parts[i] for i in bad]))
         return digest.hexdigest()
-
-
-def _bad_values(file: TensorFile, parts: Iterable[TensorPart]) -> list[Problem]:
-    problems = ProblemList(str(file.file.path))
-    explain(file, parts, problems)
-    return problems.grouped()
-
-
-def _too_large_in(problems: Iterable[Problem]) -> bool:
-    return any(problem.code == Code.FILE_TOO_LARGE for problem in problems)
-
-
-def _path(file: RegularFile | AdapterError) -> str:
-    return str(file.path) if isinstance(file, RegularFile) else CONFIG_NAME
 
 
 def error_of(problems: Iterable[Problem]) -> AdapterError:
@@ -471,29 +389,23 @@ def error_of(problems: Iterable[Problem]) -> AdapterError:
     return (AdapterReadError if codes <= _PASSING else AdapterFormatError).of(*found)
 
 
-class LayoutKinds:
-    """Layouts that differ in what is checked: those of tensor-parallel ranks differ in ranges only.
+def _kinds(layouts: Sequence[ModelLayout]) -> tuple[list[ModelLayout], list[int]]:
+    """One layout of each kind, and the kind of each layout, an index into those.
 
-    Attributes:
-        all: Every layout.
-        layouts: One of each kind.
-        of: The kind of each layout, an index into `layouts`.
+    Kinds differ in what is checked: layouts of tensor-parallel ranks differ in ranges only.
     """
-
-    def __init__(self, layouts: Sequence[ModelLayout]) -> None:
-        self.all = layouts
-        self.layouts: list[ModelLayout] = []
-        self.of: list[int] = []
-        if len(layouts) == 1:
-            self.layouts, self.of = [*layouts], [0]
-            return
-        kinds: list[ModelLayout] = []
-        for layout in layouts:
-            kind = _without_ranges(layout)
-            if kind not in kinds:
-                kinds.append(kind)
-                self.layouts.append(layout)
-            self.of.append(kinds.index(kind))
+    if len(layouts) == 1:
+        return [*layouts], [0]
+    kinds: list[ModelLayout] = []
+    found: list[ModelLayout] = []
+    kind_of: list[int] = []
+    for layout in layouts:
+        kind = _without_ranges(layout)
+        if kind not in kinds:
+            kinds.append(kind)
+            found.append(layout)
+        kind_of.append(kinds.index(kind))
+    return found, kind_of
 
 
 def _without_ranges(layout: ModelLayout) -> ModelLayout:

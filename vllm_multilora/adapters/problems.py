@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from vllm_multilora.wording import counted, printable
@@ -17,7 +19,9 @@ MAX_CHARACTERS = 32_768
 """Characters in the texts of an adapter's problems; the first problem is always reported."""
 
 _MAX_SHOWN = 160
+_MAX_OF_A_CODE = 8
 _MAX_TEXT = 2000
+_TEXTS = ("file", "where", "found", "expected", "message", "hint")  # fields of a `Problem`
 
 
 class Code(StrEnum):
@@ -82,11 +86,8 @@ class Problem:
     """One cause for which an adapter cannot be served.
 
     Attributes:
-        code: Its kind.
         file: The file it is in, or the adapter's folder.
         where: The tensor or the JSON key; empty where the file as a whole is meant.
-        found: What is there.
-        expected: What should be there.
         message: All of this as a sentence, beginning with the file.
         hint: What to do about it; may be empty.
         count: How many tensors or keys have it; `where` is the first of them.
@@ -116,17 +117,8 @@ class Problem:
     ) -> Problem:
         """A problem whose sentence is "<file>: <where> is <found>, expected <expected>".
 
-        Keys and tensors are named as they are; a file as a whole has no `where`.
-
-        Args:
-            code: As the attribute.
-            file: As the attribute.
-            where: As the attribute.
-            found: As the attribute.
-            expected: As the attribute.
-            verb: What stands between `where` and `found`.
-            hint: As the attribute.
-            others: How many more tensors or keys have the same problem.
+        Keys and tensors are named as they are; a file as a whole has no `where`. `verb` stands
+        between `where` and `found`, and `others` more tensors or keys have the same problem.
         """
         more = f" ({others} more like this)" if others else ""
         subject = f"{file}: {where}" if where else file
@@ -138,23 +130,14 @@ class Problem:
 
     def with_texts(self, change: Callable[[str], str]) -> Problem:
         """The same problem, each of its texts changed."""
-        return replace(
-            self,
-            file=change(self.file),
-            where=change(self.where),
-            found=change(self.found),
-            expected=change(self.expected),
-            message=change(self.message),
-            hint=change(self.hint),
-        )
+        texts: dict[str, Any] = {name: change(getattr(self, name)) for name in _TEXTS}
+        return replace(self, **texts)
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields, ready for JSON."""
         return asdict(self) | {"code": str(self.code)}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Problem:
-        """The problem that `as_dict` has given the fields of."""
         return cls(**{**fields, "code": Code(fields["code"])})
 
 
@@ -176,12 +159,7 @@ def shown(value: Any) -> str:
 
 
 def shown_name(name: str, most: int = _MAX_SHOWN) -> str:
-    """A tensor's or module's name as messages show it: short, printable, without quotes.
-
-    Args:
-        name: The name, or another text.
-        most: How many of its characters are shown.
-    """
+    """A tensor's or module's name as messages show it: short, printable, without quotes."""
     return _shortened(printable(_shortened(name, most)), 2 * most)
 
 
@@ -211,18 +189,7 @@ def bounded(problems: Iterable[Problem]) -> list[Problem]:
             continue
         if len(kept) < MAX_PROBLEMS and left > 0:
             reported = problem.with_texts(_text)
-            left -= sum(
-                map(
-                    len,
-                    (
-                        reported.file,
-                        reported.where,
-                        reported.found,
-                        reported.expected,
-                        reported.message,
-                    ),
-                )
-            )
+            left -= sum(len(getattr(reported, name)) for name in _TEXTS if name != "hint")
             if left > 0 or not kept:
                 kept.append(reported)
                 continue
@@ -232,3 +199,55 @@ def bounded(problems: Iterable[Problem]) -> list[Problem]:
 
 def _text(text: str) -> str:
     return _shortened(printable(_shortened(text, _MAX_TEXT)), _MAX_TEXT)
+
+
+class ProblemList:
+    """The problems of one file.
+
+    Tensors with the same code and the same found and expected values have one cause and become
+    one problem with a count. A file that is wrong in very many ways is not told all of them: from
+    the eighth problem of a code on, they are only counted.
+    """
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        # By cause, what makes the problem once it is known how many more like it there are.
+        self._first: dict[tuple[str, ...], Callable[..., Problem]] = {}
+        self._counts: Counter[tuple[str, ...]] = Counter()
+        self._last_of: dict[Code, tuple[str, ...]] = {}
+        self._groups_of: Counter[Code] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def add(
+        self,
+        code: Code,
+        where: str,
+        found: str,
+        expected: str,
+        *,
+        verb: str = "is",
+        hint: str = "",
+        cause: str | None = None,
+    ) -> None:
+        """Notes a problem; the arguments are those of `Problem.at`, and its `cause`.
+
+        A tensor's name may be given as it is in the file. `cause` tells what has one cause where
+        `found` and `expected` differ from tensor to tensor.
+        """
+        key: tuple[str, ...] = (code, found, expected) if cause is None else (code, cause)
+        if key not in self._first and self._groups_of[code] >= _MAX_OF_A_CODE:
+            key = self._last_of[code]
+        self._counts[key] += 1
+        if key not in self._first:
+            where = shown_name(where)
+            made = partial(
+                Problem.at, code, self._file, where, found, expected, verb=verb, hint=hint
+            )
+            self._first[key], self._last_of[code] = made, key
+            self._groups_of[code] += 1
+
+    def grouped(self) -> list[Problem]:
+        """The problems, in the order in which they were found first."""
+        return [make(others=self._counts[key] - 1) for key, make in self._first.items()]

@@ -19,20 +19,10 @@ def validate(
     allow_pickle: bool = False,
     limits: SizeLimits = DEFAULT_LIMITS,
 ) -> list[Problem]:
-    """Says all that is wrong with an adapter, one problem for each cause.
+    """Says all that is wrong with an adapter, one problem for each cause; none: it can be served.
 
     Nothing is changed, executed or loaded: besides the configuration and the header, weights are
     only looked at, span by span.
-
-    Args:
-        folder: The adapter's folder.
-        layout: What the base model accepts.
-        check_finite: Whether to read the weights, for NaN, infinity and overflow.
-        allow_pickle: Whether weights may come from `torch.save`.
-        limits: How large the files may be.
-
-    Returns:
-        The problems; none if the adapter can be served.
     """
     rules = Rules(check_finite=check_finite, allow_pickle=allow_pickle)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.metrics import definitions as defined
@@ -18,26 +17,11 @@ _TIERS = {AdapterState.SLOT: "gpu", AdapterState.HOST: "cpu"}
 _UNTOLD = object()
 
 
-@dataclass
-class _Adapter:
-    """What is shown of an adapter."""
-
-    name: str
-    state: AdapterState
-
-
 class AdapterMetrics(SlotEvents):
     """Turns the events of slots, and what the store and the workers tell, into metrics.
 
     One caller at a time, the engine core's main thread. vLLM's warm-up adapters get into none of
     this.
-
-    Args:
-        recorder: Records.
-        name_of: An adapter's name by its number; None if it is not known.
-        use_of: An adapter's rank and bytes, as `AdapterUsage.of`.
-        slots: Number of slots.
-        max_rank: Of the slots.
     """
 
     def __init__(
@@ -66,7 +50,7 @@ class AdapterMetrics(SlotEvents):
         self._adapters = {tier: series(defined.CACHE_ADAPTERS, tier.value) for tier in Tier}
         self._bytes = {tier: series(defined.CACHE_BYTES, tier.value) for tier in Tier}
         self._batch = recorder.histogram(defined.BATCH_ADAPTERS)
-        self._known: dict[int, _Adapter] = {}
+        self._known: dict[int, tuple[str, AdapterState]] = {}
         self._pinned: frozenset[int] = frozenset()
         # By name, in the order in which they came.
         self._versions: dict[str, dict[int, None]] = {}
@@ -81,11 +65,9 @@ class AdapterMetrics(SlotEvents):
         self._recorder.names.admit(name)
 
     def read(self, name: str, seconds: float) -> None:
-        """An adapter's files were read into host memory."""
         self._loaded("disk", name, seconds)
 
     def copied(self, name: str, seconds: float) -> None:
-        """An adapter was copied into a slot."""
         self._loaded("cpu", name, seconds)
 
     def failed(self, kind: FailureKind) -> None:
@@ -107,17 +89,12 @@ class AdapterMetrics(SlotEvents):
         self._contents = _UNTOLD  # perhaps the same adapter in another version
 
     def step(self, adapters: int) -> None:
-        """A step with that many adapters begins."""
         self._batch.observe(adapters)
 
     # What is
 
     def contents(self, contents: tuple[int | None, ...]) -> None:
-        """The adapter in each slot; costs next to nothing where they are the same as before.
-
-        Args:
-            contents: As `SlotAssignment.contents`.
-        """
+        """The adapter in each slot; costs next to nothing where they are the same as before."""
         if contents == self._contents:
             return
         self._contents = contents
@@ -148,32 +125,29 @@ class AdapterMetrics(SlotEvents):
 
     def moved(self, adapter_id: int, state: AdapterState) -> None:
         """An adapter is in another state; of one that has no name nothing is shown."""
-        adapter = self._known.get(adapter_id)
-        if adapter is not None:
-            adapter.state = state
-        elif (name := self._name_of(adapter_id)) is not None:
-            adapter = self._known[adapter_id] = _Adapter(name, state)
-            self._versions.setdefault(name, {})[adapter_id] = None
-        else:
+        name = self._name(adapter_id)
+        if name is None:
             return
-        self._show(adapter.name)
+        if adapter_id not in self._known:
+            self._versions.setdefault(name, {})[adapter_id] = None
+        self._known[adapter_id] = name, state
+        self._show(name)
 
     def pinned(self, adapters: Iterable[int]) -> None:
         """The pinned adapters, when a pin has changed; some may not be known yet."""
         before, self._pinned = self._pinned, frozenset(adapters)
         for adapter_id in before ^ self._pinned:
-            if (adapter := self._known.get(adapter_id)) is not None:
-                self._show(adapter.name)
+            if (known := self._known.get(adapter_id)) is not None:
+                self._show(known[0])
 
     def forget(self, adapter_id: int) -> None:
-        """An adapter was unloaded."""
-        adapter = self._known.pop(adapter_id, None)
-        if adapter is not None:
-            versions = self._versions[adapter.name]
+        if adapter_id in self._known:
+            name, _ = self._known.pop(adapter_id)
+            versions = self._versions[name]
             del versions[adapter_id]
             if not versions:
-                del self._versions[adapter.name]
-            self._show(adapter.name)
+                del self._versions[name]
+            self._show(name)
 
     def _loaded(self, source: str, name: str, seconds: float) -> None:
         self._recorder.series(defined.LOADS, source, self._label(name)).inc()
@@ -181,7 +155,7 @@ class AdapterMetrics(SlotEvents):
 
     def _name(self, adapter_id: int) -> str | None:
         known = self._known.get(adapter_id)
-        return self._name_of(adapter_id) if known is None else known.name
+        return self._name_of(adapter_id) if known is None else known[0]
 
     def _label(self, name: str | None) -> str:
         return OTHER if name is None else self._recorder.names.label(name)
@@ -194,8 +168,7 @@ class AdapterMetrics(SlotEvents):
         for adapter_id in reversed(self._versions.get(name, {})):
             rank = self._use_of(adapter_id).rank
             if rank is not None:
-                adapter = self._known[adapter_id]
-                tier = _TIERS.get(adapter.state, "disk")
+                tier = _TIERS.get(self._known[adapter_id][1], "disk")
                 number = AdapterInfo(tier, rank, adapter_id in self._pinned).encode()
                 break
         self._recorder.series_at((defined.INFO.name, name)).set(number)

@@ -40,9 +40,6 @@ class LoRACollector(Collector):
 
     A file that cannot be read is left out, and nothing raised here reaches the registry: whatever
     is wrong with these metrics, the others are shown.
-
-    Attributes:
-        folder: The folder of the values that are shown; None where there are none.
     """
 
     def __init__(self) -> None:
@@ -63,7 +60,6 @@ class LoRACollector(Collector):
         return [_empty(definition) for definition in (*ALL, *router_names.ALL)]
 
     def collect(self) -> Iterable[Metric]:
-        """The metrics that have values."""
         if self.folder is None:
             return []
         try:

@@ -20,8 +20,6 @@ class Definition:
 
     Attributes:
         name: As exposed; a counter's ends in `_total`.
-        kind: Its type.
-        help: One sentence for people.
         labels: Names of its own labels, beside `COMMON_LABELS`.
         buckets: Upper bounds of a histogram's buckets, ascending, without infinity.
         keeps: Whether values of processes that have ended still count. What was counted does, a
@@ -36,15 +34,17 @@ class Definition:
     keeps: bool = True
 
 
-def _counter(name: str, help: str, *labels: str) -> Definition:
+def _counter(name: str, help: str, labels: tuple[str, ...]) -> Definition:
     return Definition(name, Kind.COUNTER, help, labels)
 
 
-def _gauge(name: str, help: str, *labels: str) -> Definition:
+def _gauge(name: str, help: str, labels: tuple[str, ...] = ()) -> Definition:
     return Definition(name, Kind.GAUGE, help, labels, keeps=False)
 
 
-def _histogram(name: str, help: str, buckets: tuple[float, ...], *labels: str) -> Definition:
+def _histogram(
+    name: str, help: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()
+) -> Definition:
     return Definition(name, Kind.HISTOGRAM, help, labels, buckets)
 
 
@@ -67,15 +67,13 @@ LOADS = _counter(
     "vllm:lora_adapter_load_total",
     "LoRA adapters loaded: from files into host memory, for a request or at registration "
     "(source=disk), or from host memory into a slot (source=cpu).",
-    "source",
-    "lora_name",
+    ("source", "lora_name"),
 )
 EVICTIONS = _counter(
     "vllm:lora_adapter_evict_total",
     "LoRA adapters evicted from their slot (tier=gpu) or from host memory (tier=cpu) to make "
     "room; unloading an adapter does not count.",
-    "tier",
-    "lora_name",
+    ("tier", "lora_name"),
 )
 LOAD_DURATION = _histogram(
     "vllm:lora_adapter_load_duration_ms",
@@ -83,7 +81,7 @@ LOAD_DURATION = _histogram(
     "From disk, this includes the wait for the load's turn; into a slot, it is the copy on the "
     "first worker, which runs in parallel with the steps.",
     _LOAD_MS,
-    "source",
+    ("source",),
 )
 ACTIVE = _gauge("vllm:lora_adapters_active", "LoRA adapters in slots now.")
 REQUESTS = Definition(
@@ -97,36 +95,36 @@ HITS = _counter(
     "vllm:lora_cache_hits_total",
     "How often a LoRA adapter joined the running batch and was already in the tier. Host memory "
     "(tier=cpu) is checked only after a miss in the slots (tier=gpu).",
-    "tier",
+    ("tier",),
 )
 MISSES = _counter(
     "vllm:lora_cache_misses_total",
     "How often a LoRA adapter joined the running batch and was not in the tier; for host memory, "
     "how often it had to be read for this use.",
-    "tier",
+    ("tier",),
 )
 CACHE_ADAPTERS = _gauge(
     "vllm:lora_cache_adapters",
     "LoRA adapters in this engine's slots (tier=gpu), and in the store's host memory, including "
     "those being read (tier=cpu). Engines that share a store each report all of it: use max, not "
     "sum.",
-    "tier",
+    ("tier",),
 )
 CACHE_BYTES = _gauge(
     "vllm:lora_cache_bytes",
     "Bytes that LoRA adapters take in a tier now, at true rank, for all workers of the machine; "
     "tiers as in vllm:lora_cache_adapters.",
-    "tier",
+    ("tier",),
 )
 CACHE_BYTES_LIMIT = _gauge(
     "vllm:lora_cache_bytes_limit",
     "Bytes that LoRA adapters may take in the tier; engines that share a store have one limit.",
-    "tier",
+    ("tier",),
 )
 CACHE_ADAPTERS_LIMIT = _gauge(
     "vllm:lora_cache_adapters_limit",
     "LoRA adapters that the tier may hold; engines that share a store have one limit.",
-    "tier",
+    ("tier",),
 )
 SLOTS = _gauge("vllm:lora_slots", "Slots for LoRA adapters (--max-loras).")
 SLOTS_FREE = _gauge("vllm:lora_slots_free", "Slots without a LoRA adapter now.")
@@ -136,17 +134,14 @@ KERNELS = _gauge(
     "1 for each kind of layer and range of rows of a step, with the kernels that serve it: ours, "
     "vllm or torch; and why: checked, or ours are wrong here, slower, unchecked, or switched off "
     "(asked). Only where a GPU's kernels were chosen at start.",
-    "kind",
-    "rows",
-    "kernels",
-    "reason",
+    ("kind", "rows", "kernels", "reason"),
 )
 LOAD_FAILURES = _counter(
     "vllm:lora_adapter_load_failures_total",
     "Loads of LoRA adapters that failed, including registrations, by reason: gone, invalid, "
     "unreadable, no_memory, timeout, internal; and adapters that were taken out of service "
     "(quarantined). A failed load is repeated as the answer for two seconds, and counts each time.",
-    "reason",
+    ("reason",),
 )
 REQUEST_WAIT = _histogram(
     "vllm:lora_request_wait_seconds",
@@ -167,55 +162,49 @@ INFO = _gauge(
     "vllm:lora_adapter_info",
     "1 for each LoRA adapter that has been read and that the engine knows, with its tier (gpu, "
     "cpu, disk), its rank, and whether it is pinned.",
-    "lora_name",
-    "tier",
-    "rank",
-    "pinned",
+    ("lora_name", "tier", "rank", "pinned"),
 )
 ROUTE_REQUESTS = _counter(
     "vllm:lora_route_requests_total",
     "Requests for a route's name, by the LoRA adapter that was chosen and why.",
-    "route",
-    "lora_name",
-    "reason",
+    ("route", "lora_name", "reason"),
 )
 _USER = ("lora_name", "route", "tenant")
 PROMPT_TOKENS = _counter(
     "vllm:lora_prompt_tokens_total",
     "Prompt tokens of requests for LoRA adapters, as in the answers' usage, counted when a "
     "request ends; by route and tenant, if there are any.",
-    *_USER,
+    _USER,
 )
 CACHED_PROMPT_TOKENS = _counter(
     "vllm:lora_cached_prompt_tokens_total",
     "The part of vllm:lora_prompt_tokens_total that was found in the prefix cache.",
-    *_USER,
+    _USER,
 )
 GENERATION_TOKENS = _counter(
     "vllm:lora_generation_tokens_total",
     "Tokens generated by requests for LoRA adapters, counted when a request ends; by route and "
     "tenant, if there are any.",
-    *_USER,
+    _USER,
 )
 REFUSED = _counter(
     "vllm:lora_refused_requests_total",
     "Requests refused by a server with keys: without a valid key (status=401), without permission "
     "(403), for something that does not exist (404), or over a limit (429). tenant is empty if "
     "the key is not a tenant's.",
-    "tenant",
-    "status",
+    ("tenant", "status"),
 )
 FIRST_TOKEN = _histogram(
     "vllm:lora_time_to_first_token_seconds",
     "Seconds from the arrival of a request for a LoRA adapter to its first token.",
     _LATENCY_S,
-    "lora_name",
+    ("lora_name",),
 )
 PER_TOKEN = _histogram(
     "vllm:lora_time_per_output_token_seconds",
     "Average seconds between the tokens of a request for a LoRA adapter, after the first one.",
     _PACE_S,
-    "lora_name",
+    ("lora_name",),
 )
 LATENCIES = (FIRST_TOKEN, PER_TOKEN)
 """Latencies per adapter, if they are asked for. API servers count them, as they count tokens."""
@@ -223,32 +212,7 @@ LATENCIES = (FIRST_TOKEN, PER_TOKEN)
 TOKENS = (PROMPT_TOKENS, CACHED_PROMPT_TOKENS, GENERATION_TOKENS)
 """Counted by servers, which do not know the engine, as latencies, routes and refusals: no label."""
 
-ALL = (
-    LOADS,
-    EVICTIONS,
-    LOAD_DURATION,
-    ACTIVE,
-    REQUESTS,
-    HITS,
-    MISSES,
-    CACHE_ADAPTERS,
-    CACHE_BYTES,
-    CACHE_BYTES_LIMIT,
-    CACHE_ADAPTERS_LIMIT,
-    SLOTS,
-    SLOTS_FREE,
-    MAX_RANK,
-    KERNELS,
-    LOAD_FAILURES,
-    REQUEST_WAIT,
-    REQUESTED,
-    BATCH_ADAPTERS,
-    INFO,
-    ROUTE_REQUESTS,
-    REFUSED,
-    *TOKENS,
-    *LATENCIES,
-)
+ALL = tuple(each for each in tuple(globals().values()) if isinstance(each, Definition))
 BY_NAME = {definition.name: definition for definition in ALL}
 
 
@@ -261,11 +225,6 @@ class AdapterInfo:
 
     A file is written anew to take a series out of it, and an adapter's tier changes all the time.
     So files have one number for each adapter, and whoever reads it makes labels of it.
-
-    Attributes:
-        tier: The fastest place that holds the adapter.
-        rank: The highest rank in it.
-        pinned: Whether it keeps its place.
     """
 
     tier: str
@@ -273,7 +232,6 @@ class AdapterInfo:
     pinned: bool
 
     def encode(self) -> float:
-        """As a positive number."""
         return float(1 + TIERS.index(self.tier) + 4 * self.pinned + 8 * self.rank)
 
     @classmethod
@@ -285,7 +243,6 @@ class AdapterInfo:
         return cls(TIERS[code % 4], code // 8, bool(code % 8 // 4))
 
     def labels(self) -> dict[str, str]:
-        """As the metric's labels."""
         return {
             "tier": self.tier,
             "rank": str(self.rank),

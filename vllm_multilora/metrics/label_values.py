@@ -57,7 +57,6 @@ class Places(Generic[Holder]):
         self._lock = threading.Lock()
 
     def has(self, who: Holder) -> bool:
-        """Whether somebody has a place."""
         return who in self._counted
 
     def keep(self, who: Holder) -> bool:
@@ -95,9 +94,6 @@ class BoundedNames(Places[str]):
 
     A name counts once its adapter was loaded: what clients ask for, and what cannot be had, takes
     no place.
-
-    Attributes:
-        on_admitted: Is told of each name that gets a place.
     """
 
     on_admitted: Callable[[str], None] | None = None

@@ -17,10 +17,10 @@ from vllm_multilora.metrics.definitions import (
     Definition,
 )
 from vllm_multilora.metrics.label_values import BoundedNames, Places
-from vllm_multilora.metrics.process_stamps import ProcessStamp
 from vllm_multilora.metrics.series_file import (
     FileName,
     Key,
+    ProcessStamp,
     SeriesFile,
     SeriesFileFullError,
     UnreadableSeriesFileError,
@@ -47,12 +47,7 @@ _NAME_AT = {
 
 
 class Series:
-    """One number that can be added to or set; from any thread.
-
-    Args:
-        file: Where it is kept; None where there was no room.
-        cell: Its place there.
-    """
+    """One number that can be added to or set; from any thread."""
 
     __slots__ = ("_cell", "_file", "_value")
 
@@ -62,7 +57,6 @@ class Series:
         self._value = 0.0
 
     def inc(self, amount: float = 1.0) -> None:
-        """Adds to it."""
         if (file := self._file) is not None:
             with file.lock:
                 self._value += amount
@@ -70,7 +64,6 @@ class Series:
                     file.write(self._cell, self._value)
 
     def set(self, value: float) -> None:
-        """Replaces it."""
         if (file := self._file) is not None:
             with file.lock:
                 self._value = value
@@ -83,13 +76,7 @@ class Series:
 
 
 class Histogram:
-    """Counts observations by bucket, and their sum; from any thread.
-
-    Args:
-        bounds: Upper bounds of the buckets but the last, ascending.
-        buckets: A series for each, and one for what is above.
-        total: The series of the sum.
-    """
+    """Counts observations by bucket, and their sum; from any thread. The last bucket is open."""
 
     __slots__ = ("_bounds", "_buckets", "_total")
 
@@ -99,7 +86,6 @@ class Histogram:
         self._total = total
 
     def observe(self, value: float) -> None:
-        """Counts an observation."""
         self._buckets[bisect_left(self._bounds, value)].inc()
         self._total.inc(value)
 
@@ -108,16 +94,10 @@ class Recorder:
     """The metrics of one process.
 
     Args:
-        folder: The engine's; see `folder`.
-        role: What the process is, one word.
         engine: vLLM's number of the engine; empty for a server.
-        model_name: The base model as it is served.
         max_adapters: Most adapters with a label of their own.
-        has_latencies: Whether there is to be room for a histogram of latencies of each.
-        clock: Seconds; only differences count.
 
     Attributes:
-        names: The labels of adapters.
         users: Combinations of adapter, route and tenant with series of their own.
         routes: Of route, adapter and reason.
         refused: Of tenant and status.
@@ -173,7 +153,6 @@ class Recorder:
         return histogram
 
     def series_at(self, key: Key) -> Series:
-        """The series under a key."""
         series = self._series.get(key)
         if series is not None:
             return series
@@ -193,7 +172,6 @@ class Recorder:
             return Series(None, "")
 
     def _places(self, limit: int, *definitions: Definition) -> Places[Key]:
-        """Places for the values of these metrics' labels."""
         names = {definition.name for definition in definitions}
 
         def vacate(labels: frozenset[Key]) -> bool:

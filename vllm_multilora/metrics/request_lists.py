@@ -10,14 +10,14 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from prometheus_client.core import Metric
 
-from vllm_multilora.metrics.process_stamps import ProcessStamp
+from vllm_multilora.metrics.series_file import ProcessStamp
 
 _SUFFIX = ".lists"
 _TRIES = 3
@@ -25,13 +25,7 @@ _AGAIN_S = 1.0
 
 
 class RequestLists:
-    """What one engine core says.
-
-    Args:
-        folder: The engine's; see `folder`.
-        engine: vLLM's number of the engine.
-        slots: It has so many.
-    """
+    """What one engine core says."""
 
     def __init__(self, folder: Path, engine: int, slots: int) -> None:
         self._path = folder / f"{engine}-{ProcessStamp.own()}{_SUFFIX}"
@@ -41,15 +35,7 @@ class RequestLists:
         self._say_at = 0.0
 
     def say(self, running: Iterable[str], waiting: Iterable[str]) -> None:
-        """What is so in a step; written when it changes, and once a second.
-
-        Args:
-            running: The adapters with running requests.
-            waiting: Those with waiting ones.
-
-        Raises:
-            OSError: It cannot be written.
-        """
+        """What is so in a step; written when it changes, and once a second; raises `OSError`."""
         now, lists = time.monotonic(), ([*running], [*waiting])
         if lists == self._said and now < self._say_at:
             return
@@ -62,11 +48,7 @@ class RequestLists:
 
 
 def newest_lists(folder: Path) -> Iterator[Metric]:
-    """The metric, where any engine has said anything.
-
-    Raises:
-        OSError: The engine is ending.
-    """
+    """The metric, where any engine has said anything; `OSError`: the engine is ending."""
     newest: dict[str, list[Any]] = {}
     for path in sorted(folder.glob(f"*{_SUFFIX}")):  # in any order, each would be another series
         if (reported := _reported(path)) is not None:
@@ -74,24 +56,15 @@ def newest_lists(folder: Path) -> Iterator[Metric]:
             newest[engine] = max(reported, newest.get(engine, reported))
     if not newest:
         return
-    labels = labels_of((slots, *lists) for _, _, slots, *lists in newest.values())
-    metric = Metric("vllm:lora_requests_info", "Running stats on lora requests.", "gauge")
-    metric.add_sample(metric.name, labels, max(at for _, at, *_ in newest.values()))
-    yield metric
-
-
-def labels_of(engines: Iterable[Sequence[Any]]) -> dict[str, str]:
-    """What the one series is labelled with.
-
-    Args:
-        engines: Of each its slots, and the adapters with running and with waiting requests.
-    """
-    slots, running, waiting = zip(*engines, strict=True)
-    return {
+    slots, running, waiting = zip(*(said[2:] for said in newest.values()), strict=True)
+    labels = {
         "max_lora": str(sum(slots)),
         "running_lora_adapters": _joined(running),
         "waiting_lora_adapters": _joined(waiting),
     }
+    metric = Metric("vllm:lora_requests_info", "Running stats on lora requests.", "gauge")
+    metric.add_sample(metric.name, labels, max(at for _, at, *_ in newest.values()))
+    yield metric
 
 
 def _reported(path: Path) -> list[Any] | None:

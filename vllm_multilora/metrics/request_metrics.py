@@ -11,12 +11,7 @@ from vllm_multilora.metrics.recorder import Recorder
 
 
 class RequestMetrics:
-    """Follows requests from their arrival in the engine to their end; one thread.
-
-    Args:
-        recorder: Records.
-        clock: Seconds; only differences count.
-    """
+    """Follows requests from their arrival in the engine to their end; one thread."""
 
     def __init__(self, recorder: Recorder, clock: Callable[[], float] = time.monotonic) -> None:
         self._recorder = recorder
@@ -30,14 +25,7 @@ class RequestMetrics:
         self._requested = recorder.series(defined.REQUESTED)
 
     def accept(self, request_id: str, adapter_id: int, name: str, *, is_ready: bool) -> None:
-        """A request was taken in.
-
-        Args:
-            request_id: The request.
-            adapter_id: Its adapter.
-            name: The adapter's name.
-            is_ready: Whether the adapter is in host memory on every worker.
-        """
+        """A request was taken in; `is_ready`: its adapter is in host memory on every worker."""
         if is_ready:
             self._recorder.names.admit(name)
         if is_ready or self._recorder.names.has(name):
@@ -60,7 +48,6 @@ class RequestMetrics:
             self._wait.observe(now - since)
 
     def finish(self, request_id: str, adapter_id: int) -> None:
-        """A request has ended, however."""
         waiting = self._waiting.get(adapter_id)
         if waiting is not None and waiting.pop(request_id, None) is not None and not waiting:
             del self._waiting[adapter_id]

@@ -16,16 +16,70 @@ from pathlib import Path
 
 from prometheus_client.mmap_dict import MmapedDict, _read_all_values
 
-from vllm_multilora.metrics.process_stamps import ProcessStamp
 from vllm_multilora.metrics.value_folder import locked
 
 _HEADER_BYTES = 8
 _ENTRY_OVERHEAD = 4 + 8 + 16  # length, most padding, value and timestamp
 _SEPARATOR = "\x1f"  # cannot be printed, and so is in no label
-_NOBODY = ProcessStamp(0, 0, 0)
+_DEAD_STATES = ("Z", "X")
 
 Key = tuple[str, ...]
 """A metric's name, then what tells its values apart."""
+
+
+@dataclass(frozen=True)
+class ProcessStamp:
+    """Which process it was.
+
+    Attributes:
+        namespace: The inode of its namespace of process ids; 0 where there is no /proc.
+        started: When it started, in clock ticks since the machine did; 0 where there is no /proc.
+    """
+
+    namespace: int
+    pid: int
+    started: int
+
+    @classmethod
+    def own(cls) -> ProcessStamp:
+        pid = os.getpid()
+        return cls(_namespace(), pid, start_time(pid) or 0)
+
+    def is_dead(self) -> bool:
+        """Whether the process is known to have ended.
+
+        Nothing can be known of processes in another namespace (containers may share `/dev/shm`),
+        or where there is no /proc.
+        """
+        return (
+            start_time(os.getpid()) is not None
+            and self.namespace == _namespace()
+            and start_time(self.pid) != self.started
+        )
+
+    def __str__(self) -> str:
+        return f"{self.namespace}-{self.pid}-{self.started}"
+
+
+def _namespace() -> int:
+    try:
+        return Path("/proc/self/ns/pid").stat().st_ino
+    except FileNotFoundError:
+        return 0
+
+
+def start_time(pid: int) -> int | None:
+    """When a process started, in clock ticks since the machine did; None: it is dead."""
+    try:
+        facts = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The command's name, in parentheses, may hold anything; the fields are counted after it.
+    fields = facts[facts.rindex(b")") + 2 :].split()
+    return None if fields[0].decode() in _DEAD_STATES else int(fields[19])
+
+
+_NOBODY = ProcessStamp(0, 0, 0)
 
 
 class SeriesFileFullError(OSError):
@@ -33,15 +87,7 @@ class SeriesFileFullError(OSError):
 
 
 class SeriesFile:
-    """The writer's end; one process, any of its threads.
-
-    Args:
-        path: The file to create.
-        size: Bytes, all allocated now.
-
-    Raises:
-        OSError: It exists, or there is no room for it.
-    """
+    """The writer's end, all bytes allocated at once; any thread of a process; raises `OSError`."""
 
     def __init__(self, path: Path, size: int) -> None:
         if path.exists():
@@ -56,11 +102,7 @@ class SeriesFile:
         self.lock = threading.Lock()
 
     def cell(self, key: Key) -> str:
-        """Makes room for a key, with the value 0; what `write` wants. Called with the lock held.
-
-        Raises:
-            SeriesFileFullError: There is none.
-        """
+        """Makes room for a key, with the value 0, under lock; raises `SeriesFileFullError`."""
         cell = self._known.get(key)
         if cell is None:
             cell = _SEPARATOR.join(key)
@@ -151,7 +193,6 @@ class FileName:
     Attributes:
         role: What the process is: `worker`, `engine` or `server`.
         engine: vLLM's number of the engine; empty for a server.
-        writer: The process.
     """
 
     role: str
@@ -165,11 +206,7 @@ class FileName:
 
     @classmethod
     def parse(cls, name: str) -> FileName:
-        """The parts of a name.
-
-        Raises:
-            ValueError: It is no such name.
-        """
+        """The parts of a name; raises `ValueError` for any other."""
         role, engine, *stamp = name.removesuffix(cls.SUFFIX).split("-")
         namespace, pid, started = map(int, stamp)
         return cls(role, engine, ProcessStamp(namespace, pid, started))
@@ -196,5 +233,4 @@ def read_series(path: Path) -> Iterator[tuple[str, float]]:
 
 
 def parse_key(text: str) -> Key:
-    """A key from its text."""
     return tuple(text.split(_SEPARATOR))

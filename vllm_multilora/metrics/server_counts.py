@@ -44,13 +44,7 @@ def _failing_no_request(count: _Count[_P]) -> _Count[_P]:
 
 
 class ServerCounts:
-    """The counts of one process; its file is made with the first.
-
-    Where metrics are off, nothing is counted.
-
-    Args:
-        clock: Seconds; only differences count.
-    """
+    """The counts of one process; its file is made with the first. Without metrics, nothing."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -69,13 +63,7 @@ class ServerCounts:
 
     @_failing_no_request
     def count_route(self, route: str, lora_name: str, reason: str) -> None:
-        """Counts a request that a route has led to an adapter.
-
-        Args:
-            route: The route's public name.
-            lora_name: The adapter that it was led to; the served name of the base model if to that.
-            reason: Why that one, out of few.
-        """
+        """Counts a request that a route has led to an adapter."""
         if (recorder := self._find()) is not None:
             recorder.names.admit(lora_name)  # the routes file names it
             led = fit(route), recorder.names.label(lora_name), reason
@@ -86,7 +74,6 @@ class ServerCounts:
 
     @_failing_no_request
     def count_tokens(self, usage: Usage) -> None:
-        """Counts what a prompt for an adapter has used."""
         if (recorder := self._find()) is None:
             return
         adapter = BLENDS if usage.is_blend else usage.adapter or ""
@@ -102,13 +89,7 @@ class ServerCounts:
 
     @_failing_no_request
     def count_latencies(self, adapter: str, first_s: float, per_token_s: float | None) -> None:
-        """Counts how long a request for an adapter took.
-
-        Args:
-            adapter: The adapter's name.
-            first_s: Seconds to its first token.
-            per_token_s: Seconds between its tokens, on average; None where there was one only.
-        """
+        """Counts a request's seconds to its first token, and per token where it had several."""
         if (recorder := self._find()) is None:
             return
         recorder.names.admit(adapter)  # it was served
@@ -119,12 +100,7 @@ class ServerCounts:
 
     @_failing_no_request
     def count_refused(self, tenant: str | None, status: int) -> None:
-        """Counts a request that was refused for who sent it.
-
-        Args:
-            tenant: Whose it was; None where it was nobody's, or no tenant's.
-            status: Of the answer: 401, 403, 404 or 429.
-        """
+        """Counts a request that was refused for who sent it; None: nobody, or no tenant."""
         if (recorder := self._find()) is not None:
             who = (tenant or "", str(status))
             # Names of a file that changes may be any number of them.

@@ -42,11 +42,7 @@ def parent_folder() -> Path:
 
 
 def create_folder(instance_id: str, parent: Path) -> Path:
-    """Makes an instance's folder, which only this user may enter.
-
-    Raises:
-        OSError: It cannot be made.
-    """
+    """Makes an instance's folder, which only this user may enter; raises `OSError`."""
     _remove_stale(parent)
     folder = _named(instance_id, parent)
     # It has its name when it is locked: nobody may take it for what is left of the dead.
@@ -73,9 +69,7 @@ def find_folder(instance_id: str, parent: Path) -> Path | None:
 def locked(folder: Path, *, exclusively: bool) -> Iterator[None]:
     """Holds a folder's lock: nobody is to read in the midst of a change to several files.
 
-    Args:
-        folder: The folder.
-        exclusively: To change files. Readers wait for those who do, but not for long.
+    Who changes files holds it `exclusively`; readers wait for those, but not for long.
 
     Raises:
         BlockingIOError: The lock is wanted exclusively, and somebody has it.
@@ -139,7 +133,12 @@ def _is_locked(folder: Path) -> bool:
 
 
 def _named(instance_id: str, parent: Path) -> Path:
-    return parent / f"{_PREFIX}{_file_name_part(instance_id)}{_SUFFIX}"
+    """An instance's folder; those of different instances stay different."""
+    safe = re.sub(r"[^A-Za-z0-9_.]", "_", instance_id)
+    if safe != instance_id or not 0 < len(safe) <= _INSTANCE_CHARACTERS:
+        digest = hashlib.sha256(instance_id.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        safe = f"{safe[:_INSTANCE_CHARACTERS]}-{digest}"
+    return parent / f"{_PREFIX}{safe}{_SUFFIX}"
 
 
 def _is_own(folder: Path) -> bool:
@@ -148,12 +147,3 @@ def _is_own(folder: Path) -> bool:
     except OSError:
         return False
     return folder.is_dir() and not folder.is_symlink() and facts.st_uid == os.geteuid()
-
-
-def _file_name_part(instance_id: str) -> str:
-    """An instance's id as a part of a file's name; different ids stay different."""
-    safe = re.sub(r"[^A-Za-z0-9_.]", "_", instance_id)
-    if safe != instance_id or not 0 < len(safe) <= _INSTANCE_CHARACTERS:
-        digest = hashlib.sha256(instance_id.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-        safe = f"{safe[:_INSTANCE_CHARACTERS]}-{digest}"
-    return safe

@@ -36,11 +36,7 @@ class AdapterUse:
 
 
 class AdapterUsage:
-    """Each adapter's use, by number, until the adapter is unloaded; one caller at a time.
-
-    Args:
-        clock: Unix seconds.
-    """
+    """Each adapter's use, by number, until the adapter is unloaded; one caller at a time."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
@@ -62,7 +58,6 @@ class AdapterUsage:
         self._step_at = self._clock()
 
     def read(self, adapter_id: int, rank: int, size: int) -> None:
-        """The adapter's files were read."""
         self._use(adapter_id).loads += 1
         self.found(adapter_id, rank, size)
 
@@ -76,7 +71,6 @@ class AdapterUsage:
         self._use(adapter_id).last_error = reason
 
     def forget(self, adapter_id: int) -> None:
-        """The adapter was unloaded."""
         self._step -= {adapter_id}
         self._uses.pop(adapter_id, None)
 

@@ -38,14 +38,7 @@ AWAITED_BYTES = 4 * MIB
 
 @dataclass(frozen=True)
 class Assignment:
-    """An order: the weights of an adapter are to be copied into a slot, on all ranks.
-
-    Attributes:
-        order: Number of the order, never the same twice; answers name it.
-        slot: The slot.
-        adapter_id: The adapter that has the slot from now on.
-        pack: The version of its weights.
-    """
+    """An order to copy an adapter's weights into a slot, on all ranks; answers name its number."""
 
     order: int
     slot: int
@@ -73,7 +66,6 @@ class SlotAssignment(PolicyTier):
     adapter, cleared or lost, is ignored.
 
     Args:
-        slots: Number of slots (`--max-loras`).
         policy: Chooses who gives up its slot; every adapter has size and cost 1.
         events: Told of look-ups, assignments and evictions; by default nobody is.
         ranks: Workers that answer each order.
@@ -172,10 +164,7 @@ class SlotAssignment(PolicyTier):
     # Steps
 
     def begin_step(self, active: frozenset[int]) -> None:
-        """Tells which of the running batch's adapters still have requests in it.
-
-        The others' slots may be given away from now on.
-        """
+        """Tells which of the running batch's adapters have requests: the others' slots may go."""
         self._active = active
 
     def running(self, adapters: frozenset[int]) -> None:
@@ -213,10 +202,6 @@ class SlotAssignment(PolicyTier):
 
         An adapter that has another version of itself in its slot keeps the slot.
 
-        Args:
-            adapter_id: An adapter that a request waits for, and has its turn.
-            pack: The version to copy.
-
         Returns:
             The copy to make. None if there is nothing to do now: this version is in the slot or
             on its way there (`slot_of` is its slot), the running batch uses another version of
@@ -251,11 +236,7 @@ class SlotAssignment(PolicyTier):
     # Answers
 
     def filled(self, order: int, rank: int = 0) -> bool:
-        """A rank, from 0, has carried an order out; whether the slot is filled now, on all ranks.
-
-        Raises:
-            ValueError: There is no such rank.
-        """
+        """Notes a rank's answer; whether all have filled the slot; `ValueError`: no such rank."""
         if not 0 <= rank < self._ranks:
             raise ValueError(f"rank {rank} answered an order and there are {self._ranks} ranks")
         adapter_id = self._orders.get(order)
@@ -270,11 +251,7 @@ class SlotAssignment(PolicyTier):
         return True
 
     def fill_failed(self, order: int) -> int | None:
-        """A rank could not carry an order out: the slot is free again.
-
-        Returns:
-            The adapter that has no slot any more; None if the answer is stale.
-        """
+        """A rank could not carry an order out: whose slot is free again; None: it is stale."""
         adapter_id = self._orders.get(order)
         if adapter_id is not None:
             self._leave(adapter_id)

@@ -90,10 +90,6 @@ def machine_memory(groups: Path = _GROUPS, own: Path = _OWN) -> int:
 
     systemd's `MemoryMax` and a container's limit are limits of a control group, this process's own
     or one around it.
-
-    Args:
-        groups: Where the control groups are mounted.
-        own: Tells which this process is in.
     """
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for limit in _group_limits(groups, own):

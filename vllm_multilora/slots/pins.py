@@ -20,10 +20,6 @@ class Pins:
     call has one pin. Of a name that is given to a new version, only the new version is pinned; if
     that leaves, the one before is pinned again, which serves on where the new one was refused.
 
-    Args:
-        slots: Slots of the engine, at least 1.
-        names: Adapters that the settings pin.
-
     Raises:
         ConfigError: The settings pin as many adapters as there are slots.
     """
@@ -64,11 +60,7 @@ class Pins:
         return True
 
     def pin(self, adapter_id: int) -> None:
-        """Pins an adapter; a second pin is none.
-
-        Raises:
-            PinLimitError: All slots but one are set aside already.
-        """
+        """Pins an adapter; a second pin is none; `PinLimitError`: no more slot can be set aside."""
         if adapter_id not in self and self.places >= self._limit:
             pinned = ", ".join(map(str, sorted(self.adapters))) or "none"
             waiting = [name for name, numbers in self._numbers_of.items() if not numbers]

@@ -23,29 +23,8 @@ from vllm_multilora.store.jobs.adapter_reader import AdapterReader
 from vllm_multilora.store.loads.registry import Registry
 from vllm_multilora.store.memory.entries import Client
 from vllm_multilora.store.memory.segments import SharedSegments
+from vllm_multilora.store.protocol import messages as msg
 from vllm_multilora.store.protocol.channel import Channel, ChannelClosedError
-from vllm_multilora.store.protocol.messages import (
-    PROTOCOL,
-    Cancel,
-    Configure,
-    Configured,
-    Describe,
-    Forget,
-    FromClient,
-    Hello,
-    LoadRequest,
-    Map,
-    Publish,
-    Refused,
-    Release,
-    Retract,
-    Saw,
-    Segment,
-    Share,
-    Totals,
-    Used,
-    Watch,
-)
 from vllm_multilora.store.protocol.store_folder import StoreAddress
 from vllm_multilora.store.shared_registrations import PublishedNames
 
@@ -54,21 +33,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Connection:
-    """One client's connection.
+    """One client's connection, and what it was told: of `segments` it knows, and `totals`.
 
-    Attributes:
-        number: Of the client.
-        channel: To the client.
-        segments: Those that it has mapped, or been told of: it is told when they are closed.
-        watches: Whether it registers segments with a device, and so is told of all.
-        totals: What it was told of host memory last.
+    One that `watches` registers segments with a device, and so is told of all.
     """
 
     number: int
-    channel: Channel[FromClient]
+    channel: Channel[msg.FromClient]
     segments: set[int] = field(default_factory=set)
     watches: bool = False
-    totals: Totals | None = None
+    totals: msg.Totals | None = None
 
 
 class RefusedError(Exception):
@@ -91,11 +65,8 @@ class Conversation:
         self._reader = reader
         self._policy: str | None = None
 
-    def hear(self, connection: Connection, message: FromClient) -> bool:
-        """Does what a client says.
-
-        Returns:
-            Whether it asks for a description, which is not this object's to give.
+    def hear(self, connection: Connection, message: msg.FromClient) -> bool:
+        """Does what a client says; whether it asks for a description, which the server gives.
 
         Raises:
             RefusedError: The client is not served.
@@ -106,44 +77,44 @@ class Conversation:
             self._greet(connection, message)
             return False
         match message:
-            case Configure():
+            case msg.Configure():
                 self._configure(connection, message, now)
-            case LoadRequest():
+            case msg.LoadRequest():
                 registry.request_load(number, message, now)
-            case Share(ticket, owner):
+            case msg.Share(ticket, owner):
                 registry.share(number, ticket, owner)
-            case Cancel(ticket):
+            case msg.Cancel(ticket):
                 registry.cancel(number, ticket, now)
-            case Release(pack):
+            case msg.Release(pack):
                 registry.release(number, pack, now)
-            case Used(packs):
+            case msg.Used(packs):
                 registry.used(number, packs)
-            case Forget(adapter):
+            case msg.Forget(adapter):
                 registry.forget(number, adapter, now)
-            case Map():
+            case msg.Map():
                 self._hand_out(connection, message)
-            case Watch():
+            case msg.Watch():
                 connection.watches = True
-            case Publish():
+            case msg.Publish():
                 self._names.publish(number, message, now)
-            case Retract():
+            case msg.Retract():
                 self._names.retract(number, message, now)
-            case Saw(serial):
+            case msg.Saw(serial):
                 self._names.saw(number, serial)
-            case Describe():
+            case msg.Describe():
                 return True
-            case Hello():
+            case msg.Hello():
                 raise RefusedError("Hello was said twice")
         return False
 
-    def _greet(self, connection: Connection, message: FromClient) -> None:
-        if not isinstance(message, Hello):
+    def _greet(self, connection: Connection, message: msg.FromClient) -> None:
+        if not isinstance(message, msg.Hello):
             raise RefusedError(f"the first message is {type(message).__name__}, expected Hello")
-        if message.protocol != PROTOCOL:
+        if message.protocol != msg.PROTOCOL:
             raise RefusedError(
-                f"this store (process {os.getpid()}) speaks protocol {PROTOCOL}, the client speaks "
-                f"{message.protocol}: vllm-multilora has been replaced by another version since "
-                "the client began; restart the client's server"
+                f"this store (process {os.getpid()}) speaks protocol {msg.PROTOCOL}, the client "
+                f"speaks {message.protocol}: vllm-multilora has been replaced by another version "
+                "since the client began; restart the client's server"
             )
         self._registry.clients[connection.number] = Client(
             connection.number, message.role, message.server, message.pid
@@ -151,7 +122,7 @@ class Conversation:
         if message.role == "server":
             self._names.join(connection.number, message.server, message.pid, message.peers)
 
-    def _configure(self, connection: Connection, message: Configure, now: float) -> None:
+    def _configure(self, connection: Connection, message: msg.Configure, now: float) -> None:
         settings = message.settings
         try:
             layouts = self._reader.decode_layouts(message.layouts)
@@ -175,28 +146,24 @@ class Conversation:
             )
         model = hashlib.sha256(message.layouts).hexdigest()
         self._registry.configure(connection.number, model, layouts, settings, now)
-        connection.channel.send(Configured(notes))
+        connection.channel.send(msg.Configured(notes))
 
-    def _hand_out(self, connection: Connection, message: Map) -> None:
+    def _hand_out(self, connection: Connection, message: msg.Map) -> None:
         number = message.segment
         size = self._segments.size(number)
         if not size:
-            connection.channel.send(Segment(number, 0))
+            connection.channel.send(msg.Segment(number, 0))
             return
         descriptor = self._segments.open(number, pinned=connection.watches)
         try:
-            connection.channel.send(Segment(number, size), [descriptor])
+            connection.channel.send(msg.Segment(number, size), [descriptor])
         finally:
             os.close(descriptor)
         connection.segments.add(number)
 
 
 class Acceptor:
-    """Takes in clients: only processes of this user, and only while there are descriptors.
-
-    Args:
-        listener: A listening socket; owned by the door.
-    """
+    """Takes in clients: only processes of this user, and only while there are descriptors."""
 
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
@@ -206,10 +173,9 @@ class Acceptor:
         self._reserve = socket.socket(socket.AF_UNIX)
 
     def fileno(self) -> int:
-        """For selectors."""
         return self._listener.fileno()
 
-    def accept(self) -> Channel[FromClient] | None:
+    def accept(self) -> Channel[msg.FromClient] | None:
         """A client that has come; None if that was nobody to be served."""
         try:
             sock, _ = self._listener.accept()
@@ -221,7 +187,7 @@ class Acceptor:
             sock.close()
             return None
         sock.setblocking(False)
-        return Channel(sock, FromClient)
+        return Channel(sock, msg.FromClient)
 
     def close(self) -> None:
         """Nobody comes in any more; the next store can have the place."""
@@ -236,9 +202,9 @@ class Acceptor:
         logger.error(reason)
         with contextlib.suppress(OSError, ChannelClosedError):
             sock, _ = self._listener.accept()
-            channel: Channel[FromClient] = Channel(sock, FromClient)
+            channel: Channel[msg.FromClient] = Channel(sock, msg.FromClient)
             with contextlib.closing(channel):
-                channel.send(Refused(reason))
+                channel.send(msg.Refused(reason))
         with contextlib.suppress(OSError):
             self._reserve = socket.socket(socket.AF_UNIX)
 

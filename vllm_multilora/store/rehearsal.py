@@ -23,15 +23,8 @@ from vllm_multilora.store.jobs.jobs import run_job
 from vllm_multilora.store.memory.arena import PAGE
 from vllm_multilora.store.memory.entries import Binding, Load, Scope
 from vllm_multilora.store.memory.segments import SharedSegments
+from vllm_multilora.store.protocol import job_messages as msg
 from vllm_multilora.store.protocol.channel import Channel
-from vllm_multilora.store.protocol.job_messages import (
-    Checked,
-    CheckOnly,
-    Done,
-    FromJob,
-    Place,
-    ToJob,
-)
 from vllm_multilora.store.protocol.messages import StoreSettings
 
 JOBS = 16
@@ -41,25 +34,20 @@ _SCOPE = Scope("", (), (), allow_pickle=False, check_finite=True, signing_keys=N
 
 
 def rehearse(reader: AdapterReader) -> bool:
-    """Runs jobs for a small adapter of the store's own.
+    """Runs jobs for a small adapter of the store's own; whether all have ended well.
 
-    Args:
-        reader: What they read with.
-
-    Returns:
-        Whether all have ended well. Where no adapter or no memory can be had they have not, and
-        the store's jobs take longer.
+    Where no adapter or no memory can be had they have not, and the store's jobs take longer.
     """
     with contextlib.suppress(OSError), TemporaryDirectory(prefix="multilora-") as folder:
         layout = write_sample(Path(folder))
         load = Load(0, Binding("", _SCOPE, 0), folder, [], [layout], StoreSettings())
-        checked = _run(load, reader, CheckOnly(), [])
+        checked = _run(load, reader, msg.CheckOnly(), [])
         if checked is None:
             return False
         sizes = np.frombuffer(checked.block_bytes, np.int64)
         places = np.cumsum(sizes) - sizes
         extent = -(-int(sizes.sum()) // PAGE) * PAGE
-        place = Place(places.tobytes(), [(0, 0, extent)])
+        place = msg.Place(places.tobytes(), [(0, 0, extent)])
         segments = SharedSegments()
         try:
             segments.create(0, extent)
@@ -71,17 +59,17 @@ def rehearse(reader: AdapterReader) -> bool:
 
 
 def _run(
-    load: Load, reader: AdapterReader, answer: ToJob, descriptors: list[int]
-) -> Checked | None:
+    load: Load, reader: AdapterReader, answer: msg.ToJob, descriptors: list[int]
+) -> msg.Checked | None:
     """Runs a job, which finds the answer to its question there already; returns the question."""
     ours, theirs = socket.socketpair()
-    with closing(Channel[FromJob](ours, FromJob)) as channel:
+    with closing(Channel[msg.FromJob](ours, msg.FromJob)) as channel:
         channel.send(answer, descriptors)
         run_job(theirs, load, reader)
         said = [message for message, _ in channel.receive()]
-    if not said or not isinstance(said[-1], Done):
+    if not said or not isinstance(said[-1], msg.Done):
         return None
-    return next(message for message in said if isinstance(message, Checked))
+    return next(message for message in said if isinstance(message, msg.Checked))
 
 
 _LAYERS, _HIDDEN, _KEYS, _RANK = 4, 64, 32, 4

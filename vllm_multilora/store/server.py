@@ -23,17 +23,9 @@ from vllm_multilora.store.memory.arena import Arena
 from vllm_multilora.store.memory.entries import Load
 from vllm_multilora.store.memory.held_packs import HostMemory
 from vllm_multilora.store.memory.segments import SharedSegments
+from vllm_multilora.store.protocol import messages as msg
 from vllm_multilora.store.protocol.channel import ChannelClosedError
 from vllm_multilora.store.protocol.job_messages import Failure, ToJob
-from vllm_multilora.store.protocol.messages import (
-    ClientRow,
-    Description,
-    Message,
-    Refused,
-    SegmentClosed,
-    SegmentOpened,
-    Totals,
-)
 from vllm_multilora.store.shared_registrations import PublishedNames
 
 logger = logging.getLogger(__name__)
@@ -47,14 +39,7 @@ _AWAKE_S = 1.0
 
 
 class StoreServer:
-    """A store; `run` returns when it has nobody left to serve.
-
-    Args:
-        listener: A listening socket; the server owns it.
-        runner: Runs the jobs.
-        reader: What they read adapters with.
-        keep: Whether the store goes on without clients, and keeps their adapters for others.
-    """
+    """A store; `run` returns when it has nobody left to serve, unless it is to `keep` on."""
 
     def __init__(
         self, listener: socket.socket, runner: Runner, reader: AdapterReader, *, keep: bool = False
@@ -100,7 +85,7 @@ class StoreServer:
 
     # What the registry asks for
 
-    def send(self, client: int, message: Message) -> None:
+    def send(self, client: int, message: msg.Message) -> None:
         connection = self._connections.get(client)
         if connection is not None and client not in self._lost:
             try:
@@ -207,7 +192,7 @@ class StoreServer:
 
     def _refuse(self, number: int, reason: str) -> None:
         """Gives a client up; it gets the reason if it has read what was sent before."""
-        self.send(number, Refused(reason))
+        self.send(number, msg.Refused(reason))
         self._lost.add(number)
 
     def _lose(self, number: int, error: ChannelClosedError) -> None:
@@ -227,11 +212,11 @@ class StoreServer:
         numbers = self._segments.numbers
         for number, connection in self._connections.items():
             for segment in connection.segments - numbers:
-                self.send(number, SegmentClosed(segment))
+                self.send(number, msg.SegmentClosed(segment))
             connection.segments &= numbers
             if connection.watches:
                 for segment in numbers - connection.segments:
-                    self.send(number, SegmentOpened(segment))
+                    self.send(number, msg.SegmentOpened(segment))
                 connection.segments |= numbers
 
     def _tell_totals(self) -> None:
@@ -241,7 +226,7 @@ class StoreServer:
                 connection.totals, self._totals_sent = totals, now
                 self.send(connection.number, totals)
 
-    def _lack(self, totals: Totals) -> list[Connection]:
+    def _lack(self, totals: msg.Totals) -> list[Connection]:
         """Connections without the newest totals, if they have read their earlier messages."""
         return [
             self._connections[client.number]
@@ -251,13 +236,13 @@ class StoreServer:
             and not connection.channel.pending
         ]
 
-    def _describe(self) -> Description:
+    def _describe(self) -> msg.Description:
         clients = [
-            ClientRow(one.role, one.server, one.pid, len(one.loads), sum(one.leases.values()))
+            msg.ClientRow(one.role, one.server, one.pid, len(one.loads), sum(one.leases.values()))
             for one in self._registry.clients.values()
         ]
         memory = self._registry.memory
-        return Description(
+        return msg.Description(
             pid=os.getpid(),
             mode=self._runner.mode,
             protection=self._runner.protection(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
-from vllm_multilora.store.loads.load_answers import Effects
+from vllm_multilora.store.loads.loads import Effects
 from vllm_multilora.store.protocol.messages import Publish, Published, Retract, Retracted, Settled
 
 PATIENCE_S = 2.0
@@ -20,11 +20,8 @@ class _Server:
     """One server's API servers, its names, and adapters that have lost theirs, the newest last.
 
     Attributes:
-        members: The API servers that are here.
         peers: How many there are to be, as those say that were at a store which has died.
         come: The processes of those that have come, which may have gone again.
-        names: By name, what it leads to.
-        gone: By number.
     """
 
     members: set[int] = field(default_factory=set)
@@ -41,7 +38,6 @@ class _Server:
         return now is not None and now.adapter == change.adapter
 
     def withdraw(self, name: str, adapter: int) -> None:
-        """An adapter has lost its name."""
         if name in self.names and self.names[name].adapter == adapter:
             del self.names[name]
         self.gone[adapter] = Retracted(0, name, adapter)
@@ -70,9 +66,6 @@ class PublishedNames:
 
     Every API server hears all changes, its own among them, in the order in which they were made
     here, and so all end with the same names. Without I/O or clock: the caller passes the time.
-
-    Args:
-        effects: Sends.
     """
 
     def __init__(self, effects: Effects) -> None:
@@ -140,7 +133,6 @@ class PublishedNames:
         self._spread(client, message.request, _published(next(self._serials), message), now)
 
     def retract(self, client: int, message: Retract, now: float) -> None:
-        """A name does not lead to an adapter any more."""
         home = self._home.get(client)
         if home is None:
             return
@@ -149,7 +141,6 @@ class PublishedNames:
         self._spread(client, message.request, retracted, now)
 
     def saw(self, client: int, serial: int) -> None:
-        """An API server has taken a change in."""
         change = self._changes.get(serial)
         if change is None:
             return

@@ -45,9 +45,6 @@ class StoreProcess:
     A new store inherits the listening socket, so that whoever connects need not wait until it is
     up. What it has to say it writes to a file beside the socket, of the same name but for `.log`,
     which it keeps short.
-
-    Args:
-        reader: What reads adapters, as `module:Class`.
     """
 
     def __init__(self, reader: str = READER) -> None:
@@ -121,11 +118,7 @@ class RunningStore(StoreProcess):
 
 
 class StoreThread:
-    """A store on a thread of this process, with checks on threads: nothing can end those.
-
-    Args:
-        reader: What reads adapters; None: `AdapterReader`.
-    """
+    """A store on a thread of this process, with checks on threads: nothing can end those."""
 
     def __init__(self, reader: AdapterReader | None = None) -> None:
         self._reader = reader
@@ -175,18 +168,13 @@ def environment() -> dict[str, str]:
     are installed, Python looks by itself: before its own modules, one there could hide them.
     """
     paths = [] if sys.flags.ignore_environment else [os.environ.get("PYTHONPATH", "")]
-    if (own := str(Path(__file__).parents[2])) not in _installed_packages():
+    users = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
+    if (own := str(Path(__file__).parents[2])) not in (*site.getsitepackages(), *users):
         paths.insert(0, own)
     left_out = (*_KEYS, "PYTHONPATH")
     kept = {name: value for name, value in os.environ.items() if name not in left_out}
     path = os.pathsep.join(filter(None, paths))
     return kept | {"PYTHONPATH": path} if path else kept
-
-
-def _installed_packages() -> list[str]:
-    """The folders in which a new process of this user's finds packages."""
-    own = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
-    return [*site.getsitepackages(), *own]
 
 
 def processors() -> list[int]:

@@ -6,13 +6,13 @@ import time
 import pytest
 
 from vllm_multilora.adapters.adapter_errors import AdapterFormatError
-from vllm_multilora.adapters.checks.problem_list import ProblemList
 from vllm_multilora.adapters.config.adapter_config import AdapterConfig
 from vllm_multilora.adapters.problems import (
     MAX_CHARACTERS,
     MAX_PROBLEMS,
     Code,
     Problem,
+    ProblemList,
     bounded,
 )
 

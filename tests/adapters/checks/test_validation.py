@@ -127,10 +127,10 @@ def test_a_file_that_cannot_be_read_is_a_problem(tmp_path, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     folder = good().write(tmp_path / "adapter")
-    monkeypatch.setattr("os.pread", fail)
-    [problem] = validate(folder, LAYOUT)
-    assert problem.code == Code.FILE_UNREADABLE
-    assert "Input/output error" in problem.message
+    monkeypatch.setattr("os.preadv", fail)
+    problems = validate(folder, LAYOUT)
+    assert [problem.code for problem in problems] == [Code.FILE_UNREADABLE] * 2
+    assert all("Input/output error" in problem.message for problem in problems)
 
 
 def test_names_that_are_long_or_cannot_be_encoded_are_shown_short_and_escaped(tmp_path):

@@ -1,6 +1,7 @@
 """Headers that would take long, or much memory, are refused before they are parsed."""
 
 import json
+import os
 import time
 import tracemalloc
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 
 from vllm_multilora.adapters.adapter_errors import AdapterFormatError
 from vllm_multilora.adapters.files.header import read_header
+from vllm_multilora.adapters.files.regular_file import RegularFile
 from vllm_multilora.adapters.model.naming import ModuleNaming
 from vllm_multilora.adapters.model.size_limits import DEFAULT_LIMITS, SizeLimits
 from vllm_multilora.adapters.problems import Code
@@ -22,8 +24,8 @@ ENTRY = '"{}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
 def read(tmp_path, text: bytes, limits: SizeLimits = DEFAULT_LIMITS):
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text)
-    with path.open("rb") as file:
-        return read_header(file.fileno(), path.stat().st_size, "file", limits)
+    with RegularFile(os.open(path, os.O_RDONLY), path) as file:
+        return read_header(file, limits)
 
 
 @pytest.mark.parametrize(

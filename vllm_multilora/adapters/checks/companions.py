@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vllm_multilora.adapters.checks.problem_list import ProblemList
 from vllm_multilora.adapters.config.adapter_config import AdapterConfig
 from vllm_multilora.adapters.model.layout import ModelLayout
 from vllm_multilora.adapters.model.tensor_names import (
@@ -13,7 +12,7 @@ from vllm_multilora.adapters.model.tensor_names import (
     WRAPPED_EXPERTS,
     FoundModule,
 )
-from vllm_multilora.adapters.problems import Code, shown_name
+from vllm_multilora.adapters.problems import Code, ProblemList, shown_name
 
 _OF_EXPERTS = f"{FUSED_EXPERTS}."
 
@@ -24,14 +23,7 @@ def require_companions(
     layout: ModelLayout,
     problems: ProblemList,
 ) -> None:
-    """Notes modules without others that have to be adapted with them.
-
-    Args:
-        modules: Those of an adapter, by name in the layout.
-        config: Its configuration; None, if it is broken.
-        layout: What the base model accepts.
-        problems: Where problems are noted.
-    """
+    """Notes modules without others that have to be adapted with them."""
     for name, found in modules.items():
         if name.endswith(WRAPPED_EXPERTS):
             _require_parameter(name.removesuffix(WRAPPED), found, modules, problems)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import cached_property
 
 from vllm_multilora.adapters.config.adapter_config import AdapterConfig
@@ -27,30 +26,8 @@ _MERGED = {
 }
 
 
-@dataclass(frozen=True)
-class Absence:
-    """Why the base model lacks a module.
-
-    Attributes:
-        code: The kind of problem.
-        found: What the module is.
-        expected: What the base model has.
-        hint: What to do.
-    """
-
-    code: Code
-    found: str
-    expected: str
-    hint: str
-
-
 class MissingModules:
-    """Explains modules that a base model lacks.
-
-    Args:
-        layout: What the base model accepts.
-        config: The adapter's configuration, if it could be read.
-    """
+    """Explains modules that a base model lacks."""
 
     def __init__(self, layout: ModelLayout, config: AdapterConfig | None) -> None:
         self._layout = layout
@@ -63,13 +40,13 @@ class MissingModules:
         trained = f"adapter_config.json names the base model {shown(name)}: " if name else ""
         return f"{trained}use an adapter that was trained on the served base model"
 
-    def explain(self, module: str) -> Absence:
-        """Explains a module, by its name in the layout's terms."""
+    def explain(self, module: str) -> tuple[Code, str, str, str]:
+        """The kind of problem; what a module is; what the base model has; what to do."""
         parent, _, kind = module.rpartition(".")
         beside = f"{parent}." if parent else ""
         parts = _MERGED.get(kind, ())
         if parts and all(beside + part in self._layout.by_name for part in parts):
-            return Absence(
+            return (
                 Code.MERGED_MODULE,
                 f"for {kind}",
                 f"{', '.join(parts)}, which are adapted one by one here",
@@ -77,7 +54,7 @@ class MissingModules:
             )
         for merged, parts in _MERGED.items():
             if kind in parts and beside + merged in self._layout.by_name:
-                return Absence(
+                return (
                     Code.MERGED_MODULE,
                     f"for {kind}",
                     f"{merged}, which is adapted as a whole here",
@@ -87,13 +64,13 @@ class MissingModules:
         if number:
             layers = self._layers.get(_NUMBER.sub(".*", module, count=1))
             if layers is not None and int(number[1]) > layers:
-                return Absence(
+                return (
                     Code.LAYER_OUT_OF_RANGE,
                     f"for layer {int(number[1])}",
                     f"a layer from 0 to {layers}",
                     self.hint,
                 )
-        return Absence(
+        return (
             Code.UNKNOWN_MODULE,
             f"for the module {shown_name(kind)}",
             f"modules that the base model has ({', '.join(self.kinds)})",

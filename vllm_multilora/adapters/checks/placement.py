@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 
 from vllm_multilora.adapters.checks.companions import require_companions
 from vllm_multilora.adapters.checks.missing_modules import MissingModules
-from vllm_multilora.adapters.checks.problem_list import ProblemList
 from vllm_multilora.adapters.config.adapter_config import AdapterConfig
 from vllm_multilora.adapters.config.target_modules import Targets
 from vllm_multilora.adapters.model.layout import ModelLayout, SpecialKind
@@ -21,19 +20,13 @@ from vllm_multilora.adapters.model.tensor_names import (
     parse_tensor_name,
     tensor_of,
 )
-from vllm_multilora.adapters.problems import Code, shown_name
+from vllm_multilora.adapters.problems import Code, ProblemList, shown_name
 
 
 class Placement:
     """Sorts a checkpoint's tensors by module and notes those that have no place.
 
     Tensors of modules that are left out on purpose are passed over, unless there are no others.
-
-    Args:
-        tensors: Their names.
-        config: The adapter's configuration; None, if it is broken.
-        layout: What the base model accepts.
-        problems: Where problems are noted.
 
     Attributes:
         modules: The modules that the base model serves, by name in the layout.
@@ -66,7 +59,6 @@ class Placement:
         self._report_unknown()
 
     def _place(self, tensor: str) -> None:
-        """Finds the module of a tensor."""
         role = parse_tensor_name(tensor)
         if role is None:
             head = full_head(tensor)
@@ -170,31 +162,22 @@ class Placement:
             return False
         kind = self._layout.kind_of_special(name)
         if config.invocation_tokens and kind in (SpecialKind.EMBEDDING, SpecialKind.EXPERTS):
-            self._refuse_activated(kind, tensor)
+            # An activated adapter can have linear layers and the output head, as in PEFT.
+            self._problems.add(
+                Code.UNSUPPORTED_FEATURE,
+                tensor,
+                f"of {kind}",
+                "linear layers and 'lm_head' only, with 'alora_invocation_tokens'",
+                hint="PEFT does not activate such layers: train without them in 'target_modules'",
+                cause="activated",
+            )
             return True
         if not (config.dora and self._layout.dora):
             return False
         why = self._of_parts(self._layout.no_dora, name)
         if kind is None and not why:
             return False
-        self._refuse_dora(module, tensor, kind, why)
-        return True
-
-    def _refuse_activated(self, kind: SpecialKind, tensor: str) -> None:
-        """An activated adapter can have linear layers and the output head, as in PEFT."""
-        self._problems.add(
-            Code.UNSUPPORTED_FEATURE,
-            tensor,
-            f"of {kind}",
-            "linear layers and 'lm_head' only, with 'alora_invocation_tokens'",
-            hint="PEFT does not activate such layers: train without them in 'target_modules'",
-            cause="activated",
-        )
-
-    def _refuse_dora(
-        self, module: str, tensor: str, kind: SpecialKind | None, why: str | None
-    ) -> None:
-        """A DoRA adapter can have linear layers whose base weights can be read."""
+        # A DoRA adapter can have linear layers whose base weights can be read.
         hint = f"train without it in {self._key_of(module)!r}"
         if kind is not None:
             found, expected = f"of {kind}", "linear layers that the server fills"
@@ -210,6 +193,7 @@ class Placement:
             hint=hint,
             cause=f"dora {found}",
         )
+        return True
 
     def _refuse_name(self, tensor: str) -> None:
         """A tensor that is no A, B or magnitude; said once if the configuration says it already."""
@@ -274,15 +258,9 @@ class Placement:
             )
             return
         for tensor, _, name in self._unknown:
-            absence = self._missing.explain(name)
-            self._problems.add(
-                absence.code,
-                tensor,
-                absence.found,
-                absence.expected,
-                hint=absence.hint,
-                cause="layers" if absence.code == Code.LAYER_OUT_OF_RANGE else None,
-            )
+            code, found, expected, hint = self._missing.explain(name)
+            cause = "layers" if code == Code.LAYER_OUT_OF_RANGE else None
+            self._problems.add(code, tensor, found, expected, hint=hint, cause=cause)
 
     def _refuse_without_effect(self) -> None:
         """Every module is left out: whoever named the adapter would be answered by the base."""
@@ -303,4 +281,4 @@ class Placement:
 
     def _explained(self) -> bool:
         """Whether there is more to say of the first unknown module than that it is unknown."""
-        return self._missing.explain(self._unknown[0][2]).code != Code.UNKNOWN_MODULE
+        return self._missing.explain(self._unknown[0][2])[0] != Code.UNKNOWN_MODULE

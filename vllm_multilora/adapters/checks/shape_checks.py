@@ -8,35 +8,37 @@ from dataclasses import dataclass
 from multilora_kernels.dtypes import KERNEL_DTYPES
 from vllm_multilora.adapters.checks.missing_modules import MissingModules
 from vllm_multilora.adapters.checks.placement import Placement
-from vllm_multilora.adapters.checks.problem_list import ProblemList
 from vllm_multilora.adapters.config.adapter_config import AdapterConfig
 from vllm_multilora.adapters.files.header import TensorInfo
 from vllm_multilora.adapters.model.layout import LinearShape, ModelLayout, SpecialShape
 from vllm_multilora.adapters.model.ranks import room_for
 from vllm_multilora.adapters.model.tensor_names import HEADS, FoundModule, full_head, tensor_of
-from vllm_multilora.adapters.problems import Code, shown_name
-
-WEIGHT_DTYPES = KERNEL_DTYPES
+from vllm_multilora.adapters.problems import Code, Problem, ProblemList, shown_name
 
 _ORDER = {"A": "[rank, inputs]", "B": "[outputs, rank]"}
 
 
-def check_shapes(
-    placement: Placement,
+@dataclass(frozen=True)
+class TensorReport:
+    """A checkpoint's served modules, heads that are saved whole, and all that is wrong with it."""
+
+    modules: tuple[FoundModule, ...]
+    heads: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+
+def check_tensors(
     tensors: Mapping[str, TensorInfo],
     config: AdapterConfig | None,
     layout: ModelLayout,
-    problems: ProblemList,
-) -> None:
-    """Checks the tensors of modules that the base model serves.
+    file: str,
+) -> TensorReport:
+    """Finds each tensor's module, and all that do not fit; raises as `AdapterConfig.rank_of`.
 
-    Args:
-        placement: The modules.
-        tensors: What the header says, by name.
-        config: The configuration; None, if it is broken, leaves out what depends on it.
-        layout: What the base model accepts.
-        problems: Where problems are noted.
+    Without a configuration, as where it is broken, what depends on it is left out.
     """
+    problems = ProblemList(file)
+    placement = Placement(tensors, config, layout, problems)
     check = _Check(tensors, config, layout, problems)
     check.heads(placement)
     misfits = [misfit for m in placement.modules.values() for misfit in check.module(m)]
@@ -45,31 +47,28 @@ def check_shapes(
     cause = "base model" if 1 < len(modules) > len(placement.modules) // 2 else None
     for misfit in misfits:
         misfit.add_to(problems, MissingModules(layout, config).hint, cause)
+    return TensorReport(
+        tuple(placement.modules.values()), tuple(placement.heads), tuple(problems.grouped())
+    )
 
 
+@dataclass
 class _Check:
-    def __init__(
-        self,
-        tensors: Mapping[str, TensorInfo],
-        config: AdapterConfig | None,
-        layout: ModelLayout,
-        problems: ProblemList,
-    ) -> None:
-        self._tensors = tensors
-        self._config = config
-        self._layout = layout
-        self._problems = problems
+    tensors: Mapping[str, TensorInfo]
+    config: AdapterConfig | None
+    layout: ModelLayout
+    problems: ProblemList
 
     def heads(self, placement: Placement) -> None:
         """Checks heads saved whole: without a weight of its own, the base model's would decide."""
-        saved = self._config.modules_to_save if self._config else ()
-        saved = tuple(name for name in saved if name in HEADS and self._layout.is_special(name))
+        saved = self.config.modules_to_save if self.config else ()
+        saved = tuple(name for name in saved if name in HEADS and self.layout.is_special(name))
         found: dict[str, dict[str, str]] = {}
         for tensor in placement.heads:
             self.content(tensor)
             parts = found.setdefault(full_head(tensor) or "", {})
             if (first := parts.setdefault(tensor.rpartition(".")[2], tensor)) != tensor:
-                self._problems.add(
+                self.problems.add(
                     Code.DUPLICATE_TENSOR,
                     tensor,
                     f"beside {shown_name(first)}, and both are of the same head",
@@ -77,7 +76,7 @@ class _Check:
                 )
         for name in saved:
             if module := placement.modules.get(name):
-                self._problems.add(
+                self.problems.add(
                     Code.DUPLICATE_TENSOR,
                     module.first_tensor,
                     f"of {name}, which 'modules_to_save' of adapter_config.json names, too",
@@ -89,7 +88,7 @@ class _Check:
 
     def _head(self, name: str, parts: Mapping[str, str]) -> None:
         if "weight" not in parts:
-            self._problems.add(
+            self.problems.add(
                 Code.HALF_MISSING,
                 parts.get("bias", ""),
                 f"no full weight of {name}",
@@ -98,8 +97,8 @@ class _Check:
                 hint="the checkpoint is incomplete: save it again",
             )
             return
-        weight = self._tensors[parts["weight"]].shape
-        bias = self._tensors[parts["bias"]].shape if "bias" in parts else weight[:1]
+        weight = self.tensors[parts["weight"]].shape
+        bias = self.tensors[parts["bias"]].shape if "bias" in parts else weight[:1]
         if len(weight) != 2:
             wrong, shape, expected = "weight", weight, "[labels, inputs]"
         elif bias != weight[:1]:
@@ -107,7 +106,7 @@ class _Check:
         else:
             return
         found = f"the shape {list(shape)}"
-        self._problems.add(Code.WRONG_SHAPE, parts[wrong], found, expected, verb="has")
+        self.problems.add(Code.WRONG_SHAPE, parts[wrong], found, expected, verb="has")
 
     def module(self, module: FoundModule) -> Iterator[_Misfit]:
         """Checks a module's tensors; yields those whose shapes do not fit the base model."""
@@ -115,7 +114,7 @@ class _Check:
         parts = ("A", "B", "magnitude") if self._has_magnitudes(module) else ("A", "B")
         for missing in parts:
             if missing not in module.tensors:
-                self._problems.add(
+                self.problems.add(
                     Code.HALF_MISSING,
                     module.first_tensor,
                     f"there without its {tensor_of(missing)}",
@@ -139,20 +138,16 @@ class _Check:
         fits = a is not None and b is not None
         for part, shape, own, size in (("A", a, 1, inputs), ("B", b, 0, outputs)):
             if shape is not None and size is not None and shape[own] != size:
-                vocabulary = self._is_vocabulary(module, part)
+                special = self.layout.special_shapes.get(module.name)
+                vocabulary = special is not None and special.embedding == (part == "A")
                 yield _Misfit(module.tensors[part], module.name, part, shape, size, vocabulary)
                 fits = False
         if fits and a is not None and b is not None:
             self._ranks(module, a[0], b[1], linear.experts)
 
     def _matrix(self, tensor: str, matrices: int | None) -> tuple[int, ...] | None:
-        """The shape of a tensor's matrices; None if it is of others.
-
-        Args:
-            tensor: Its name.
-            matrices: How many it must hold, one after the other; None: it must be one.
-        """
-        shape = self._tensors[tensor].shape
+        """The shape of a tensor's matrices; None unless it is one, or holds so many in a row."""
+        shape = self.tensors[tensor].shape
         if matrices is None and len(shape) == 2:
             return shape
         if matrices is not None and len(shape) == 3 and shape[0] == matrices:
@@ -161,41 +156,41 @@ class _Check:
         if matrices is not None:
             expected = f"three dimensions, the first of {matrices}, with --enable-moe-shared-loras"
         found = f"the shape {list(shape)}"
-        self._problems.add(Code.WRONG_SHAPE, tensor, found, expected, verb="has")
+        self.problems.add(Code.WRONG_SHAPE, tensor, found, expected, verb="has")
         return None
 
     def _has_magnitudes(self, module: FoundModule) -> bool:
-        if not (self._config and self._config.dora and self._layout.dora):
+        if not (self.config and self.config.dora and self.layout.dora):
             return False
-        return not self._layout.is_special(module.name)
+        return not self.layout.is_special(module.name)
 
     def _magnitude(self, module: FoundModule, outputs: int) -> None:
         tensor = module.tensors.get("magnitude")
-        if tensor is None or self._tensors[tensor].shape == (outputs,):
+        if tensor is None or self.tensors[tensor].shape == (outputs,):
             return
-        self._problems.add(
+        self.problems.add(
             Code.WRONG_SHAPE,
             tensor,
-            f"the shape {list(self._tensors[tensor].shape)}",
+            f"the shape {list(self.tensors[tensor].shape)}",
             f"[{outputs}]: one magnitude for each output of the base model's {module.name}",
             verb="has",
-            hint=MissingModules(self._layout, self._config).hint,
+            hint=MissingModules(self.layout, self.config).hint,
             cause=f"{module.name.rpartition('.')[2]} magnitude",
         )
 
     def content(self, tensor: str) -> bool:
-        info = self._tensors[tensor]
-        if info.dtype not in WEIGHT_DTYPES:
-            self._problems.add(
+        info = self.tensors[tensor]
+        if info.dtype not in KERNEL_DTYPES:
+            self.problems.add(
                 Code.WRONG_DTYPE,
                 tensor,
                 str(info.dtype),
-                f"one of {', '.join(map(str, WEIGHT_DTYPES))}",
+                f"one of {', '.join(map(str, KERNEL_DTYPES))}",
                 hint="convert the adapter's weights",
             )
             return False
         if info.begin == info.end:
-            self._problems.add(
+            self.problems.add(
                 Code.EMPTY_TENSOR,
                 tensor,
                 f"no elements (shape {list(info.shape)})",
@@ -210,19 +205,15 @@ class _Check:
     def _sizes(self, module: FoundModule) -> SpecialShape | LinearShape | None:
         """The base model's sizes; None where only vLLM knows them."""
         name = module.name
-        if self._layout.is_special(name):
-            return self._layout.special_shapes.get(name) or self._layout.linear_shapes.get(name)
-        slices = [self._layout.by_name[part][0] for part in self._layout.parts(name)]
+        if self.layout.is_special(name):
+            return self.layout.special_shapes.get(name) or self.layout.linear_shapes.get(name)
+        slices = [self.layout.by_name[part][0] for part in self.layout.parts(name)]
         return LinearShape(slices[0].inputs, sum(part.outputs for part in slices))
-
-    def _is_vocabulary(self, module: FoundModule, part: str) -> bool:
-        shape = self._layout.special_shapes.get(module.name)
-        return shape is not None and shape.embedding == (part == "A")
 
     def _ranks(self, module: FoundModule, of_a: int, of_b: int, experts: int) -> None:
         tensor = module.tensors["A"]
         if of_a != of_b:
-            self._problems.add(
+            self.problems.add(
                 Code.RANKS_DIFFER,
                 module.tensors["B"],
                 f"the rank {of_b}",
@@ -231,10 +222,10 @@ class _Check:
                 hint="the checkpoint mixes two adapters: save it again",
             )
             return
-        rank = self._config.rank_of(module.target) * experts if self._config else of_a
+        rank = self.config.rank_of(module.target) * experts if self.config else of_a
         of_all = f" times the base model's {experts} experts" if experts > 1 else ""
         if rank != of_a:
-            self._problems.add(
+            self.problems.add(
                 Code.RANK_NOT_AS_CONFIGURED,
                 tensor,
                 f"the rank {of_a}",
@@ -243,12 +234,12 @@ class _Check:
                 hint="'r' and 'rank_pattern' must be those that the adapter was trained with: "
                 "scalings follow from them",
             )
-        if of_a > self._layout.max_rank * experts and (rank != of_a or self._config is None):
-            self._problems.add(
+        if of_a > self.layout.max_rank * experts and (rank != of_a or self.config is None):
+            self.problems.add(
                 Code.RANK_TOO_LARGE,
                 tensor,
                 f"the rank {of_a}",
-                f"at most {self._layout.max_rank}",
+                f"at most {self.layout.max_rank}",
                 verb="has",
                 hint=room_for(of_a),
             )

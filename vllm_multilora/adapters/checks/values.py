@@ -9,24 +9,15 @@ import numpy as np
 
 from multilora_kernels.dtypes import FLOAT32
 from multilora_kernels.packs.packing import largest_number, to_float32
-from vllm_multilora.adapters.checks.problem_list import ProblemList
 from vllm_multilora.adapters.files.header import TensorInfo
 from vllm_multilora.adapters.files.one_pass import SPAN_BYTES, TensorPart
 from vllm_multilora.adapters.files.tensor_file import TensorFile
-from vllm_multilora.adapters.problems import Code
+from vllm_multilora.adapters.problems import Code, Problem, ProblemList
 
 
-def explain(file: TensorFile, parts: Iterable[TensorPart], problems: ProblemList) -> None:
-    """Reads tensors of which parts cannot be held, and notes what is wrong with each tensor.
-
-    Args:
-        file: An open file.
-        parts: Parts that `read_once` found to be bad.
-        problems: Where problems are noted.
-
-    Raises:
-        AdapterReadError: The file was truncated after it was opened, or cannot be read.
-    """
+def explain(file: TensorFile, parts: Iterable[TensorPart]) -> list[Problem]:
+    """Reads tensors with parts that `read_once` found bad; says why; raises `AdapterReadError`."""
+    problems = ProblemList(str(file.file.path))
     causes = {(part.tensor, part.scale, part.dtype): None for part in parts}
     for name, factor, dtype in sorted(causes, key=lambda cause: file.tensors[cause[0]].begin):
         info = file.tensors[name]
@@ -63,6 +54,7 @@ def explain(file: TensorFile, parts: Iterable[TensorPart], problems: ProblemList
                 hint="serve it with --lora-dtype bfloat16, which reaches further, or scale it down",
                 cause="overflow",
             )
+    return problems.grouped()
 
 
 def _look(file: TensorFile, info: TensorInfo) -> tuple[float, int, int]:

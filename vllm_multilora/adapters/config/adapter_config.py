@@ -48,18 +48,13 @@ class AdapterConfig:
         target_modules: As in the file: names, or one regular expression; None if it is null.
         rslora: Whether the scaling is alpha / sqrt(rank) instead of alpha / rank
             (rank-stabilised LoRA, https://arxiv.org/abs/2312.03732).
-        rank_pattern: Pattern of module names -> rank.
-        alpha_pattern: Pattern of module names -> alpha.
         target_weights: Those of `target_parameters` that are modules' weights, such as a router's
             `gate.weight`: patterns are matched with their names there, not with the modules'.
-        modules_to_save: Modules that the checkpoint holds whole.
         bias: `none`, `all` or `lora_only`: which of the base model's biases were trained.
-        dora: Whether it is a DoRA adapter, which has magnitudes beside A and B.
         invocation_tokens: `alora_invocation_tokens`: the token ids from whose last occurrence in a
             prompt on the adapter acts (activated LoRA, https://arxiv.org/abs/2504.12397); none: it
             acts on all of it.
         base_model: `base_model_name_or_path`: what it was trained on, in its author's words.
-        raw: Everything in the file.
         budget: What all of its patterns together may take.
     """
 
@@ -69,7 +64,7 @@ class AdapterConfig:
     rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    target_weights: tuple[str, ...] = ()
+    target_weights: frozenset[str] = frozenset()
     modules_to_save: tuple[str, ...] = ()
     bias: str = "none"
     dora: bool = False
@@ -80,14 +75,9 @@ class AdapterConfig:
 
     @classmethod
     def read(cls, text: str | bytes, where: str) -> tuple[AdapterConfig | None, list[Problem]]:
-        """Reads a configuration and says all that is wrong with its keys.
+        """Reads a configuration, which is None if there are problems, and all problems of its keys.
 
-        Args:
-            text: The file's content.
-            where: What problems call it, such as its path.
-
-        Returns:
-            The configuration, None if there are problems; and these.
+        `where` is what problems call it, such as its path.
         """
         raw = read_object(text, where)
         if isinstance(raw, Problem):
@@ -105,11 +95,7 @@ class AdapterConfig:
         return self._match("rank_pattern", self._ranks, module, self.rank)
 
     def scaling(self, module: str) -> float:
-        """The factor of B @ A for a module, by its name as for `rank_of`.
-
-        Raises:
-            AdapterFormatError: The patterns take too long to match.
-        """
+        """The factor of B @ A for a module; its name and errors as of `rank_of`."""
         rank = self.rank_of(module)
         alpha = self._match("alpha_pattern", self._alphas, module, self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
@@ -124,11 +110,7 @@ class AdapterConfig:
 
     def is_named_by_weight(self, module: str) -> bool:
         """Whether `target_parameters` name the weight of a module, and so the module."""
-        return is_of(f"{module}.weight", self._weights)
-
-    @cached_property
-    def _weights(self) -> frozenset[str]:
-        return frozenset(self.target_weights)
+        return is_of(f"{module}.weight", self.target_weights)
 
     def key_of(self, module: str) -> str:
         """The key that names a module: `target_parameters` if these name a parameter of it."""
@@ -203,7 +185,11 @@ class _Reader:
             bias=self._bias(),
             dora=self._flag("use_dora"),
             invocation_tokens=self._invocation_tokens(),
-            base_model=self._base_model(),
+            base_model=self._optional(
+                "base_model_name_or_path",
+                lambda value: isinstance(value, str),
+                "the name of the base model",
+            ),
             raw=self._raw,
             budget=self._budget,
         )
@@ -246,11 +232,16 @@ class _Reader:
             self._refuse(key, "a finite number", at=at, found=shown(value))
         return number
 
-    def _flag(self, key: str) -> bool:
+    def _optional(self, key: str, is_right: Callable[[Any], bool], expected: str) -> Any:
+        """A key's value; None where there is none, or a wrong one."""
         value = self._raw.get(key)
-        if value is not None and not isinstance(value, bool):
-            self._refuse(key, "true or false")
-        return bool(value)
+        if value is None or is_right(value):
+            return value
+        self._refuse(key, expected)
+        return None
+
+    def _flag(self, key: str) -> bool:
+        return bool(self._optional(key, lambda value: isinstance(value, bool), "true or false"))
 
     def _bias(self) -> str:
         value = self._raw.get("bias", "none")
@@ -292,18 +283,17 @@ class _Reader:
             return value
         return self._names("target_modules", " or a text") if "target_modules" in self._raw else ()
 
-    def _target_weights(self) -> tuple[str, ...]:
+    def _target_weights(self) -> frozenset[str]:
         names = self._names("target_parameters") or ()
-        return tuple(name for name in names if f".{name}".endswith(".weight"))
+        return frozenset(name for name in names if f".{name}".endswith(".weight"))
 
     def _names(self, key: str, or_what: str = "") -> tuple[str, ...] | None:
-        value = self._raw.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            self._refuse(key, f"a list of module names{or_what}")
-            return ()
-        return tuple(value)
+        value = self._optional(
+            key,
+            lambda names: isinstance(names, list) and all(isinstance(n, str) for n in names),
+            f"a list of module names{or_what}",
+        )
+        return None if value is None else tuple(value)
 
     def _check_unused(self) -> None:
         """Keys that PEFT wants right, although serving does not depend on them.
@@ -317,13 +307,6 @@ class _Reader:
         numbers = layers if isinstance(layers, list) else [layers]
         if layers is not None and not all(type(n) is int and n >= 0 for n in numbers):
             self._refuse("layers_to_transform", "the number of a layer, or a list of numbers")
-
-    def _base_model(self) -> str | None:
-        value = self._raw.get("base_model_name_or_path")
-        if value is not None and not isinstance(value, str):
-            self._refuse("base_model_name_or_path", "the name of the base model")
-            return None
-        return value
 
     def _patterns(self, what: str, read: Callable[[str, Any, str], _Value]) -> Mapping[str, _Value]:
         key = f"{what}_pattern"
@@ -361,12 +344,7 @@ class _Reader:
 
 
 def read_object(text: str | bytes, where: str) -> dict[str, Any] | Problem:
-    """Parses a configuration; what is wrong with it as JSON becomes a problem.
-
-    Args:
-        text: The file's content.
-        where: What problems call it, such as its path.
-    """
+    """Parses a configuration; what is wrong with it as JSON becomes a problem."""
     # As PEFT and vLLM read it; `json` alone would take other encodings of bytes too.
     content = text.encode(errors="surrogatepass") if isinstance(text, str) else text
     try:

@@ -36,13 +36,7 @@ _PLAIN_INITIALISATIONS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lo
 
 
 def config_problems(config: AdapterConfig, file: str, layout: ModelLayout) -> list[Problem]:
-    """What of a configuration the server cannot serve, whatever the tensors are.
-
-    Args:
-        config: A configuration without wrong values.
-        file: What problems call its file.
-        layout: What the base model accepts.
-    """
+    """What of a configuration the server cannot serve, whatever the tensors are."""
     return [
         *feature_problems(config, file),
         *_dora(config, file, layout),

@@ -61,11 +61,7 @@ class Budget:
             self._end = None
 
     def count_expression(self) -> None:
-        """A pattern that is no name is going to be compiled.
-
-        Raises:
-            PatternError: There are too many already, or no time is left.
-        """
+        """Counts a pattern that is to be compiled; `PatternError`: too many, or no time is left."""
         self._expressions += 1
         if self._expressions > MAX_EXPRESSIONS:
             raise PatternError(
@@ -75,11 +71,7 @@ class Budget:
         self.require_left()
 
     def require_left(self) -> None:
-        """Ends a block of `spending` that has taken too long.
-
-        Raises:
-            PatternError: Nothing is left.
-        """
+        """Ends a block of `spending` that has taken too long, by a `PatternError`."""
         if self._end is not None and time.thread_time() > self._end:
             raise PatternError(
                 f"matching module names takes more than {MAX_SECONDS:g} s of processor time"
@@ -87,12 +79,7 @@ class Budget:
 
 
 class PatternMatcher(Generic[_Value]):
-    """Looks values up by the first pattern that fits a module's name.
-
-    Args:
-        values: Values by pattern, all of them found safe by `check_pattern`.
-        budget: What looking up may take.
-    """
+    """Looks values up by the first pattern that fits; `check_pattern` finds all of them safe."""
 
     def __init__(self, values: Mapping[str, _Value], budget: Budget) -> None:
         self._values = list(values.values())
@@ -100,7 +87,7 @@ class PatternMatcher(Generic[_Value]):
         self._literals = _Literals()
         self._expressions: list[int] = []
         for index, pattern in enumerate(self._patterns):
-            if _is_literal(pattern):
+            if _LITERAL.fullmatch(pattern):
                 self._literals.add(pattern, index)
             else:
                 self._expressions.append(index)
@@ -109,15 +96,10 @@ class PatternMatcher(Generic[_Value]):
         self._budget = budget
 
     def __bool__(self) -> bool:
-        """Whether there are any patterns."""
         return bool(self._values)
 
     def get(self, name: str) -> _Value | None:
-        """The value for a module's name; None if no pattern fits.
-
-        Raises:
-            PatternError: The budget does not suffice.
-        """
+        """The value for a module's name; None if no pattern fits; `PatternError`: out of budget."""
         if not self._values:
             return None
         if name not in self._known:
@@ -127,7 +109,6 @@ class PatternMatcher(Generic[_Value]):
         return self._known[name]
 
     def _first(self, name: str) -> int | None:
-        """The index of the first pattern that fits."""
         if "\n" in name:  # which `.` does not match, and `$` does not mind at the end
             return self._first_of(name, range(len(self._patterns)))
         literal = self._literals.first(name, self._budget)
@@ -183,24 +164,13 @@ def _with_dots(text: str, places: tuple[int, ...]) -> str:
     return ".".join(text[a:b] for a, b in zip(begins, (*places, len(text)), strict=True))
 
 
-def _is_literal(pattern: str) -> bool:
-    """Whether a pattern is a name, in which dots alone have another meaning."""
-    return _LITERAL.fullmatch(pattern) is not None
-
-
 def check_pattern(pattern: str, budget: Budget) -> None:
-    """Raises if a pattern is not one that can be matched in bounded time.
-
-    Args:
-        pattern: One of an adapter's.
-        budget: The adapter's.
-
-    Raises:
-        PatternError: It is no regular expression, too long, repeats too much, or is one of too
-            many.
-    """
-    _check_length(pattern)
-    if _is_literal(pattern):
+    """Raises `PatternError` for one too many, and one that may not match in bounded time."""
+    if len(pattern) > MAX_CHARACTERS:
+        raise PatternError(
+            f"has {len(pattern)} characters, and at most {MAX_CHARACTERS} are allowed"
+        )
+    if _LITERAL.fullmatch(pattern):
         return
     budget.count_expression()
     if _Scan(pattern).choices > MAX_CHOICES:
@@ -209,23 +179,13 @@ def check_pattern(pattern: str, budget: Budget) -> None:
 
 
 def check_expression(pattern: str) -> None:
-    """Raises if a text is not a regular expression at all; it is not going to be matched.
+    """Raises `PatternError` if a text is no regular expression; it is not going to be matched.
 
     One that is very long is taken for one: trainers write all modules' names into it.
-
-    Raises:
-        PatternError: It is not.
     """
     # Compiling sets of characters takes milliseconds for each where case is ignored.
     if len(pattern) <= MAX_CHARACTERS and not _IGNORES_CASE.search(pattern):
         _compile(pattern)
-
-
-def _check_length(pattern: str) -> None:
-    if len(pattern) > MAX_CHARACTERS:
-        raise PatternError(
-            f"has {len(pattern)} characters, and at most {MAX_CHARACTERS} are allowed"
-        )
 
 
 def _compile(pattern: str) -> None:
@@ -236,11 +196,7 @@ def _compile(pattern: str) -> None:
 
 
 class _Scan:
-    """Goes through a pattern once and multiplies up the ways in which it can be tried.
-
-    Attributes:
-        choices: About how many ways there are to match a module's name.
-    """
+    """Goes through a pattern once and multiplies up the `choices` in which it can be tried."""
 
     def __init__(self, pattern: str) -> None:
         self.choices = 1

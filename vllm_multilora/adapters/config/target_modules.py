@@ -27,9 +27,6 @@ class Targets:
     Names in a list may be whole ones. These are compared from a layer's number on, or by their last
     part if they have none: what stands before that may be the training framework's. Expressions
     that could take long, as some trainers write, are not matched.
-
-    Args:
-        config: The configuration.
     """
 
     def __init__(self, config: AdapterConfig) -> None:
@@ -52,11 +49,7 @@ class Targets:
                 self._layers = frozenset([layers] if isinstance(layers, int) else layers or ())
 
     def leaves_out(self, module: str) -> str | None:
-        """The key that leaves a module out; None: none does, as far as is known.
-
-        Args:
-            module: Its name in the checkpoint, without PEFT's prefix.
-        """
+        """The key that leaves a module out, by its name without PEFT's prefix; None: none known."""
         if module.endswith((FUSED_EXPERTS, WRAPPED_EXPERTS)) or self._is_named_by_weight(module):
             return None  # PEFT adapts parameters whatever modules it adapts
         parts = module.split(".")

@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -37,13 +38,6 @@ class AdapterFolder(OpenDescriptor):
     without any right to read it; what the descriptor then refers to is judged, and only this is
     opened for reading. So a link that is changed at any moment leads nowhere else, and opening
     a pipe or a device neither blocks nor does anything.
-
-    Args:
-        path: The folder, as problems call it.
-        roots: Where it and its files must lie.
-
-    Attributes:
-        path: The folder, as problems call it.
 
     Raises:
         AdapterNotFoundError: There is no such folder.
@@ -130,10 +124,10 @@ class AdapterFolder(OpenDescriptor):
     def _raise(self, error: OSError) -> None:
         raise AdapterReadError.of(unreadable(self.path, error)) from error
 
-    def has(self, name: str) -> bool:
+    def has(self, name: str, *, follow_links: bool = True) -> bool:
         """Whether there is anything of this name."""
         try:
-            os.stat(name, dir_fd=self._descriptor)
+            os.stat(name, dir_fd=self._descriptor, follow_symlinks=follow_links)
         except OSError:
             return False
         return True
@@ -141,38 +135,19 @@ class AdapterFolder(OpenDescriptor):
     def _missing(self, name: str) -> Problem:
         entries: list[str] = []
         nested: list[str] = []
-        try:
+        with suppress(OSError):  # the problem is that of the missing file
             listing = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._descriptor)
-        except OSError:
-            return no_file(str(self.path), name, entries, nested)
-        try:
-            with os.scandir(listing) as found:
+            with OpenDescriptor(listing), os.scandir(listing) as found:
                 for entry in islice(found, _MAX_LISTED):
                     entries.append(entry.name)
-                    if entry.is_dir(follow_symlinks=False) and self._is_adapter(entry.name):
+                    config = f"{entry.name}/{CONFIG_NAME}"
+                    if entry.is_dir(follow_symlinks=False) and self.has(config, follow_links=False):
                         nested.append(entry.name)
-        except OSError:
-            pass  # the problem is that of the missing file
-        finally:
-            os.close(listing)
         return no_file(str(self.path), name, entries, nested)
-
-    def _is_adapter(self, name: str) -> bool:
-        """Whether a folder in this one has a configuration; no link is followed."""
-        try:
-            os.stat(f"{name}/{CONFIG_NAME}", dir_fd=self._descriptor, follow_symlinks=False)
-        except OSError:
-            return False
-        return True
 
 
 def read_config(file: RegularFile, limits: SizeLimits) -> bytes:
-    """The content of an `adapter_config.json`.
-
-    Raises:
-        AdapterFormatError: The file is too large.
-        AdapterReadError: It cannot be read.
-    """
+    """The content of an `adapter_config.json`; raises `AdapterError`: too large, or unreadable."""
     size = file.fingerprint.size
     if size > limits.config_bytes:
         raise AdapterFormatError.at(
@@ -181,8 +156,7 @@ def read_config(file: RegularFile, limits: SizeLimits) -> bytes:
             f"longer than {limits.config_bytes} bytes ({size})",
             "what PEFT's save_pretrained writes",
         )
-    content = bytearray(size)
-    return bytes(content[: file.read_into(memoryview(content), 0)])
+    return bytes(file.read(size))
 
 
 def _location(descriptor: int) -> str:

@@ -28,7 +28,6 @@ class AllowedRoots:
 
     @classmethod
     def of(cls, settings: MultiLoRAConfig) -> AllowedRoots:
-        """What a server's settings allow."""
         return cls(settings.allowed_roots, settings.adapter_dir)
 
     def roots_for(self, path: str | Path) -> tuple[str, ...]:
@@ -42,15 +41,7 @@ class AllowedRoots:
         return not self.roots_for(path) or _is_below(Path(os.path.realpath(path)), self._roots)
 
     def require(self, path: Path, real: str) -> None:
-        """Refuses what has been opened outside the roots.
-
-        Args:
-            path: What problems call it.
-            real: Where it lies, without links, as the system says of the open descriptor.
-
-        Raises:
-            AdapterFormatError: It lies elsewhere.
-        """
+        """Raises `AdapterFormatError` for what lies outside the roots; `real` has no links."""
         if not self.roots_for(path) or _is_below(Path(real), self._roots):
             return
         roots = ", ".join(map(str, self._roots))

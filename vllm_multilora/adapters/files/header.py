@@ -8,14 +8,13 @@ header's end); then the tensors, row-major and without gaps. https://huggingface
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeGuard
 
 from multilora_kernels.dtypes import SAFETENSORS_DTYPES, DType
-from vllm_multilora.adapters.adapter_errors import AdapterFormatError, AdapterReadError
+from vllm_multilora.adapters.adapter_errors import AdapterFormatError
 from vllm_multilora.adapters.files.json_text import JsonTooLargeError, parse_json
-from vllm_multilora.adapters.files.regular_file import unreadable
+from vllm_multilora.adapters.files.regular_file import RegularFile
 from vllm_multilora.adapters.model.size_limits import SizeLimits
 from vllm_multilora.adapters.problems import Code, Problem, shown, shown_name
 from vllm_multilora.wording import counted
@@ -41,14 +40,7 @@ _OTHER_FORMATS = {
 
 
 class TensorInfo(NamedTuple):
-    """A tensor in the file.
-
-    Attributes:
-        dtype: Its type.
-        shape: Its shape.
-        begin: Its first byte, counted from the file's beginning.
-        end: One past its last byte.
-    """
+    """A tensor in the file; its bytes [begin, end) are counted from the file's beginning."""
 
     dtype: DType
     shape: tuple[int, ...]
@@ -57,20 +49,11 @@ class TensorInfo(NamedTuple):
 
 
 def read_header(
-    descriptor: int,
-    size: int,
-    file: str,
-    limits: SizeLimits,
-    show: Callable[[memoryview], object] | None = None,
+    opened: RegularFile, limits: SizeLimits, show: Callable[[memoryview], object] | None = None
 ) -> dict[str, TensorInfo]:
     """Reads a header and checks that the file is as it says.
 
-    Args:
-        descriptor: The open file.
-        size: Its bytes.
-        file: What problems call it, such as its path.
-        limits: What is read at most.
-        show: Called with the bytes up to the first tensor, in order, as they were read.
+    `show` is called with the bytes up to the first tensor, in order, as they were read.
 
     Returns:
         The tensors in the order of their bytes.
@@ -79,7 +62,8 @@ def read_header(
         AdapterFormatError: The file is no safetensors file, damaged, or its header too large.
         AdapterReadError: The file cannot be read.
     """
-    header, start = _parse(descriptor, size, file, limits, show)
+    file, size = str(opened.path), opened.fingerprint.size
+    header, start = _parse(opened, limits, show)
     metadata = header.pop("__metadata__", None)
     if metadata is None:  # which safetensors takes for none too
         metadata = {}
@@ -114,18 +98,15 @@ def read_header(
 
 
 def _parse(
-    descriptor: int,
-    size: int,
-    file: str,
-    limits: SizeLimits,
-    show: Callable[[memoryview], object] | None,
+    opened: RegularFile, limits: SizeLimits, show: Callable[[memoryview], object] | None
 ) -> tuple[dict[str, Any], int]:
     """The header's JSON, and where it ends."""
-    prefix = _read(descriptor, LENGTH_BYTES, 0, size, file)
+    file, size = str(opened.path), opened.fingerprint.size
+    prefix = _read(opened, LENGTH_BYTES, 0)
     length = int.from_bytes(prefix, "little")
     possible = size - LENGTH_BYTES
     if length > possible:
-        other = _other_format(descriptor)
+        other = _other_format(opened)
         raise AdapterFormatError.at(
             Code.NOT_SAFETENSORS,
             file,
@@ -142,7 +123,7 @@ def _parse(
             f"at most {limits.header_bytes}",
             verb="has",
         )
-    text = _read(descriptor, length, LENGTH_BYTES, size, file)
+    text = _read(opened, length, LENGTH_BYTES)
     if show is not None:
         show(memoryview(prefix))
         show(memoryview(text))
@@ -176,28 +157,22 @@ def _parse(
     return header, LENGTH_BYTES + length
 
 
-def _read(descriptor: int, count: int, at: int, size: int, file: str) -> bytes:
-    try:
-        content = os.pread(descriptor, count, at)
-    except OSError as error:
-        raise AdapterReadError.of(unreadable(file, error)) from error
+def _read(opened: RegularFile, count: int, at: int) -> bytearray:
+    content = opened.read(count, at)
     if len(content) < count:
+        size = counted(opened.fingerprint.size, "byte")
         raise AdapterFormatError.at(
             Code.NOT_SAFETENSORS,
-            file,
-            f"no safetensors file: it has {counted(size, 'byte')} and ends inside the header",
+            str(opened.path),
+            f"no safetensors file: it has {size} and ends inside the header",
             "a safetensors file",
             hint=_SAVE_AGAIN,
         )
     return content
 
 
-def _other_format(descriptor: int) -> str | None:
-    most = max(map(len, _OTHER_FORMATS))
-    try:
-        beginning = os.pread(descriptor, most, 0)
-    except OSError:
-        return None
+def _other_format(opened: RegularFile) -> str | None:
+    beginning = opened.read(max(map(len, _OTHER_FORMATS)))
     return next(
         (name for magic, name in _OTHER_FORMATS.items() if beginning.startswith(magic)), None
     )

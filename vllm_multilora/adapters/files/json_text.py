@@ -15,12 +15,7 @@ from vllm_multilora.adapters.problems import shown
 
 
 class JsonTooLargeError(ValueError):
-    """A text would become more than is taken.
-
-    Attributes:
-        found: What it has, in words.
-        most: How many of these are taken.
-    """
+    """A text would become more than is taken."""
 
     def __init__(self, found: str, most: int) -> None:
         super().__init__(f"it has {found}, and at most {most} are taken")
@@ -28,14 +23,10 @@ class JsonTooLargeError(ValueError):
         self.most = most
 
 
-def parse_json(text: bytes, *, parts: int, values: int, unique: bool = False) -> Any:
-    """Parses a text.
+def parse_json(text: bytes | bytearray, *, parts: int, values: int, unique: bool = False) -> Any:
+    """Parses a text in UTF-8 of at most so many brackets and braces (`parts`), commas (`values`).
 
-    Args:
-        text: All of it, in UTF-8.
-        parts: How many opening brackets and braces it may have, those in strings included.
-        values: How many commas it may have, likewise.
-        unique: Whether no object may have a key twice.
+    Those in strings count too. With `unique`, no object may have a key twice.
 
     Raises:
         JsonTooLargeError: It has more than is taken.

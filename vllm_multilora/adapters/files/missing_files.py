@@ -28,12 +28,7 @@ def is_url(path: str) -> bool:
 
 
 def no_folder(path: str, *, is_file: bool = False) -> Problem:
-    """The problem of a path that leads to no folder.
-
-    Args:
-        path: As it was given: `pathlib.Path` would write a URL's two slashes as one.
-        is_file: Whether there is something else under it.
-    """
+    """The problem of a path that leads to no folder, as it was given: `Path` would change a URL."""
     name = shown_name(path)
     if is_url(path):
         message = f"{name} is a URL, and adapters are read from folders, expected {EXPECTED}"
@@ -50,14 +45,7 @@ def no_folder(path: str, *, is_file: bool = False) -> Problem:
 def no_file(
     folder: str, missing: str, entries: Collection[str], nested: Collection[str]
 ) -> Problem:
-    """The problem of a folder without one of its two files.
-
-    Args:
-        folder: Its path.
-        missing: The file's name.
-        entries: The names of what is in the folder.
-        nested: The names of its sub-folders that hold an `adapter_config.json`.
-    """
+    """The problem of a folder without one of its two files; `nested` are adapters in it."""
     path = f"{folder}/{missing}"
     found, hint = _instead(folder, missing, entries, nested)
     if not found:

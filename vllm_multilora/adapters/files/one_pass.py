@@ -29,7 +29,6 @@ class TensorPart(NamedTuple):
     """A part of a tensor that is to be packed, or only judged.
 
     Attributes:
-        tensor: The tensor's name.
         dtype: Of the slots.
         scale: The factor of its values on the way into a slot.
         rows: First row that is wanted, and one past the last; a vector is a column. None: the
@@ -77,7 +76,7 @@ def read_once(
     """
     matrices = {part.tensor for part in parts if part.rows is not None}
     bounds = np.fromiter(_bounds(file, matrices), np.int64)
-    table, part_of = _cut(_Whole.of(parts, file.tensors, addresses), bounds)
+    table, part_of = _cut(parts, file.tensors, addresses, bounds)
     buffers = np.empty((2, int(np.diff(bounds).max(initial=0))), np.uint8)
     shown: list[Future[object] | None] = [None, None]
     is_alone = len(bounds) <= 2  # one span: a thread would cost more than it saves
@@ -134,22 +133,30 @@ def _bounds(file: TensorFile, matrices: set[str]) -> Iterator[int]:
         yield at
 
 
-def _cut(whole: _Whole, bounds: _Ints) -> tuple[PieceTable, _Ints]:
-    """Cuts parts where spans end.
-
-    Returns:
-        The pieces, and the part that each is of.
-    """
+def _cut(
+    parts: Sequence[TensorPart],
+    tensors: Mapping[str, TensorInfo],
+    addresses: _Ints | None,
+    bounds: _Ints,
+) -> tuple[PieceTable, _Ints]:
+    """Cuts parts where spans end; returns the pieces, and the part that each is of."""
+    rows = [_numbers(part, tensors[part.tensor]) for part in parts]
+    numbers = np.array(rows, np.int64).reshape(len(rows), len(_FIELDS)).T
+    whole = dict(zip(_FIELDS, numbers, strict=True))
+    if addresses is not None:
+        whole["target"] = addresses
+    begin = whole["matrix"] + whole["first"] * whole["row_bytes"]
+    end = whole["matrix"] + whole["last"] * whole["row_bytes"]
     # The spans that each part reaches into.
-    low = np.searchsorted(bounds, whole.begin, side="right") - 1
-    high = np.searchsorted(bounds, whole.end, side="left")
-    counts = np.where(whole.end > whole.begin, high - low, 0)
+    low = np.searchsorted(bounds, begin, side="right") - 1
+    high = np.searchsorted(bounds, end, side="left")
+    counts = np.where(end > begin, high - low, 0)
     part_of = np.repeat(np.arange(len(counts)), counts)
     ordinal = np.arange(len(part_of)) - np.repeat(np.cumsum(counts) - counts, counts)
     span_of = low[part_of] + ordinal
     order = np.argsort(span_of, kind="stable")
     part_of, span_of = part_of[order], span_of[order]
-    of = whole.rows_of(part_of)
+    of = {name: column[part_of] for name, column in whole.items()}
     # Rows, counted from the matrix's first, that lie in the span.
     row = np.maximum(of["first"], (bounds[span_of] - of["matrix"]) // of["row_bytes"])
     last = np.minimum(of["last"], (bounds[span_of + 1] - of["matrix"]) // of["row_bytes"])
@@ -164,9 +171,9 @@ def _cut(whole: _Whole, bounds: _Ints) -> tuple[PieceTable, _Ints]:
         "target_stride",
         "target_dtype",
         "kind",
-        "scale",
     ):
         pieces[name] = of[name]
+    pieces["scale"] = np.array([part.scale for part in parts], np.float64)[part_of]
     firsts = np.searchsorted(span_of, np.arange(len(bounds)))
     return PieceTable(pieces, firsts, np.diff(bounds)), part_of
 
@@ -186,32 +193,6 @@ _FIELDS = (
     "target_dtype",
     "kind",
 )
-
-
-class _Whole:
-    """Parts that have not been cut, as columns of numbers."""
-
-    def __init__(self, numbers: _Ints, scales: npt.NDArray[np.float64]) -> None:
-        self._numbers = dict(zip(_FIELDS, numbers, strict=True))
-        self._scales = scales
-        matrix, row_bytes = self._numbers["matrix"], self._numbers["row_bytes"]
-        self.begin = matrix + self._numbers["first"] * row_bytes
-        self.end = matrix + self._numbers["last"] * row_bytes
-
-    @classmethod
-    def of(
-        cls, parts: Sequence[TensorPart], tensors: Mapping[str, TensorInfo], addresses: _Ints | None
-    ) -> _Whole:
-        rows = [_numbers(part, tensors[part.tensor]) for part in parts]
-        numbers = np.array(rows, np.int64).reshape(len(rows), len(_FIELDS)).T
-        if addresses is not None:
-            numbers[_FIELDS.index("target")] = addresses
-        return cls(numbers, np.array([part.scale for part in parts], np.float64))
-
-    def rows_of(self, indexes: _Ints) -> dict[str, npt.NDArray[np.generic]]:
-        """All columns, of the parts with these indexes."""
-        found: dict[str, npt.NDArray[np.generic]] = {"scale": self._scales[indexes]}
-        return found | {name: column[indexes] for name, column in self._numbers.items()}
 
 
 def _row_length(info: TensorInfo) -> int:

@@ -33,10 +33,6 @@ def pickled_name(folder: AdapterFolder) -> str | None:
 def as_safetensors(pickled: RegularFile, most_bytes: int) -> RegularFile:
     """The same tensors as a safetensors file in memory, under the same name.
 
-    Args:
-        pickled: The file, open.
-        most_bytes: How many bytes its tensors may have.
-
     Raises:
         AdapterFormatError: The file is no dictionary of tensors, or is too large.
         AdapterReadError: The file cannot be read.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -20,9 +21,6 @@ class Fingerprint:
     """What tells one state of a file from another.
 
     Attributes:
-        device: The number of its file system.
-        inode: The file's number there.
-        size: Bytes.
         mtime_ns: When its content last changed, in nanoseconds; whoever may write it may set it.
         ctime_ns: When anything about it last changed; nobody can set it.
     """
@@ -35,7 +33,6 @@ class Fingerprint:
 
     @classmethod
     def of(cls, status: os.stat_result) -> Fingerprint:
-        """The fingerprint in the result of `os.stat` or `os.fstat`."""
         return cls(
             status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
         )
@@ -54,11 +51,7 @@ class Fingerprint:
 
 
 class OpenDescriptor:
-    """A file descriptor; a context manager that closes it.
-
-    Args:
-        descriptor: Closed with this object.
-    """
+    """A file descriptor; a context manager that closes it."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -82,14 +75,6 @@ class RegularFile(OpenDescriptor):
     It is read with `pread`, never through a memory map: where a mapped file is truncated by
     someone else, touching the lost pages ends the process with SIGBUS. A file that is replaced
     meanwhile is read on as it was; one that is written to in place is noticed.
-
-    Args:
-        descriptor: Open for reading; closed with this object.
-        path: What problems call it.
-
-    Attributes:
-        path: What problems call it.
-        fingerprint: Of the file, as it was opened.
     """
 
     def __init__(self, descriptor: int, path: Path) -> None:
@@ -100,28 +85,13 @@ class RegularFile(OpenDescriptor):
         self._links = status.st_nlink
 
     def fileno(self) -> int:
-        """The descriptor.
-
-        Raises:
-            ValueError: The file is closed.
-        """
+        """The descriptor; raises `ValueError` when the file is closed."""
         if self._descriptor < 0:
             raise ValueError(f"{self.path} is closed")
         return self._descriptor
 
     def read_into(self, target: memoryview, offset: int) -> int:
-        """Reads bytes from an offset on; fewer than asked for where the file ends.
-
-        Args:
-            target: [bytes], where they go.
-            offset: Of the first byte.
-
-        Returns:
-            How many there were.
-
-        Raises:
-            AdapterReadError: The file cannot be read.
-        """
+        """Reads bytes from an offset on; how many, fewer at the end; raises `AdapterReadError`."""
         done = 0
         try:
             while done < len(target):
@@ -133,29 +103,26 @@ class RegularFile(OpenDescriptor):
             raise AdapterReadError.of(unreadable(self.path, error)) from error
         return done
 
-    def hole_bytes(self) -> int:
-        """About how many of the file's bytes are stored nowhere; 0 where nobody can tell.
+    def read(self, count: int, offset: int = 0) -> bytearray:
+        """So many bytes from an offset on, fewer at the file's end; raises `AdapterReadError`."""
+        content = bytearray(count)
+        del content[self.read_into(memoryview(content), offset) :]
+        return content
 
-        Holes are counted up to the thousandth.
-        """
+    def hole_bytes(self) -> int:
+        """About how many bytes are in the file's first thousand holes; 0 where nobody can tell."""
         holes, at, size = 0, 0, self.fingerprint.size
-        try:
+        with suppress(OSError):
             for _ in range(_MAX_HOLES):
                 if at >= size:
                     break
                 hole = os.lseek(self.fileno(), at, os.SEEK_HOLE)
                 at = _next_data(self.fileno(), hole, size)
                 holes += at - hole
-        except OSError:
-            pass
         return holes
 
     def require_unchanged(self) -> None:
-        """Raises if the file has been written to since it was opened.
-
-        Raises:
-            AdapterReadError: It has; what was read since may be a mixture of two adapters.
-        """
+        """Raises `AdapterReadError` if it was written to since opened: it may be a mixture."""
         status = os.fstat(self.fileno())
         now = Fingerprint.of(status)
         if status.st_nlink < self._links:
@@ -205,17 +172,4 @@ def too_large(path: str, size: int, most: int) -> Problem:
         f"{size} bytes",
         f"at most {most}, more than the base model's largest adapter needs",
         verb="has",
-    )
-
-
-def mostly_holes(path: str, size: int, holes: int) -> Problem:
-    """The problem of a file that says to be large and holds little."""
-    return Problem.at(
-        Code.FILE_TOO_LARGE,
-        path,
-        "",
-        f"{size} bytes of which {holes} are stored nowhere (a sparse file)",
-        "an adapter's weights",
-        verb="has",
-        hint="copy or save the adapter again",
     )

@@ -15,13 +15,7 @@ from vllm_multilora.adapters.problems import Code, Problem, shown_name
 class TensorFile:
     """A safetensors file, its header read and checked.
 
-    Args:
-        file: The open file; whoever opened it closes it.
-        limits: What is read at most.
-        show: Called with the bytes before the first tensor's.
-
     Attributes:
-        file: The open file.
         tensors: The tensors in it by name, in the order of their bytes.
 
     Raises:
@@ -36,7 +30,7 @@ class TensorFile:
         show: Callable[[memoryview], object] | None = None,
     ) -> None:
         self.file = file
-        tensors = read_header(file.fileno(), file.fingerprint.size, str(file.path), limits, show)
+        tensors = read_header(file, limits, show)
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
 
     @property
@@ -50,11 +44,7 @@ class TensorFile:
         return self.file.fingerprint.size
 
     def ends_early(self, at: int) -> AdapterReadError:
-        """The error for a file that has become shorter than its header says.
-
-        Args:
-            at: Where it ends now.
-        """
+        """The error for a file that has become shorter than its header says."""
         inside = (name for name, info in self.tensors.items() if info.end > at)
         name = next(inside, "its last tensor")
         path, found = self.file.path, f"the file ends inside {shown_name(name)}"

@@ -82,7 +82,6 @@ class SpecialShape:
     Attributes:
         inputs: Columns of A in a checkpoint: an embedding's vocabulary, a head's hidden size.
         outputs: Rows of B in a checkpoint: an embedding's hidden size, a head's vocabulary.
-        embedding: Whether it is an embedding.
     """
 
     inputs: int
@@ -115,9 +114,7 @@ class ModelLayout:
     """All slices of the base model that packed adapters fill; plain data, which can be sent.
 
     Attributes:
-        slices: In any order.
         max_rank: The largest rank that the slots have room for.
-        dtype: Of the slots.
         columns_first: Whether the slots hold B by columns, [r, outputs], as those of linear layers
             do, rather than by rows.
         naming: From modules' names in a checkpoint to their names here.

@@ -54,12 +54,7 @@ class SourceRename:
 class Renames:
     """The renames of vLLM's `WeightsMapper.get_rename_mapper`, in the order of application.
 
-    Attributes:
-        sources: Transformers' own.
-        expressions: Of every place where a regular expression fits.
-        substrings: Of the first occurrence of each.
-        prefixes: Of beginnings.
-        suffixes: Of ends.
+    `sources` are Transformers' own. Of `substrings`, the first occurrence is replaced.
     """
 
     sources: tuple[SourceRename, ...] = ()

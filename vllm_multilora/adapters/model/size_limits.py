@@ -40,9 +40,6 @@ class SizeLimits:
 
         They stay as they are where not all modules are known by name: of a mixture of experts,
         or where other workers have a part of the model.
-
-        Args:
-            layouts: What the base model accepts on each of the workers that are asked.
         """
         modules: set[str] = set()
         for layout in layouts:
@@ -59,10 +56,7 @@ class SizeLimits:
         )
 
     def most_bytes(self, layout: ModelLayout) -> int:
-        """Bytes that the tensor file of an adapter for this base model may have.
-
-        That is what its largest adapter takes in float32, with a margin.
-        """
+        """Bytes of tensors that an adapter may have: the largest one in float32, with a margin."""
         unknown = layout.special - layout.special_shapes.keys()
         return self.most_known_bytes(layout) + (_UNKNOWN_PART_BYTES if unknown else 0)
 

@@ -89,7 +89,6 @@ def unwrapped(name: str) -> str:
 
 
 def tensor_of(part: str) -> str:
-    """What PEFT calls the tensors of a part."""
     return _MAGNITUDE if part == "magnitude" else f"lora_{part}"
 
 

@@ -4,25 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from multilora_kernels.dtypes import FLOAT32
-from vllm_multilora.adapters.checks.matching import MatchedModule, TensorReport, matched_modules
-from vllm_multilora.adapters.checks.shape_checks import WEIGHT_DTYPES
+from multilora_kernels.dtypes import FLOAT32, KERNEL_DTYPES
+from vllm_multilora.adapters.checks.shape_checks import TensorReport
 from vllm_multilora.adapters.config.adapter_config import AdapterConfig
 from vllm_multilora.adapters.files.one_pass import TensorPart
 from vllm_multilora.adapters.files.tensor_file import TensorFile
-from vllm_multilora.adapters.model.layout import ModelLayout
+from vllm_multilora.adapters.model.layout import ModelLayout, SliceLayout
+
+
+class MatchedModule(NamedTuple):
+    """The names of a module's tensors that packed slots are filled from, found to fit.
+
+    Attributes:
+        rank: The true rank.
+        magnitude: The name of DoRA's magnitudes in the file; None: it has none.
+        first_row: The row of B, and the magnitude, that its first output has: not 0 in parts of a
+            module that is merged in the file.
+    """
+
+    name: str
+    a_name: str
+    b_name: str
+    rank: int
+    scaling: float
+    magnitude: str | None = None
+    first_row: int = 0
+
+    def rows_of(self, part: SliceLayout) -> tuple[int, int]:
+        """The rows [first, last) of B that a worker keeps for a slice."""
+        first, last = part.output_range
+        return self.first_row + first, self.first_row + last
 
 
 @dataclass(frozen=True)
 class RawPart:
-    """A tensor that vLLM is given as it is.
-
-    Attributes:
-        tensor: Its name in the file.
-        rank: Of the module whose A or B it is; 0 if it is a head saved whole.
-        scaling: The factor of that module's B @ A.
-    """
+    """A tensor that vLLM is given as it is; see `RawTensor`."""
 
     tensor: str
     rank: int = 0
@@ -34,8 +52,6 @@ class Applied:
     """What of an adapter one layout's workers apply.
 
     Attributes:
-        modules: Those that packed slots are filled from.
-        raw: The tensors that vLLM is given as they are.
         factors: Every other tensor that is applied, and the factor of its values.
         magnitudes: Names of DoRA's magnitudes, which are float32 whatever slots are.
     """
@@ -53,33 +69,37 @@ def applied_of(
     layout: ModelLayout | None = None,
 ) -> Applied:
     """What is applied of an adapter; modules only of one without problems, for its `layout`."""
-    factors: list[tuple[str, float]] = []
+    modules: list[MatchedModule] = []
     raw: list[RawPart] = []
+    factors: list[tuple[str, float]] = []
     magnitudes: list[str] = []
-    for module in report.modules:
+    for found in report.modules:
         rank, scaling = 0, 1.0
         if config is not None:
-            rank, scaling = config.rank_of(module.target), config.scaling(module.target)
-        for part, tensor in module.tensors.items():
+            rank, scaling = config.rank_of(found.target), config.scaling(found.target)
+        for part, tensor in found.tensors.items():
             if part == "magnitude":
                 magnitudes.append(tensor)
             else:
                 factors.append((tensor, scaling if part == "B" else 1.0))
-        if layout is not None and layout.is_special(module.name):
-            raw += [RawPart(tensor, rank, scaling) for tensor in module.tensors.values()]
+        if layout is None:
+            continue
+        if layout.is_special(found.name):
+            raw += [RawPart(tensor, rank, scaling) for tensor in found.tensors.values()]
+            continue
+        a, b, magnitude = found.tensors["A"], found.tensors["B"], found.tensors.get("magnitude")
+        true_rank, row = file.tensors[a].shape[0], 0
+        for name in layout.parts(found.name):
+            modules.append(MatchedModule(name, a, b, true_rank, scaling, magnitude, row))
+            row += layout.by_name[name][0].outputs
     factors += [(head, 1.0) for head in report.heads]
-    modules = (
-        matched_modules(report, file.tensors, config, layout)
-        if layout is not None and config is not None
-        else ()
-    )
     return Applied(
         tuple(modules),
         (*raw, *map(RawPart, report.heads)),
         tuple(
-            (name, factor) for name, factor in factors if file.tensors[name].dtype in WEIGHT_DTYPES
+            (name, factor) for name, factor in factors if file.tensors[name].dtype in KERNEL_DTYPES
         ),
-        tuple(name for name in magnitudes if file.tensors[name].dtype in WEIGHT_DTYPES),
+        tuple(name for name in magnitudes if file.tensors[name].dtype in KERNEL_DTYPES),
     )
 
 

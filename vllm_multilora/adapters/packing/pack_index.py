@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -17,14 +18,13 @@ from multilora_kernels.dtypes import KERNEL_DTYPES, DType
 
 _LENGTH_BYTES = 8
 _BY_NAME = {dtype.name: dtype for dtype in KERNEL_DTYPES}
-# Per rank: rows, ranks, a_ranks, a_places, b_places, magnitude_places. Then tensors: names,
-# dtypes, shapes, ranks, scalings; their places; the configuration.
-_Rank = tuple[bytes, bytes, bytes, bytes, bytes, bytes]
-_Wire = tuple[list[_Rank], list[tuple[str, str, list[int], int, float]], bytes, str]
+_KINDS = ("<i4", "<i4", "<i4", "<i8", "<i8", "<i8")  # of the columns of a `RankIndex`
+# Ranks with their columns. Then tensors: names, dtypes, shapes, ranks, scalings; their places; the
+# configuration.
+_Wire = tuple[list[list[bytes]], list[tuple[str, str, list[int], int, float]], bytes, str]
 
 
-@dataclass(frozen=True)
-class RankIndex:
+class RankIndex(NamedTuple):
     """One worker's slices of an adapter.
 
     Attributes:
@@ -52,7 +52,6 @@ class RawTensor:
 
     Attributes:
         dtype: One of `KERNEL_DTYPES`.
-        shape: Its shape.
         place: Where it begins; contiguous, row-major.
         rank: Of the module whose A or B it is; 0 if it is a module saved whole.
         scaling: The factor of that module's B @ A.
@@ -85,14 +84,10 @@ class PackIndex:
         places = np.array([tensor.place for tensor in self.tensors.values()], "<i8")
         wire: _Wire = (
             [
-                (
-                    _bytes(rank.rows, "<i4"),
-                    _bytes(rank.ranks, "<i4"),
-                    _bytes(rank.a_ranks, "<i4"),
-                    _bytes(rank.a_places, "<i8"),
-                    _bytes(rank.b_places, "<i8"),
-                    _bytes(rank.magnitude_places, "<i8"),
-                )
+                [
+                    np.ascontiguousarray(column, kind).tobytes()
+                    for column, kind in zip(rank, _KINDS, strict=True)
+                ]
                 for rank in self.ranks
             ],
             [
@@ -107,11 +102,7 @@ class PackIndex:
 
     @classmethod
     def decode(cls, content: bytes | memoryview) -> PackIndex:
-        """Reads an index; what lies after it is passed over.
-
-        Raises:
-            ValueError: The bytes are no index.
-        """
+        """Reads an index; what lies after it is passed over; raises `ValueError` if it is none."""
         view = memoryview(content)
         length = int.from_bytes(view[:_LENGTH_BYTES], "little")
         text = view[_LENGTH_BYTES : _LENGTH_BYTES + length]
@@ -127,13 +118,8 @@ class PackIndex:
             raise ValueError(f"not an adapter's index: {error}") from error
 
 
-def _bytes(numbers: npt.NDArray[np.integer], kind: str) -> bytes:
-    return np.ascontiguousarray(numbers, kind).tobytes()
-
-
-def _rank(columns: _Rank) -> RankIndex:
-    kinds = ("<i4", "<i4", "<i4", "<i8", "<i8", "<i8")
-    arrays = [np.frombuffer(c, kind) for c, kind in zip(columns, kinds, strict=True)]
+def _rank(columns: list[bytes]) -> RankIndex:
+    arrays = [np.frombuffer(column, kind) for column, kind in zip(columns, _KINDS, strict=True)]
     if len({len(array) for array in arrays}) > 1:
         raise ValueError(f"columns of different lengths: {[len(array) for array in arrays]}")
     return RankIndex(*arrays)

@@ -3,109 +3,74 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from multilora_kernels.dtypes import FLOAT32, DType
 from multilora_kernels.packs.packing import CONVERT, RAW, TRANSPOSE
-from vllm_multilora.adapters.checks.matching import MatchedModule
 from vllm_multilora.adapters.files.one_pass import TensorPart
 from vllm_multilora.adapters.files.tensor_file import TensorFile
 from vllm_multilora.adapters.model.layout import BLOCK_BYTES, ModelLayout, SliceLayout
-from vllm_multilora.adapters.packing.applied import Applied, judged
+from vllm_multilora.adapters.packing.applied import Applied, MatchedModule, judged
 from vllm_multilora.adapters.packing.pack_index import PackIndex, RankIndex, RawTensor
 
 _Ints = npt.NDArray[np.int64]
 
 
-class BlockPlan(Protocol):
-    """What there is to say of the blocks of any pack.
-
-    Attributes:
-        sizes: int64 [n], bytes of the blocks, the index last.
-    """
-
-    sizes: _Ints
-
-    def index(self, places: _Ints) -> PackIndex:
-        """The index of a pack whose blocks lie at these places."""
-
-
-def padded_sizes(plan: BlockPlan) -> _Ints:
-    """int64 [n], the blocks' sizes rounded up to whole cache lines, at least one."""
-    return np.maximum(-(-plan.sizes // BLOCK_BYTES), 1) * BLOCK_BYTES
-
-
-def write_index(plan: BlockPlan, addresses: _Ints, places: _Ints) -> None:
-    """Writes a pack's index into the last of its blocks; arguments as of `Intake.read`.
-
-    Raises:
-        ValueError: As many addresses and places as blocks are needed.
-    """
-    blocks = len(plan.sizes)
-    if len(addresses) != blocks or len(places) != blocks:
-        raise ValueError(
-            f"the pack has {blocks} blocks, found {len(addresses)} addresses and "
-            f"{len(places)} places"
-        )
-    content = plan.index(places).encode()
-    ctypes.memmove(int(addresses[-1]), content, len(content))
-
-
 class PackPlan:
     """The blocks of a pack: A, B, magnitudes of each worker's slices, raw tensors, and the index.
 
+    Several adapters, as those of a blend, have the ranks of a slice side by side. Magnitudes and
+    raw tensors are those of one adapter alone.
+
     Args:
-        file: The tensors.
-        layouts: What each worker keeps.
-        applied: For each of them, what of the adapter is applied there.
+        applied: For each adapter, what of it is applied by each worker.
         config: What vLLM reads of the configuration, as JSON, where there are raw tensors.
 
     Attributes:
-        parts: What is to be packed or judged; the first of them are the blocks, in their order,
-            without the index.
+        parts: For each adapter, what is to be packed, and then what is only to be judged.
+        rank: The largest rank of a slice, all adapters together.
+        has_raw: Whether there are tensors for layers that vLLM fills itself.
         sizes: int64 [n], bytes of the blocks, the index last.
+        block_bytes: int64 [n], the same, rounded up to whole cache lines, at least one.
     """
 
     def __init__(
         self,
-        file: TensorFile,
+        files: Sequence[TensorFile],
         layouts: Sequence[ModelLayout],
-        applied: Sequence[Applied],
-        config: str,
+        applied: Sequence[Sequence[Applied]],
+        config: str = "",
     ) -> None:
-        self._file = file
-        self._ranks: list[_Slices] = []
-        self.parts: list[TensorPart] = []
-        for layout, of in zip(layouts, applied, strict=True):
-            slices = _Slices(layout, of)
-            self._ranks.append(slices)
-            self.parts += slices.blocks()
-        factors = {name: factor for of in applied for name, factor in of.factors}
-        self._raw = {part.tensor: part for of in applied for part in of.raw}
+        self._files = files
+        self.parts: list[list[TensorPart]] = [[] for _ in files]
+        # Of each adapter's packed parts, the block that each goes to, and how many bytes into it.
+        self._goals: list[tuple[list[int], list[int]]] = [([], []) for _ in files]
+        self._blocks: list[int] = []  # their bytes
+        self._workers: list[_Slices] = []
+        self.rank = 0
+        for worker, layout in enumerate(layouts):
+            self._add(layout, [of[worker] for of in applied])
+        self._raw = {part.tensor: part for of in applied[0] for part in of.raw}
+        self.has_raw = bool(self._raw)
         self._config = config if self._raw else ""
-        self.parts += [
-            TensorPart(name, layouts[0].dtype, factors.get(name, 1.0), kind=RAW)
-            for name in self._raw
-        ]
-        self.blocks = len(self.parts)
-        sizes = [self._bytes(part) for part in self.parts]
-        index = len(self.index(np.zeros(self.blocks + 1, np.int64)).encode())
-        self.sizes: _Ints = np.array([*sizes, index], np.int64)
-        self.parts += unpacked(file, self.parts, layouts, applied)
-
-    @property
-    def has_raw(self) -> bool:
-        """Whether there are tensors for layers that vLLM fills itself."""
-        return bool(self._raw)
+        factors = {name: factor for of in applied[0] for name, factor in of.factors}
+        for name in self._raw:
+            info = files[0].tensors[name]
+            raw = TensorPart(name, layouts[0].dtype, factors.get(name, 1.0), kind=RAW)
+            self._put(0, raw, self._block(info.end - info.begin))
+        index = len(self.index(np.zeros(len(self._blocks) + 1, np.int64)).encode())
+        self.sizes: _Ints = np.array([*self._blocks, index], np.int64)
+        self.block_bytes: _Ints = np.maximum(-(-self.sizes // BLOCK_BYTES), 1) * BLOCK_BYTES
+        for file, parts, of in zip(files, self.parts, applied, strict=True):
+            parts += _unpacked(file, parts, layouts, of)
 
     def index(self, places: _Ints) -> PackIndex:
         """The index of a pack whose blocks lie at these places; [n], the index's own is unused."""
         ranks, first = [], 0
-        for slices in self._ranks:
+        for slices in self._workers:
             last = first + 2 * len(slices.rows)
             end = last + len(slices.scaled)
             magnitudes = np.full(len(slices.rows), -1, np.int64)
@@ -123,61 +88,109 @@ class PackPlan:
             first = end
         tensors = {}
         for raw, place in zip(self._raw.values(), places[first:].tolist(), strict=False):
-            info = self._file.tensors[raw.tensor]
+            info = self._files[0].tensors[raw.tensor]
             tensors[raw.tensor] = RawTensor(info.dtype, info.shape, place, raw.rank, raw.scaling)
         return PackIndex(tuple(ranks), tensors, self._config)
 
-    def _bytes(self, part: TensorPart) -> int:
-        if part.rows is None:
-            info = self._file.tensors[part.tensor]
-            return info.end - info.begin
-        rows, columns = part.rows[1] - part.rows[0], part.columns[1] - part.columns[0]
-        return rows * columns * part.dtype.itemsize
+    def write_index(self, addresses: _Ints, places: _Ints) -> None:
+        """Writes the index into the last block; arguments and errors as of `Intake.read`."""
+        blocks = len(self.sizes)
+        if len(addresses) != blocks or len(places) != blocks:
+            raise ValueError(
+                f"the pack has {blocks} blocks, found {len(addresses)} addresses and "
+                f"{len(places)} places"
+            )
+        content = self.index(places).encode()
+        ctypes.memmove(int(addresses[-1]), content, len(content))
+
+    def targets(self, adapter: int, addresses: _Ints | None) -> _Ints | None:
+        """Where each of an adapter's `parts` goes, of blocks at these places; 0: it is judged."""
+        if addresses is None:
+            return None
+        blocks, offsets = (np.array(each, np.int64) for each in self._goals[adapter])
+        targets = np.zeros(len(self.parts[adapter]), np.int64)
+        targets[: len(blocks)] = addresses[blocks] + offsets
+        return targets
+
+    def _add(self, layout: ModelLayout, applied: Sequence[Applied]) -> None:
+        """Plans what one worker keeps of each adapter."""
+        found: dict[int, list[tuple[SliceLayout, int, MatchedModule]]] = {}
+        for adapter, of in enumerate(applied):
+            for module in of.modules:
+                for part in layout.by_name[module.name]:
+                    found.setdefault(part.row, []).append((part, adapter, module))
+        slices = _Slices()
+        for row in sorted(found):
+            self._add_slice(layout, slices, found[row])
+        for number, row in enumerate(slices.rows):
+            part, adapter, module = found[row][0]
+            if module.magnitude is not None:
+                first, last = rows = module.rows_of(part)
+                slices.scaled.append(number)
+                magnitude = TensorPart(module.magnitude, FLOAT32, rows=rows)
+                self._put(adapter, magnitude, self._block((last - first) * FLOAT32.itemsize))
+        self._workers.append(slices)
+
+    def _add_slice(
+        self,
+        layout: ModelLayout,
+        slices: _Slices,
+        modules: Sequence[tuple[SliceLayout, int, MatchedModule]],
+    ) -> None:
+        """Puts the ranks of all adapters that have a slice side by side."""
+        of = modules[0][0]
+        rank = sum(module.rank for _, _, module in modules)
+        first, last = of.rows_of_a(rank)  # that this worker keeps
+        inputs = of.input_range[1] - of.input_range[0]
+        outputs = of.output_range[1] - of.output_range[0]
+        width, at = layout.dtype.itemsize, 0
+        a_block = self._block((last - first) * inputs * width)
+        b_block = self._block(outputs * rank * width)
+        for _, adapter, module in modules:
+            low, high = max(first, at), min(last, at + module.rank)
+            if low < high:
+                rows = low - at, high - at
+                a = TensorPart(module.a_name, layout.dtype, rows=rows, columns=of.input_range)
+                self._put(adapter, a, a_block, (low - first) * inputs * width)
+            b = TensorPart(
+                module.b_name,
+                layout.dtype,
+                module.scaling,
+                rows=module.rows_of(of),
+                columns=(0, module.rank),
+                kind=TRANSPOSE if layout.columns_first else CONVERT,
+                stride=None if layout.columns_first else rank,
+            )
+            self._put(adapter, b, b_block, at * (outputs if layout.columns_first else 1) * width)
+            at += module.rank
+        slices.rows.append(of.row)
+        slices.ranks.append(rank)
+        slices.a_ranks.append(last - first)
+        self.rank = max(self.rank, rank)
+
+    def _block(self, size: int) -> int:
+        """A new block's number."""
+        self._blocks.append(size)
+        return len(self._blocks) - 1
+
+    def _put(self, adapter: int, part: TensorPart, block: int, offset: int = 0) -> None:
+        self.parts[adapter].append(part)
+        blocks, offsets = self._goals[adapter]
+        blocks.append(block)
+        offsets.append(offset)
 
 
 class _Slices:
-    """What one worker keeps of an adapter's modules."""
+    """One worker's slices, in the order of the rank tables' rows; `scaled` have magnitudes."""
 
-    def __init__(self, layout: ModelLayout, applied: Applied) -> None:
-        kept = [
-            (part, module) for module in applied.modules for part in layout.by_name[module.name]
-        ]
-        kept.sort(key=lambda item: item[0].row)
-        self._layout = layout
-        self._kept = kept
-        self.rows = [part.row for part, _ in kept]
-        self.ranks = [module.rank for _, module in kept]
-        self.a_ranks = [last - first for first, last in (p.rows_of_a(m.rank) for p, m in kept)]
-        self.scaled = [i for i, (_, module) in enumerate(kept) if module.magnitude is not None]
-
-    def blocks(self) -> Iterator[TensorPart]:
-        """A and B of each slice, then the magnitudes of those that have some."""
-        for part, module in self._kept:
-            yield from self._pair(part, module)
-        for part, module in self._kept:
-            if module.magnitude is not None:
-                yield TensorPart(module.magnitude, FLOAT32, rows=module.rows_of(part))
-
-    def _pair(self, part: SliceLayout, module: MatchedModule) -> tuple[TensorPart, TensorPart]:
-        dtype = self._layout.dtype
-        a = TensorPart(
-            module.a_name,
-            dtype,
-            rows=part.rows_of_a(module.rank),
-            columns=part.input_range,
-        )
-        b = TensorPart(
-            module.b_name,
-            dtype,
-            module.scaling,
-            rows=module.rows_of(part),
-            columns=(0, module.rank),
-            kind=TRANSPOSE if self._layout.columns_first else CONVERT,
-        )
-        return a, b
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self.ranks: list[int] = []
+        self.a_ranks: list[int] = []
+        self.scaled: list[int] = []
 
 
-def unpacked(
+def _unpacked(
     file: TensorFile,
     packed: Sequence[TensorPart],
     layouts: Sequence[ModelLayout],

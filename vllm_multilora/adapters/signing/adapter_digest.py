@@ -35,12 +35,7 @@ _WHERE_SET = frozenset({"invocation_tokens", "target_weights"})
 
 
 class AdapterDigest:
-    """The digest of an adapter whose tensors' bytes are shown in the order of the file.
-
-    Args:
-        config: The configuration.
-        tensors: All tensors of the file; together they are all of its data.
-    """
+    """The digest of an adapter whose tensors' bytes are shown in the order of the file."""
 
     def __init__(self, config: AdapterConfig, tensors: Mapping[str, TensorInfo]) -> None:
         self._config = config
@@ -53,7 +48,6 @@ class AdapterDigest:
         self._name, self._left, self._hash = "", 0, blake3()
 
     def update(self, content: memoryview) -> None:
-        """Takes in the next bytes of the tensors."""
         at = 0
         while at < len(content):
             if not self._left:

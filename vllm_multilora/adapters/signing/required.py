@@ -18,14 +18,7 @@ _DIGEST = re.compile(f"[0-9a-f]{{{DIGITS}}}")
 
 
 class RequiredDigests:
-    """A file of digests, read again when it changes; for one thread.
-
-    Args:
-        path: The file.
-
-    Raises:
-        ConfigError: It cannot be read, or is not as it should be.
-    """
+    """A file of digests, read again when it changes; for one thread; raises `ConfigError`."""
 
     def __init__(self, path: str) -> None:
         self._file = WatchedFile(path, _parse, "required digests")

@@ -43,12 +43,7 @@ _MAX_CERTIFICATES = 8
 
 
 class SignatureError(ValueError):
-    """A signature cannot be trusted.
-
-    Attributes:
-        found: What there is.
-        expected: What should be there.
-    """
+    """A signature cannot be trusted."""
 
     def __init__(self, found: str, expected: str) -> None:
         super().__init__(f"{found}, expected {expected}")
@@ -85,7 +80,6 @@ class Manifest:
     allows_links: bool
 
     def new_hash(self, name: str) -> Hash:
-        """What takes a file's bytes in."""
         return _HASHES[self.files[name][0]]()
 
     def is_ignored(self, name: str) -> bool:
@@ -95,16 +89,7 @@ class Manifest:
 
 
 def read_manifest(content: bytes, signers: Signers, now: datetime) -> Manifest:
-    """Reads a signature; nothing of the manifest is looked at before it is known to be signed.
-
-    Args:
-        content: Of `model.sig`.
-        signers: Those who may have signed it.
-        now: The time, for certificates.
-
-    Raises:
-        SignatureError: None of them has, or the manifest is not as it should be.
-    """
+    """Reads a signature, and nothing of a manifest that is not signed; raises `SignatureError`."""
     bundle = _Json.of(content, "a signature")
     if bundle.text("mediaType") != _MEDIA_TYPE:
         raise SignatureError(
@@ -123,7 +108,6 @@ def read_manifest(content: bytes, signers: Signers, now: datetime) -> Manifest:
 
 
 def _keys(material: _Json, signers: Signers, now: datetime) -> list[EllipticCurvePublicKey]:
-    """The keys that may have signed."""
     if "x509CertificateChain" in material:
         chain = [
             one.base64("rawBytes")

@@ -31,10 +31,6 @@ class SignedFiles:
     What is checked is what is used: files are read over the descriptors that they are used over,
     and the weights, which are read again when they are packed, are compared again.
 
-    Args:
-        folder: Closed with this object.
-        signers: Those who may have signed it.
-
     Attributes:
         version: Tells one state of the signature, and of those who may sign, from another.
 
@@ -45,7 +41,6 @@ class SignedFiles:
     def __init__(self, folder: AdapterFolder, signers: Signers) -> None:
         self._folder = folder
         self._signers = signers
-        self._manifest: Manifest | None = None
         self._weights = ""  # the digest of those that were verified
         try:
             self._signature = folder.open(SIGNATURE_NAME)
@@ -61,33 +56,20 @@ class SignedFiles:
         self.version = f"{self._signature.fingerprint} {signers.state}"
 
     def verify(self, config: RegularFile, content: bytes, weights: RegularFile) -> None:
-        """Compares all files with the signature, before anything else of them is looked at.
-
-        Args:
-            config: The configuration.
-            content: What has been read of it.
-            weights: The tensors.
-
-        Raises:
-            AdapterError: The signature is not trusted, or files are not as it says.
-        """
-        self._manifest = manifest = self._read_manifest()
+        """Compares all files with the signature, before any is parsed; raises `AdapterError`."""
+        manifest = self._read_manifest()
         used = {config.path.name: config, weights.path.name: weights}
-        found = self._names(manifest)
+        found, signed = self._names(manifest), manifest.files.keys()
         problems = [
-            self._problem(name, "not in the signature", "only what is signed")
-            for name in sorted(found - manifest.files.keys())
+            self._problem(name, what, expected)
+            for names, what, expected in (
+                (found - signed, "not in the signature", "only what is signed"),
+                (signed - found, "missing", "all that is signed"),
+                (used.keys() - signed - found, "not in the signature", "a digest of it"),
+            )
+            for name in sorted(names)
         ]
-        problems += [
-            self._problem(name, "missing", "all that is signed")
-            for name in sorted(manifest.files.keys() - found)
-        ]
-        problems += [
-            self._problem(name, "not in the signature", "a digest of it")
-            for name in sorted(used.keys() - manifest.files.keys())
-            if name not in found
-        ]
-        for name in sorted(found & manifest.files.keys()):
+        for name in sorted(found & signed):
             file = used.get(name)
             found_hash = manifest.new_hash(name)
             if file is config:
@@ -99,8 +81,10 @@ class SignedFiles:
             else:
                 with self._folder.open(name) as other:
                     _take_in(other, found_hash)
-            if not self._is_as_signed(name, found_hash):
-                problems.append(self._changed(name, found_hash))
+            algorithm, digest = manifest.files[name]
+            if (has := found_hash.hexdigest()) != digest.lower():
+                expected = f"{digest}, as signed"
+                problems.append(self._problem(name, f"{algorithm} {has}", expected, verb="has"))
         if problems:
             raise AdapterFormatError.of(*problems)
 
@@ -109,11 +93,7 @@ class SignedFiles:
         return blake3()
 
     def require_same(self, weights: RegularFile, used: Hash) -> None:
-        """Raises if the bytes that were used are not those that were verified.
-
-        Raises:
-            AdapterReadError: They are not.
-        """
+        """Raises `AdapterReadError` if bytes that were used are not those that were verified."""
         if used.hexdigest() == self._weights:
             return
         raise AdapterReadError.at(
@@ -132,12 +112,11 @@ class SignedFiles:
 
     def _read_manifest(self) -> Manifest:
         size = self._signature.fingerprint.size
-        content = bytearray(min(size, _MAX_BYTES + 1))
-        count = self._signature.read_into(memoryview(content), 0)
+        content = self._signature.read(min(size, _MAX_BYTES + 1))
         try:
-            if count > _MAX_BYTES:
+            if len(content) > _MAX_BYTES:
                 raise SignatureError(f"{size} bytes", f"at most {_MAX_BYTES}")
-            return read_manifest(bytes(content[:count]), self._signers, datetime.now(UTC))
+            return read_manifest(bytes(content), self._signers, datetime.now(UTC))
         except SignatureError as error:
             raise AdapterFormatError.at(
                 Code.WRONG_SIGNATURE,
@@ -168,17 +147,6 @@ class SignedFiles:
                     verb="has",
                 )
         return found
-
-    def _is_as_signed(self, name: str, found: Hash) -> bool:
-        assert self._manifest is not None
-        return found.hexdigest() == self._manifest.files[name][1].lower()
-
-    def _changed(self, name: str, found: Hash) -> Problem:
-        assert self._manifest is not None
-        algorithm, digest = self._manifest.files[name]
-        return self._problem(
-            name, f"{algorithm} {found.hexdigest()}", f"{digest}, as signed", verb="has"
-        )
 
     def _problem(self, name: str, found: str, expected: str, verb: str = "is") -> Problem:
         path = f"{self._folder.path}/{shown_name(name)}"

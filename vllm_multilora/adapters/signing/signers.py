@@ -34,13 +34,7 @@ class UntrustedError(ValueError):
 
 @dataclass(frozen=True)
 class Signers:
-    """Public keys and certificates.
-
-    Attributes:
-        keys: Public keys that sign.
-        anchors: Certificates: those that sign, and authorities that issue such.
-        state: Tells one content of the file from another.
-    """
+    """Public keys and certificates, which sign or issue such; `state` tells files apart."""
 
     keys: tuple[EllipticCurvePublicKey, ...]
     anchors: tuple[Certificate, ...]
@@ -157,11 +151,7 @@ class Signers:
 
 
 def load_cryptography() -> None:
-    """Imports all that checking a signature takes, before a process may import nothing more.
-
-    Raises:
-        ConfigError: It is not installed.
-    """
+    """Imports all that checking a signature takes, while a process may; raises `ConfigError`."""
     try:
         import cryptography.hazmat.backends.openssl
         import cryptography.x509.verification  # noqa: F401
@@ -172,7 +162,6 @@ def load_cryptography() -> None:
 
 
 def is_signing_key(key: object) -> bool:
-    """Whether adapters may be signed with a key of this kind."""
     from cryptography.hazmat.primitives.asymmetric import ec
 
     return isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name in _CURVES
@@ -191,17 +180,15 @@ def hint_of(key: EllipticCurvePublicKey) -> str:
 def _may_sign(certificate: Certificate) -> bool:
     from cryptography import x509
 
-    extensions = certificate.extensions
-    try:
-        if extensions.get_extension_for_class(x509.KeyUsage).value.digital_signature:
-            return True
-    except x509.ExtensionNotFound:
-        pass
-    try:
-        usage = extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    except x509.ExtensionNotFound:
-        return False
-    return x509.oid.ExtendedKeyUsageOID.CODE_SIGNING in usage
+    values: list[Any] = [extension.value for extension in certificate.extensions]
+    return any(
+        (isinstance(value, x509.KeyUsage) and value.digital_signature)
+        or (
+            isinstance(value, x509.ExtendedKeyUsage)
+            and x509.oid.ExtendedKeyUsageOID.CODE_SIGNING in value
+        )
+        for value in values
+    )
 
 
 def _is_authority(policy: object, certificate: object, extension: Any) -> None:

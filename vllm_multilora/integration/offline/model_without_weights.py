@@ -47,12 +47,6 @@ class BaseModelError(MultiLoRAError):
 class ServerFlags:
     """The settings of `vllm serve` that decide what is built; each as vLLM's flag of that name."""
 
-    Attributes:
-        model: The base model's folder or name, or the path of its `config.json`; its weights may
-            be absent.
-        dora: The plugin's `--multilora-dora`.
-    """
-
     model: str
     max_loras: int = 1
     max_lora_rank: int = 16

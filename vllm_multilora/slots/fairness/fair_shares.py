@@ -100,15 +100,7 @@ class FairShares:
     # Requests come and go
 
     def join(self, flow: Flow, weight: float = 1.0) -> None:
-        """A request of a flow has arrived.
-
-        Args:
-            flow: The flow.
-            weight: Its share in proportion to the others'; the latest counts.
-
-        Raises:
-            ValueError: The weight is not above 0.
-        """
+        """A request of a flow arrived, with its newest weight; `ValueError`: it is not above 0."""
         if not weight > 0:
             raise ValueError(f"the weight of {flow!r} must be above 0, got {weight!r}")
         account = self._working.get(flow)
@@ -139,11 +131,7 @@ class FairShares:
     # Steps
 
     def begin_step(self, waiting: Container[Flow]) -> None:
-        """A step is being scheduled while `is_contended`.
-
-        Args:
-            waiting: Flows that have more requests than those that run.
-        """
+        """A step is scheduled while `is_contended`; those `waiting` have more requests than run."""
         self._next_step()
         self.heavy_weight = 0.0
         served = []
@@ -264,9 +252,5 @@ def reading_cost(adapter_bytes: float, token_bytes: float) -> float:
 
     Beside the base model, which is read for all, a generated token reads its context: a byte of an
     adapter costs as much as one of that.
-
-    Args:
-        adapter_bytes: Of the adapter's weights.
-        token_bytes: Of a token in the KV cache; 0: there is none, and reading costs nothing.
     """
     return GENERATED_COST * adapter_bytes / (CONTEXT_TOKENS * token_bytes) if token_bytes else 0.0

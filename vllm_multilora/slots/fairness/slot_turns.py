@@ -32,11 +32,7 @@ PATIENCE_STEPS = 16
 
 
 class SlotTurns:
-    """Admits requests to slots; pure bookkeeping over adapters and steps.
-
-    Args:
-        patience: Steps that an adapter may be kept waiting without consequences.
-    """
+    """Admits requests to slots; pure bookkeeping over adapters and steps."""
 
     def __init__(self, patience: int = PATIENCE_STEPS) -> None:
         self._patience = patience

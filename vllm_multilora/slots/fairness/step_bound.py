@@ -45,22 +45,13 @@ class StepBound:
         self._steps = 0
 
     def next(self, least: float) -> float:
-        """What they may have of a step that is being scheduled.
-
-        Args:
-            least: What they may have however long it takes, except in a probe.
-        """
+        """What they may have of a step: `least` however long it takes, except in a probe."""
         is_probe = self._steps % PROBE_STEPS == 0
         self._steps += 1
         return 0.0 if is_probe else max(self.allowance, least)
 
     def took(self, seconds: float, added: float) -> None:
-        """A step has been computed in which others generated, and had no prompts.
-
-        Args:
-            seconds: How long it took.
-            added: What those who are ahead had of it.
-        """
+        """A step of others who generated, and had no prompts, took so long; so much was `added`."""
         if not added:
             self._alone.append(seconds)
         elif self._alone:

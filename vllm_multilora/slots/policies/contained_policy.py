@@ -16,9 +16,6 @@ class ContainedPolicy(CachePolicy):
 
     A policy fails if it raises an exception or chooses an adapter that was not offered. Which one
     it was and how is logged, once. The adapters of the tier count as equally recent then.
-
-    Args:
-        policy: Of a package or of the user's own; a built-in one cannot fail.
     """
 
     def __init__(self, policy: CachePolicy) -> None:

@@ -75,9 +75,6 @@ class CachePolicy(ABC):
 
         Args:
             candidates: At least one adapter of the tier, ascending; ties go to the first.
-
-        Returns:
-            One of the candidates.
         """
 
 
@@ -86,9 +83,6 @@ class PolicyTier:
 
     A step's adapters are reported as used once each: those in the tier when the step is
     told, the others when they have entered.
-
-    Args:
-        policy: The tier's own.
     """
 
     def __init__(self, policy: CachePolicy) -> None:
@@ -127,11 +121,7 @@ class PolicyTier:
             self._unreported |= {adapter_id}
 
     def _choose(self, candidates: Sequence[int]) -> int:
-        """The policy's choice among adapters of the tier, ascending.
-
-        Raises:
-            PolicyError: The policy names none of them.
-        """
+        """The policy's choice among adapters of the tier, ascending; `PolicyError`: it is none."""
         victim = self._policy.victim(candidates)
         if victim not in candidates:
             raise PolicyError(

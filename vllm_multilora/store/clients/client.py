@@ -18,31 +18,9 @@ import msgspec
 
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.jobs.hub import located
+from vllm_multilora.store.protocol import messages as msg
 from vllm_multilora.store.protocol.channel import Channel, ChannelClosedError
-from vllm_multilora.store.protocol.messages import (
-    PROTOCOL,
-    Cancel,
-    Configure,
-    Configured,
-    Describe,
-    Failed,
-    Forget,
-    Forgotten,
-    FromStore,
-    Hello,
-    Loaded,
-    LoadRequest,
-    Message,
-    Reading,
-    Refused,
-    Release,
-    Restarted,
-    Role,
-    Share,
-    StoreSettings,
-    ToUser,
-    Used,
-)
+from vllm_multilora.store.protocol.messages import PROTOCOL
 from vllm_multilora.store.protocol.store_folder import StoreUnavailableError
 from vllm_multilora.store.protocol.waking import Waker
 from vllm_multilora.store.store_launch import FIRST_PAUSE_S, LONGEST_PAUSE_S, StoreHost, store_host
@@ -61,24 +39,19 @@ class StoreClient:
     is started again by `poll`, which then returns `Restarted`: packs and leases are gone, wants go
     on, but fail where no store has come up for seconds. A frozen one just does not answer.
 
-    Args:
-        host: Where the store is.
-        server: The same for all engines of a server: they share adapter numbers.
-        role: What this client is.
-
     Raises:
         StoreUnavailableError: There is no store, and none can be started.
     """
 
-    def __init__(self, host: StoreHost, server: str, role: Role = "engine") -> None:
+    def __init__(self, host: StoreHost, server: str, role: msg.Role = "engine") -> None:
         self._host = host
-        self._hello = Hello(PROTOCOL, role, server, os.getpid())
-        self._configure: Configure | None = None
+        self._hello = msg.Hello(PROTOCOL, role, server, os.getpid())
+        self._configure: msg.Configure | None = None
         # Until their answers are taken; None: the store cannot be told of it.
-        self._load_requests: dict[int, LoadRequest | None] = {}
+        self._load_requests: dict[int, msg.LoadRequest | None] = {}
         self._tickets = itertools.count(1)
-        self._inbox: deque[ToUser] = deque()
-        self._answer: Configured | Refused | None = None
+        self._inbox: deque[msg.ToUser] = deque()
+        self._answer: msg.Configured | msg.Refused | None = None
         self._waker: Waker | None = None
         self._say: Callable[[Callable[[], None]], None] = operator.call
         self._say_all: Callable[[], None] = lambda: None
@@ -86,12 +59,12 @@ class StoreClient:
         self._next_attempt = 0.0
         self._losses = 0
         self._poller = select.poll()
-        self._channel: Channel[FromStore] | None = None
+        self._channel: Channel[msg.FromStore] | None = None
         self._connect()
 
     @classmethod
     def connect(
-        cls, mode: Literal["process", "thread"], server: str, role: Role = "engine"
+        cls, mode: Literal["process", "thread"], server: str, role: msg.Role = "engine"
     ) -> StoreClient:
         """Finds or starts the store, in a process of its own or on a thread of this one."""
         return cls(store_host(mode), server, role)
@@ -101,21 +74,14 @@ class StoreClient:
         """Where workers connect to, such as `unix:/run/user/1000/vllm-multilora/store-N.sock`."""
         return f"unix:{self._host.path}"
 
-    def configure(self, layouts: Sequence[Any], settings: StoreSettings) -> list[str]:
-        """Says what the model accepts, and waits for the answer.
-
-        Args:
-            layouts: The `ModelLayout` of each local rank.
-            settings: How adapters are kept and read.
-
-        Returns:
-            What is not as asked for, one sentence each, for the log.
+    def configure(self, layouts: Sequence[Any], settings: msg.StoreSettings) -> list[str]:
+        """Says what the model accepts; returns what is not as asked for, one sentence each.
 
         Raises:
             StoreUnavailableError: The store refuses, or does not answer.
         """
         data = msgspec.msgpack.encode(list(layouts), order="deterministic")
-        self._configure = Configure(data, settings)
+        self._configure = msg.Configure(data, settings)
         self._answer = None
         self._send(self._configure)
         deadline = time.monotonic() + _CONFIGURE_S
@@ -124,7 +90,7 @@ class StoreClient:
             if (left := deadline - time.monotonic()) <= 0:
                 break
             self._pump(left)
-        if isinstance(self._answer, Configured):
+        if isinstance(self._answer, msg.Configured):
             return self._answer.notes
         if self._answer is not None:
             reason = self._answer.reason
@@ -134,7 +100,7 @@ class StoreClient:
             reason = f"it has ended {self._losses} times; it says: {self._host.last_words()}"
         raise StoreUnavailableError(f"the store at {self.address} does not serve: {reason}")
 
-    def request_load(self, load_request: LoadRequest) -> int:
+    def request_load(self, load_request: msg.LoadRequest) -> int:
         """Asks for an adapter; a relative path is one of this process's.
 
         Returns:
@@ -143,14 +109,17 @@ class StoreClient:
         """
         ticket = next(self._tickets)
         try:
+            if not 0 <= load_request.adapter < _NUMBERS_END:
+                found = load_request.adapter
+                raise ValueError(f"its number is {found}, expected one below 2^63")
             path = located(load_request.path)
             sent = msgspec.structs.replace(load_request, path=path, ticket=ticket)
-            _check(sent)
+            msgspec.msgpack.encode(sent)  # a request may name what no message can hold
         except (TypeError, ValueError) as error:
             adapter = f"adapter {load_request.name!a}"
             message = f"{adapter} cannot be asked for from {load_request.path!a}: {error}"
             self._load_requests[ticket] = None
-            self._inbox.append(Failed(ticket, FailureKind.INVALID, message, []))
+            self._inbox.append(msg.Failed(ticket, FailureKind.INVALID, message, []))
             return ticket
         self._load_requests[ticket] = sent
         self._send(sent)
@@ -162,20 +131,18 @@ class StoreClient:
         if load_request is not None and owner not in load_request.owners:
             owners = (*load_request.owners, owner)
             self._load_requests[ticket] = msgspec.structs.replace(load_request, owners=owners)
-            self._send(Share(ticket, owner))
+            self._send(msg.Share(ticket, owner))
 
     def cancel(self, ticket: int) -> None:
         """Takes a load request back: nothing comes for its ticket any more, and no lease stays."""
         if self._load_requests.pop(ticket, None) is not None:
-            self._send(Cancel(ticket))
+            self._send(msg.Cancel(ticket))
 
     def release(self, pack: int) -> None:
-        """Gives back one lease."""
-        self._send(Release(pack))
+        self._send(msg.Release(pack))
 
     def used(self, packs: Collection[int]) -> None:
-        """A step uses these packs."""
-        self._send(Used(list(packs)))
+        self._send(msg.Used(list(packs)))
 
     def forget(self, adapter: int) -> None:
         """Withdraws an adapter; this client's outstanding wants of it fail.
@@ -183,14 +150,13 @@ class StoreClient:
         `Forgotten` comes for it; or `Restarted`, if the store ends before that.
         """
         if self._channel is None:  # the next store will have nothing to forget
-            self._inbox.append(Forgotten(adapter))
-        self._send(Forget(adapter))
+            self._inbox.append(msg.Forgotten(adapter))
+        self._send(msg.Forget(adapter))
 
     def describe(self) -> None:
-        """Asks for a `Description`."""
-        self._send(Describe())
+        self._send(msg.Describe())
 
-    def poll(self, seconds: float = 0.0) -> list[ToUser]:
+    def poll(self, seconds: float = 0.0) -> list[msg.ToUser]:
         """What has come since the last call; waits at most so long for something to come."""
         if seconds:
             self._say_all()  # there is no answer to what was not said
@@ -227,10 +193,10 @@ class StoreClient:
             self._channel.close()
             self._channel = None
 
-    def _send(self, message: Message) -> None:
+    def _send(self, message: msg.Message) -> None:
         self._say(partial(self._send_on, self._channel, message))
 
-    def _send_on(self, channel: Channel[FromStore] | None, message: Message) -> None:
+    def _send_on(self, channel: Channel[msg.FromStore] | None, message: msg.Message) -> None:
         if channel is None or channel is not self._channel:
             return  # `_connect` sends again all that still matters to a new store
         try:
@@ -256,48 +222,48 @@ class StoreClient:
                 self._reconnect()
             self._watch_writes()
 
-    def _taken(self) -> list[ToUser]:
+    def _taken(self) -> list[msg.ToUser]:
         if self._waker is not None:
             self._waker.rearm()
-        came: list[ToUser] = []
+        came: list[msg.ToUser] = []
         while self._inbox:
             message = self._inbox.popleft()
             if self._is_awaited(message):
                 came.append(message)
         return came
 
-    def _is_awaited(self, message: ToUser) -> bool:
+    def _is_awaited(self, message: msg.ToUser) -> bool:
         """Whether it is for the user; an answer ends its request, or comes after its `cancel`."""
-        if isinstance(message, Reading):
+        if isinstance(message, msg.Reading):
             return message.ticket in self._load_requests
-        if not isinstance(message, Loaded | Failed):
+        if not isinstance(message, msg.Loaded | msg.Failed):
             return True
         if message.ticket in self._load_requests:
             del self._load_requests[message.ticket]
             return True
-        if isinstance(message, Loaded) and message.leased:
-            self._send(Release(message.pack.pack))
+        if isinstance(message, msg.Loaded) and message.leased:
+            self._send(msg.Release(message.pack.pack))
         return False
 
-    def _take(self, message: FromStore) -> None:
-        if not isinstance(message, Refused):  # it serves: its successor is worth a try at once
+    def _take(self, message: msg.FromStore) -> None:
+        if not isinstance(message, msg.Refused):  # it serves: its successor is worth a try at once
             self._pause, self._next_attempt = FIRST_PAUSE_S, 0.0
         match message:
-            case Configured(notes):
+            case msg.Configured(notes):
                 if self._answer is not None:  # nobody waits for it: this is another store's
                     for note in notes:
                         logger.warning("Adapter store: %s", note)
                 self._answer = message
-            case Refused(reason):
+            case msg.Refused(reason):
                 self._answer = message
                 logger.error("The store refuses to serve: %s", reason)
-            case _ if isinstance(message, ToUser):
+            case _ if isinstance(message, msg.ToUser):
                 self._inbox.append(message)
 
     def _connect(self) -> None:
         sock = self._host.connect()
         sock.setblocking(False)
-        channel: Channel[FromStore] = Channel(sock, FromStore)
+        channel: Channel[msg.FromStore] = Channel(sock, msg.FromStore)
         self._channel = channel
         self._poller.register(channel, select.POLLIN)
         if self._waker is not None:
@@ -325,7 +291,7 @@ class StoreClient:
             if load_request is not None:
                 self._load_requests[ticket] = None
                 kind = FailureKind.UNREADABLE
-                self._inbox.append(Failed(ticket, kind, _NO_STORE, []))
+                self._inbox.append(msg.Failed(ticket, kind, _NO_STORE, []))
 
     def _lose(self, error: ChannelClosedError) -> None:
         """The store has gone: what it said is void, and the next one answers what is wanted."""
@@ -342,9 +308,9 @@ class StoreClient:
         own = (
             m
             for m in self._inbox
-            if isinstance(m, Failed) and self._load_requests.get(m.ticket) is None
+            if isinstance(m, msg.Failed) and self._load_requests.get(m.ticket) is None
         )
-        self._inbox = deque([*own, Restarted()])
+        self._inbox = deque([*own, msg.Restarted()])
         self._losses += 1
         self._stop_waiting()
 
@@ -354,18 +320,11 @@ class StoreClient:
             self._poller.modify(self._channel, select.POLLIN | writes)
 
 
-def _refusal(channel: Channel[FromStore]) -> Refused | None:
+def _refusal(channel: Channel[msg.FromStore]) -> msg.Refused | None:
     """Why a store that has closed a connection does not serve, if it has said so before."""
     with contextlib.suppress(ChannelClosedError):
         while messages := channel.receive():
             for message, _ in messages:
-                if isinstance(message, Refused):
+                if isinstance(message, msg.Refused):
                     return message
     return None
-
-
-def _check(load_request: LoadRequest) -> None:
-    """Raises `TypeError` or `ValueError` for what a request may name and no message can hold."""
-    if not 0 <= load_request.adapter < _NUMBERS_END:
-        raise ValueError(f"its number is {load_request.adapter}, expected one below 2^63")
-    msgspec.msgpack.encode(load_request)

@@ -9,25 +9,14 @@ from typing import TypeAlias
 
 import msgspec
 
+from vllm_multilora.store.protocol import messages as msg
 from vllm_multilora.store.protocol.channel import Channel, ChannelClosedError
-from vllm_multilora.store.protocol.messages import (
-    PROTOCOL,
-    FromStore,
-    Hello,
-    Publish,
-    Published,
-    Refused,
-    Retract,
-    Retracted,
-    Saw,
-    Settled,
-)
 from vllm_multilora.store.protocol.store_folder import StoreUnavailableError
 from vllm_multilora.store.store_launch import FIRST_PAUSE_S, LONGEST_PAUSE_S, StoreHost
 
 logger = logging.getLogger(__name__)
 
-Heard: TypeAlias = Published | Retracted | Settled
+Heard: TypeAlias = msg.Published | msg.Retracted | msg.Settled
 
 
 class NamesClient:
@@ -36,11 +25,6 @@ class NamesClient:
     A store that has died is started again by `poll`, and told what this client has published and
     retracted that the others may not know.
 
-    Args:
-        host: Where the store is.
-        server: The same for all API servers of a server.
-        peers: How many of them there are.
-
     Raises:
         StoreUnavailableError: There is no store, and none can be started.
     """
@@ -48,13 +32,13 @@ class NamesClient:
     def __init__(self, host: StoreHost, server: str, peers: int = 1) -> None:
         self._host = host
         self._peers = peers
-        self._hello = Hello(PROTOCOL, "server", server, os.getpid())
+        self._hello = msg.Hello(msg.PROTOCOL, "server", server, os.getpid())
         self._requests = itertools.count(1)
         # What the next store is to be told: names that hold, as far as this one has said; and what
         # it has not passed on yet, or, of retractions, what others may not have heard.
-        self._own: dict[str, Publish] = {}
-        self._unsettled: dict[int, Publish | Retract] = {}
-        self._channel: Channel[FromStore] | None = None
+        self._own: dict[str, msg.Publish] = {}
+        self._unsettled: dict[int, msg.Publish | msg.Retract] = {}
+        self._channel: Channel[msg.FromStore] | None = None
         self.pause_s = FIRST_PAUSE_S
         """Seconds after which to call `poll` where there is no store."""
         self._connect()
@@ -64,19 +48,15 @@ class NamesClient:
         return -1 if self._channel is None else self._channel.fileno()
 
     def publish(self, name: str, adapter: int, path: str, details: dict[str, str | bool]) -> int:
-        """Says where a name leads; returns the number that `Settled` names.
-
-        A number belongs to one registration for ever.
-        """
-        return self._change(Publish(next(self._requests), name, adapter, path, details))
+        """Says where a name leads, by a new adapter's number; returns what `Settled` names."""
+        return self._change(msg.Publish(next(self._requests), name, adapter, path, details))
 
     def retract(self, name: str, adapter: int) -> int:
         """Says where a name does not lead any more; returns the number that `Settled` names."""
-        return self._change(Retract(next(self._requests), name, adapter))
+        return self._change(msg.Retract(next(self._requests), name, adapter))
 
     def saw(self, serial: int) -> None:
-        """Says that a change was taken in."""
-        self._send(Saw(serial))
+        self._send(msg.Saw(serial))
 
     def poll(self) -> list[Heard]:
         """What has come since the last call: all changes, this client's too, in the store's order.
@@ -101,34 +81,33 @@ class NamesClient:
         return [message for message in received if isinstance(message, Heard)]
 
     def close(self) -> None:
-        """Ends the connection."""
         if self._channel is not None:
             self._channel.close()
             self._channel = None
 
-    def _change(self, message: Publish | Retract) -> int:
+    def _change(self, message: msg.Publish | msg.Retract) -> int:
         self._unsettled[message.request] = message
         self._send(message)
         return message.request
 
-    def _hear(self, message: FromStore) -> None:
-        if isinstance(message, Refused):
+    def _hear(self, message: msg.FromStore) -> None:
+        if isinstance(message, msg.Refused):
             logger.error("The store refuses to serve: %s", message.reason)
             return
         self.pause_s = FIRST_PAUSE_S
         match message:
-            case Settled(request):
+            case msg.Settled(request):
                 self._unsettled.pop(request, None)
-            case Retracted(_, name, adapter):
+            case msg.Retracted(_, name, adapter):
                 if (own := self._own.get(name)) is not None and own.adapter == adapter:
                     del self._own[name]
-            case Published(_, name, adapter):
+            case msg.Published(_, name, adapter):
                 for said in (self._own.pop(name, None), *self._unsettled.values()):
-                    if isinstance(said, Publish) and said.adapter == adapter:
+                    if isinstance(said, msg.Publish) and said.adapter == adapter:
                         self._own[name] = said
                         self._unsettled.pop(said.request, None)
 
-    def _send(self, message: Hello | Publish | Retract | Saw) -> None:
+    def _send(self, message: msg.Hello | msg.Publish | msg.Retract | msg.Saw) -> None:
         if self._channel is None:
             return  # `_connect` sends again all that still matters to a new store
         try:
@@ -140,7 +119,7 @@ class NamesClient:
         self.pause_s = min(2 * self.pause_s, LONGEST_PAUSE_S)  # until it has said something
         sock = self._host.connect()
         sock.setblocking(False)
-        self._channel = Channel(sock, FromStore)
+        self._channel = Channel(sock, msg.FromStore)
         self._send(self._hello)
         self._hello = msgspec.structs.replace(self._hello, peers=self._peers)  # to the next store
         for own in self._own.values():

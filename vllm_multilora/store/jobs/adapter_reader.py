@@ -42,11 +42,7 @@ class AdapterReader:
                 load_cryptography()
 
     def rules(self, settings: StoreSettings) -> intake.Rules:
-        """What adapters are opened by; reads the operator's files, and no customer's.
-
-        Raises:
-            AdapterReadError: The file of signing keys cannot be used.
-        """
+        """What adapters are opened by; reads the operator's files; raises `AdapterReadError`."""
         signers = None
         if settings.signing_keys is not None:
             try:

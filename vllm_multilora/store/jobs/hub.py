@@ -19,10 +19,7 @@ _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 def located(path: str) -> str:
     """An absolute path where there is or must be one; a URL or a repository stays as it is.
 
-    Of a blend, the same is done with the paths of its parts.
-
-    Raises:
-        BlendError: It begins like the source of a blend, and is none.
+    Of a blend, the same is done with the paths of its parts; raises `BlendError` if it is none.
     """
     if (blend := Blend.read(path)) is not None:
         return blend.at(located).source
@@ -39,16 +36,7 @@ def located(path: str) -> str:
 
 
 def fetched(path: str, *, is_allowed: bool) -> str:
-    """The folder of an adapter; a repository is downloaded, if that is allowed.
-
-    Args:
-        path: As `located` gives it.
-        is_allowed: Whether the hub may be asked (`--multilora-allow-hub`).
-
-    Raises:
-        AdapterNotFoundError: It is a URL, or a repository that the hub does not have or that it is
-            not to be asked for.
-    """
+    """The folder of an adapter, downloaded if that is allowed; raises `AdapterNotFoundError`."""
     if (blend := Blend.read(path)) is not None:
         return blend.at(partial(fetched, is_allowed=is_allowed)).source
     if Path(path).is_absolute():

@@ -17,15 +17,8 @@ from vllm_multilora.store.jobs.runner import End, Runner, RunningJob
 from vllm_multilora.store.jobs.sandbox import cpu_limit_s
 from vllm_multilora.store.loads.loads import Loads
 from vllm_multilora.store.memory.entries import Load
+from vllm_multilora.store.protocol import job_messages as msg
 from vllm_multilora.store.protocol.channel import Channel, ChannelClosedError
-from vllm_multilora.store.protocol.job_messages import (
-    Checked,
-    Done,
-    Failure,
-    FromJob,
-    Opened,
-    ToJob,
-)
 
 MAX_STUCK = 16
 """Killed jobs of one source that may be stuck before no more are started for it."""
@@ -47,20 +40,14 @@ _LOOK_AT_STUCK_S = 0.5
 class _Job:
     load: Load
     running: RunningJob
-    channel: Channel[FromJob]
-    turn_to_say: type[FromJob] | None = Opened
+    channel: Channel[msg.FromJob]
+    turn_to_say: type[msg.FromJob] | None = msg.Opened
     killed: float = 0.0
     is_brief: bool = True
 
 
 class JobPool:
-    """Starts jobs, passes on what they say, and waits for their ends.
-
-    Args:
-        runner: Runs them.
-        reader: What they read with.
-        selector: Jobs' sockets are registered here, their numbers as data.
-    """
+    """Starts jobs, passes on what they say, and waits for their ends."""
 
     def __init__(
         self, runner: Runner, reader: AdapterReader, selector: selectors.BaseSelector
@@ -75,16 +62,16 @@ class JobPool:
         """Starts a load's job; raises OSError."""
         running, sock = self._runner.start(load, self._reader)
         sock.setblocking(False)
-        channel: Channel[FromJob] = Channel(sock, FromJob)
+        channel: Channel[msg.FromJob] = Channel(sock, msg.FromJob)
         self._jobs[load.number] = _Job(load, running, channel)
         self._selector.register(channel, selectors.EVENT_READ, load.number)
 
-    def tell(self, number: int, message: ToJob, descriptors: list[int]) -> None:
+    def tell(self, number: int, message: msg.ToJob, descriptors: list[int]) -> None:
         """Tells a job; raises OSError where it cannot be told. A job that has gone is no matter."""
         job = self._jobs.get(number)
         if job is None:
             return
-        job.turn_to_say = Done
+        job.turn_to_say = msg.Done
         try:
             job.channel.send(message, descriptors)
             job.channel.wait_in(self._selector)
@@ -178,7 +165,7 @@ class JobPool:
         return [job for job in self._ending.values() if now - job.killed >= _SOON_S]
 
 
-def _failure_of(job: _Job, end: End) -> Failure:
+def _failure_of(job: _Job, end: End) -> msg.Failure:
     """What a job's end without an answer means."""
     limit_s = job.load.settings.timeout_s
     if end.kind is FailureKind.TIMEOUT:
@@ -186,30 +173,30 @@ def _failure_of(job: _Job, end: End) -> Failure:
             f"{title(job.load.path)}: reading and checking it has used up the processor time that "
             f"one adapter may take ({cpu_limit_s(limit_s)} s, from the time limit of {limit_s:g} s)"
         )
-        return Failure(FailureKind.TIMEOUT, message, [])
+        return msg.Failure(FailureKind.TIMEOUT, message, [])
     message = f"{title(job.load.path)}: the process that read it {end.how}, without an answer"
-    return Failure(end.kind, message, [])
+    return msg.Failure(end.kind, message, [])
 
 
-def _hear(job: _Job, message: FromJob, loads: Loads) -> None:
+def _hear(job: _Job, message: msg.FromJob, loads: Loads) -> None:
     """Tells the loads what a job says; what makes no sense is its failure."""
     try:
-        if not isinstance(message, Failure):
+        if not isinstance(message, msg.Failure):
             if type(message) is not job.turn_to_say:
                 raise ValueError(f"{type(message).__name__} out of turn")
-            job.turn_to_say = Checked if isinstance(message, Opened) else None
+            job.turn_to_say = msg.Checked if isinstance(message, msg.Opened) else None
         _pass_on(job.load.number, message, loads)
     except ValueError as error:
         found = f"{title(job.load.path)}: what its check says makes no sense: {error}"
-        loads.failed(job.load.number, Failure(FailureKind.INTERNAL, found, []), _now())
+        loads.failed(job.load.number, msg.Failure(FailureKind.INTERNAL, found, []), _now())
 
 
-def _pass_on(number: int, message: FromJob, loads: Loads) -> None:
+def _pass_on(number: int, message: msg.FromJob, loads: Loads) -> None:
     """Tells the loads; raises ValueError for what no honest job says."""
     match message:
-        case Opened(version):
+        case msg.Opened(version):
             loads.opened(number, version[:1024], _now())
-        case Checked(contents, data):
+        case msg.Checked(contents, data):
             blocks = np.frombuffer(data, np.int64)
             if not len(blocks) or (blocks <= 0).any() or (blocks % 64).any():
                 raise ValueError("blocks are not positive multiples of 64 bytes")
@@ -219,18 +206,17 @@ def _pass_on(number: int, message: FromJob, loads: Loads) -> None:
             if len(tokens) > 64 or any(not 0 <= token < 1 << 31 for token in tokens):
                 raise ValueError("invocation tokens")
             loads.checked(number, contents, blocks, _now())
-        case Done(digest, nbytes, parts):
+        case msg.Done(digest, nbytes, parts):
             if any(len(each) != 64 for each in (digest, *parts)) or not 0 <= nbytes < 1 << 50:
                 raise ValueError("digest or size")
             if len(parts) > MAX_PARTS:
                 raise ValueError("parts")
             loads.done(number, digest, nbytes, _now(), parts)
-        case Failure():
+        case msg.Failure():
             loads.failed(number, message.bounded(), _now())
 
 
 def _mount_points() -> list[str]:
-    """Where file systems are mounted."""
     try:
         lines = Path("/proc/self/mounts").read_text(errors="replace").splitlines()
     except OSError:

@@ -37,11 +37,7 @@ def run_job(
 ) -> None:
     """Does a load's work, over a blocking socket to the store; whatever goes wrong is said there.
 
-    Args:
-        sock: To the store.
-        load: What to read, for which layouts, by which settings; the rest is the store's affair.
-        reader: Reads adapters.
-        confine: Called before anything that a customer has written is looked at.
+    `confine` is called before anything that a customer has written is looked at.
     """
     channel: Channel[ToJob] = Channel(sock, ToJob, take_descriptors=True)
     try:

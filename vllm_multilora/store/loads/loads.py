@@ -6,19 +6,19 @@ import contextlib
 import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm_multilora.adapters.blend import title
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.store.loads.load_answers import Answers, Effects
 from vllm_multilora.store.loads.queue import LoadQueue, Purpose, Room
 from vllm_multilora.store.memory.arena import Allocation
 from vllm_multilora.store.memory.entries import Binding, Client, Load, Owner, Pack, Ticket
 from vllm_multilora.store.memory.held_packs import HostMemory
-from vllm_multilora.store.protocol.job_messages import CheckOnly, Failure, Place
-from vllm_multilora.store.protocol.messages import Contents, PackInfo
+from vllm_multilora.store.protocol import messages as msg
+from vllm_multilora.store.protocol.job_messages import CheckOnly, Failure, Place, ToJob
 
 MAX_FAILURES = 1024
 
@@ -26,26 +26,33 @@ RETRY_AFTER_S = 2.0
 """Seconds for which a failure is the answer to further load requests."""
 
 
+class Effects(Protocol):
+    """What a registry asks for."""
+
+    def send(self, client: int, message: msg.Message) -> None:
+        """Tells a client."""
+
+    def start(self, load: Load) -> None:
+        """Starts a load's job."""
+
+    def tell(self, job: int, message: ToJob, segments: tuple[int, ...]) -> None:
+        """Tells a job, with the descriptors of segments."""
+
+    def kill(self, job: int) -> None:
+        """Ends a job that may be at work; `gone` follows when it cannot write any more."""
+
+    def refusal(self, path: str) -> str | None:
+        """Why no job is to be started for a folder; None: it may."""
+
+
 class Loads:
-    """All loads, from the first want to the last answer.
+    """All loads, from the first want to the last answer."""
 
-    Attributes:
-        queue: Whose turn it is.
-        failures: Those that answer further load requests for a while.
-    """
-
-    def __init__(
-        self,
-        clients: dict[int, Client],
-        memory: HostMemory,
-        answers: Answers,
-        effects: Effects,
-    ) -> None:
+    def __init__(self, clients: dict[int, Client], memory: HostMemory, effects: Effects) -> None:
         self.queue = LoadQueue()
         self.failures = RecentFailures()
         self._clients = clients
         self._memory = memory
-        self._answers = answers
         self._effects = effects
         self._room = Room(memory)
         self._loads: dict[int, Load] = {}
@@ -56,6 +63,23 @@ class Loads:
     def of_adapter(self, binding: Binding, path: str) -> Load | None:
         """The load of an adapter from that folder, if it is on its way."""
         return self._by_adapter.get((binding, path))
+
+    def answer_loaded(
+        self, ticket: Ticket, info: msg.PackInfo, now: float, *, was_read: bool
+    ) -> None:
+        """The want is fulfilled; counts its lease."""
+        client = self._clients[ticket.client]
+        client.loads.pop(ticket.number, None)
+        if ticket.keep:
+            self._memory.lease(info.pack)
+            client.leases[info.pack] += 1
+        message = msg.Loaded(ticket.number, info, now - ticket.arrived, was_read, ticket.keep)
+        self._effects.send(ticket.client, message)
+
+    def answer_failed(self, ticket: Ticket, failure: Failure) -> None:
+        self._clients[ticket.client].loads.pop(ticket.number, None)
+        message = msg.Failed(ticket.number, failure.kind, failure.message, failure.problems)
+        self._effects.send(ticket.client, message)
 
     def withdraw(self, client: int, adapter: int, now: float) -> None:
         """A client has withdrawn an adapter: its load requests fail, whatever the model and folder.
@@ -71,7 +95,7 @@ class Loads:
         ]
         for load in loads:
             for ticket in load.take_back(lambda ticket: ticket.client == client):
-                self._answers.failed(ticket, gone)
+                self.answer_failed(ticket, gone)
             if not load.is_awaited:
                 self._leave_adapter(load)
         for load in loads:
@@ -101,7 +125,7 @@ class Loads:
                 continue
             load.job = True
             for ticket in load.tickets:
-                self._answers.reading(ticket)
+                self._effects.send(ticket.client, msg.Reading(ticket.number))
             self._effects.start(load)
 
     def opened(self, number: int, version: str, now: float) -> None:
@@ -113,10 +137,13 @@ class Loads:
         if pack is not None:
             self._succeed(load, pack, pack.info, now, was_read=False)
         elif (leader := next(leaders, None)) is not None:
-            self._follow(load, leader)
+            # The same files are being read already: their load ends both.
+            self._stop_job(load)
+            load.leader = leader
+            leader.followers.append(load)
 
     def checked(
-        self, number: int, contents: Contents, blocks: NDArray[np.int64], now: float
+        self, number: int, contents: msg.Contents, blocks: NDArray[np.int64], now: float
     ) -> None:
         """A job has checked the files, and asks where to pack to."""
         load = self._loads[number]
@@ -216,12 +243,6 @@ class Loads:
             self._again(load, load.tickets + load.later, is_anew=True)
         return True
 
-    def _follow(self, load: Load, leader: Load) -> None:
-        """The same files are being read already: their load ends both."""
-        self._stop_job(load)
-        load.leader = leader
-        leader.followers.append(load)
-
     def _place(self, load: Load, allocation: Allocation | None) -> None:
         load.allocation = allocation
         if allocation is None:
@@ -255,7 +276,7 @@ class Loads:
             self._place(load, allocation)
 
     def _succeed(
-        self, leader: Load, pack: Pack | None, info: PackInfo, now: float, *, was_read: bool
+        self, leader: Load, pack: Pack | None, info: msg.PackInfo, now: float, *, was_read: bool
     ) -> None:
         again: list[tuple[Load, list[Ticket]]] = []
         # Read for one of a server's engines: their counts add up.
@@ -269,7 +290,7 @@ class Loads:
             for ticket in load.tickets:
                 if pack is not None or not ticket.keep:
                     read = load is leader and ticket.client == reader
-                    self._answers.loaded(ticket, info, now, was_read=read)
+                    self.answer_loaded(ticket, info, now, was_read=read)
             unserved = [ticket for ticket in load.tickets if pack is None and ticket.keep]
             again.append((load, unserved + load.later))
         if pack is not None:
@@ -285,7 +306,7 @@ class Loads:
             if load.is_awaited:
                 self.failures.remember(load.binding, load.path, failure, now)
             for ticket in load.tickets:
-                self._answers.failed(ticket, failure)
+                self.answer_failed(ticket, failure)
         for load in leader.family():
             self._again(load, load.later)
         self.give_room(now)

@@ -12,12 +12,18 @@ from typing import Any
 from vllm_multilora.adapters.blend import Blend, BlendError
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.slots.budget import CpuBudget
-from vllm_multilora.store.loads.load_answers import Answers, Effects
-from vllm_multilora.store.loads.loads import Loads
-from vllm_multilora.store.memory.entries import Binding, Client, Owner, Scope, Ticket
+from vllm_multilora.store.loads.loads import Effects, Loads
+from vllm_multilora.store.memory.entries import Binding, Client, Owner, Pack, Scope, Ticket
 from vllm_multilora.store.memory.held_packs import HostMemory
 from vllm_multilora.store.protocol.job_messages import Failure
-from vllm_multilora.store.protocol.messages import Failed, Forgotten, LoadRequest, StoreSettings
+from vllm_multilora.store.protocol.messages import (
+    Evicted,
+    Failed,
+    Forgotten,
+    LoadRequest,
+    Reading,
+    StoreSettings,
+)
 
 
 class Registry:
@@ -27,15 +33,14 @@ class Registry:
         self.memory = memory
         self.clients: dict[int, Client] = {}
         self._effects = effects
-        self._answers = Answers(self.clients, memory, effects)
-        self.loads = Loads(self.clients, memory, self._answers, effects)
+        self.loads = Loads(self.clients, memory, effects)
+        memory.on_evicted = self._evicted
         # By server and adapter, the clients that have forgotten an adapter that others still use.
         self._leaving: dict[tuple[str, int], set[int]] = {}
 
     def configure(
         self, number: int, model: str, layouts: Any, settings: StoreSettings, now: float
     ) -> None:
-        """A client's model and settings, from now on."""
         client = self.clients[number]
         client.scope = Scope(
             model,
@@ -62,7 +67,6 @@ class Registry:
         self._apply_settings(now)
 
     def request_load(self, number: int, load_request: LoadRequest, now: float) -> None:
-        """A client asks for an adapter."""
         client = self.clients[number]
         fresh = load_request.fresh
         if number in self._leaving.get((client.server, load_request.adapter), ()):
@@ -83,7 +87,7 @@ class Registry:
             Blend.read(load_request.path)
         except BlendError as error:
             failure = Failure(FailureKind.INVALID, str(error), [])
-            self._answers.failed(ticket, failure)
+            self.loads.answer_failed(ticket, failure)
             return
         binding = Binding(client.server, client.scope, load_request.adapter)
         tenant = Owner(client.server, load_request.owners[0]) if load_request.owners else None
@@ -92,12 +96,12 @@ class Registry:
         if not fresh:
             pack = self.memory.of_adapter(binding, load_request.path)
             if pack is not None:
-                self._answers.loaded(ticket, pack.info, now, was_read=False)
+                self.loads.answer_loaded(ticket, pack.info, now, was_read=False)
                 self.memory.own(pack, tenant)
                 return
             known = self.loads.failures.find(binding, load_request.path, now)
             if known is not None:
-                self._answers.failed(ticket, known)
+                self.loads.answer_failed(ticket, known)
                 return
         owners = [Owner(client.server, of) for of in load_request.owners or (load_request.adapter,)]
         load = self.loads.of_adapter(binding, load_request.path)
@@ -108,7 +112,7 @@ class Registry:
         else:
             load.tickets.append(ticket)
             if load.has_begun:
-                self._answers.reading(ticket)
+                self._effects.send(number, Reading(ticket.number))
             elif load_request.keep:
                 self.loads.queue.promote(load.number)
         self.loads.share(load, owners)
@@ -124,7 +128,6 @@ class Registry:
             self.loads.share(load, (Owner(client.server, owner),))
 
     def cancel(self, number: int, ticket: int, now: float) -> None:
-        """A client takes a load request back."""
         load = self.clients[number].loads.pop(ticket, None)
         if load is None:
             return
@@ -144,7 +147,6 @@ class Registry:
         self.loads.give_room(now)
 
     def used(self, number: int, packs: Iterable[int]) -> None:
-        """A step of a client uses these packs."""
         client = self.clients[number]
         now_used = frozenset(packs)
         self.memory.used(now_used, now_used - client.last_used)
@@ -163,25 +165,27 @@ class Registry:
         self.loads.failures.forget(server, adapter)
         self._effects.send(number, Forgotten(adapter))
 
+    def _evicted(self, pack: Pack) -> None:
+        # Whatever was bound to it is not told apart: it may not be bound any more.
+        for client in self.clients.values():
+            if client.scope == pack.scope:
+                self._effects.send(client.number, Evicted(pack.info.pack))
+
     def _unbind_unused(self) -> None:
         """Adapters that were forgotten are nobody's once nobody else uses them."""
         for (server, adapter), forgotten in list(self._leaving.items()):
             bound = self.memory.bound(server, adapter)
             packs = {pack.info.pack for pack in bound.values()}
             if not any(
-                self._uses(client, adapter, packs)
+                # It wants the adapter, or has a lease on one of its packs.
+                any(load.binding.adapter == adapter for load in client.loads.values())
+                or not packs.isdisjoint(client.leases)
                 for client in self.clients.values()
                 if client.server == server and client.number not in forgotten
             ):
                 del self._leaving[server, adapter]
                 for binding in bound:
                     self.memory.unbind(binding)
-
-    def _uses(self, client: Client, adapter: int, packs: set[int]) -> bool:
-        """Whether a client wants an adapter, or has a lease on one of its packs."""
-        return any(load.binding.adapter == adapter for load in client.loads.values()) or not (
-            packs.isdisjoint(client.leases)
-        )
 
     def _apply_settings(self, now: float) -> None:
         """Each client's budget is enough, and places are the most that any asks for."""

@@ -26,13 +26,7 @@ _GIVEN_BACK = 2 << 20  # free runs of this many bytes go back to the system
 
 
 class Run(NamedTuple):
-    """Consecutive bytes of a segment.
-
-    Attributes:
-        segment: The segment's number.
-        offset: Its first byte.
-        size: Its bytes.
-    """
+    """Consecutive bytes of a segment."""
 
     segment: int
     offset: int
@@ -120,15 +114,10 @@ class _Part:
 
 
 class Arena:
-    """Places packs in segments, never more bytes than the budget.
+    """Places packs in segments, never more bytes than the budget (None: no limit).
 
     The segments together are never larger than the budget either, so that a device that pins them
     whole takes no more than that.
-
-    Args:
-        memory: Makes and closes segments.
-        budget: Bytes. None: no limit.
-        first_segment: The first segment's number.
     """
 
     def __init__(self, memory: SharedSegments, budget: int | None, first_segment: int = 1) -> None:
@@ -166,7 +155,6 @@ class Arena:
         return self._take(parts, block_bytes, ends)
 
     def free(self, allocation: Allocation) -> None:
-        """Takes a pack's pages back."""
         self.held -= allocation.held_bytes
         for extent in allocation.extents:
             run = self._free.add(extent)

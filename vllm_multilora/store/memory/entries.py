@@ -19,9 +19,7 @@ from vllm_multilora.store.protocol.messages import Contents, PackInfo, StoreSett
 class Scope:
     """What an adapter must have been checked against and packed for to be the same to somebody.
 
-    Attributes:
-        model: Signature of the layouts.
-        allowed_roots: As the setting; so are the others.
+    `model` is the signature of the layouts; the others are settings.
     """
 
     model: str
@@ -58,16 +56,7 @@ class Owner(NamedTuple):
 
 @dataclass
 class Client:
-    """A connection that has said `Hello`.
-
-    Attributes:
-        scope: None until it has said `Configure`; so are the next two.
-        layouts: The decoded layouts, for its jobs.
-        settings: Its settings.
-        loads: The loads that its outstanding tickets wait for.
-        leases: Leases by pack.
-        last_used: Packs of the step before.
-    """
+    """A connection that has said `Hello`; `loads` are those that its tickets wait for."""
 
     number: int
     role: str
@@ -96,15 +85,9 @@ class Load:
     """One adapter on its way: queued, or being read by a job of its own, or following another.
 
     Attributes:
-        number: Of the load and of its job.
-        binding: Whose adapter it is.
-        path: The adapter's folder.
         owners: Whose turn it may take.
-        layouts: What the job checks against.
         settings: Of the client that wanted it first.
-        tickets: Who waits for it.
         later: Wants of freshly read files that came when these may have been opened already.
-        job: Whether a job works for it.
         version: Of the files; empty if they have none.
         followers: Loads of the same folder's files, which wait for this one's end.
         leader: The load that this one follows.
@@ -153,7 +136,6 @@ class Load:
         return gone
 
     def family(self) -> list[Load]:
-        """The load and those that follow it."""
         return [self, *self.followers]
 
     def may_follow(self, leader: Load) -> bool:
@@ -177,7 +159,6 @@ class Load:
         return any(ticket.keep for load in self.family() for ticket in load.tickets)
 
     def requested(self) -> bool:
-        """Whether anybody still waits for it."""
         return any(load.is_awaited for load in self.family())
 
     def info(self, digest: str, nbytes: int, parts: tuple[str, ...]) -> PackInfo:
@@ -202,12 +183,8 @@ class Pack:
     """An adapter in memory.
 
     Attributes:
-        info: As clients see it.
-        scope: What it was packed for.
-        allocation: Its pages.
         versions: The files that it is known to be equal to, in the order of their last reading.
         bindings: The adapters that it is, with their folders.
-        leases: Leases of all clients.
         tenant: The first that has wanted it, of a server that still has it; None: nobody in
             particular.
     """
@@ -221,5 +198,4 @@ class Pack:
     tenant: Owner | None = None
 
     def is_bound_in(self, server: str) -> bool:
-        """Whether it is an adapter of a server."""
         return any(binding.server == server for binding in self.bindings)

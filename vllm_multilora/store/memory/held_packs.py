@@ -30,9 +30,7 @@ class HostMemory:
     it is kept for servers to come.
 
     Attributes:
-        arena: Places the bytes.
         policy: Chooses victims; see `ContainedPolicy` for those that may fail.
-        numbers: Those of packs to come.
         on_evicted: Told of each pack that leaves.
         budgets: Those that clients ask for: what is here keeps within one of them.
         tenant_limits: Packs that tenants may keep, as their servers have said last; newest last.
@@ -65,7 +63,6 @@ class HostMemory:
             pass
 
     def fits(self, adapters: int, nbytes: int) -> bool:
-        """Whether so much may be here."""
         return any(budget.fits(adapters, nbytes) for budget in self.budgets)
 
     def totals(self) -> Totals:
@@ -156,7 +153,6 @@ class HostMemory:
         return {binding: self._bound[binding] for binding in bindings}
 
     def forget_server(self, server: str) -> None:
-        """The last client of a server has gone."""
         for binding in [binding for binding in self._bound if binding.server == server]:
             if self.keeps:
                 self._take_off(binding)

@@ -16,19 +16,9 @@ from typing import Protocol
 import numpy as np
 
 from vllm_multilora.store.memory.arena import OFFSET_MASK, PLACE_BITS
+from vllm_multilora.store.protocol import messages as msg
 from vllm_multilora.store.protocol import store_folder
 from vllm_multilora.store.protocol.channel import Channel, ChannelClosedError
-from vllm_multilora.store.protocol.messages import (
-    PROTOCOL,
-    FromStore,
-    Hello,
-    Map,
-    Refused,
-    Segment,
-    SegmentClosed,
-    SegmentOpened,
-    Watch,
-)
 from vllm_multilora.store.protocol.store_folder import StoreUnavailableError
 
 _ANSWER_S = 10.0
@@ -68,34 +58,21 @@ class SegmentMapper:
 
     One that registers segments with a device watches for new ones, and maps them ahead
     (`map_opened`): the store makes a segment before it begins to read what is to lie there.
-
-    Args:
-        address: `StoreClient.address` of the engine core.
-        server: As `StoreClient`'s.
-        device: What segments are registered with, if with anything.
     """
 
     def __init__(self, address: str, server: str, device: Device | None = None) -> None:
         self._path = address.removeprefix("unix:")
-        self._hello = Hello(PROTOCOL, "worker", server, os.getpid())
+        self._hello = msg.Hello(msg.PROTOCOL, "worker", server, os.getpid())
         self._device = device
         self._segments: dict[int, _Mapped] = {}
         self._opened: set[int] = set()  # and not mapped yet
         self._closed: set[int] = set()
-        self._channel: Channel[FromStore] | None = None
+        self._channel: Channel[msg.FromStore] | None = None
         with contextlib.suppress(ChannelClosedError):  # else when a segment is first needed
             self._connected()
 
     def address(self, place: int, segments: Sequence[int]) -> int:
-        """Where a place lies in this process.
-
-        Args:
-            place: As `PackIndex` and `PackInfo` give it.
-            segments: `PackInfo.segments` of its pack.
-
-        Raises:
-            StoreUnavailableError: The segment cannot be had: the store has died meanwhile, say.
-        """
+        """Where a place of a pack with these segments lies here; raises `StoreUnavailableError`."""
         return self._segment(segments[place >> PLACE_BITS]).address + (place & OFFSET_MASK)
 
     def view(self, place: int, nbytes: int, segments: Sequence[int]) -> memoryview:
@@ -103,11 +80,7 @@ class SegmentMapper:
         return self._segment(segments[place >> PLACE_BITS]).view(place & OFFSET_MASK, nbytes)
 
     def wait(self, seconds: float) -> bool:
-        """Waits until the store may have said something; from any thread.
-
-        Returns:
-            Whether it has, or is not connected.
-        """
+        """Waits until the store may have said something, or is not connected; from any thread."""
         channel = self._channel
         if channel is None:
             return True
@@ -138,10 +111,7 @@ class SegmentMapper:
                 self._segment(number)
 
     def drop_closed(self) -> None:
-        """Unmaps what the store has closed, or left when it died; to be called between copies.
-
-        Costs a system call.
-        """
+        """Unmaps what the store has closed, or left when it died; between copies: a system call."""
         if self._channel is not None:
             try:
                 self._channel_wait(0)
@@ -152,7 +122,6 @@ class SegmentMapper:
         self._closed.clear()
 
     def close(self) -> None:
-        """Unmaps everything."""
         for number in list(self._segments):
             self._unmap(number)
         self._disconnect()
@@ -191,37 +160,37 @@ class SegmentMapper:
             self._device.drop(number)
         segment.close()
 
-    def _ask(self, number: int) -> tuple[Segment, list[int]]:
-        self._connected().send(Map(number))
+    def _ask(self, number: int) -> tuple[msg.Segment, list[int]]:
+        self._connected().send(msg.Map(number))
         while True:
             received = self._channel_wait(_ANSWER_S)
             if not received:
                 raise ChannelClosedError(f"the store has not answered within {_ANSWER_S:g} seconds")
             for message, descriptors in received:
-                if isinstance(message, Segment) and message.number == number:
+                if isinstance(message, msg.Segment) and message.number == number:
                     return message, descriptors
-                if isinstance(message, Refused):
+                if isinstance(message, msg.Refused):
                     raise StoreUnavailableError(f"the store refuses: {message.reason}")
 
-    def _connected(self) -> Channel[FromStore]:
+    def _connected(self) -> Channel[msg.FromStore]:
         if self._channel is None:
             try:
                 sock = store_folder.connect(self._path)
             except OSError as error:
                 raise ChannelClosedError(f"{self._path}: {error}") from error
-            self._channel = Channel(sock, FromStore, take_descriptors=True)
+            self._channel = Channel(sock, msg.FromStore, take_descriptors=True)
             self._channel.send(self._hello)
             if self._device is not None:
-                self._channel.send(Watch())
+                self._channel.send(msg.Watch())
         return self._channel
 
-    def _channel_wait(self, seconds: float) -> list[tuple[FromStore, list[int]]]:
+    def _channel_wait(self, seconds: float) -> list[tuple[msg.FromStore, list[int]]]:
         assert self._channel is not None
         poller = select.poll()
         poller.register(self._channel, select.POLLIN)
         received = self._channel.receive() if poller.poll(seconds * 1000) else []
-        self._opened |= {m.number for m, _ in received if isinstance(m, SegmentOpened)}
-        self._closed |= {m.number for m, _ in received if isinstance(m, SegmentClosed)}
+        self._opened |= {m.number for m, _ in received if isinstance(m, msg.SegmentOpened)}
+        self._closed |= {m.number for m, _ in received if isinstance(m, msg.SegmentClosed)}
         return received
 
     def _disconnect(self) -> None:

@@ -33,7 +33,6 @@ class SharedSegments:
         self._descriptors[number] = descriptor
 
     def close(self, number: int) -> None:
-        """Gives the segment up."""
         os.close(self._descriptors.pop(number))
         self._pinned.discard(number)
 
@@ -51,7 +50,6 @@ class SharedSegments:
 
     @property
     def numbers(self) -> set[int]:
-        """Numbers of all segments."""
         return set(self._descriptors)
 
     def size(self, number: int) -> int:
@@ -83,11 +81,8 @@ class SharedSegments:
 
 def _anonymous_file(name: str) -> int:
     """A file that is in memory and in no folder."""
-    if hasattr(os, "memfd_create"):
-        try:
-            return os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        except OSError:
-            pass  # a kernel or a sandbox without it
+    with contextlib.suppress(OSError, AttributeError):  # a kernel, sandbox or Python without it
+        return os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     folder = "/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()
     descriptor, path = tempfile.mkstemp(prefix=name, dir=folder)
     Path(path).unlink()

@@ -134,11 +134,7 @@ class Channel(Generic[Incoming]):
         selector.modify(self, events, data)  # free where they are the same
 
     def receive(self) -> list[tuple[Incoming, list[int]]]:
-        """What one read brings: whole messages, each with its descriptors, which are the caller's.
-
-        Raises:
-            ChannelClosedError: The other side has gone, or says what cannot be understood.
-        """
+        """One read's whole messages, and descriptors, the caller's now; or `ChannelClosedError`."""
         try:
             data = self._read()
         except BlockingIOError:

@@ -14,11 +14,7 @@ MAX_CHARACTERS = 65_536
 
 
 class Opened(Message, frozen=True):
-    """The files are open. The job goes on; the store ends it where others have read these files.
-
-    Attributes:
-        version: Tells files from others; empty: nothing does.
-    """
+    """The files are open, of a `version`, if it is known: the store ends the job if it knows it."""
 
     version: str
 
@@ -27,7 +23,6 @@ class Checked(Message, frozen=True):
     """Config and header are right; answered by `Place` or `CheckOnly`.
 
     Attributes:
-        contents: What was found.
         block_bytes: int64 [n], bytes of each block, as they lie in memory.
     """
 
@@ -36,11 +31,7 @@ class Checked(Message, frozen=True):
 
 
 class Done(Message, frozen=True):
-    """All bytes are read, checked, and packed where there was room.
-
-    Attributes:
-        digest: As of `PackInfo`; so are the others.
-    """
+    """All bytes are read, checked, and packed where there was room; fields as of `PackInfo`."""
 
     digest: str
     nbytes: int
@@ -51,7 +42,6 @@ class Failure(Message, frozen=True):
     """Why a load failed: in a job's words, or in the store's own.
 
     Attributes:
-        kind: What kind of thing went wrong.
         message: What was found and where, for the tenant whose requests fail.
         problems: What is wrong with the files, each as its fields.
     """

@@ -40,9 +40,7 @@ class StoreSettings(msgspec.Struct, frozen=True, array_like=True):
         allowed_roots: Folders that adapters' files must lie below. Empty: anywhere.
         directories: Directories of adapters: roots too, and where there are no others, what lies in
             one must not lead out of them by a link.
-        allow_pickle: Whether checkpoints in pickle format are read.
         allow_hub: Whether the Hugging Face hub is asked for what is no folder.
-        check_finite: Whether weights that are not finite are refused.
         signing_keys: File of those by one of whom adapters must be signed. None: signatures are
             not looked at.
     """
@@ -64,7 +62,6 @@ class Contents(msgspec.Struct, frozen=True, array_like=True):
     """What the check of an adapter's files has found in them.
 
     Attributes:
-        rank: The largest rank of its modules.
         has_special: Whether it has tensors for layers that vLLM fills itself.
         invocation_tokens: Token ids from whose last occurrence in a prompt on the adapter acts;
             none: it acts on all of it.
@@ -115,7 +112,6 @@ class Hello(Message, frozen=True):
     """The first message of every client.
 
     Attributes:
-        protocol: The client's `PROTOCOL`.
         role: `engine`: wants adapters. `worker`: maps segments. `server`: shares names with the
             other API servers of its server. `observer`: looks only.
         server: Identity of the server that the client belongs to. Engines of one server share
@@ -138,7 +134,6 @@ class Configure(Message, frozen=True):
     Attributes:
         layouts: `list[ModelLayout]` of all local ranks as msgpack with sorted keys; equal bytes
             mean equal models.
-        settings: The engine's settings.
     """
 
     layouts: bytes
@@ -150,7 +145,6 @@ class LoadRequest(Message, frozen=True):
 
     Attributes:
         adapter: The adapter's number, the same in all engines of a server.
-        name: The adapter's name, for messages.
         path: The adapter's folder, or what it is blended of (`adapters.blends.Blend.source`).
         owners: Whose turn a load may take (tenants); empty: the adapter is its own owner.
         most: How many adapters of the first owner stay in memory; for one more, one of these
@@ -227,10 +221,7 @@ class Publish(Message, frozen=True):
     """A name leads to an adapter from now on, in all API servers; answered by `Settled`.
 
     Attributes:
-        request: The client's number for this.
-        name: The name.
         adapter: The adapter's number. Once it is replaced or retracted, no name leads to it again.
-        path: The adapter's folder.
         details: What else API servers keep with a name.
         again: Whether the name led there at a store that has died: another adapter that it leads
             to by now is newer.
@@ -269,11 +260,7 @@ class Describe(Message, frozen=True):
 
 
 class Configured(Message, frozen=True):
-    """The engine may want adapters now.
-
-    Attributes:
-        notes: What is not as it has asked for, one sentence each.
-    """
+    """The engine may want adapters now; `notes` say what is not as it has asked for."""
 
     notes: list[str]
 
@@ -294,8 +281,6 @@ class Loaded(Message, frozen=True):
     """A want is fulfilled.
 
     Attributes:
-        ticket: Of the load request.
-        pack: The adapter as it is in memory.
         seconds: From the load request's arrival to now.
         was_read: Whether the files' bytes were read for it, rather than found in memory.
         leased: Whether the client has a lease on the pack for it: the load request had `keep`.
@@ -330,13 +315,9 @@ class Forgotten(Message, frozen=True):
 
 
 class Totals(Message, frozen=True):
-    """What host memory holds, when it has changed; several changes are one message.
+    """What host memory holds, when it has changed, packs that are being read included.
 
-    Attributes:
-        bytes: Held by packs, those being read included.
-        adapters: Packs, those being read included.
-        bytes_limit: The largest budget. None: that of some engine is without this limit.
-        adapters_limit: Likewise.
+    The limits are the largest budgets. None: that of some engine is without this limit.
     """
 
     bytes: int
@@ -346,10 +327,7 @@ class Totals(Message, frozen=True):
 
 
 class Segment(Message, frozen=True):
-    """The answer to `Map`; the segment's descriptor comes with it.
-
-    Size 0 and no descriptor: there is no such segment.
-    """
+    """The answer to `Map`, with the segment's descriptor; size 0 and none: no such segment."""
 
     number: int
     size: int
@@ -409,14 +387,9 @@ class Description(Message, frozen=True):
     """How the store is doing, for `status` and `doctor`.
 
     Attributes:
-        pid: Its process.
         mode: `process` or `thread`.
         protection: What keeps checks of hostile files in bounds, one phrase each.
-        clients: Who is connected.
-        totals: What host memory holds.
         segment_bytes: Bytes of all segments, free pages included.
-        queued: Loads that wait for their turn.
-        reading: Loads that are under way.
         stuck: Killed checks that have not ended, because their storage hangs.
     """
 

@@ -66,11 +66,7 @@ def store_folder() -> Path:
 
 
 def ensure(folder: Path) -> None:
-    """Makes a folder of stores where it is missing: whoever cleans up may have removed it.
-
-    Raises:
-        StoreUnavailableError: It cannot be used.
-    """
+    """Makes a folder of stores where it is missing, or removed; raises `StoreUnavailableError`."""
     if (fault := _fault(folder)) is not None:
         raise StoreUnavailableError(
             f"{FOLDER_VARIABLE}: {fault}; name a folder that only this user can access"
@@ -149,12 +145,7 @@ def listen(path: Path) -> socket.socket:
 
 
 def own_path(folder: Path, kind: str) -> Path:
-    """A path for a socket that others do not look for: they are told.
-
-    Args:
-        folder: Where stores are found.
-        kind: What the socket is for: one letter, so that the path is no longer than a store's.
-    """
+    """A path for a socket that others do not look for: they are told; `kind` is one letter."""
     return folder / f"{kind}-{view()}{secrets.token_hex(_RANDOM // 2)}.sock"
 
 
@@ -199,7 +190,6 @@ class StoreAddress:
     """A store's own place in the file system, to be removed when it ends.
 
     Attributes:
-        path: Where it listens.
         inode: Of the socket there. Only while the listener is open does it tell this socket from
             another store's: the file system may use the number again.
     """
