@@ -152,7 +152,7 @@ BODIES: dict[str, tuple[dict[str, Any], str | None]] = {
 }
 """Bodies, and what the log puts after the `id` of the answer; None where nothing is metered."""
 STREAMS = [*BODIES][:4]
-"""Those whose answers may be streams."""
+"""The ones whose answers may be streams."""
 
 
 @pytest.mark.parametrize(

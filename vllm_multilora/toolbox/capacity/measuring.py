@@ -24,7 +24,7 @@ from vllm_multilora.toolbox.clients.completions import Answer, Ask
 from vllm_multilora.wording import counted
 
 _DECODED, _REPEATS, _LATE, _LOT, _LOTS = 24, 5, 16, 4, 8
-_LEAST_LEN = 4 * SHORT_PROMPT + _DECODED
+_MIN_MODEL_LEN = 4 * SHORT_PROMPT + _DECODED
 _PROMPTS = (8, 32, 128, 512, 2048)
 _BESIDE = (32, 128)
 _GOLDEN, _SPREAD = 0.618, 3
@@ -60,10 +60,10 @@ class Measuring:
             UnreachableError: It does not answer.
         """
         server = self._server
-        if self._settings.max_model_len < _LEAST_LEN:
+        if self._settings.max_model_len < _MIN_MODEL_LEN:
             raise CalibrationError(
                 f"the server accepts {self._settings.max_model_len} tokens per request, but "
-                f"calibrating it needs at least {_LEAST_LEN}"
+                f"calibrating it needs at least {_MIN_MODEL_LEN}"
             )
         server.alone(server.model, SHORT_PROMPT, times=3)
         server.progress(f"loads of adapters from {server.source}")

@@ -143,7 +143,7 @@ class ServerMeter:
                 self._ran(prompt, digest, state)
             if prompt.caller is not None:
                 try:
-                    _count_told(prompt.caller, output, state)
+                    _bound_scores(prompt.caller, output, state)
                 except GracefulHTTPError as error:
                     _refuse(prompt, state, error)
                     if output.pooling_output is not None:
@@ -201,7 +201,7 @@ class ServerMeter:
             self._log.write(usage)
 
 
-def _count_told(caller: Caller, output: Any, state: Any) -> None:
+def _bound_scores(caller: Caller, output: Any, state: Any) -> None:
     """Counts what a call is told in one piece: the results of pooling, or log probabilities.
 
     Raises:
