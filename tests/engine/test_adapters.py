@@ -221,6 +221,13 @@ def test_a_new_request_is_a_new_try(engine):
 # Requests that end early
 
 
+def test_an_aborted_request_takes_back_an_answer_that_nobody_has_looked_at(engine):
+    engine.adapters.request_load(lora(1))
+    engine.store.loaded(pack_info(7))
+    engine.adapters.drop(1)
+    assert not engine.store.leased
+
+
 def test_what_the_store_says_of_a_load_request_that_was_taken_back_is_no_matter(engine):
     """It may come in one go with what has taken the load request back."""
     engine.adapters.request_load(lora(1))
@@ -246,6 +253,16 @@ def test_a_copy_for_an_aborted_request_is_made_to_its_end(engine):
 # Losses
 
 
+def test_an_adapter_evicted_while_its_requests_wait_is_requested_again(engine):
+    engine.host(1)
+    engine.adapters.drop(1)
+    engine.evict(1)
+    assert engine.adapters.state(1) is AdapterState.ABSENT
+    engine.adapters.request_load(lora(1))
+    engine.loaded(pack_info(2))
+    assert engine.adapters.is_ready(1)
+
+
 def test_an_adapter_in_a_slot_does_not_need_host_memory(engine):
     engine.fill(1)
     engine.evict(1)
@@ -253,6 +270,22 @@ def test_an_adapter_in_a_slot_does_not_need_host_memory(engine):
     engine.adapters.request_load(lora(1))
     assert engine.adapters.is_ready(1)
     assert not engine.store.load_requests
+
+
+def test_a_store_that_is_started_again_is_asked_again_for_what_waits(engine):
+    engine.fill(1)
+    engine.host(2)
+    engine.adapters.request_load(lora(3))
+    load_request = engine.store.only()
+    engine.restart_store()
+    assert engine.adapters.state(1) is AdapterState.SLOT
+    assert not engine.adapters.is_ready(2)
+    assert engine.store.load_requests.keys() > {load_request.ticket}
+    again = next(one for one in engine.store.load_requests.values() if one.adapter == 2)
+    engine.store.loaded(pack_info(20), again)
+    engine.loaded(pack_info(30), load_request)
+    assert engine.adapters.is_ready(2)
+    assert engine.adapters.is_ready(3)
 
 
 def test_a_copy_that_fails_because_the_store_has_gone_is_made_again(engine):
@@ -264,6 +297,15 @@ def test_a_copy_that_fails_because_the_store_has_gone_is_made_again(engine):
     assert not engine.adapters.is_ready(1)
     engine.loaded(pack_info(2))
     assert engine.adapters.is_ready(1)
+
+
+def test_nobody_waits_for_a_store_that_has_gone_to_forget(engine):
+    engine.fill(1)
+    engine.step()
+    gone = engine.adapters.remove(1)
+    for _ in range(2):
+        engine.restart_store()
+    assert gone.result(0) is True
 
 
 @pytest.mark.parametrize("is_sent", [True, False], ids=["order sent", "order not sent yet"])
@@ -317,6 +359,18 @@ def test_a_reload_of_other_weights_waits_for_the_running_requests(engine):
     engine.filled()
     assert engine.adapters.bring(1)
     assert not engine.store.leased
+
+
+def test_a_version_that_comes_while_the_one_before_is_copied_takes_nothing_away(engine):
+    engine.host(1, 10)
+    engine.bring(1)
+    engine.adapters.request_load(lora(1, inplace=True))
+    assert not engine.adapters.is_ready(1)
+    engine.loaded(pack_info(11))
+    assert engine.store.leased == {10: 1, 11: 1}
+    engine.filled()
+    assert engine.store.leased == {11: 1}
+    assert engine.adapters.is_ready(1)
 
 
 @pytest.mark.parametrize("by", ["request", "registration"])
@@ -567,8 +621,7 @@ def test_workers_check_what_vllm_fills_in(engine):
 def begin_check(engine: Engine, number: int, pack: int, *, inplace: bool = False):
     future = engine.adapters.register(lora(number, inplace=inplace))
     engine.loaded(pack_info(pack, special=True))
-    engine.store.loaded(pack_info(pack, special=True))
-    engine.poll()
+    engine.loaded(pack_info(pack, special=True))
     return future
 
 
@@ -600,6 +653,16 @@ def test_a_check_reads_on_when_the_requests_beside_it_are_aborted(engine):
     engine.adapters.drop(1)
     engine.check()
     engine.filled()
+    assert future.result(0) is True
+
+
+def test_a_check_whose_store_has_gone_is_made_again(engine):
+    future = begin_check(engine, 1, 7)
+    order = engine.workers.only()
+    engine.restart_store()
+    engine.refused(order)
+    assert not future.done()
+    engine.loaded(pack_info(0, special=True))
     assert future.result(0) is True
 
 
@@ -728,6 +791,18 @@ def test_a_check_of_what_is_in_host_memory_gives_no_lease_on_it(engine):
     engine.adapters.request_load(lora(1))
     assert not engine.adapters.is_ready(1)
     assert engine.store.only().keep
+
+
+def test_what_an_aborted_request_has_brought_beside_a_check_that_fails_is_given_back(engine):
+    future = engine.adapters.register(lora(1))
+    engine.adapters.request_load(lora(1))
+    engine.adapters.drop(1)
+    check, requested = engine.store.load_requests.values()
+    engine.loaded(pack_info(10), requested)
+    engine.store.failed(check)
+    engine.poll()
+    assert_refused(future)
+    assert not engine.store.leased
 
 
 def test_a_registration_that_fails_leaves_the_reload_that_requests_wait_for(engine):

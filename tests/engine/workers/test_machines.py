@@ -83,6 +83,24 @@ def test_leases_are_kept_in_the_order_of_the_machines(stores, parts):
     assert leases(parts) == [1, 1]
 
 
+def test_no_two_adapters_hold_what_the_other_waits_for(stores, parts):
+    """Each machine has room for one, and gives it to another one first."""
+    first, second = (stores.request_load(LoadRequest(n, "a", f"/adapters/{n}")) for n in (1, 2))
+    parts[0].inbox.append(loaded(parts[0], 1, 31))
+    parts[1].inbox.append(loaded(parts[1], 2, 72))
+    assert stores.poll() == []
+    assert leases(parts) == [1, 0]
+    parts[1].inbox.append(loaded(parts[1], 1, 71))
+    (answer,) = stores.poll()
+    assert answer.ticket == first
+    stores.release(answer.pack.pack)
+    parts[0].inbox.append(loaded(parts[0], 2, 32))
+    assert stores.poll() == []
+    parts[1].inbox.append(loaded(parts[1], 3, 72))
+    (answer,) = stores.poll()
+    assert answer.ticket == second
+
+
 def test_one_machines_failure_is_the_adapters_and_leaves_no_lease(stores, parts):
     ticket = stores.request_load(LoadRequest(1, "a", "/adapters/1"))
     parts[0].inbox.append(loaded(parts[0], 1, 30))
@@ -107,12 +125,37 @@ def test_machines_with_different_files_refuse_the_adapter(stores, parts):
     assert leases(parts) == [0, 0]
 
 
+def test_a_load_request_can_be_taken_back_at_any_time(stores, parts):
+    ticket = stores.request_load(LoadRequest(1, "a", "/adapters/1"))
+    parts[0].inbox.append(loaded(parts[0], 1, 30))
+    assert stores.poll() == []
+    stores.cancel(ticket)
+    assert leases(parts) == [0, 0]
+    assert not parts[1].load_requests
+    stores.cancel(ticket)  # again: nothing
+    ticket = stores.request_load(LoadRequest(1, "a", "/adapters/1"))
+    parts[1].inbox.append(loaded(parts[1], 2, 70))
+    assert stores.poll() == []
+    stores.cancel(ticket)  # between two wants of the second machine
+    assert leases(parts) == [0, 0]
+    assert not parts[0].load_requests
+
+
 def test_a_check_that_keeps_nothing_somewhere_keeps_nothing(stores, parts):
     ticket = stores.request_load(LoadRequest(1, "a", "/adapters/1", keep=False))
     parts[0].inbox.append(loaded(parts[0], 1, 30, keep=False))
     parts[1].inbox.append(loaded(parts[1], 1, 0, keep=False))
     (answer,) = stores.poll()
     assert (answer.ticket, answer.pack.pack, answer.leased) == (ticket, 0, False)
+
+
+def test_a_check_whose_pack_one_machine_evicts_meanwhile_keeps_nothing(stores, parts):
+    stores.request_load(LoadRequest(1, "a", "/adapters/1", keep=False))
+    parts[1].inbox += [loaded(parts[1], 1, 70, keep=False), Evicted(70)]
+    assert stores.poll() == []
+    parts[0].inbox.append(loaded(parts[0], 1, 30, keep=False))
+    (answer,) = stores.poll()
+    assert answer.pack.pack == 0
 
 
 def test_what_one_machine_evicts_is_lost(stores, parts):
@@ -144,6 +187,18 @@ def test_an_adapter_is_forgotten_on_all_machines(stores, parts):
     assert [store.forgotten for store in parts] == [[1], [1]]
 
 
+def test_a_pack_that_a_machine_has_lost_is_known_until_its_leases_are_given_back(stores, parts):
+    pack = load(stores, parts, (30, 70)).pack.pack
+    assert load(stores, parts, (30, 70)).pack.pack == pack
+    parts[1].inbox.append(Restarted())
+    assert stores.poll() == [Restarted()]
+    for is_known in (True, False):
+        stores.release(pack)
+        assert bool(stores.elsewhere(pack)) is is_known
+    assert leases(parts) == [0, 0]
+    stores.release(pack)  # it is nobody's any more
+
+
 def test_totals_add_up(stores, parts):
     parts[0].inbox.append(Totals(100, 2, 1000, 4))
     assert stores.poll() == [Totals(100, 2, 1000, 4)]
@@ -154,6 +209,28 @@ def test_totals_add_up(stores, parts):
     parts[0].inbox.append(Restarted())
     parts[1].inbox.append(Totals(150, 3, None, None))
     assert stores.poll() == [Restarted(), Totals(150, 3, None, None)]
+
+
+def test_after_a_restart_everything_is_loaded_again_and_leases_end_when_given_back(stores, parts):
+    held = load(stores, parts, (30, 70)).pack.pack
+    waiting = stores.request_load(LoadRequest(2, "b", "/adapters/2"))
+    parts[0].inbox.append(loaded(parts[0], 2, 31))
+    assert stores.poll() == []
+
+    parts[0].restart()
+    assert stores.poll() == [Restarted()]
+    # The other machine's workers may be copying: its lease stays until it is given back.
+    assert parts[1].leases[70] == 1
+    stores.release(held)
+    assert parts[1].leases[70] == 0
+    # What the new store had loaded for a load request is asked of it again.
+    assert parts[0].load_requests[3].path == "/adapters/2"
+    parts[0].inbox.append(loaded(parts[0], 3, 1031))
+    parts[1].inbox.append(loaded(parts[1], 2, 71))
+    (answer,) = stores.poll()
+    assert answer.ticket == waiting
+    again = load(stores, parts, (1030, 70)).pack.pack
+    assert again != held
 
 
 def test_a_restart_in_the_middle_begins_with_the_new_store(parts):

@@ -143,6 +143,19 @@ def test_who_follows_a_load_shares_its_failure(world):
     assert world.answer(2, tickets[1]).kind is FailureKind.INVALID
 
 
+def test_nobody_follows_a_load_that_follows_another(world):
+    for client, server in ((2, "other"), (3, "third")):
+        world.client(client, server=server)
+    tickets = {client: world.request_load(client, path="/same") for client in (1, 2)}
+    first, second = world.jobs
+    world.opened(second)
+    world.opened(first)
+    tickets[3] = world.request_load(3, path="/same")
+    world.settle()
+    assert all(isinstance(world.answer(*ticket), Loaded) for ticket in tickets.items())
+    assert world.read == {"/same": 1}
+
+
 def test_a_failure_names_nobody_elses_adapter(world):
     world.client(2, server="other")
     world.request_load(1, adapter=1, path="/same")
@@ -336,6 +349,14 @@ def test_a_fresh_request_outlives_the_load_before_it(world, cancelled):
     assert len(world.answers(1, fresh)) == (not cancelled)
 
 
+def test_a_fresh_request_outlives_the_one_before_it(world):
+    first = world.request_load(1)
+    fresh = world.request_load(1, fresh=True)
+    world.registry.cancel(1, first, world.now)
+    world.settle()
+    assert isinstance(world.answer(1, fresh), Loaded)
+
+
 def test_a_registration_keeps_what_there_is_free_room_for(world):
     loaded = world.load(1, keep=False)
     assert not loaded.leased
@@ -373,6 +394,25 @@ def test_a_request_that_joins_a_registration_gets_room(world):
     assert world.answer(1, registration).pack.pack == 0
     assert world.answer(1, request).pack.pack in world.memory.packs
     assert kept(world, "acme") == ["/adapters/2"]
+
+
+def test_a_registration_goes_on_when_its_request_ends_before_there_is_need_of_room(world):
+    registration, request = world.request_load(1, 2, keep=False), world.request_load(1, 2)
+    world.registry.cancel(1, request, world.now)
+    assert list(world.jobs.values()) == ["opening"]
+    world.settle()
+    assert world.answer(1, registration).pack.pack in world.memory.packs
+
+
+def test_a_load_waits_on_for_room_when_one_of_its_requests_has_ended(world):
+    full = world.load(1, 1, pages=10).pack.pack
+    tickets = [world.request_load(1, 2) for _ in range(2)]
+    world.settle()
+    world.registry.cancel(1, tickets[0], world.now)
+    world.registry.release(1, full, world.now)
+    world.settle()
+    assert world.answer(1, tickets[1]).leased
+    assert world.read["/adapters/2"] == 1
 
 
 @pytest.mark.parametrize("by", ["cancelling", "going"])
@@ -437,6 +477,19 @@ def test_nothing_leaves_for_what_would_not_fit_even_then(world):
     assert list(world.evicted(1)) == []
 
 
+def test_a_load_waits_for_room_until_a_lease_is_given_back(world):
+    first = world.load(1, 1, pages=10)
+    ticket = world.request_load(1, 2)
+    world.settle(pages=10)
+    world.now += 1000.0
+    world.registry.loads.tick(world.now)
+    assert world.answers(1, ticket) == []
+    world.registry.release(1, first.pack.pack, world.now)
+    world.settle()
+    assert isinstance(world.answer(1, ticket), Loaded)
+    assert list(world.evicted(1)) == [first.pack.pack]
+
+
 def test_the_clock_of_a_job_goes_on_when_it_has_room(world):
     full = world.load(1, 1, pages=10).pack.pack
     ticket = world.request_load(1, 2)
@@ -473,6 +526,52 @@ def test_nobody_overtakes_who_waits_for_room(world):
     assert isinstance(world.answer(1, small), Loaded)
 
 
+@pytest.mark.parametrize("by", ["cancelling", "crash"])
+def test_the_next_in_line_gets_room_when_the_first_needs_none_any_more(world, by):
+    world.load(1, 1, pages=6)
+    large, small = world.request_load(1, 2), world.request_load(1, 3)
+    first, second = world.jobs
+    for job, pages in ((first, 6), (second, 2)):
+        world.opened(job)
+        world.checked(job, pages)
+    assert world.jobs[second] == "checked"
+    if by == "cancelling":
+        world.registry.cancel(1, large, world.now)
+    else:
+        world.gone(first)
+    assert world.jobs[second] == "reading"
+    world.settle()
+    assert isinstance(world.answer(1, small), Loaded)
+
+
+def test_the_room_of_a_job_that_has_ended_is_the_next_ones(world):
+    ticket, other = world.request_load(1, 1), world.request_load(1, 2)
+    first, second = world.jobs
+    for job in (first, second):
+        world.opened(job)
+        world.checked(job, pages=10)
+    world.registry.cancel(1, ticket, world.now)
+    assert world.jobs[second] == "checked"
+    world.gone(first)
+    assert world.jobs[second] == "reading"
+    world.settle()
+    assert isinstance(world.answer(1, other), Loaded)
+
+
+def test_what_a_registration_has_brought_makes_room_for_who_waits(world):
+    world.request_load(1, 1, keep=False)
+    request = world.request_load(1, 2)
+    first, second = world.jobs
+    for job, pages in ((first, 6), (second, 5)):
+        world.opened(job)
+        world.checked(job, pages)
+    assert world.jobs[second] == "checked"
+    world.done(first)
+    assert world.jobs[second] == "reading"
+    world.settle()
+    assert isinstance(world.answer(1, request), Loaded)
+
+
 def test_what_can_never_fit_fails_at_once_with_both_sizes(world):
     failed = world.load(1, pages=11)
     assert failed.kind is FailureKind.NO_MEMORY
@@ -492,6 +591,16 @@ def test_what_can_never_fit_any_more_fails_when_the_server_with_the_largest_budg
     world.registry.client_gone(1, world.now)
     assert world.answer(2, large).kind is FailureKind.NO_MEMORY
     assert isinstance(world.load(2, 3), Loaded)
+    world.check()
+
+
+def test_the_number_of_adapters_has_a_budget_too():
+    world = World(StoreSettings(budget_adapters=2))
+    world.client(1)
+    for adapter in (1, 2, 3):
+        world.registry.release(1, world.load(1, adapter).pack.pack, world.now)
+    assert world.memory.totals().adapters == 2
+    assert len(list(world.evicted(1))) == 1
     world.check()
 
 
@@ -540,6 +649,23 @@ def test_a_smaller_budget_is_kept_to_as_soon_as_leases_allow_it():
         world.registry.release(1, pack, world.now)
     assert isinstance(world.load(1, 9), Loaded)
     assert world.memory.totals().bytes == 2 * PAGE
+    world.check()
+
+
+def test_adapters_that_are_being_read_count_among_those_in_memory():
+    world = World(StoreSettings(budget_adapters=1))
+    world.client(1)
+    tickets = [world.request_load(1, adapter) for adapter in (1, 2)]
+    first, second = list(world.jobs)
+    for job in (first, second):
+        world.opened(job)
+        world.checked(job)
+    assert [world.jobs[job] for job in (first, second)] == ["reading", "checked"]
+    world.done(first)
+    world.settle()
+    world.registry.release(1, world.answer(1, tickets[0]).pack.pack, world.now)
+    world.settle()
+    assert isinstance(world.answer(1, tickets[1]), Loaded)
     world.check()
 
 
@@ -592,6 +718,16 @@ def test_the_latest_failures_are_kept_in_bounded_number(world):
         assert isinstance(world.answer(1, world.request_load(1, adapter)), Failed)
     world.request_load(1, 1)
     assert world.jobs, "the oldest failure is forgotten"
+
+
+def test_a_crashed_job_fails_its_adapter_and_frees_its_room(world):
+    ticket = world.request_load(1)
+    (job,) = world.jobs
+    world.opened(job)
+    world.checked(job)
+    world.gone(job)
+    assert world.answer(1, ticket).kind is FailureKind.INTERNAL
+    assert world.memory.totals().bytes == 0
 
 
 def until_reading(world: World, pages: int) -> int:
@@ -662,6 +798,18 @@ def test_an_adapter_fails_whose_job_is_ended_again_or_for_which_nobody_can_leave
         starve(world, 2)
     assert world.answer(1, ticket).kind is FailureKind.NO_MEMORY
     assert len(world.memory.packs) == leased
+
+
+def test_the_room_of_a_killed_job_is_free_only_when_it_cannot_write_any_more(world):
+    ticket = world.request_load(1)
+    (job,) = world.jobs
+    world.opened(job)
+    world.checked(job)
+    world.registry.cancel(1, ticket, world.now)
+    assert job in world.dying
+    assert world.memory.totals().bytes == PAGE
+    world.gone(job)
+    assert world.memory.totals().bytes == 0
 
 
 def test_a_source_that_hangs_is_refused_at_once(world):
@@ -872,6 +1020,27 @@ def test_the_failure_of_a_load_that_others_follow_is_not_a_withdrawn_adapters(wo
     assert isinstance(world.load(1, path="/same"), Loaded)
 
 
+def test_the_death_of_a_client_frees_its_leases_and_load_requests(world):
+    world.client(2, server="other")
+    world.load(2, 1, pages=10)
+    world.request_load(2, 2)
+    ticket = world.request_load(1, 3)
+    world.settle(pages=10)
+    assert world.answers(1, ticket) == []
+    world.registry.client_gone(2, world.now)
+    world.settle(pages=10)
+    assert isinstance(world.answer(1, ticket), Loaded)
+
+
+def test_the_death_of_a_client_frees_all_leases_that_it_has_on_a_pack(world):
+    world.client(2, server="other")
+    for _ in range(3):
+        pack = world.load(2, 1).pack.pack
+    world.load(1, 1)
+    world.registry.client_gone(2, world.now)
+    assert world.memory.packs[pack].leases == 1
+
+
 def test_a_lease_that_one_does_not_have_cannot_be_given_back(world):
     world.client(2)
     loaded = world.load(1)
@@ -1067,6 +1236,15 @@ def test_an_adapter_that_was_registered_is_its_first_users(world):
     assert kept(world, "acme") == ["/adapters/3", "/adapters/4"]
     world.load(1, 4, owners=("other",), most=1)
     assert kept(world, "other") == []
+
+
+def test_a_limit_counts_what_is_read_while_a_registration_is_under_way(world):
+    world.request_load(1, 1, keep=False)
+    world.request_load(1, 1, owners=("acme",), most=1)
+    world.settle()
+    release_all(world)
+    world.load(1, 2, owners=("acme",), most=1)
+    assert kept(world, "acme") == ["/adapters/2"]
 
 
 def test_what_is_being_read_for_a_tenant_counts_before_anybody_else_makes_room():
