@@ -28,7 +28,7 @@ def flooded(
 ) -> dict[str, list[float]]:
     """Rates, processor time and a tenant's times, by round."""
     from tests.attacks.flood import Flood
-    from vllm_multilora.gateway.limits.pauses import STRANGERS_PER_MINUTE
+    from vllm_multilora.gateway.limits.tenant_turns import STRANGERS_PER_MINUTE
 
     found: dict[str, list[float]] = {}
 
