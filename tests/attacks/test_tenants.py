@@ -519,7 +519,7 @@ def test_refusal_has_the_form_of_the_api_that_was_called(served: TenantServer) -
     answer = send(served, "texts", "/v1/messages", messages=PARTS, seed=1)
     assert_status(answer, 400, served)
     message = "Fields that are not allowed here: `seed`."
-    expected = {"type": "error", "error": {"type": "BadRequestError", "message": message}}
+    expected = {"type": "error", "error": {"type": "invalid_request_error", "message": message}}
     assert answer.json() == expected
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import vllm_multilora.gateway.app  # noqa: F401 (as vLLM imports it where it mounts the gateway)
 from tests.serving import template
 from tests.serving.engine import lora_request, store_folder
 from tests.serving.models.cases import Case, Scenario

@@ -22,6 +22,7 @@ from vllm_multilora.integration.server import start
 from vllm_multilora.integration.server.names import (
     adapter_directory,
     model_names,
+    preload,
     registration,
     routes,
 )
@@ -525,7 +526,7 @@ async def test_a_folder_that_is_named_like_a_route_keeps_no_server_from_starting
     directory.mkdir()
     file.write_text('{"routes": {"help": "acme", "old": "gone"}}')
     settings = MultiLoRAConfig(adapter_dir=(str(directory),), routes=str(file))
-    for module in (adapter_directory, routes):
+    for module in (adapter_directory, preload, routes):
         monkeypatch.setattr(module, "settings_of", lambda config: settings)
     monkeypatch.setattr(start, "is_active_behind", lambda client: True)
     monkeypatch.setattr(registration, "acts_for", lambda models: True)

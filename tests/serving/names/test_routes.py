@@ -257,6 +257,8 @@ def test_a_fallback_answers_while_an_adapter_cannot_be_loaded(deployment: Deploy
     """The request that finds out fails with the reason; later ones do not."""
     deployment.write(routes_text("y: {adapter: fragile, fallback: support-de}"))
     path = deployment.put(SOURCES["support-fr"], "fragile")
+    for name in SOURCES:
+        deployment.complete(name)
     # Host memory is full: the adapter is checked, and stays on disk.
     body = {"lora_name": "fragile", "lora_path": str(path)}
     assert deployment.post("/v1/load_lora_adapter", body).status_code == 200

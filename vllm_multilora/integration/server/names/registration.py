@@ -30,7 +30,7 @@ from vllm_multilora.integration.failed_requests import STATUS, AdapterRefusedErr
 from vllm_multilora.integration.server.names import shared_names
 from vllm_multilora.integration.server.names.public_names import is_reserved, public_names
 from vllm_multilora.integration.server.requests import metering
-from vllm_multilora.integration.server.requests.callers import TYPES, current_caller
+from vllm_multilora.integration.server.requests.callers import TYPES
 from vllm_multilora.integration.server.requests.engine_admission import SEE_OFF
 from vllm_multilora.integration.server.requests.engine_calls import answer_of, register
 from vllm_multilora.integration.server.requests.http_calls import GRACE_S, current_call
@@ -243,16 +243,9 @@ def no_such_name(name: str, fault: str, param: str) -> AdapterErrorResponse:
 
 
 def no_such_model(models: Any, name: str | None) -> str:
-    """What vLLM says to a request for a model that does not exist.
-
-    A tenant may not be granted the base model: it is not told its names.
-    """
-    message = f"The model `{name}` does not exist."
-    caller = current_caller.get()
-    if caller is not None and caller.tenant is not None:
-        return message
+    """What vLLM says to a request for a model that does not exist."""
     served = ", ".join(model.name for model in models.base_model_paths)
-    return f"{message} Valid aliases: {served}."
+    return f"The model `{name}` does not exist. Valid aliases: {served}."
 
 
 async def admit(models: Any, lora: LoRARequest) -> AdapterErrorResponse | None:
