@@ -10,7 +10,8 @@
 Failures of adapters' streams have their status where the stream has not begun. vLLM sends status
 200 before it computes anything. So the start of a stream is held here until its first event with a
 result: a request that fails before that gets the status and the reason of its failure. A stream of
-`/v1/responses` that fails later ends with `response.failed`; vLLM breaks off.
+`/v1/responses` that fails later ends with `response.failed`; vLLM breaks off. Calls that reach a
+server that is being stopped get 503, and every 503 says when to ask again.
 """
 
 from __future__ import annotations
