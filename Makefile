@@ -61,7 +61,7 @@ words: $(STAMP)
 mypy: $(STAMP)
 	$(BIN)/mypy
 
-test-fast: $(STAMP) ## tests without vLLM engines: two minutes
+test-fast: $(STAMP) ## tests without vLLM engines
 	$(BIN)/python -m pytest --numprocesses 2 -m "not serving and not slow"
 
 $(VENV)-vllm-%/.installed: $(STAMP) $(shell find tools/testbed/make_env.sh tools/testbed/interpreter tools/testbed/recorder -name '*.sh' -o -name '*.py' -o -name '*.toml')

@@ -26,7 +26,13 @@ from urllib.parse import quote
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 
-from vllm_multilora.gateway.endpoints import RETRY_LATER, error_answer, header, route_path
+from vllm_multilora.gateway.endpoints import (
+    ANTHROPIC_STATUSES,
+    RETRY_LATER,
+    error_answer,
+    header,
+    route_path,
+)
 from vllm_multilora.integration.server.requests.engine_calls import IS_STOPPING
 from vllm_multilora.integration.server.requests.http_calls import (
     SHOWN_DIGITS,
@@ -46,12 +52,6 @@ VERSION_HEADER = "x-multilora-version"
 _EVENT = b"data: {"
 _RESPONSES = "/v1/responses"
 _WITHOUT_RESULT = (b"event: response.created", b"event: response.in_progress")
-_ANTHROPIC = {
-    "invalid_request_error": HTTPStatus.BAD_REQUEST,
-    "not_found_error": HTTPStatus.NOT_FOUND,
-    "overloaded_error": HTTPStatus.SERVICE_UNAVAILABLE,
-}
-"""Statuses of Anthropic's errors, which do not hold them."""
 
 _AFTER_SHUTDOWN = "cannot schedule new futures after shutdown"
 """What a call fails with in a server that is being stopped: vLLM's threads have ended."""
@@ -250,7 +250,8 @@ def _error_in(event: bytes) -> tuple[Any, int] | None:
     if not isinstance(error, dict):
         return None
     if not isinstance(status := error.get("code"), int):
-        status = _ANTHROPIC.get(str(error.get("type")), HTTPStatus.INTERNAL_SERVER_ERROR)
+        kind = str(error.get("type"))
+        status = ANTHROPIC_STATUSES.get(kind, HTTPStatus.INTERNAL_SERVER_ERROR)
     return content, status
 
 

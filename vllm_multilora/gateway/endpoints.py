@@ -32,12 +32,15 @@ _ANTHROPIC_TYPES = {
     HTTPStatus.INTERNAL_SERVER_ERROR: "api_error",
     HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
 }
+ANTHROPIC_STATUSES = {kind: status for status, kind in reversed(_ANTHROPIC_TYPES.items())}
+"""Statuses of Anthropic's errors, which do not hold them."""
+
 _COHERE = "/cohere/v2/chat"
 
 RETRY_LATER = "2"
 """`Retry-After` of an answer with 503 that has none: seconds until a client may ask again."""
 
-_HEADERS = {
+_HEADERS: dict[int, dict[str, str]] = {
     HTTPStatus.UNAUTHORIZED: {"www-authenticate": "Bearer"},
     HTTPStatus.SERVICE_UNAVAILABLE: {"retry-after": RETRY_LATER},
 }
@@ -105,5 +108,5 @@ def refusal_answer(refusal: Any, *, path: str) -> Response:
 
 def _json(content: dict[str, Any], status: int) -> Response:
     """JSON in ASCII: what a client has sent, and an error repeats, may be no Unicode."""
-    headers = _HEADERS.get(HTTPStatus(status))
+    headers = _HEADERS.get(status)
     return Response(json.dumps(content), status, headers, media_type="application/json")

@@ -6,6 +6,7 @@ vLLM has none for `GET /v1/models/NAME`, which clients' libraries call.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import copy
 from http import HTTPStatus
 from typing import Any
@@ -38,7 +39,8 @@ async def show_models(raw_request: Request) -> JSONResponse:
 
 async def show_model(raw_request: Request, name: str) -> Response:
     """Answers with one of them; 404 where the caller may see none of that name."""
-    shown = await models_for(current_caller.get(), raw_request.app.state.openai_serving_models)
+    models = raw_request.app.state.openai_serving_models
+    shown = await models_for(current_caller.get(), models, adapters=(name,))
     for card in shown.data:
         if card.id == name:
             return JSONResponse(card.model_dump())
@@ -46,17 +48,22 @@ async def show_model(raw_request: Request, name: str) -> Response:
     return error_answer(HTTPStatus.NOT_FOUND, message, path=MODELS, param="model")
 
 
-async def models_for(caller: Caller | None, models: Any) -> Any:
-    """Returns vLLM's list of models as a caller may see it; None asks where no keys are set."""
+async def models_for(
+    caller: Caller | None, models: Any, adapters: Iterable[str] | None = None
+) -> Any:
+    """Returns vLLM's list of models as a caller may see it; None asks where no keys are set.
+
+    `adapters` are those that may be in it; None: all that are served.
+    """
     tenant = None if caller is None else caller.tenant
     seen, served = copy(models), public_names(models)
     # A line takes longer to make than many requests take to read, and nobody is answered meanwhile.
     # So a tenant's list must not take time for thousands of others' adapters.
-    seen.lora_requests = (
-        served
-        if tenant is None
-        else {name: lora for name, lora in served.items() if name in tenant.adapters}
-    )
+    seen.lora_requests = {
+        name: served[name]
+        for name in (served if adapters is None else adapters)
+        if name in served and (tenant is None or name in tenant.adapters)
+    }
     shown = await seen.show_available_models()
     max_model_len = next((card.max_model_len for card in shown.data if card.max_model_len), None)
     for card in shown.data:
