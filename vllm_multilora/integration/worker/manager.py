@@ -21,7 +21,7 @@ from vllm.platforms import current_platform
 from vllm_multilora.errors import ConfigError, MultiLoRAError
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration import kv_blocks
-from vllm_multilora.integration.cpp_compiler import compile_only_with_compiler
+from vllm_multilora.integration.cpu_compilation import compile_only_with_compiler
 from vllm_multilora.integration.failed_requests import not_by_workers
 from vllm_multilora.integration.logs import join_vllm_logging
 from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
