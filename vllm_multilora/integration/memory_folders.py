@@ -14,7 +14,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-_MEMORY = Path("/dev/shm")
+MEMORY = Path("/dev/shm")
 
 
 def users_folder() -> Path:
@@ -23,7 +23,7 @@ def users_folder() -> Path:
     Raises:
         PermissionError: Another user has made it.
     """
-    parent = _MEMORY if os.access(_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
+    parent = MEMORY if os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir())
     folder = parent / f"vllm-multilora-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ..engine import running_engine
+from ..engine import lora_request, running_engine
 from ..models.cases import Scenario
 from ..slots.test_offline_calls import case_of, tokens
 from .pushes import EXTENSION, NUMBER, assert_answers, push
@@ -82,3 +82,31 @@ def test_tensors_without_a_required_digest_are_refused(llama: Scenario, tmp_path
         pytest.raises(Exception, match="digest"),
     ):
         push(llm, llama.adapters[name])
+
+
+@pytest.fixture
+def _managers_of_a_framework(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A framework's own code decides in each step which adapters vLLM's manager has."""
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager as Manager
+
+    original = Manager._apply_adapters
+
+    def apply(manager: Any, requests: set[Any]) -> None:
+        original(manager, requests)
+
+    monkeypatch.setattr(Manager, "_apply_adapters", apply)
+
+
+@pytest.mark.usefixtures("_managers_of_a_framework")
+def test_a_frameworks_manager_is_left_alone_unless_checks_are_asked(llama: Scenario) -> None:
+    name = next(iter(llama.adapters))
+    with running_engine(llama.base, in_process=True) as llm:
+        assert llm.llm_engine.add_lora(lora_request(llama, name))
+        case = case_of(llama, name)
+        assert tokens(llm, case, lora_request(llama, name)) == case.expected.tokens
+    settings = {"multilora": {"allowed_roots": ["/"]}}
+    with (
+        pytest.raises(Exception, match="--multilora-allowed-roots would check no adapter here"),
+        running_engine(llama.base, in_process=True, additional_config=settings),
+    ):
+        pass
