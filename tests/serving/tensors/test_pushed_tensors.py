@@ -95,6 +95,24 @@ def test_tensors_that_overflow_are_quarantined_until_others_are_given(
     assert_answers(llm, llama, name)
 
 
+def test_the_last_of_two_versions_in_one_call_serves_alone(llm: "LLM", llama: Scenario) -> None:
+    first, second = [*llama.adapters][:2]
+    folders = (llama.adapters[first], llama.adapters[second])
+    assert llm.collective_rpc("push_twice", args=(NUMBER, *folders)) == [True]
+    assert_answers(llm, llama, second)
+    assert len(folders_in_memory()) == 1
+
+
+def test_tensors_without_a_configuration_say_what_is_missing(llm: "LLM", llama: Scenario) -> None:
+    from .tensor_loader import of_tensors
+
+    request = of_tensors(NUMBER, next(iter(llama.adapters.values())))
+    request.peft_config = {}
+    with pytest.raises(Exception, match="without a configuration: give the request PEFT's"):
+        llm.llm_engine.add_lora(request)
+    assert folders_in_memory() == []
+
+
 def test_a_folder_is_no_workers_to_load(llm: "LLM", llama: Scenario) -> None:
     """Its engine core loads it, and would know nothing of it otherwise."""
     name = next(iter(llama.adapters))

@@ -134,3 +134,36 @@ def test_swaps_under_streams_answer_by_version_in_flat_memory(
     assert beside > swaps, "streams waited while tensors were checked"
     assert len(folders_in_memory()) == 1
     assert max(sizes) - sizes[0] < GROWTH, sizes
+
+
+def test_tensors_given_to_a_paused_engine_serve_when_it_goes_on(
+    engine: "AsyncLLM", llama: Scenario
+) -> None:
+    """Frameworks pause an engine while they give it a version."""
+    first, second = (case_of(llama, name) for name in [*llama.adapters][:2])
+
+    async def give(name: str | None) -> None:
+        assert name is not None
+        call = engine.collective_rpc("push", args=(NUMBER, llama.adapters[name]))
+        assert await asyncio.wait_for(call, LIMIT_S) == [True]
+
+    async def answer(number: int) -> tuple[int, ...]:
+        found: tuple[int, ...] = ()
+        prompt = {"prompt_token_ids": list(first.prompt)}
+        async for output in engine.generate(
+            prompt, greedy(), f"request {number}", lora_request=pushed()
+        ):
+            found = tuple(output.outputs[0].token_ids)
+        return found
+
+    async def run() -> None:
+        await give(first.adapter)
+        assert await answer(1) == first.expected.tokens
+        await engine.pause_generation(mode="keep")
+        await give(second.adapter)
+        waiting = asyncio.create_task(answer(2))
+        await engine.resume_generation()
+        assert await asyncio.wait_for(waiting, LIMIT_S) == second.expected.tokens
+        assert NUMBER in await engine.list_loras()
+
+    asyncio.run(run())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -67,14 +68,18 @@ class PushedTensors:
         Raises:
             OSError: There is no room for it in memory.
         """
+        number = request.lora_int_id
         if self._writes:
-            folder = Path(tempfile.mkdtemp(prefix=f"{request.lora_int_id}-", dir=own_folder()))
-            (folder / CONFIG_NAME).write_text(json.dumps(config, default=_plain))
-            save_file({name: _alone(each) for name, each in tensors.items()}, folder / TENSORS_NAME)
-            self._pushes[request.lora_int_id] = Push(
-                request.lora_int_id, request.lora_name, request.lora_path, str(folder)
-            )
-        self._numbers.add(request.lora_int_id)
+            folder = Path(tempfile.mkdtemp(prefix=f"{number}-", dir=own_folder()))
+            try:
+                (folder / CONFIG_NAME).write_text(json.dumps(config, default=_plain))
+                alone = {name: _alone(tensor) for name, tensor in tensors.items()}
+                save_file(alone, folder / TENSORS_NAME)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            self._note(Push(number, request.lora_name, request.lora_path, str(folder)))
+        self._numbers.add(number)
 
     def remove(self, number: int) -> bool:
         """Forgets an adapter; whether it was given to this worker."""
@@ -82,8 +87,15 @@ class PushedTensors:
             return False
         self._numbers.remove(number)
         if self._writes:
-            self._pushes[number] = Push(number)
+            self._note(Push(number))
         return True
+
+    def _note(self, push: Push) -> None:
+        """Notes what has become of an adapter; what came before it was never asked for."""
+        before = self._pushes.get(push.number)
+        if before is not None and before.folder is not None:
+            shutil.rmtree(before.folder, ignore_errors=True)
+        self._pushes[push.number] = push
 
     def take(self) -> list[Push]:
         """What has changed since the last call."""

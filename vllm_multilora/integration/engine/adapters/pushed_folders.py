@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Entry:
-    """An adapter's path in requests, the link to it, and the version that may be served."""
+    """An adapter's path in requests, the link, the newest version, and one that may be served."""
 
     path: str
     link: Path
+    newest: Path
     accepted: Path | None = None
 
 
@@ -51,10 +52,10 @@ class PushedFolders:
         folder = Path(push.folder)
         entry = self._entries.get(push.number)
         if entry is None or entry.link.parent != folder.parent:
-            entry = _Entry(push.path, folder.parent / str(push.number))
+            entry = _Entry(push.path, folder.parent / str(push.number), folder)
             self._entries[push.number] = entry
         entry.path = push.path
-        _lead(entry.link, folder)
+        _lead(entry, folder)
 
     def end(self, push: Push, *, is_accepted: bool) -> None:
         """A version was checked."""
@@ -68,8 +69,8 @@ class PushedFolders:
             left = folder
             if entry.accepted is None:
                 self.remove(push.number)
-            elif entry.link.readlink() == folder:
-                _lead(entry.link, entry.accepted)
+            elif entry.newest == folder:
+                _lead(entry, entry.accepted)
         if left is not None:
             shutil.rmtree(left, ignore_errors=True)
 
@@ -78,14 +79,15 @@ class PushedFolders:
         entry = self._entries.pop(number, None)
         if entry is None:
             return
-        for folder in {entry.link.readlink(), entry.accepted or entry.link.readlink()}:
+        for folder in {entry.newest, entry.accepted or entry.newest}:
             shutil.rmtree(folder, ignore_errors=True)
-        entry.link.unlink()
+        entry.link.unlink(missing_ok=True)
 
 
-def _lead(link: Path, folder: Path) -> None:
-    """Has a link lead elsewhere, at once."""
-    new = link.with_name(f"{link.name}.new")
+def _lead(entry: _Entry, folder: Path) -> None:
+    """Has an adapter's link lead to a version, at once."""
+    entry.newest = folder
+    new = entry.link.with_name(f"{entry.link.name}.new")
     new.unlink(missing_ok=True)
     new.symlink_to(folder)
-    new.replace(link)
+    new.replace(entry.link)
