@@ -202,10 +202,11 @@ class AdapterExecutorMixin:
         adapters = self.connect()
         if adapters is None:
             return super().add_lora(lora_request)  # type: ignore[misc]
-        if _is_for_workers(lora_request):
-            loaded = super().collective_rpc("add_lora", args=(lora_request,))  # type: ignore[misc]
+        request = as_sent(lora_request)
+        if _is_for_workers(request):
+            loaded = super().collective_rpc("add_lora", args=(request,))  # type: ignore[misc]
             return self._with_pushed(all(loaded))
-        return self._carry_out(adapters, partial(self._register, adapters, as_sent(lora_request)))
+        return self._carry_out(adapters, partial(self._register, adapters, request))
 
     def _register(self, adapters: EngineAdapters, request: LoRARequest) -> Future[bool]:
         registered = adapters.register(request)
