@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from functools import lru_cache
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 MEMORY = Path("/dev/shm")
@@ -46,6 +47,8 @@ def _made_by(process: int) -> Path:
     for each in parent.iterdir():
         _remove_if_left(each)
     folder = Path(tempfile.mkdtemp(prefix=f"{process}-", dir=parent))
+    # Where `atexit` does nothing, too: in processes of multiprocessing.
+    Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=0)
     fcntl.flock(os.open(folder, os.O_RDONLY | os.O_CLOEXEC), fcntl.LOCK_SH)
     return folder
 

@@ -36,6 +36,7 @@ class Makers:
 
     def __init__(self) -> None:
         self.processes: list[BaseProcess] = []
+        self.pipes: list[Connection] = []
 
     def start(self) -> str:
         """Starts one more; returns what it says."""
@@ -44,8 +45,14 @@ class Makers:
         process = context.Process(target=make_one, args=(theirs,))
         process.start()
         self.processes.append(process)
+        self.pipes.append(ours)
         assert ours.poll(LIMIT_S)
         return str(ours.recv())
+
+    def end(self, number: int) -> None:
+        """Has a process end by itself."""
+        self.pipes[number].send("end")
+        self.processes[number].join(LIMIT_S)
 
     def kill(self, number: int) -> None:
         self.processes[number].kill()
@@ -68,6 +75,13 @@ def test_folders_of_killed_processes_go_and_those_of_living_ones_stay(makers: Ma
     assert not killed.exists()
     assert (living / "adapter").is_dir()
     assert (third / "adapter").is_dir()
+
+
+def test_a_folder_goes_when_its_process_ends(makers: Makers) -> None:
+    folder = Path(makers.start())
+    assert folder.is_dir()
+    makers.end(0)
+    assert not folder.exists()
 
 
 def test_a_folder_that_others_can_write_to_is_refused(makers: Makers) -> None:
