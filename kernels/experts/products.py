@@ -77,8 +77,7 @@ class ExpertProducts:
         if (
             w13.outputs != 2 * padded
             or sum(widths) != 2 * self._inner
-            or not 0 <= padding <= self._inner
-            or (padding and len(widths) == 1)
+            or padding < 0
             or not w13.experts == w2.experts == experts
         ):
             raise ValueError(
@@ -88,12 +87,7 @@ class ExpertProducts:
             )
         self._w13, self._w2, self._activation = w13, w2, activation
         self._sorter = PairSorter(slots, experts)
-        a, b = list(adapters.w13_a), list(adapters.w13_b)
-        self._slices = list(range(len(a)))  # of w13, those that adapters have
-        if padding:  # of gates: a slice between them and the others, of rank 0
-            a.insert(1, a[0])
-            b.insert(1, b[0][..., :padding, :])
-            self._slices = [0, 2]
+        a, b, self._slices = _around_padding(adapters, self._inner, padding)
         self._w13_ranks = torch.zeros(len(a), slots, experts, dtype=torch.int32)
         self._w2_ranks = torch.zeros(1, slots, experts, dtype=torch.int32)
         self._w13_adapters = self._call(a, b, self._w13_ranks)
@@ -107,17 +101,19 @@ class ExpertProducts:
             w13: Of each slice of w13, one rank for all experts or one for each.
             w2: Likewise.
         """
-        for i, ranks in zip(self._slices, w13, strict=True):
-            self._w13_ranks[i, slot] = torch.as_tensor(ranks, dtype=torch.int32)
+        for own, ranks in zip(self._slices, w13, strict=True):
+            self._w13_ranks[own, slot] = torch.as_tensor(ranks, dtype=torch.int32)
         self._w2_ranks[0, slot] = torch.as_tensor(w2, dtype=torch.int32)
 
     def _call(
         self, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], ranks: torch.Tensor
     ) -> Call:
         """The adapters' product, for which each expert of each slot is a slot."""
-        flat = [each.flatten(0, 1) for each in (*a, *b)]
+        flat = [each.view(-1, *each.shape[2:]) for each in (*a, *b)]  # never copies
         slices = len(a)
-        return Call(LINEAR, flat[:slices], flat[slices:], ranks.flatten(1), self._sorter.layout)
+        return Call(
+            LINEAR, flat[:slices], flat[slices:], ranks.view(len(a), -1), self._sorter.layout
+        )
 
     def __call__(
         self,
@@ -167,3 +163,22 @@ class ExpertProducts:
         self._w2_adapters(pairs.plan, x=h[:, : self._inner], y=y)
         factors = weights[index].float().contiguous()
         sum_of_experts(out, y, pairs.places, factors, rows)
+
+
+def _around_padding(
+    adapters: ExpertAdapters, inner: int, padding: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[list[int]]]:
+    """The slices of w13: where packing has padded the gates, with others of rank 0 after these.
+
+    Returns:
+        A and B of each, and which of them the adapters' own slices are.
+    """
+    a, b = list(adapters.w13_a), list(adapters.w13_b)
+    if not padding:
+        return a, b, [[i] for i in range(len(a))]
+    is_one = len(a) == 1
+    gate, up = b[0][..., :inner, :], b[-1][..., -inner:, :]
+    widths = [min(inner, padding - start) for start in range(0, padding, inner)]
+    last = 1 + len(widths)
+    b = [gate, *(gate[..., :width, :] for width in widths), up]
+    return [a[0]] * last + [a[-1]], b, [[0, last]] if is_one else [[0], [last]]
