@@ -2,7 +2,7 @@
 
 A row has `top_k` experts and at most one adapter, so its work is `top_k` pairs of an expert and an
 adapter. `pairs` sorts a step's pairs, `packed` multiplies them by the experts' own weights, and
-`products` puts these and the adapters' products together. `reference` is the same in loops.
+`products` puts these and the adapters' products together. `expert_reference` is the same in loops.
 """
 
 from multilora_kernels.experts.packed import PackedExperts

@@ -13,7 +13,7 @@ from multilora_kernels.experts import (
     ExpertAdapters,
     ExpertProducts,
     PackedExperts,
-    reference,
+    expert_reference,
 )
 from multilora_kernels.experts.packed import BLOCK
 
@@ -35,7 +35,7 @@ class ExpertProblem:
 
     def expected(self) -> torch.Tensor:
         """The reference's result in float64, rows without adapters included."""
-        return reference.experts_with_adapters(
+        return expert_reference.experts_with_adapters(
             self.x.double(),
             self.w13.double(),
             self.w2.double(),

@@ -25,7 +25,7 @@ from ..models.cases import Scenario
 from ..models.peft_reference import PeftReference
 from ..models.recipes import AdapterRecipe
 from ..models.scenarios import build_scenario
-from ..models.tiny_models import write_mixtral, write_qwen3_moe
+from ..models.tiny_models import write_mixtral, write_qwen2_moe, write_qwen3_moe
 
 pytestmark = [
     pytest.mark.serving,
@@ -47,9 +47,9 @@ RECIPES = (
         gain=0.7,
     ),
 )
+SHARED_EXPERT = AdapterRecipe("shared", ("q_proj", "shared_expert.down_proj"), gain=1.0)
 QWEN3 = "mlp.experts.{expert}.{kind}", ("gate_proj", "up_proj", "down_proj")
 MIXTRAL = "block_sparse_moe.experts.{expert}.{kind}", ("w1", "w3", "w2")
-TRAINED = tuple(recipe.name for recipe in RECIPES)
 ONE_BY_ONE = "-one-by-one"
 LENGTH = 23
 """Tokens of the longer prompts."""
@@ -57,15 +57,17 @@ BFLOAT16_RMS = 1.2  # without an adapter 0.9: rounding chooses other experts for
 Form = tuple[str, tuple[str, str, str]]
 
 
-@pytest.fixture(scope="module", params=["qwen3-moe", "mixtral"])
+@pytest.fixture(scope="module", params=["qwen3-moe", "qwen2-moe", "mixtral"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Scenario:
     """A base model; each adapter that PEFT has trained of experts is there in both forms."""
     write, form, experts = {
         "qwen3-moe": (write_qwen3_moe, QWEN3, 8),
+        "qwen2-moe": (write_qwen2_moe, QWEN3, 4),  # has an expert that all tokens share
         "mixtral": (write_mixtral, MIXTRAL, 4),
     }[request.param]
     folder = tmp_path_factory.mktemp(request.param)
-    found = build_scenario(folder, write, RECIPES, lengths=(7, LENGTH))
+    shared = [SHARED_EXPERT] if write is write_qwen2_moe else []
+    found = build_scenario(folder, write, [*RECIPES, *shared], lengths=(7, LENGTH))
     adapters = dict(found.adapters)
     cases = list(found.cases)
     for name in ("experts-r8", "patterns"):
@@ -143,7 +145,8 @@ def test_two_workers_answer_as_peft(model: Scenario) -> None:
 def test_prompts_score_in_bfloat16_as_in_peft_in_float32(model: Scenario) -> None:
     """Weights are packed in words of two numbers there, on processors with AMX."""
     asked = [case for case in model.cases if len(case.prompt) == LENGTH]
-    reference = PeftReference(model.base, {name: model.adapters[name] for name in TRAINED})
+    trained = {name: of for name, of in model.adapters.items() if not name.endswith(ONE_BY_ONE)}
+    reference = PeftReference(model.base, trained)
     with running_engine(model.base, in_process=True, max_loras=2, dtype="bfloat16") as llm:
         prompts = [case.prompt for case in asked]
         outputs = generate(llm, prompts, loras_of(model, asked), max_tokens=1, prompt_logprobs=0)
@@ -157,7 +160,7 @@ def test_prompts_score_in_bfloat16_as_in_peft_in_float32(model: Scenario) -> Non
     effects = [(a - b).square().mean().sqrt().item() for a, b in zip(exact, plain, strict=True)]
     assert max(errors) < BFLOAT16_RMS
     for case, effect in zip(asked, effects, strict=True):
-        assert case.adapter is None or effect > 4 * BFLOAT16_RMS, "doing nothing would not show"
+        assert case.adapter is None or effect > 3 * BFLOAT16_RMS, "doing nothing would not show"
 
 
 def test_experts_that_the_plugin_does_not_compute_answer_beside_other_adapters(

@@ -81,7 +81,7 @@ def _randomise_parameter(module: ParamWrapper, gain: float, generator: torch.Gen
     a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
     a.data.copy_(torch.randn(a.shape, generator=generator) / a.shape[1] ** 0.5)
     b.data.copy_(torch.randn(b.shape, generator=generator))
-    size = module.get_delta_weight("default").std(dim=(1, 2)).mean()
+    size = module.get_delta_weight("default").std()
     b.data.mul_(gain * module.get_param().std() / size)
 
 
