@@ -26,6 +26,7 @@
 #define BLOCKS 1
 #define ROWS 4
 #endif
+#define FETCHED 4096 /* bytes between what is read of a block and what is fetched */
 #define READING 6 /* what it costs to read a strip, in rows that meet it */
 
 const int64_t multilora_experts_call_bytes = sizeof(struct experts_call);
@@ -59,6 +60,7 @@ INLINE void add_step(const int rows, const int blocks, f32v acc[ROWS][BLOCKS * B
     UNROLL for (int n = 0; n < vecs; n++) {
         const char *from = at + n / BLOCK_VECS * s->block_bytes;
         int64_t element = n % BLOCK_VECS * LANES;
+        if (n % BLOCK_VECS == 0) __builtin_prefetch(from + FETCHED, 0, FETCH_LOCALITY);
         if (packing == BF16_WORDS) {
             u32v words;
             memcpy(&words, from + element * 4, sizeof words);
