@@ -28,7 +28,7 @@ from vllm_multilora.integration.patching.tables.core_seams import PUNICA_WRAPPER
 from vllm_multilora.integration.settings.cache_settings import cpu_budget, store_settings
 from vllm_multilora.integration.settings.flags import checks_in
 from vllm_multilora.integration.step.mapping import BatchMapping, base_rows_of
-from vllm_multilora.integration.worker.model.experts import leave_experts_alone
+from vllm_multilora.integration.worker.experts.expert_kernels import choose_expert_kernels
 from vllm_multilora.integration.worker.pushed_tensors import PushedTensors, tensors_in, tensors_of
 from vllm_multilora.integration.worker.slots.filler import SlotFiller
 from vllm_multilora.integration.worker.slots.model_manager import MultiLoRAModelManager
@@ -83,7 +83,7 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
         """Wraps the model's layers and connects to the engine core; returns the model."""
-        leave_experts_alone(model)
+        choose_expert_kernels(model)
         if current_platform.is_cpu():
             compile_only_with_compiler()
         wrapped = super().create_lora_manager(model, vllm_config)
