@@ -170,7 +170,7 @@ COMMANDS = {
 
 PROGRAM = "vllm-multilora"
 _PACKAGE = "vllm_multilora.toolbox.commands"
-_USUAL_WIDTH, _NO_BREAK = 80, "\0"
+_USUAL_WIDTH = 80
 TRACEBACK = "MULTILORA_TRACEBACK"
 NO_ANSWER = 2
 INTERRUPTED, PIPE_CLOSED = 130, 141  # as shells have them: 128 and the signal
@@ -282,17 +282,9 @@ def _shown(examples: Iterable[str]) -> str:
 
 
 def _continued(command: str) -> str:
-    """A command in as many lines as a terminal of usual width needs, which a shell reads as one."""
-    kept_together = re.sub(r" (?!--|>)", _NO_BREAK, command)
-    lines = textwrap.wrap(
-        kept_together,
-        _USUAL_WIDTH - len(" \\"),
-        initial_indent="  ",
-        subsequent_indent="      ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    return " \\\n".join(lines).replace(_NO_BREAK, " ")
+    """A command in one line, or where a terminal of usual width has too little room, one a flag."""
+    line = f"  {command}"
+    return line if len(line) <= _USUAL_WIDTH else re.sub(r" (?=--|>)", " \\\n      ", line)
 
 
 if __name__ == "__main__":

@@ -247,6 +247,12 @@ class MultiLoRAConfig:
         "language or by other values in the request, with fallbacks. Read again when it "
         "changes. Only for servers: LLM() names adapters itself.",
     )
+    route_names: bool = _switch(
+        False,
+        "Answers to a route's name have that name as their `model`, instead of the adapter's (the "
+        "default). The header x-multilora-adapter and the field `multilora` name the adapter "
+        "either way.",
+    )
     admin_key_file: str | None = _file(
         "File with the operators' keys, one per line. Only operators may load and unload "
         "adapters and see folders. Read again when it changes. Without this flag the "

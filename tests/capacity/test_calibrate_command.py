@@ -27,15 +27,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         server = self.server
+        known = {name for name, at in server.asked.items() if time.monotonic() - at >= server.lag_s}
         rows = [
             {
                 "id": name,
                 "path": f"/adapters/{name}",
-                "state": "slot" if name in server.asked else "absent",
-                "bytes": size if name in server.asked else 0,
-                "kind": server.kinds.get(name, "lora") if name in server.asked else None,
+                "state": "slot" if name in known else "absent",
+                "bytes": size if name in known else 0,
+                "kind": server.kinds.get(name, "lora") if name in known else None,
             }
-            for name, size in SIZES.items()
+            for name, size in server.sizes.items()
         ]
         body = {
             "/v1/models": {
@@ -69,7 +70,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.refuses:
             self.answer(404, "no such adapter")
             return
-        self.server.asked.add(asked["model"])
+        self.server.asked.setdefault(asked["model"], time.monotonic())
         if asked["model"] in self.server.kinds:
             self.answer(400, "activated by tokens that the prompt does not contain")
             return
@@ -93,7 +94,8 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.refuses, server.hidden, server.kinds = set(), False, set(), {}
+    server.asked, server.refuses, server.hidden, server.kinds = {}, False, set(), {}
+    server.sizes, server.lag_s = SIZES, 0.0
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -129,6 +131,24 @@ def test_a_server_is_measured_into_a_file_that_serves_a_plan(server, tmp_path, c
     out, err = capsys.readouterr()
     assert "2 requests in " in out
     assert "error" not in err
+
+
+def test_one_cold_adapter_is_enough_for_a_plan(server, tmp_path, capsys):
+    """The server says its size a second after it was read, as vLLM's may."""
+    server.sizes, server.lag_s = {"acme": SIZES["acme"]}, 1.0
+    file, trace = tmp_path / "calibration.json", tmp_path / "trace.csv"
+    assert calibrate(server, file) == 0
+    assert read_calibration(file).adapters == server.sizes
+    trace.write_text("time,adapter,prompt_tokens,generation_tokens\n0,acme,20,4\n")
+    assert main(["plan", "--traffic", str(trace), "--calibration", str(file)]) == 0
+
+
+def test_a_server_without_cold_adapters_is_refused_at_once(server, tmp_path, capsys):
+    server.asked = dict.fromkeys(SIZES, 0.0)
+    assert calibrate(server, tmp_path / "calibration.json") == 2
+    err = capsys.readouterr().err
+    assert "has 4 adapters, and all have been requested, so no load can be timed" in err
+    assert "measuring" not in err
 
 
 def test_the_last_prompt_is_timed_as_the_others_are(server):

@@ -3,7 +3,7 @@
 import pytest
 
 from vllm_multilora.slots.budget import MIB
-from vllm_multilora.toolbox.capacity.calibration import CalibrationError, Settings
+from vllm_multilora.toolbox.capacity.calibration import CalibrationError, LoadCosts, Settings
 from vllm_multilora.toolbox.capacity.fitting import Sample, fit
 from vllm_multilora.toolbox.capacity.measuring import Measuring
 from vllm_multilora.toolbox.capacity.step_cost import TERMS, StepBatch, StepCost, pairs_of
@@ -35,11 +35,12 @@ SLOTS = 8
 class Server:
     """Answers at once, with the times that the model says; nobody waits for anybody."""
 
-    def __init__(self, adapters=SIZES):
+    def __init__(self, adapters=SIZES, slowdown=SLOWDOWN):
         self.now = 0.0
         self.slots: list[str] = []
         self.host: set[str] = set()
         self.adapters = adapters
+        self.slowdown = slowdown
 
     def listed(self):
         return [
@@ -110,7 +111,7 @@ class Server:
                     step()
             lot_answers = [answer, *(Answer(other, answer.begin_s) for other in lot[1:])]
             answers.append(lot_answers)
-            seconds = self.fetched(ask.model, SLOWDOWN)
+            seconds = self.fetched(ask.model, self.slowdown)
             if seconds > COPY_S:
                 ready = self.now + seconds - COPY_S
                 while self.now + half < ready:
@@ -155,6 +156,55 @@ def test_the_fit_finds_what_the_server_takes():
     ranges = measured.ranges
     assert (ranges.prompt_tokens, ranges.rows, ranges.load_bytes) == (511, 16, 32 * MIB)
     assert measured.sizes == {name: SIZES[name] for name in server.host}
+
+
+class LaggingServer(Server):
+    """Lists its adapters as they were a while ago, as a server does that is asked often."""
+
+    def __init__(self, adapters):
+        super().__init__(adapters)
+        self.last = super().listed()
+
+    def listed(self):
+        shown, self.last = self.last, super().listed()
+        return shown
+
+
+def test_an_adapter_that_is_listed_late_is_timed():
+    measured = measuring(LaggingServer({"only": 8 * MIB}))
+    measured.run()
+    assert measured.loads.measured == 1
+    assert measured.sizes == {"only": 8 * MIB}
+
+
+def test_loads_that_fit_together_are_not_doubted():
+    measured = measuring(Server())
+    measured.run()
+    assert measured.loads.spread < 0.1
+    assert measured.loads.doubt(measured.ranges.load_bytes) == ""
+
+
+def test_loads_that_steps_slow_down_out_of_measure_are_doubted():
+    measured = measuring(Server(slowdown=40.0))
+    measured.run()
+    doubt = measured.loads.doubt(measured.ranges.load_bytes)
+    assert doubt.startswith("a load of 32.0 MiB would take ")
+    assert "s beside steps, and 0.19 s of an idle engine" in doubt
+
+
+def test_loads_far_from_what_was_fitted_are_doubted():
+    costs = LoadCosts(
+        fixed_s=0.1,
+        s_per_mib=0.0,
+        beside_fixed_s=0.1,
+        beside_s_per_mib=0.0,
+        copy_fixed_s=0.0,
+        copy_s_per_mib=0.0,
+        source="disk",
+        measured=4,
+        spread=0.8,
+    )
+    assert costs.doubt(MIB) == "timed loads are 80% from what was fitted to them"
 
 
 def test_what_is_measured_is_reported():

@@ -51,6 +51,24 @@ def test_a_healthy_server(site, capsys):
     assert re.fullmatch(reported, capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "codes"),
+    [([16, 8], ["max-rank-high"]), ([16, None], []), (None, [])],
+    ids=["all read", "one unread", "no list"],
+)
+def test_a_lower_rank_is_advised_once_all_adapters_are_read(site, capsys, ranks, codes):
+    server = FakeServer(
+        slots=4, max_rank=64, requests={"a": 5}, adapters=[("a", "gpu", 16, False)], loaded=["a"]
+    )
+    site.answers["/metrics"] = lambda *_: (200, server.text())
+    if ranks is not None:
+        listing = {"data": [{"id": "ab"[n], "rank": rank} for n, rank in enumerate(ranks)]}
+        site.answers["/v1/lora_adapters"] = lambda *_: (200, json.dumps(listing))
+    assert main(["advise", "--url", site.url, "--window", "0.3", "--json"]) == bool(codes)
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert [finding["code"] for finding in findings] == codes
+
+
 def test_a_clock_that_is_set_back_meanwhile(site, capsys, monkeypatch):
     busy_server(site)
     set_back = itertools.count(time.time(), -60)

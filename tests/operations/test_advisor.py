@@ -177,17 +177,21 @@ def test_a_cold_adapter_with_a_pin_keeps_a_slot_from_others():
 
 
 def test_a_maximum_rank_far_above_the_ranks_in_use():
-    found = only(advise(replace(HEALTHY, max_rank=128)))
+    found = only(advise(replace(HEALTHY, max_rank=128, has_all_ranks=True)))
     assert found.code is FindingCode.MAX_RANK_HIGH
     assert found.change.startswith("lower --max-lora-rank from 128 to 16: a slot takes 12%")
-    # Metrics say nothing of adapters that nobody has asked for.
-    assert "adapters that have not been read may need more" in found.change
-    assert found.seen == "the highest rank of the adapters that have been read (10) is 16"
+    assert found.seen == "all adapters have been read; their highest rank is 16"
+
+
+def test_no_rank_is_advised_while_adapters_are_unread():
+    """Metrics say nothing of adapters that nobody has asked for."""
+    assert advise(replace(HEALTHY, max_rank=128)) == []
 
 
 def test_nobody_tells_what_is_enough_for_adapters_that_are_not_seen():
-    assert len(advise(replace(HEALTHY, max_rank=128, slots=128))) == 2
-    assert advise(replace(HEALTHY, max_rank=128, slots=128, names_are_cut=True)) == []
+    seen = replace(HEALTHY, max_rank=128, slots=128, has_all_ranks=True)
+    assert len(advise(seen)) == 2
+    assert advise(replace(seen, names_are_cut=True)) == []
 
 
 def test_ranks_at_which_lora_no_longer_pays():

@@ -23,13 +23,13 @@ def test_numbered_layers_are_shown_together_but_only_if_they_are_alike():
         return LayerMemory(f"model.layers.{number}.mlp.up", (), size)
 
     memory = SlotMemory((layer(0, 10), layer(10, 10), layer(2, 30)), (), 0)
-    found = [(group.name, group.layers, group.slot_bytes) for group in memory.groups()]
+    found = [*memory.groups()]
     assert found == [("model.layers.*.mlp.up", 2, 20), ("model.layers.*.mlp.up", 1, 30)]
 
 
 def test_an_experts_number_is_one_too_and_a_name_with_digits_is_none():
     layers = tuple(LayerMemory(f"h.{i}.experts.{i}.w1", (), 1) for i in range(3))
-    assert [group.name for group in SlotMemory(layers, (), 0).groups()] == ["h.*.experts.*.w1"]
+    assert [name for name, *_ in SlotMemory(layers, (), 0).groups()] == ["h.*.experts.*.w1"]
 
 
 def test_every_worker_keeps_its_own_host_copies():

@@ -33,6 +33,7 @@ from vllm_multilora.gateway.endpoints import (
     header,
     route_path,
 )
+from vllm_multilora.gateway.stopping import STOP
 from vllm_multilora.integration.server.requests.engine_calls import IS_STOPPING
 from vllm_multilora.integration.server.requests.http_calls import (
     SHOWN_DIGITS,
@@ -52,9 +53,6 @@ VERSION_HEADER = "x-multilora-version"
 _EVENT = b"data: {"
 _RESPONSES = "/v1/responses"
 _WITHOUT_RESULT = (b"event: response.created", b"event: response.in_progress")
-
-_AFTER_SHUTDOWN = "cannot schedule new futures after shutdown"
-"""What a call fails with in a server that is being stopped: vLLM's threads have ended."""
 
 
 class HttpCallMiddleware:
@@ -84,7 +82,7 @@ class HttpCallMiddleware:
         try:
             await self._app(scope, receive, stream.send)
         except Exception as error:
-            if str(error) == _AFTER_SHUTDOWN and not answer.has_begun:
+            if STOP.has_come and not answer.has_begun:
                 refused = error_answer(HTTPStatus.SERVICE_UNAVAILABLE, IS_STOPPING, path=call.path)
                 await refused(scope, receive, answer.send)
                 return

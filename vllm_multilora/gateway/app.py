@@ -14,16 +14,19 @@ from pydantic_core import SchemaValidator
 
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.gateway.answers import HttpCallMiddleware
-from vllm_multilora.gateway.endpoints import error_answer, route_path
+from vllm_multilora.gateway.endpoints import HEALTH, error_answer, route_path
 from vllm_multilora.gateway.keys.access import Access, access_for
 from vllm_multilora.gateway.keys.middleware import AccessMiddleware
 from vllm_multilora.gateway.names import models_list
 from vllm_multilora.gateway.names.names_middleware import NamesMiddleware
+from vllm_multilora.gateway.request_ids import identified
 from vllm_multilora.gateway.status import page
 from vllm_multilora.gateway.status.status_route import AdaptersRoute
+from vllm_multilora.gateway.stopping import STOP
 from vllm_multilora.integration.logs import join_vllm_logging
 from vllm_multilora.integration.server.names import registration_routes
 from vllm_multilora.integration.server.requests import metrics_route
+from vllm_multilora.integration.server.requests.engine_calls import IS_STOPPING
 from vllm_multilora.integration.server.start import start
 from vllm_multilora.wording import CONTROLS
 
@@ -47,11 +50,17 @@ class Gateway:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._start(scope, receive, send)
+            return
+        scope, send = identified(scope, send)
+        path = route_path(scope)
+        if STOP.has_come and (path in HEALTH or scope.get("method") == "POST"):
+            answer = error_answer(HTTPStatus.SERVICE_UNAVAILABLE, IS_STOPPING, path=path)
+            await answer(scope, receive, send)
         elif CONTROLS.search(scope["path"]):
             # The pattern of a Starlette route ends in `$`, which also matches before a line break:
             # such a path would reach an endpoint as another one than it was checked as.
             message = "There is nothing at a path with control characters."
-            answer = error_answer(HTTPStatus.NOT_FOUND, message, path=route_path(scope))
+            answer = error_answer(HTTPStatus.NOT_FOUND, message, path=path)
             await answer(scope, receive, send)
         else:
             await self._for(scope["app"])(scope, receive, send)
@@ -63,6 +72,7 @@ class Gateway:
             inner = self._for(scope["app"])
             if (models := getattr(scope["app"].state, "openai_serving_models", None)) is not None:
                 await start(models)
+            STOP.listen()
         except Exception as error:  # uvicorn would serve without what has not started
             if not isinstance(error, MultiLoRAError):
                 logger.exception("The gateway has not started.")

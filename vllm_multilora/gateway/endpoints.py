@@ -16,11 +16,11 @@ from vllm_multilora.gateway.table import TENANT_ROUTES
 from vllm_multilora.integration.server.requests.callers import TYPES
 from vllm_multilora.tenants.rules import STATUS, STATUS_PAGE, Endpoint
 
-_HEALTH = ("/health", "/ping")
+HEALTH = ("/health", "/ping")
 _MANAGE = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _SAGEMAKER_ADAPTERS = "/adapters"
 _MODELS = "/v1/models"
-_ANTHROPIC = ("/v1/messages", "/v1/messages/count_tokens")
+ANTHROPIC = ("/v1/messages", "/v1/messages/count_tokens")
 _ANTHROPIC_TYPES = {
     HTTPStatus.BAD_REQUEST: "invalid_request_error",
     HTTPStatus.UNAUTHORIZED: "authentication_error",
@@ -49,7 +49,7 @@ _HEADERS: dict[int, dict[str, str]] = {
 def endpoint_of(method: str, path: str) -> Endpoint:
     """Says what a method and a path, decoded and without the server's root path, are for."""
     path = path.rstrip("/")
-    if path in _HEALTH:
+    if path in HEALTH:
         return Endpoint.HEALTH
     if path == STATUS_PAGE and method == "GET":
         return Endpoint.PAGE
@@ -85,7 +85,7 @@ def error_answer(
 ) -> Response:
     """An error as clients of a path read it; OpenAI's are told the field that is at fault."""
     content: dict[str, Any]
-    if path in _ANTHROPIC:
+    if path in ANTHROPIC:
         error = {"type": _ANTHROPIC_TYPES[status], "message": message}
         content = {"type": "error", "error": error}
     elif path == _COHERE:
@@ -101,7 +101,7 @@ def error_answer(
 def refusal_answer(refusal: Any, *, path: str) -> Response:
     """An `ErrorResponse` of vLLM's, or with an adapter's problems, as clients of a path read it."""
     error = refusal.error
-    if path in _ANTHROPIC or path == _COHERE:
+    if path in ANTHROPIC or path == _COHERE:
         return error_answer(HTTPStatus(error.code), error.message, path=path)
     return _json(refusal.model_dump(), error.code)
 

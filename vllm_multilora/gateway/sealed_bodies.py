@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import secrets
 from typing import TYPE_CHECKING, Any
 
-from starlette.datastructures import Headers
-
 from vllm_multilora.gateway.names.bodies import JsonBody, ReplacedText, again, read_body
+from vllm_multilora.gateway.request_ids import HEADER, id_of
 from vllm_multilora.gateway.table import TENANT_ROUTES
 
 if TYPE_CHECKING:
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from vllm_multilora.integration.server.requests.callers import Caller
 
 SALT_FIELD = "cache_salt"
-ID_HEADER = "x-request-id"
 
 _OPERATORS = frozenset(
     ("/inference/v1/generate", "/generative_scoring", "/v1/systemone", "/v1/decisions")
@@ -80,11 +77,11 @@ async def sealed_body(scope: Scope, receive: Receive, caller: Caller) -> Receive
 
 def sealed_by_id(scope: Scope, send: Send, caller: Caller) -> tuple[Scope, Send]:
     """A call with the caller's seal in its id, and what sends its answer without the seal."""
-    own = Headers(scope=scope).get(ID_HEADER) or secrets.token_hex(16)
+    own = id_of(scope).decode("latin-1")
     carried = f"~{caller.seal(None)}~"
-    headers = [pair for pair in scope["headers"] if pair[0] != ID_HEADER.encode()]
+    headers = [pair for pair in scope["headers"] if pair[0] != HEADER]
     own = own.replace("~", "-")
-    headers.append((ID_HEADER.encode(), (own + carried).encode("latin-1")))
+    headers.append((HEADER, (own + carried).encode("latin-1")))
     return {**scope, "headers": headers}, ReplacedText(send, carried, "").send
 
 

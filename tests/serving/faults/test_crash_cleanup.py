@@ -124,6 +124,8 @@ def test_a_server_that_is_being_stopped_says_so_and_answers_what_waits_for_its_a
                 server.post("/v1/load_lora_adapter", adapter),
                 server.post("/v1/completions", {"model": NAME, "prompt": "t1 t2"}),
                 server.post("/v1/completions", {"model": NAME, "prompt": "t1", "stream": True}),
+                server.post("/v1/completions", {"model": NAME, "prompt": [5, 17]}),
+                server.get("/health"),
                 server.post("/v1/unload_lora_adapter", {"lora_name": NAME}),
             ]
         finally:

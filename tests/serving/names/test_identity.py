@@ -88,7 +88,7 @@ def deployment(llama: Scenario, tmp_path_factory: pytest.TempPathFactory) -> Ite
         *("--num-gpu-blocks-override", "24"),  # too few for all: requests are preempted
         *("--enable-lora", "--max-loras", "2", "--max-cpu-loras", "2", "--max-lora-rank", "64"),
         *("--enable-prompt-tokens-details", "--chat-template", str(root / "chat.jinja")),
-        *("--multilora-routes", str(root / "routes.yaml")),
+        *("--multilora-routes", str(root / "routes.yaml"), "--multilora-route-names"),
         *("--multilora-usage-log", str(root / "usage.jsonl")),
         *("--multilora-pin", PINNED),
         *("--multilora-require-digest", str(root / "required.json")),
@@ -124,6 +124,42 @@ def test_an_answer_says_which_weights_made_it(deployment: Deployment) -> None:
     base = deployment.post("/v1/completions", body(BASE, deployment.case(first)))
     assert named(base) is None
     assert "x-multilora-version" not in base.headers
+
+
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("/v1/completions", {"prompt": "t5 t17", "max_tokens": 2}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "t5"}]}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "t5"}], "max_tokens": 2}),
+        ("/v1/responses", {"input": "t5", "max_output_tokens": 2, "store": False}),
+    ],
+    ids=["completions", "chat", "messages", "responses"],
+)
+def test_a_route_keeps_its_name_in_answers_where_that_is_asked_for(
+    deployment: Deployment, path: str, content: dict[str, Any]
+) -> None:
+    deployment.load(NAMES[0], NAMES[0])
+    content = {"max_tokens": 2, **content} if path != "/v1/responses" else content
+    answer = deployment.post(path, {"model": ROUTE, **content})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["model"] == ROUTE
+    assert answer.headers["x-multilora-adapter"] == NAMES[0]
+    stream = deployment.post(path, {"model": ROUTE, "stream": True, **content})
+    assert f'"model":"{ROUTE}"' in stream.text
+    assert f'"model":"{NAMES[0]}"' not in stream.text
+    assert deployment.post(path, {"model": NAMES[0], **content}).json()["model"] == NAMES[0]
+    assert deployment.post(path, {"model": BASE, **content}).json()["model"] == BASE
+
+
+def test_an_answers_id_is_that_of_its_header(deployment: Deployment) -> None:
+    deployment.load("served", NAMES[0])
+    answer = deployment.ask("served", NAMES[0])
+    assert answer.json()["id"] == f"cmpl-{answer.headers['x-request-id']}"
+    own = deployment.ask("served", NAMES[0], request_id="order-7").json()
+    assert own["id"] == "cmpl-order-7"
+    refused = deployment.ask("nobody", NAMES[0])
+    assert refused.json()["request_id"] == refused.headers["x-request-id"]
 
 
 def test_a_models_own_route_says_what_the_list_does(deployment: Deployment) -> None:

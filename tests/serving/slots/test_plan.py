@@ -212,7 +212,7 @@ def test_llama_3_1_8b(llama_8b):
     }
     for rank in (8, 16, 64, 512):
         memory = model.by_rank[rank]
-        groups = {g.name.rpartition(".")[2]: g.slot_bytes for g in memory.groups()}
+        groups = {name.rpartition(".")[2]: size for name, _, size in memory.groups()}
         for name, widths in layer.items():
             assert groups[name] == 32 * widths * rank * 2
         assert groups["embed_tokens"] == groups["lm_head"] == (vocabulary + hidden) * rank * 2

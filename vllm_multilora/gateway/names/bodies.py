@@ -138,6 +138,11 @@ def read_json(body: bytes) -> JsonBody | None:
         return None
 
 
+def as_json(name: str) -> str:
+    """A name as it stands in a JSON text, in ASCII."""
+    return json.dumps(name)[1:-1]
+
+
 class ReplacedText:
     """Passes an answer on with one text replaced, in its headers and in each part of its body.
 
@@ -148,7 +153,7 @@ class ReplacedText:
     def __init__(self, send: Send, given: str, shown: str) -> None:
         self._send = send
         self._given = given.encode()
-        self._shown = json.dumps(shown)[1:-1].encode()
+        self._shown = shown.encode()
         self._start: Message | None = None  # held until the length of the body is known
 
     def send(self, message: Message) -> Awaitable[None]:

@@ -20,7 +20,16 @@ from starlette.responses import Response
 from vllm_multilora.adapters.blend import BLEND_FIELD
 from vllm_multilora.adapters.problems import shown_name
 from vllm_multilora.gateway.endpoints import endpoint_of, error_answer, refusal_answer
-from vllm_multilora.gateway.names.bodies import MODEL, FormBody, ReplacedText, again, read_body
+from vllm_multilora.gateway.names.bodies import (
+    MODEL,
+    FormBody,
+    ReplacedText,
+    again,
+    as_json,
+    read_body,
+)
+from vllm_multilora.gateway.request_ids import for_vllm
+from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server.names.model_names import (
     TAKE_DEFAULTS,
     Chosen,
@@ -105,6 +114,7 @@ class NamesMiddleware:
             await led(scope, receive, send)
             return
         scope, receive, chosen = led
+        send = self._with_route(call, chosen, send)
         if (caller := current_caller.get()) is not None:
             await caller.begin_text()  # only now: until here it may wait for its adapter
         if (lora := chosen.lora) is None:
@@ -112,7 +122,21 @@ class NamesMiddleware:
         else:
             shown = chosen.rendered if call.renders else lora.lora_name
             with self._names.hold(lora) as name:
-                await self._app(scope, receive, ReplacedText(send, name, shown).send)
+                await self._app(scope, receive, ReplacedText(send, name, as_json(shown)).send)
+
+    def _with_route(self, call: HttpCall, chosen: Chosen, send: Send) -> Send:
+        """Has the answer to a route's name call the model so, where the settings say that."""
+        if (
+            call.route is None
+            or not settings_of(self._models.engine_client.vllm_config).route_names
+        ):
+            return send
+        lora, route = chosen.lora, f'"model":"{as_json(call.route)}"'
+        bases = [base.name for base in self._models.base_model_paths]
+        for name in bases if lora is None else [lora.lora_name]:
+            shown = json.dumps(name, ensure_ascii=False)  # as vLLM writes it
+            send = ReplacedText(send, f'"model":{shown}', route).send
+        return send
 
     async def _lead(
         self, call: HttpCall, scope: Scope, receive: Receive
@@ -120,6 +144,8 @@ class NamesMiddleware:
         """Reads a request, and writes into it by which name vLLM finds what is to answer it."""
         body, parts = await read_body(scope, receive)
         fields: dict[str, Any] = {} if body is None else body
+        if "request_id" not in fields:
+            scope = for_vllm(scope)
         call.is_form, caller = isinstance(body, FormBody), current_caller.get()
         model = fields.get(MODEL)
         if call.path == INVOCATIONS:

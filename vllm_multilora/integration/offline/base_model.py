@@ -34,15 +34,6 @@ class LayerMemory:
 
 
 @dataclass(frozen=True)
-class LayerGroup:
-    """How many layers differ in nothing but a number, `*` in the name; what a slot takes in all."""
-
-    name: str
-    layers: int
-    slot_bytes: int
-
-
-@dataclass(frozen=True)
 class SlotMemory:
     """All that one worker allocates for slots of one rank.
 
@@ -68,14 +59,17 @@ class SlotMemory:
         """Bytes of that many slots."""
         return self.fixed_bytes + slots * self.slot_bytes
 
-    def groups(self) -> Iterator[LayerGroup]:
-        """The layers and tables, those of all decoder layers together, in the model's order."""
+    def groups(self) -> Iterator[tuple[str, int, int]]:
+        """The layers and tables in the model's order, those of all decoder layers together.
+
+        Each comes with its name, how many there are, and what a slot takes in all of them.
+        """
         grouped: dict[tuple[str, int], list[LayerMemory]] = {}
         for part in (*self.layers, *self.tables):
             name = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", part.name)
             grouped.setdefault((name, part.slot_bytes), []).append(part)
         for (name, _), parts in grouped.items():
-            yield LayerGroup(name, len(parts), sum(part.slot_bytes for part in parts))
+            yield name, len(parts), sum(part.slot_bytes for part in parts)
 
 
 @dataclass(frozen=True)

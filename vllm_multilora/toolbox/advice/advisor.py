@@ -207,18 +207,16 @@ def _cold(seen: Observations) -> Iterator[Finding]:
 
 
 def _max_rank(seen: Observations) -> Iterator[Finding]:
-    if seen.max_rank is None or not seen.adapters or seen.names_are_cut:
-        return
+    if seen.max_rank is None or not seen.adapters or seen.names_are_cut or not seen.has_all_ranks:
+        return  # adapters that have not been read may need more
     highest = max(adapter.rank for adapter in seen.adapters)
     enough = slot_rank(highest) or seen.max_rank
     if highest and 2 * enough <= seen.max_rank:
         yield Finding(
             FindingCode.MAX_RANK_HIGH,
             f"lower --max-lora-rank from {seen.max_rank} to {enough}: a slot takes "
-            f"{enough / seen.max_rank:.0%} of the memory then, and the rest goes to the KV cache; "
-            "adapters that have not been read may need more (vllm-multilora plan --adapters says)",
-            f"the highest rank of the adapters that have been read ({len(seen.adapters)}) is "
-            f"{highest}",
+            f"{enough / seen.max_rank:.0%} of the memory then, and the rest goes to the KV cache",
+            f"all adapters have been read; their highest rank is {highest}",
             "max_lora_rank is the smallest possible value that holds every adapter",
         )
 

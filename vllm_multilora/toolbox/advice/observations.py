@@ -98,6 +98,7 @@ class Observations:
         finished: All requests finished in the window, those of the base model included.
         names_are_cut: Whether some adapters hide behind a label that they share, as blends do:
             counts of adapters are too low then, and nothing is known of their ranks.
+        has_all_ranks: Whether the server has read every adapter, and so knows the ranks of all.
     """
 
     window_s: float
@@ -115,3 +116,4 @@ class Observations:
     failures: Mapping[str, float] = field(default_factory=dict)
     adapters: tuple[SeenAdapter, ...] = ()
     names_are_cut: bool = False
+    has_all_ranks: bool = False

@@ -15,6 +15,8 @@ from vllm_multilora.toolbox.capacity.step_cost import TERMS
 
 FORMAT = 3
 _MIN_S = 1e-6
+# Beyond these, other work on the machine was timed, too.
+_MAX_SLOWDOWN, _MAX_SPREAD = 10.0, 0.5
 
 # What a file's numbers must be; JSON has no NaN and no infinity.
 _Cost = Annotated[float, msgspec.Meta(ge=0)]
@@ -55,6 +57,7 @@ class LoadCosts(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         source: Where the files were: `disk` or `page cache`.
         measured: Loads that were timed.
+        spread: Root mean square of how far the timed loads are from these costs, relative to them.
     """
 
     fixed_s: _Cost
@@ -65,12 +68,26 @@ class LoadCosts(msgspec.Struct, frozen=True, kw_only=True):
     copy_s_per_mib: _Cost
     source: str
     measured: _Count
+    spread: _Cost = 0.0
 
     def seconds(self, size: int, *, computing: bool) -> float:
         """Seconds of a load of so many bytes, while the engine computes or is idle."""
         if computing:
             return max(_MIN_S, self.beside_fixed_s + self.beside_s_per_mib * size / MIB)
         return max(_MIN_S, self.fixed_s + self.s_per_mib * size / MIB)
+
+    def doubt(self, size: int) -> str:
+        """Why the time of a load of so many bytes is hardly right; empty if nothing is odd."""
+        idle, beside = self.seconds(size, computing=False), self.seconds(size, computing=True)
+        found = []
+        if beside > _MAX_SLOWDOWN * idle:
+            found.append(
+                f"a load of {size / MIB:,.1f} MiB would take {beside:.2f} s beside steps, and "
+                f"{idle:.2f} s of an idle engine"
+            )
+        if self.spread > _MAX_SPREAD:
+            found.append(f"timed loads are {self.spread:.0%} from what was fitted to them")
+        return "; ".join(found)
 
     def copy_seconds(self, size: int) -> float:
         """Seconds of a copy of so many bytes into a slot."""

@@ -139,6 +139,8 @@ def _outside(served: Served, largest: int, calibration: Calibration) -> Iterator
     ):
         if planned > _MARGIN * known:
             yield f"{planned:,.0f} {what}, calibrated up to {known:,.0f}"
+    if largest and (doubt := calibration.loads.doubt(largest) if calibration.loads else ""):
+        yield f"its times of loads are doubtful: {doubt}"
     cache = calibration.settings.kv_tokens
     if cache is not None and served.most_context > cache:
         yield (

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from vllm_multilora.toolbox.capacity.calibration import CalibrationError, LoadCosts, Ranges
 from vllm_multilora.toolbox.capacity.fitting import Sample
-from vllm_multilora.toolbox.capacity.step_cost import StepBatch, pairs_of
+from vllm_multilora.toolbox.capacity.step_cost import RANGED, StepBatch, pairs_of
 from vllm_multilora.toolbox.capacity.timing import (
     SHORT_PROMPT,
     STREAMS,
@@ -85,15 +85,9 @@ class Measuring:
     @property
     def ranges(self) -> Ranges:
         """The most of everything."""
-        batches = [sample.batch for sample in self.samples]
-        return Ranges(
-            prompt_tokens=max(batch.prompt_tokens for batch in batches),
-            rows=max(batch.rows for batch in batches),
-            prompt_pairs=max(batch.prompt_pairs for batch in batches),
-            context_tokens=max(batch.context_tokens for batch in batches),
-            adapter_bytes=max(batch.adapter_bytes for batch in batches),
-            load_bytes=max(self.sizes.values(), default=0) if self.loads else 0,
-        )
+        most = {name: max(getattr(s.batch, name) for s in self.samples) for name in RANGED}
+        largest = max(self.sizes.values(), default=0) if self.loads else 0
+        return Ranges(**most, load_bytes=largest)
 
     def _in_slots(self) -> list[str]:
         """The loaded adapters that can be asked for without a load; the smallest first."""

@@ -23,7 +23,7 @@ from vllm_multilora.slots.policies.policy_registry import make_policy
 from vllm_multilora.toolbox.capacity.calibration import Calibration
 from vllm_multilora.toolbox.capacity.served import PlannedServer, Request, Served
 from vllm_multilora.toolbox.capacity.simulated_memory import SimulatedMemory
-from vllm_multilora.toolbox.capacity.step_cost import StepBatch, StepCost, pairs_of
+from vllm_multilora.toolbox.capacity.step_cost import RANGED, StepBatch, StepCost, pairs_of
 
 _IDLE_S = 0.001
 
@@ -266,7 +266,7 @@ class Engine:
         served.steps.append((seconds, self._generating))
         context = self._context + sum(self._prefilling.values()) + self._generating
         served.most_context = max(served.most_context, context)
-        for what in ("prompt_tokens", "rows", "prompt_pairs", "context_tokens", "adapter_bytes"):
+        for what in RANGED:
             served.most[what] = max(served.most[what], getattr(batch, what))
         self._now += seconds
         self._way_s = self._costs.request_beside_s

@@ -35,6 +35,9 @@ TERMS = (
 )
 """What a step's time is a sum of, in the order of `StepBatch.amounts`."""
 
+RANGED = ("prompt_tokens", "rows", "prompt_pairs", "context_tokens", "adapter_bytes")
+"""Attributes of `StepBatch` of which a calibration says how much was measured."""
+
 
 @dataclass(frozen=True)
 class StepBatch:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,6 +24,7 @@ IDLE_LOADS, BESIDE_LOADS, COPIES = 8, 8, 6
 """The most that are timed of each."""
 
 _WARM = 3
+_LAG_S, _POLL_S, _MIN_S = 10.0, 0.2, 1e-3
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,15 @@ class Timed:
     list_adapters: Callable[[], Sequence[Adapter]]
     source: str
     progress: Callable[[str], None]
+
+    def list_with_sizes(self, loaded: Set[str]) -> Sequence[Adapter]:
+        """Its adapters once it says the sizes of those that were loaded: its list lags behind."""
+        end = time.monotonic() + _LAG_S
+        while True:
+            listed = self.list_adapters()
+            if loaded <= {each.name for each in listed if each.bytes} or time.monotonic() > end:
+                return listed
+            time.sleep(_POLL_S)
 
     def alone(self, model: str, prompt: int, times: int) -> list[float]:
         """Seconds to the first tokens of requests one after another."""
@@ -105,10 +117,11 @@ def time_loads(server: Timed) -> tuple[LoadCosts | None, list[Sample]]:
 
     first = timed(idle, lambda name: _first_beyond(server, name))
     late = timed(beside, lambda name: _beside(server, name, samples))
+    listed = server.list_with_sizes({name for name, _ in (*first, *late)})
+    mib = {each.name: each.bytes / MIB for each in listed if each.bytes}
     # Those that lost their slots to the others.
-    copied = [each.name for each in server.list_adapters() if each.state == "host"][:COPIES]
+    copied = [each.name for each in listed if each.state == "host"][:COPIES]
     copies = timed(copied, lambda name: _first_beyond(server, name))
-    mib = {each.name: each.bytes / MIB for each in server.list_adapters() if each.bytes}
 
     def by_size(times: Sequence[tuple[str, float]]) -> list[tuple[float, float]]:
         return [(mib[name], seconds) for name, seconds in times if name in mib]
@@ -118,7 +131,10 @@ def time_loads(server: Timed) -> tuple[LoadCosts | None, list[Sample]]:
     copy_fixed, copy_slope = line(by_size(copies)) if by_size(copies) else (0.0, 0.0)
     found = [(x, max(0.0, y - copy_fixed - copy_slope * x)) for x, y in by_size(first)]
     fixed, slope = line(found)
-    beside_fixed, beside_slope = line(by_size(late) or found)
+    found_beside = by_size(late) or found
+    beside_fixed, beside_slope = line(found_beside)
+    off = [y / max(fixed + slope * x, _MIN_S) - 1 for x, y in found]
+    off += [y / max(beside_fixed + beside_slope * x, _MIN_S) - 1 for x, y in found_beside]
     costs = LoadCosts(
         fixed_s=fixed,
         s_per_mib=slope,
@@ -128,6 +144,7 @@ def time_loads(server: Timed) -> tuple[LoadCosts | None, list[Sample]]:
         copy_s_per_mib=copy_slope,
         source=server.source,
         measured=len(found) + len(by_size(late)),
+        spread=math.sqrt(statistics.mean(each**2 for each in off)),
     )
     return costs, samples
 

@@ -35,12 +35,7 @@ class AdapterServer(ABC):
 
     @abstractmethod
     def load(self, name: str, folder: str, *, is_new: bool) -> bool:
-        """Has it serve what a folder has now.
-
-        Args:
-            name: The adapter's.
-            folder: Where its files are, as the server can read them.
-            is_new: Whether the server has nothing of this name yet.
+        """Has it serve what a folder that it can read has now; `is_new`: under a name new to it.
 
         Returns:
             False if it keeps the version that it has, whatever is in the folder.
@@ -92,9 +87,8 @@ class _DynamoWorker(AdapterServer):
 def connect(url: str, api_key: str | None) -> tuple[AdapterServer, set[str]]:
     """Finds out what answers at an address, and which adapters it has names for.
 
-    Args:
-        url: Of a vLLM server, or of the system port of a worker of Dynamo's.
-        api_key: A key that may load adapters; None where the server has no keys.
+    That is a vLLM server, or the system port of a worker of Dynamo's; a key must be one that may
+    load adapters.
 
     Raises:
         UnreachableError: Nothing there loads adapters.

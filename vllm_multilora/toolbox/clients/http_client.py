@@ -69,13 +69,7 @@ def send(
 ) -> str:
     """An answer's text; through the environment's proxy, unless the server is on this machine.
 
-    Args:
-        method: The method.
-        url: The address without query.
-        body: Sent as JSON; None: nothing.
-        query: The query's parameters.
-        api_key: Sent as bearer token, where there is one.
-        timeout_s: Seconds without a byte of an answer.
+    A body is sent as JSON, a key as bearer token; `timeout_s` are seconds without a byte.
 
     Raises:
         UnreachableError: Nobody answers there, or with another status than 200; or HTTP cannot

@@ -6,14 +6,15 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.toolbox.advice.advisor import advise, demand
 from vllm_multilora.toolbox.advice.observations import ACTIVITY_WINDOW_S
 from vllm_multilora.toolbox.advice.snapshots import LONGEST_HISTORY_S, Snapshot, history, scrape
 from vllm_multilora.toolbox.advice.watching import observe
-from vllm_multilora.toolbox.clients.http_client import base_url
+from vllm_multilora.toolbox.clients.adapter_servers import fetch
+from vllm_multilora.toolbox.clients.http_client import UnreachableError, base_url
 from vllm_multilora.toolbox.commands.shared_arguments import add_api_key, require_seconds
 from vllm_multilora.wording import counted
 
@@ -51,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     seen = observe(_snapshots(arguments))
+    if arguments.url:
+        seen = replace(seen, has_all_ranks=_has_all_ranks(arguments))
     findings = advise(seen)
     requests = sum(seen.requests.values())
     if arguments.json:
@@ -89,6 +92,14 @@ def _snapshots(arguments: argparse.Namespace) -> list[Snapshot]:
             "--match needs --prometheus: it selects among the servers that Prometheus knows"
         )
     return _watch(base_url(arguments.url), arguments.window, arguments.api_key)
+
+
+def _has_all_ranks(arguments: argparse.Namespace) -> bool:
+    try:
+        rows = fetch(base_url(arguments.url), api_key=arguments.api_key)["data"]
+    except UnreachableError:  # metrics are there nevertheless
+        return False
+    return all(row["rank"] is not None for row in rows)
 
 
 def _watch(url: str, window_s: float, api_key: str | None) -> list[Snapshot]:

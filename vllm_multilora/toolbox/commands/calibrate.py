@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from vllm_multilora import __version__
 from vllm_multilora.toolbox.capacity.calibration import (
@@ -25,9 +26,9 @@ from vllm_multilora.toolbox.clients.adapter_servers import fetch
 from vllm_multilora.toolbox.clients.completions import Completions
 from vllm_multilora.toolbox.clients.http_client import base_url, get_json, send
 from vllm_multilora.toolbox.commands.shared_arguments import add_server
+from vllm_multilora.wording import counted
 
-_MUCH = 0.1
-"""As a residual; on a calm machine it is half of this."""
+_MUCH = 0.1  # as a residual; on a calm machine it is half of this
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,8 +83,19 @@ def calibrate(arguments: argparse.Namespace) -> Calibration:
             f"{url} does not say how many slots it has: a tenant's key cannot calibrate, give the "
             f"server's with --api-key"
         )
+
+    def plain(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        # Activated adapters answer only prompts that contain their invocations.
+        return [row for row in rows if row["kind"] != "alora"]
+
+    adapters = plain(listing["data"])
+    cold = [row for row in adapters if row["state"] == "absent"]
+    if adapters and not cold:
+        raise CalibrationError(
+            f"{url} has {counted(len(adapters), 'adapter')}, and all have been requested, so no "
+            "load can be timed: restart the server, or register others that nobody has requested"
+        )
     if arguments.from_disk:
-        cold = [row for row in listing["data"] if row["state"] == "absent"]
         if any("path" not in row for row in cold):
             raise CalibrationError(
                 f"--from-disk: {url} does not say where its adapters are: give an admin key with "
@@ -92,10 +104,8 @@ def calibrate(arguments: argparse.Namespace) -> Calibration:
         forget_files(row["path"] for row in cold if row["path"] is not None)  # a blend has none
 
     def listed() -> list[Adapter]:
-        rows = fetch(url, api_key=key)["data"]
-        # Activated adapters answer only prompts that contain their invocations.
-        plain = [row for row in rows if row["kind"] != "alora"]
-        return [Adapter(row["id"], row["state"], row["bytes"]) for row in plain]
+        rows = plain(fetch(url, api_key=key)["data"])
+        return [Adapter(row["id"], row["state"], row["bytes"]) for row in rows]
 
     settings = Settings(
         max_num_seqs=seqs,
@@ -171,7 +181,6 @@ def machine() -> Machine:
 
 
 def report(calibration: Calibration, path: Path) -> str:
-    """What to tell people."""
     residual, loads, step = calibration.residual, calibration.loads, calibration.step_s
     lines = [
         f"wrote {path}: {residual.steps} steps of {calibration.model[0]}, fitted to "
@@ -187,10 +196,15 @@ def report(calibration: Calibration, path: Path) -> str:
         f"each token of a prompt, {1000 * step['generated_token']:.2f} ms for each generated one",
         f"with adapters {1000 * step['adapters_at_all']:.1f} ms more, and "
         f"{1000 * step['adapter_mib']:.2f} ms for each MiB of them",
-        "no load was timed: there was no adapter that nobody has asked for yet"
+        "no load was timed: the server has no adapters, or none could be loaded"
         if loads is None
         else f"a load from {loads.source} takes {1000 * loads.fixed_s:.0f} ms and "
         f"{1000 * loads.s_per_mib:.1f} ms for each MiB; beside steps "
         f"{1000 * loads.beside_fixed_s:.0f} ms and {1000 * loads.beside_s_per_mib:.1f} ms",
     ]
+    if loads is not None and (doubt := loads.doubt(calibration.ranges.load_bytes)):
+        lines.append(
+            f"these times of {counted(loads.measured, 'load')} are doubtful: {doubt}; restart the "
+            "server and calibrate again, with more adapters and nobody else on the machine"
+        )
     return "\n".join(lines)

@@ -220,11 +220,7 @@ def _json(
     trace: Trace, total: int, shape: ServerShape, outcomes: Sequence[Outcome], bound: Optimum
 ) -> str:
     report = {
-        "trace": {
-            "requests": len(trace.requests),
-            "adapters": len(trace.adapters),
-            "bytes": total,
-        },
+        "trace": {"requests": len(trace.requests), "adapters": len(trace.adapters), "bytes": total},
         "server": {
             "max_loras": shape.slots,
             "max_cpu_loras": shape.budget.adapters,

@@ -35,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rank of the slots (default: %(default)s, as in vLLM)",
     )
     server.add_argument(
-        "--multilora-allow-pickle",
-        action="store_true",
-        help="read adapter_model.bin and .pt, too",
+        "--multilora-allow-pickle", action="store_true", help="read adapter_model.bin and .pt, too"
     )
     parser.add_argument(
         "--check-finite",

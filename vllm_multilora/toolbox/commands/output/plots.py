@@ -46,14 +46,7 @@ def require(path: Path) -> None:
 def draw_hit_rates(
     slots: Sequence[int], rates: Mapping[str, Sequence[float]], title: str, path: Path
 ) -> None:
-    """Draws the GPU hit rate over the number of slots.
-
-    Args:
-        slots: The numbers of slots, ascending.
-        rates: For each label the hit rate, 0 to 1, at each of `slots`; a label `optimum` is
-            drawn dashed.
-        title: Above the picture.
-        path: The file; its ending is the format.
+    """Draws hit rates, 0 to 1, over numbers of slots, ascending; that called `optimum` is dashed.
 
     Raises:
         PlotError: The file cannot be written.

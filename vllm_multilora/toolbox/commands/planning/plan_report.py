@@ -34,9 +34,8 @@ def _head(plan: MemoryPlan) -> Iterator[str]:
 def _layers(plan: MemoryPlan) -> Iterator[str]:
     rows: list[tuple[str, ...]] = [("LAYERS", "COUNT", "BYTES A SLOT", "SHARE")]
     whole = plan.memory.slot_bytes
-    for group in plan.memory.groups():
-        share = f"{group.slot_bytes / whole:.1%}"
-        rows.append((group.name, str(group.layers), f"{group.slot_bytes:,}", share))
+    for name, layers, size in plan.memory.groups():
+        rows.append((name, str(layers), f"{size:,}", f"{size / whole:.1%}"))
     rows.append((f"a slot of rank {plan.max_lora_rank}", "", f"{whole:,}", ""))
     yield from aligned(rows, right=range(1, len(rows[0])))
 

@@ -1,0 +1,46 @@
+"""Knows when this server is told to stop.
+
+vLLM hears SIGTERM and SIGINT itself, and tells nobody: until its running requests have ended, it
+takes new ones that it cannot answer, and says that it is healthy.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+from typing import Any
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopSignal:
+    """Whether a signal to stop has come.
+
+    Attributes:
+        has_come: Set by the first signal, before whoever heard it until now hears it.
+    """
+
+    def __init__(self) -> None:
+        self.has_come = False
+
+    def listen(self) -> None:
+        """Hears the signals beside the event loop; only where that has handlers of its own."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in _SIGNALS:
+            before = signal.getsignal(number)
+            if callable(before) and before is not signal.default_int_handler:  # which end it
+                signal.signal(number, partial(self._hear, before))
+                signal.siginterrupt(number, False)
+
+    def _hear(
+        self, before: Callable[[int, FrameType | None], Any], number: int, frame: FrameType | None
+    ) -> None:
+        self.has_come = True
+        before(number, frame)
+
+
+STOP = StopSignal()
