@@ -87,12 +87,12 @@ def test_only_compiled_models_lack_operators_of_vllm(
 
 
 def test_a_model_is_not_compiled_without_a_compiler(
-    llama: Scenario, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    llama: Scenario, caplog: pytest.LogCaptureFixture
 ) -> None:
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", "/nonexistent/g++")
-    assert _compilation(llama, compilation_config={"mode": 3}).mode == 0
+    with config.patch({"cpp.cxx": "/nonexistent/g++"}):
+        assert _compilation(llama, compilation_config={"mode": 3}).mode == 0
     assert "The model is not compiled: No working C++ compiler found" in caplog.text
 
 
