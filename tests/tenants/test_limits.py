@@ -43,18 +43,18 @@ def test_rate_headers_say_what_is_left_of_all_servers_tokens():
     assert account(running=3).rate_headers() == {}
 
 
-def test_what_a_limit_counts_is_noted_by_whoever_shows_it():
-    noted = []
+def test_charged_tokens_go_to_whoever_counts_them():
+    charged = []
     limits = TenantLimits(tokens_per_minute=600)
-    note = lambda *charge: noted.append(charge)  # noqa: E731
+    note = lambda *charge: charged.append(charge)  # noqa: E731
     found = Account(Tenant("acme", limits=limits), 2, Clock(), on_charge=note)
     found.charge(100)
     assert found.tokens_used == 200  # of two servers, if the other one is used as much
-    assert noted == [("acme", 100, 600)]
+    assert charged == [("acme", 100, 600)]
     free = Account(Tenant("free"), 1, Clock(), on_charge=note)
     free.charge(7)
     assert free.tokens_used is None
-    assert len(noted) == 1
+    assert len(charged) == 1
 
 
 @in_event_loop

@@ -196,8 +196,7 @@ REFUSED = _counter(
 )
 TENANT_TOKENS = _counter(
     "vllm:lora_tenant_tokens_total",
-    "Tokens of prompts and answers that were counted against a tenant's limit of tokens per "
-    "minute; only of tenants that have one.",
+    "Tokens counted against a tenant's limit of tokens per minute; only of tenants that have one.",
     ("tenant",),
 )
 TENANT_LIMIT = _gauge(
