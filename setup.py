@@ -15,6 +15,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
 NATIVE = "kernels/native"
+SOURCE_FOLDERS = (f"{NATIVE}/sources", "kernels/experts/sources")
 builds = runpy.run_path(f"{NATIVE}/builds.py")
 
 
@@ -59,7 +60,10 @@ class BuildNative(Command):
 
     def get_source_files(self) -> list[str]:
         return [
-            str(path) for suffix in "ch" for path in Path(NATIVE, "sources").glob(f"*.{suffix}")
+            str(path)
+            for folder in SOURCE_FOLDERS
+            for suffix in "ch"
+            for path in Path(folder).glob(f"*.{suffix}")
         ]
 
     def get_outputs(self) -> list[str]:

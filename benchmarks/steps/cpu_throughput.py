@@ -212,6 +212,7 @@ def cpu_throughput(
     dtype: str = "auto",
     lora_dtype: str = "auto",
     keep_memory: bool = False,
+    compiled: bool = False,
 ) -> Iterable[Figure]:
     """Throughput of a mixed-adapter batch on a CPU: the plugin, stock vLLM, and the base model.
 
@@ -222,6 +223,7 @@ def cpu_throughput(
         dtype: Of the model; `auto` is the one that this processor is fastest with.
         lora_dtype: Of the slots; `auto` is the model's. The adapters' files are in bfloat16.
         keep_memory: Whether glibc is told to keep large blocks of memory.
+        compiled: Whether models are compiled; stock vLLM compiles none with LoRA on CPUs.
     """
     from vllm import LLM, SamplingParams
 
@@ -240,7 +242,8 @@ def cpu_throughput(
             settings = {
                 "model": str(model),
                 "dtype": model_dtype,
-                "enforce_eager": True,
+                "enforce_eager": not compiled,
+                "compilation_config": {"mode": 3} if compiled else {},
                 "max_model_len": 256,
                 "max_num_seqs": REQUESTS,
                 "additional_config": additional,

@@ -68,10 +68,12 @@ def _files(*names: str) -> tuple[Path, ...]:
     return tuple(SOURCE_FOLDER / name for name in names)
 
 
+_EXPERTS = "../../experts/sources/"
 KERNELS = Library(
     "kernels",
-    _files("segment_gemm.c", "packed_linear.c", "scatter.c"),
+    _files("segment_gemm.c", "packed_linear.c", "scatter.c", f"{_EXPERTS}experts.c"),
     _files(
+        f"{_EXPERTS}experts.h",
         "abi.h",
         "threads.h",
         "vectors.h",

@@ -14,6 +14,7 @@ from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher, UniP
 from tests.engine.executors import SchedulerStub, StartedExecutor
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.integration.engine import executor as module
+from vllm_multilora.integration.engine.adapters.pushed_folders import PushedFolders
 from vllm_multilora.integration.engine.executor import AdapterExecutorMixin, adapter_loading
 from vllm_multilora.states import AdapterState
 
@@ -89,7 +90,7 @@ def test_workers_called_for_single_adapters_when_the_engine_loads_them_refuse(ca
 def test_adapters_listed_by_a_worker_call_are_those_in_host_memory_too():
     states = {1: AdapterState.SLOT, 2: AdapterState.HOST, 3: AdapterState.ABSENT}
     known = [SimpleNamespace(number=n, state=lambda _, n=n: states[n]) for n in states]
-    adapters = SimpleNamespace(known=lambda: known, slots=None)
+    adapters = SimpleNamespace(known=lambda: known, slots=None, pushed=PushedFolders())
     executor = StartedExecutor(SchedulerStub(adapters), None)
     assert executor.collective_rpc("list_loras") == [{1, 2}]
     assert executor.called == []

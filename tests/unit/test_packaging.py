@@ -155,7 +155,8 @@ def test_the_sdist_holds_what_the_wheel_is_built_from(dist):
     with tarfile.open(sdist) as archive:
         names = {n.partition("/")[2] for n in archive.getnames()}
     assert names >= {"pyproject.toml", "setup.py", "LICENSE", "README.md", "CHANGELOG.md"}
-    assert names >= set(tracked(*(f"kernels/native/sources/*.{each}" for each in ("c", "h"))))
+    folders = ("kernels/native/sources", "kernels/experts/sources")
+    assert names >= set(tracked(*(f"{folder}/*.{each}" for folder in folders for each in "ch")))
 
 
 @pytest.mark.slow

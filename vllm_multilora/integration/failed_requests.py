@@ -205,8 +205,8 @@ def not_by_workers(verb: str) -> MultiLoRAError:
     """The error of a worker that is called to `add`, `remove` or `pin` an adapter."""
     return MultiLoRAError(
         f"workers {verb} no LoRA adapters with vllm-multilora: call {verb}_lora of the engine "
-        f"(AsyncLLM, or LLM(...).llm_engine), with the path of an adapter's folder. If a framework "
-        f"is to load adapters from tensors, it has to change vLLM's LRUCacheWorkerLoRAManager "
-        f"before the engine starts; or leave adapters to vLLM: --no-multilora, or "
+        f"(AsyncLLM, or LLM(...).llm_engine), with the path of an adapter's folder. They take "
+        f"adapters that come as tensors: in a request with the fields lora_tensors and "
+        f"peft_config. Or leave adapters to vLLM: --no-multilora, or "
         f'additional_config={{"multilora": {{"enabled": False}}}}'
     )

@@ -384,10 +384,9 @@ def test_an_order_ends_a_warm_up_and_has_its_slot_afterwards(waits):
     manager = slots.worker()
     manager.own_store = SimpleNamespace(pack=pack_info)
     dummies = [LoRARequest(f"warmup_{i}", i, "/not/a/real/path") for i in (1, 2)]
-    with manager.dummy_lora_cache():
-        for dummy in dummies:
-            manager.add_dummy_lora(dummy, 8)
-        manager.set_active_adapters(set(dummies), LoRAMapping((1, 2), (1, 2)))
+    for dummy in dummies:
+        manager.add_dummy_lora(dummy, 8)
+    manager.set_active_adapters(set(dummies), LoRAMapping((1, 2), (1, 2)))
     assert slots.lora_index_to_id == [1, 2]
     (manager.carry_out_now if waits else manager.begin)(ORDER)
     manager.set_active_adapters({lora(1)}, LoRAMapping((1,), (1,)))
@@ -402,9 +401,9 @@ def test_slots_are_whose_they_were_after_each_batch_of_an_idle_rank():
     dummy = LoRARequest("warmup_1", 1, "/not/a/real/path")
     for owners in ([8, 9], [9, 8]):
         slots.lora_index_to_id[:] = owners
-        with manager.dummy_lora_cache():
-            manager.set_active_adapters({dummy}, LoRAMapping((1,), (1,)))
-            assert slots.lora_index_to_id == [1, None]
+        manager.add_dummy_lora(dummy, 8)
+        manager.set_active_adapters({dummy}, LoRAMapping((1,), (1,)))
+        assert slots.lora_index_to_id == [1, None]
         manager.remove_all_adapters()
         assert slots.lora_index_to_id == owners
 

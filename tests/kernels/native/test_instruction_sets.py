@@ -27,8 +27,9 @@ SETS = [each.name for each in builds.instruction_sets(platform.machine())]
             "kernels",
         ),
         (("packs/test_packing.py",), "packing"),
+        (("experts",), "kernels"),
     ],
-    ids=["kernels", "packing"],
+    ids=["kernels", "packing", "experts"],
 )
 def test_results_are_right_with_fewer_instructions(tests, library, name, tmp_path):
     if SETS.index(name) <= SETS.index(processor.chosen_set().name):
@@ -40,7 +41,7 @@ def test_results_are_right_with_fewer_instructions(tests, library, name, tmp_pat
     paths = [str(Path(__file__).parents[1] / file) for file in tests]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
     done = subprocess.run(
-        [*command, "-k", "native"],
+        [*command, "-k", "native or experts"],
         env=environment,
         capture_output=True,
         text=True,

@@ -1,8 +1,6 @@
-"""Compiled as vLLM compiles models on GPUs, an engine answers as PEFT does.
+"""Compiled as vLLM compiles models on GPUs, or on CPUs, an engine answers as PEFT does.
 
-On CPUs vLLM turns torch.compile off where LoRA is on; here it does not. The layers have vLLM's own
-forwards, as on GPUs. What is compiled are the pieces between attention layers; Inductor is left
-out, since a C++ compiler would take minutes for what it makes.
+Inductor is left out, since a C++ compiler would take minutes for what it makes.
 """
 
 from collections.abc import Iterator
@@ -20,7 +18,10 @@ pytestmark = pytest.mark.serving
 
 @contextmanager
 def compiled_as_on_gpus() -> Iterator[None]:
-    """Engines that are made within it compile their models."""
+    """Engines that are made within it compile the pieces of their models between attention layers.
+
+    The layers have vLLM's own forwards, as on GPUs.
+    """
     from vllm.config import CompilationMode
     from vllm.platforms.cpu import CpuPlatform
 
@@ -51,3 +52,56 @@ def test_a_compiled_model_answers_as_peft(llama: Scenario) -> None:
     ):
         assert compilation_counter.num_piecewise_capturable_graphs_seen > pieces
         assert_all_as_peft(answers_by_adapter(llm, llama, llama.cases))
+
+
+def test_a_model_that_is_compiled_on_request_answers_as_peft(
+    llama: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")  # Dynamo, no Inductor, and no warm-up
+    traced = counters["stats"]["calls_captured"]
+    with running_engine(
+        llama.base, in_process=True, enforce_eager=False, compilation_config={"mode": 3}
+    ) as llm:
+        assert_all_as_peft(answers_by_adapter(llm, llama, llama.cases))
+    assert counters["stats"]["calls_captured"] > traced
+
+
+@pytest.mark.parametrize(
+    ("asked", "mode", "operators"),
+    [
+        ({}, 0, "all"),
+        ({"compilation_config": {"mode": 0}}, 0, "all"),
+        ({"compilation_config": {"mode": 2}}, 2, "none"),
+        ({"compilation_config": {"mode": 3}}, 2, "none"),
+        ({"compilation_config": {"custom_ops": ["none"]}}, 0, "none"),
+        ({"compilation_config": {"mode": 3}, "enforce_eager": True}, 0, "all"),
+    ],
+)
+def test_only_compiled_models_lack_operators_of_vllm(
+    llama: Scenario, asked: dict[str, Any], mode: int, operators: str
+) -> None:
+    found = _compilation(llama, **asked)
+    assert (found.mode, operators in found.custom_ops) == (mode, True)
+
+
+def test_a_model_is_not_compiled_without_a_compiler(
+    llama: Scenario, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", "/nonexistent/g++")
+    assert _compilation(llama, compilation_config={"mode": 3}).mode == 0
+    assert "The model is not compiled: No working C++ compiler found" in caplog.text
+
+
+def _compilation(llama: Scenario, **arguments: Any) -> Any:
+    """What vLLM and the plugin make of settings, for a server with adapters."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_multilora.integration.patching.tables.ledger import apply_patches
+
+    apply_patches()
+    made = EngineArgs(str(llama.base), enable_lora=True, max_model_len=64, **arguments)
+    return made.create_engine_config().compilation_config

@@ -1,14 +1,11 @@
 """Other forms of a base model: Transformers' own code, two names for one layer, layers of state."""
 
 import random
-import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from tests.attacks.poison import poisoned
 
@@ -31,8 +28,6 @@ from ..models.tiny_models import (
     write_gemma4,
     write_glm4,
     write_granite_hybrid,
-    write_mixtral,
-    write_qwen2_moe,
 )
 
 pytestmark = pytest.mark.serving
@@ -85,41 +80,6 @@ def test_adapters_of_what_transformers_has_as_one_act_on_all_of_it(tmp_path: Pat
     glm = build_scenario(tmp_path, write_glm4, recipes, lengths=(7, LENGTH))
     with running_engine(glm.base, in_process=True, max_loras=2) as llm:
         assert_as_peft(answer(llm, glm, glm.cases), glm.cases)
-
-
-@pytest.mark.parametrize(
-    ("write", "experts"),
-    [
-        (write_mixtral, ("block_sparse_moe.experts.0.w1", "mlp.experts")),
-        (write_qwen2_moe, ("mlp.experts.3.down_proj",)),
-    ],
-    ids=["one-by-one-or-held-as-one", "shared-expert"],
-)
-def test_experts_answer_beside_adapters_of_other_layers(
-    tmp_path: Path, write: Callable[[Path], Path], experts: tuple[str, ...]
-) -> None:
-    """Without Triton nothing computes adapters of experts: these are refused."""
-    from vllm.triton_utils import HAS_TRITON
-
-    if HAS_TRITON:
-        pytest.skip("Triton computes adapters of experts")
-    recipes = (AdapterRecipe("others-r8", ("q_proj", "v_proj", "down_proj"), gain=1.0),)
-    model = build_scenario(tmp_path, write, recipes, lengths=(7, LENGTH))
-    adapters = dict(model.adapters)
-    for module in experts:
-        of_experts = shutil.copytree(model.adapters["others-r8"], tmp_path / module)
-        tensors = load_file(of_experts / "adapter_model.safetensors")
-        for matrix in "AB":
-            name = f"base_model.model.model.layers.0.{module}.lora_{matrix}.weight"
-            tensors[name] = torch.ones(8, 8)
-        save_file(tensors, of_experts / "adapter_model.safetensors")
-        adapters[module] = of_experts
-    deployed = Scenario(model.base, adapters, ())
-    refused = [replace(model.cases[0], adapter=module) for module in experts]
-    with running_engine(model.base, in_process=True, max_loras=2) as llm:
-        assert_as_peft(answer(llm, deployed, model.cases), model.cases)
-        for output in answer(llm, deployed, refused):
-            assert "in Triton only" in str(output.outputs[0].stop_reason)
 
 
 @pytest.mark.skipif(BEFORE_0_32, reason="on CPUs in bfloat16 alone before vLLM 0.32")

@@ -27,6 +27,7 @@ class AdapterRecipe:
         own_head: Brings a head for classes, saved whole, as PEFT's adapters of classifiers do.
         within: Only modules below this one are adapted; all of them where empty.
         bfloat16: The weights of its linear layers are numbers that bfloat16 has.
+        parameters: PEFT's ``target_parameters``, such as those of all experts of a layer.
     """
 
     name: str
@@ -43,6 +44,7 @@ class AdapterRecipe:
     own_head: bool = False
     within: str = ""
     bfloat16: bool = False
+    parameters: tuple[str, ...] = ()
 
 
 LINEAR_RECIPES = (

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
@@ -55,11 +56,14 @@ def write_adapter(
         layers_to_transform=list(recipe.layers) if recipe.layers is not None else None,
         alora_invocation_tokens=list(recipe.invocation) or None,
         use_dora=recipe.dora,
+        target_parameters=list(recipe.parameters) or None,
     )
     model = get_peft_model(auto.from_pretrained(base, dtype=torch.float32), config)
     generator = torch.Generator().manual_seed(seed)
     for _, module in sorted(model.named_modules(), key=lambda item: item[0]):
-        if isinstance(module, LoraLayer):
+        if isinstance(module, ParamWrapper):
+            _randomise_parameter(module, recipe.gain, generator)
+        elif isinstance(module, LoraLayer):
             _randomise(module, recipe.gain, generator)
             if recipe.bfloat16:
                 for part in (module.lora_A, module.lora_B):
@@ -70,6 +74,15 @@ def write_adapter(
                 part.data.copy_(torch.randn(part.shape, generator=generator) * part.std())
     model.save_pretrained(path)
     return path
+
+
+def _randomise_parameter(module: ParamWrapper, gain: float, generator: torch.Generator) -> None:
+    """The same for a parameter of all experts of a layer, of each of them."""
+    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+    a.data.copy_(torch.randn(a.shape, generator=generator) / a.shape[1] ** 0.5)
+    b.data.copy_(torch.randn(b.shape, generator=generator))
+    size = module.get_delta_weight("default").std()
+    b.data.mul_(gain * module.get_param().std() / size)
 
 
 def _randomise(layer: LoraLayer, gain: float, generator: torch.Generator) -> None:

@@ -46,6 +46,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -236,6 +238,14 @@ def write_qwen2_moe(path: Path, *, seed: int = 13) -> Path:
     return _write(Qwen2MoeForCausalLM, config, path, seed)
 
 
+def write_qwen3_moe(path: Path, *, seed: int = 14) -> Path:
+    """Writes a Qwen3-MoE: each token has three of eight experts."""
+    config = Qwen3MoeConfig(
+        **TWO_LAYERS, head_dim=32, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=80
+    )
+    return _write(Qwen3MoeForCausalLM, config, path, seed)
+
+
 def write_classifier(path: Path, *, labels: int, seed: int = 2) -> Path:
     """Writes a Llama as `write_llama` does, with a head for classes in the place of its own.
 
@@ -339,6 +349,8 @@ def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
             value = 0.5 * noise
         elif leaf.endswith(("embed_tokens", "embeddings")):
             value = noise
+        elif leaf == "experts":  # all experts' weights of one projection
+            value = noise * _GAINS.get(kind, 1.0) / parameter.shape[-1] ** 0.5
         else:
             value = noise * _GAINS.get(leaf, 1.0) / parameter[0].numel() ** 0.5
         parameter.data.copy_(value)

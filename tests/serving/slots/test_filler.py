@@ -195,13 +195,14 @@ def test_an_idle_ranks_dummy_batch_waits_for_no_copy_into_a_slot(rig: Rig, slot:
     manager._warm_up_ranks, manager._is_warming_up = {}, False
     manager.begin(rig.fill(0, slot, 7, pack))
     dummies = {LoRARequest(f"warmup_{i}", i, "/not/a/real/path") for i in range(1, SLOTS + 1)}
-    with manager.dummy_lora_cache():
-        thread = threading.Thread(
-            target=manager.set_active_adapters, args=(dummies, LoRAMapping((1,), (1,)))
-        )
-        thread.start()
-        thread.join(LIMIT_S / 2)
-        assert mapped, "it waits for a slot that it does not use"
+    for dummy in dummies:
+        manager.add_dummy_lora(dummy, 8)
+    thread = threading.Thread(
+        target=manager.set_active_adapters, args=(dummies, LoRAMapping((1,), (1,)))
+    )
+    thread.start()
+    thread.join(LIMIT_S / 2)
+    assert mapped, "it waits for a slot that it does not use"
     assert mapped[0].index(1) == 1 - slot
     assert rig.model.filled == []
     manager.remove_all_adapters()

@@ -407,13 +407,13 @@ def test_quantised_experts_that_would_need_triton_are_refused_at_the_start(monke
     from vllm.model_executor.layers.fused_moe import MoERunner
 
     from vllm_multilora.errors import ConfigError
-    from vllm_multilora.integration.worker.model import experts
+    from vllm_multilora.integration.worker.experts import expert_kernels
 
-    monkeypatch.setattr(experts, "HAS_TRITON", False)
+    monkeypatch.setattr(expert_kernels, "HAS_TRITON", False)
     runner = MoERunner.__new__(MoERunner)
     torch.nn.Module.__init__(runner)
     runner.routed_experts = SimpleNamespace(quant_method=object())
     with pytest.raises(ConfigError, match=r"the experts in mlp\.experts are quantised \(object\)"):
-        experts.leave_experts_alone(
+        expert_kernels.choose_expert_kernels(
             torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"experts": runner})})
         )

@@ -16,6 +16,7 @@ from vllm_multilora.adapters.signing.required import RequiredDigests
 from vllm_multilora.adapters.signing.signers import Signers
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.integration.cpu_compilation import choose_compilation
 from vllm_multilora.integration.patching.activation import kernel_backend, settings_of
 from vllm_multilora.integration.patching.parts import CORE
 from vllm_multilora.integration.patching.tables.core_seams import CORE_SEAMS
@@ -68,6 +69,7 @@ def complete(vllm_config: VllmConfig, engine_args: Any, usage_context: UsageCont
     require_adapters_apart(vllm_config.kv_transfer_config)
     require_rows_in_order(vllm_config)
     lift_default_count(engine_args, vllm_config)
+    choose_compilation(vllm_config, engine_args)
     allow_updating(vllm_config)
     # Whoever starts no engine with it, and only looks, names no use of a configuration.
     if usage_context is not None:

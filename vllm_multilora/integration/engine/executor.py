@@ -19,7 +19,9 @@ from weakref import proxy, ref
 
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreRequestType
+from vllm.v1.worker.worker_base import WorkerBase
 
+from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.integration.engine.adapter_status import METHOD, REGISTER, engine_report
 from vllm_multilora.integration.engine.adapters.quarantine import RELOADS
 from vllm_multilora.integration.engine.core import make_adapters, starting_workers
@@ -27,6 +29,7 @@ from vllm_multilora.integration.engine.requests.tenant_wall import TenantWallMix
 from vllm_multilora.integration.engine.scheduling.fair_scheduler import FairSharesMixin
 from vllm_multilora.integration.engine.scheduling.older_scheduler import with_newer_parts
 from vllm_multilora.integration.engine.scheduling.scheduler import AdapterAwareMixin, as_sent
+from vllm_multilora.integration.engine.workers.reaching import REACHED
 from vllm_multilora.integration.failed_requests import AdapterRefusedError, not_by_workers
 from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
 from vllm_multilora.integration.worker import worker_calls
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _IDLE_S = 0.001
+_PACKAGE = __name__.partition(".")[0]
 _MARK = "AdapterExecutor:"
 _OF_SINGLE_ADAPTERS = frozenset({"add_lora", "remove_lora", "pin_lora"})
 _WATCHED = frozenset(
@@ -116,15 +120,17 @@ class AdapterExecutorMixin:
         """
         ask = super().collective_rpc  # type: ignore[misc]
         if method not in _WATCHED:
-            return ask(method, timeout, args, kwargs, *more, **others)
+            done = ask(method, timeout, args, kwargs, *more, **others)
+            is_awaited = not (more or others)
+            return self._with_pushed(done) if is_awaited and _may_push(method) else done
         if method == METHOD:
             return self._report(*args)
         if method == REGISTER:
             return self._register_for_server(*args)
         if method == "list_loras" and (adapters := self.connect()) is not None:
-            # Workers know only what is in their slots.
+            # Workers know only their slots. Frameworks use no adapter that is not listed.
             listed = (e.number for e in adapters.known() if e.state(adapters.slots) in AT_HAND)
-            return [set(listed)]
+            return [{*listed, *adapters.pushed.numbers()}]
         if method in _OF_SINGLE_ADAPTERS and self.connect() is not None:
             raise not_by_workers(method.removesuffix("_lora"))
         if method == "sleep":
@@ -138,6 +144,45 @@ class AdapterExecutorMixin:
         elif method in RELOADS and (scheduler := self._scheduler()) and scheduler.adapters:
             scheduler.adapters.quarantine.base_reloaded(scheduler.requests)
         return done
+
+    def _with_pushed(self, done: Any) -> Any:
+        """A call's result, once the adapters have been checked that workers were given by it.
+
+        Raises:
+            AdapterRefusedError: One cannot be served: the version before serves on. The result is
+                a future as for `add_lora`, if there is any such adapter.
+        """
+        if self._scheduler() is None:
+            return done
+        taken = super().collective_rpc(worker_calls.take_pushed)  # type: ignore[misc]
+        pushes = [push for of_worker in taken for push in of_worker]
+        adapters = self.connect() if pushes else None
+        if adapters is None:
+            return done
+        if REACHED.get(self):
+            raise MultiLoRAError(
+                "adapters can be given to workers as tensors on one machine only, and this engine "
+                "has workers on others: write the adapter to a folder that all of them see, and "
+                "call add_lora of the engine with its path"
+            )
+
+        def settle() -> Future[Any]:
+            futures = [
+                self._remove(adapters, push.number) if push.folder is None else adapters.push(push)
+                for push in pushes
+            ]
+            answer: Future[Any] = Future()
+
+            def note(_: Future[bool]) -> None:
+                if all(future.done() for future in futures) and not answer.done():
+                    errors = [e for future in futures if (e := future.exception()) is not None]
+                    answer.set_exception(errors[0]) if errors else answer.set_result(done)
+
+            for future in futures:
+                future.add_done_callback(note)
+            return answer
+
+        return self._carry_out(adapters, settle)
 
     def _report(self, asked: list[int]) -> list[dict[str, Any]]:
         if (adapters := self.connect()) is None:
@@ -157,7 +202,11 @@ class AdapterExecutorMixin:
         adapters = self.connect()
         if adapters is None:
             return super().add_lora(lora_request)  # type: ignore[misc]
-        return self._carry_out(adapters, partial(self._register, adapters, as_sent(lora_request)))
+        request = as_sent(lora_request)
+        if _is_for_workers(request):
+            loaded = super().collective_rpc("add_lora", args=(request,))  # type: ignore[misc]
+            return self._with_pushed(all(loaded))
+        return self._carry_out(adapters, partial(self._register, adapters, request))
 
     def _register(self, adapters: EngineAdapters, request: LoRARequest) -> Future[bool]:
         registered = adapters.register(request)
@@ -268,6 +317,18 @@ class AdapterExecutorMixin:
             time.sleep(_IDLE_S)
             adapters.poll()
         return answer.result()
+
+
+def _may_push(method: Any) -> bool:
+    """Whether a call of workers may give them adapters: one that is neither vLLM's nor ours."""
+    if isinstance(method, str):
+        return not hasattr(WorkerBase, method)
+    return (getattr(method, "__module__", None) or "").partition(".")[0] != _PACKAGE
+
+
+def _is_for_workers(request: LoRARequest) -> bool:
+    """Whether a framework's own code has to load an adapter: it is in no folder."""
+    return bool(getattr(request, "lora_tensors", None)) or "://" in request.lora_path
 
 
 def _wake(inputs: Any) -> None:

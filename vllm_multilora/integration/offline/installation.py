@@ -14,7 +14,7 @@ from multilora_kernels.native import load_library
 from vllm_multilora import __version__
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.failures import describe_failure
-from vllm_multilora.integration.cpp_compiler import compiler_problem
+from vllm_multilora.integration.cpu_compilation import compiler_problem
 from vllm_multilora.integration.offline.gpu_tools import (
     chosen_kernels,
     triton_folder,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.integration.memory_folders import users_folder
 from vllm_multilora.slots.budget import GIB, CpuBudget, enough_gib, machine_memory
 from vllm_multilora.slots.pins import Pins
 from vllm_multilora.slots.policies.policy_registry import make_policy
@@ -83,6 +84,8 @@ def cpu_budget(
 def store_settings(settings: MultiLoRAConfig, budget: CpuBudget) -> StoreSettings:
     """What an engine asks of the store."""
     keys = settings.signing_keys
+    # Those that workers are given as tensors are the operator's, too.
+    pushed = [str(users_folder())] if settings.allowed_roots else []
     return StoreSettings(
         budget_bytes=budget.bytes,
         budget_adapters=budget.adapters,
@@ -90,7 +93,7 @@ def store_settings(settings: MultiLoRAConfig, budget: CpuBudget) -> StoreSetting
         jobs=settings.loader_threads,
         timeout_s=settings.load_timeout_s,
         # Absolute: the store may be another server's, which was started elsewhere.
-        allowed_roots=tuple(map(os.path.abspath, settings.allowed_roots)),
+        allowed_roots=tuple(map(os.path.abspath, (*settings.allowed_roots, *pushed))),
         directories=tuple(map(os.path.abspath, settings.adapter_dir)),
         allow_pickle=settings.allow_pickle,
         allow_hub=settings.allow_hub,

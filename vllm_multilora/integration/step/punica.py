@@ -147,7 +147,7 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
         self.plan.update(token_slots, own_graphs=own_graphs)
         self.output_rows.set_step(self.plan, token_slots, sampler_slots)
         self._stock_rows.update(token_slots, sampler_slots, vocab_size)
-        self._update_experts()
+        self._update_experts(token_slots)
         rows = len(sampler_slots)
         self.indices_len[:] = (len(token_slots), rows, rows, len(token_slots))
 

@@ -1,10 +1,12 @@
-"""MoE expert layers: their adapters are computed by vLLM's own kernels."""
+"""MoE expert layers: on GPUs vLLM's own kernels compute their adapters."""
 
 from __future__ import annotations
 
 from copy import copy
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from vllm.config import LoRAConfig
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.punica_wrapper.punica_selector import get_punica_wrapper
@@ -17,9 +19,13 @@ class ExpertLayers:
     """What MoE layers ask of a punica wrapper, passed on to the wrapper that vLLM would use.
 
     A model without such layers has no such wrapper, and its steps prepare nothing for one.
+
+    Attributes:
+        token_slots: The slot of each of a step's rows, which experts on CPUs read.
     """
 
     plan: BatchPlan
+    token_slots: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
     _stock: PunicaWrapperBase | None = None
 
     def _pass_experts_to_stock(self, *args: Any, lora_config: LoRAConfig) -> None:
@@ -37,11 +43,12 @@ class ExpertLayers:
                 self._stock.token_mapping_meta = step_metadata(self.plan)
                 self.plan.sends_slot_runs = True
 
-    def _update_experts(self) -> None:
+    def _update_experts(self, token_slots: npt.NDArray[np.int64]) -> None:
         """Prepares a step for the expert layers, if there are any; the plan is up to date.
 
         The metadata travels with the plan. What is left is the flag that vLLM reads on the host.
         """
+        self.token_slots = token_slots
         meta = getattr(self._stock, "token_mapping_meta", None)
         if meta is not None:
             meta.no_lora_flag_cpu[0] = not self.plan.rows

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from operator import is_
 from typing import Any
@@ -21,7 +20,7 @@ from vllm.platforms import current_platform
 from vllm_multilora.errors import ConfigError, MultiLoRAError
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration import kv_blocks
-from vllm_multilora.integration.cpp_compiler import compile_only_with_compiler
+from vllm_multilora.integration.cpu_compilation import compile_only_with_compiler
 from vllm_multilora.integration.failed_requests import not_by_workers
 from vllm_multilora.integration.logs import join_vllm_logging
 from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
@@ -29,7 +28,8 @@ from vllm_multilora.integration.patching.tables.core_seams import PUNICA_WRAPPER
 from vllm_multilora.integration.settings.cache_settings import cpu_budget, store_settings
 from vllm_multilora.integration.settings.flags import checks_in
 from vllm_multilora.integration.step.mapping import BatchMapping, base_rows_of
-from vllm_multilora.integration.worker.model.experts import leave_experts_alone
+from vllm_multilora.integration.worker.experts.expert_kernels import choose_expert_kernels
+from vllm_multilora.integration.worker.pushed_tensors import PushedTensors, tensors_in, tensors_of
 from vllm_multilora.integration.worker.slots.filler import SlotFiller
 from vllm_multilora.integration.worker.slots.model_manager import MultiLoRAModelManager
 from vllm_multilora.integration.worker.slots.own_store import OwnStore
@@ -50,6 +50,9 @@ logger = logging.getLogger(__name__)
 
 _WARM_UP_PATH = "/not/a/real/path"
 
+_LOADER = "_load_adapter"
+"""Method of vLLM's manager that frameworks replace, to load adapters from elsewhere."""
+
 
 class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
     """Has the adapters of each step in the slots that the engine core has given them.
@@ -62,6 +65,7 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
 
     Attributes:
         filler: Carries out orders.
+        pushed: Adapters that this worker was given as tensors.
         largest_adapter: Bytes of an adapter of the largest rank in every module, on this worker.
         own_store: Where the engine core waits for its workers: what this one loads from.
         sampled_rows: [requests], how many rows of each request the last batch sampled.
@@ -79,7 +83,7 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
         """Wraps the model's layers and connects to the engine core; returns the model."""
-        leave_experts_alone(model)
+        choose_expert_kernels(model)
         if current_platform.is_cpu():
             compile_only_with_compiler()
         wrapped = super().create_lora_manager(model, vllm_config)
@@ -88,6 +92,10 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         self.row_maxima, self.idle_generators = None, {}
         special = SpecialParts(manager, self.max_position_embeddings)
         self.filler = SlotFiller(manager, special, attach_worker(self.rank))
+        parallel = vllm_config.parallel_config
+        is_alone = parallel.distributed_executor_backend == "external_launcher"
+        is_first = not parallel.rank % parallel.local_world_size
+        self.pushed = PushedTensors(writes=is_alone or is_first)
         self.largest_adapter = manager.layout.largest_bytes() + manager.special_slot_bytes
         report_slots(manager, self._budget(), vllm_config)
         self._step: Mapping[int, LoRARequest] = {}
@@ -270,8 +278,25 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
     # What vLLM calls besides
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
-        """Refused: the engine core would know nothing of it, and have no request use it."""
-        raise not_by_workers("add")
+        """Takes in an adapter that comes as tensors, or that another program loads in this worker.
+
+        The engine core registers it when the call that brought it has returned.
+
+        Raises:
+            MultiLoRAError: It is in a folder: that is the engine core's to load.
+        """
+        found = tensors_in(lora_request)
+        if found is None:
+            load = getattr(self, _LOADER)
+            if _is_vllms(load):
+                raise not_by_workers("add")
+            found = tensors_of(load(lora_request))
+        self.pushed.add(lora_request, *found)
+        return True
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        """Forgets an adapter that this worker was given as tensors; whether it was."""
+        return self.pushed.remove(adapter_id)
 
     def remove_all_adapters(self) -> None:
         """Ends a warm-up or, outside of one, comes with new base weights; adapters stay."""
@@ -290,14 +315,9 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
 
     # Warm-up
 
-    @contextmanager
-    def dummy_lora_cache(self) -> Iterator[None]:
-        """A warm-up begins: until `remove_all_adapters`, slots belong to its adapters."""
-        self._is_warming_up = True
-        yield
-
     def add_dummy_lora(self, lora_request: LoRARequest, rank: int) -> bool:
-        """Announces a warm-up adapter of a rank."""
+        """Announces a warm-up adapter of a rank: until `remove_all_adapters`, slots are theirs."""
+        self._is_warming_up = True
         self._warm_up_ranks[lora_request.lora_int_id] = rank
         return True
 
@@ -352,16 +372,19 @@ def make_worker_manager(
 
 
 def _others_loader(manager: type) -> str | None:
-    """What loads a manager's adapters that is not vLLM's; None: nothing.
+    """What has taken the place of vLLM's manager or of its calls for a step; None: nothing.
 
-    Frameworks for training have workers load adapters from tensors so.
+    One that only loads adapters in another way is not meant: ours calls it (`add_adapter`).
     """
-    for name in ("_load_adapter", "add_adapter", "_apply_adapters"):
+    for name in ("add_adapter", "_apply_adapters"):
         method = getattr(manager, name, None)
-        module = getattr(method, "__module__", None) or "vllm"
-        if module.partition(".")[0] != "vllm":
-            return f"{module}.{getattr(method, '__qualname__', name)}"
+        if not _is_vllms(method):
+            return f"{method.__module__}.{getattr(method, '__qualname__', name)}"
     return None
+
+
+def _is_vllms(method: Any) -> bool:
+    return (getattr(method, "__module__", None) or "vllm").partition(".")[0] == "vllm"
 
 
 def manager_of(model_runner: Any) -> MultiLoRAWorkerManager | None:

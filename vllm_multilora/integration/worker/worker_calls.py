@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from vllm_multilora.integration.worker.kernel_choice.reporting import kernel_rows
+from vllm_multilora.integration.worker.pushed_tensors import Push
 from vllm_multilora.integration.worker_link.fill_link import Answer
 from vllm_multilora.integration.worker_link.orders import Order
 from vllm_multilora.integration.worker_link.remote_link import (
@@ -105,6 +106,11 @@ def open_memory(
 
 def kernels_in_use(worker: Any) -> list[dict[str, str]]:
     return kernel_rows(_manager(worker).model_manager.kernel_record)
+
+
+def take_pushed(worker: Any) -> list[Push]:
+    """Adapters that the worker was given as tensors since the last call, or told to forget."""
+    return _manager(worker).pushed.take() if has_our_manager(worker) else []
 
 
 def carry_out(worker: Any, orders: list[Order]) -> None:

@@ -20,6 +20,8 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+from vllm.lora.request import LoRARequest
+
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.adapters.signing.required import RequiredDigests
 from vllm_multilora.failures import LoadFailure
@@ -27,6 +29,7 @@ from vllm_multilora.integration.engine.adapters.adapter_entries import AdapterEn
 from vllm_multilora.integration.engine.adapters.arrivals import Arrivals
 from vllm_multilora.integration.engine.adapters.load_requests import LoadRequests, Store
 from vllm_multilora.integration.engine.adapters.orders_under_way import OrdersUnderWay, Workers
+from vllm_multilora.integration.engine.adapters.pushed_folders import PushedFolders
 from vllm_multilora.integration.engine.adapters.quarantine import Quarantine
 from vllm_multilora.integration.engine.adapters.registrations import KnownBlends, Registrations
 from vllm_multilora.integration.failed_requests import AdapterRefusedError
@@ -35,11 +38,11 @@ from vllm_multilora.states import AdapterState
 from vllm_multilora.store.protocol.messages import PackInfo
 
 if TYPE_CHECKING:
-    from vllm.lora.request import LoRARequest
     from vllm.v1.request import Request
 
     from vllm_multilora.integration.engine.adapters.observer import AdapterObserver
     from vllm_multilora.integration.seals import Seal
+    from vllm_multilora.integration.worker.pushed_tensors import Push
 
 
 class EngineAdapters:
@@ -63,6 +66,7 @@ class EngineAdapters:
     Attributes:
         slots, observer, asks_late, store_address: As above.
         quarantine: Weights that must not be used.
+        pushed: The folders of adapters that workers were given as tensors.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class EngineAdapters:
         self.store_address = store_address
         self.observer = observer
         self.quarantine = Quarantine()
+        self.pushed = PushedFolders()
         loads = self._load_requests = LoadRequests(store, signing_keys)
         self._orders = OrdersUnderWay(workers, slots, ranks)
         self._registrations = Registrations(self._load_requests, self._orders, slots, observer)
@@ -99,6 +104,7 @@ class EngineAdapters:
 
     def request_load(self, request: LoRARequest, tenant: Seal | None = None) -> LoadFailure | None:
         """A request for an adapter has arrived; returns why it cannot be served, in any case."""
+        request = self.pushed.resolve(request)
         owner = "" if tenant is None else tenant.tenant
         failure = self._registrations.clash(request) or self._blends.admit(request, owner)
         if failure is not None:
@@ -241,6 +247,7 @@ class EngineAdapters:
 
         That lifts its weights' quarantine, unless it is known or a request's, of a directory.
         """
+        request = self.pushed.resolve(request)
         known = self._known.find(request.lora_int_id)
         failure = self._registrations.clash(request) or self._blends.admit(request, "")
         if failure is not None:
@@ -255,8 +262,19 @@ class EngineAdapters:
             )
         return self._answered(entry, future)
 
+    def push(self, push: Push) -> Future[bool]:
+        """Registers what workers were given as tensors, in the place of the version before."""
+        self.pushed.begin(push)
+        request = LoRARequest(push.name, push.number, push.path, load_inplace=True)
+        future = self.register(request)
+        future.add_done_callback(
+            lambda done: self.pushed.end(push, is_accepted=done.exception() is None)
+        )
+        return future
+
     def remove(self, adapter_id: int) -> Future[bool]:
         """Forgets an adapter that no request uses: if it was known, once its memory is free."""
+        self.pushed.remove(adapter_id)
         entry = self._known.find(adapter_id)
         if entry is None:
             return _done()

@@ -33,8 +33,8 @@ OVERRIDES: dict[str, dict[str, str]] = {
         "create_lora_manager": "self, model, vllm_config",
         "set_active_adapters": "self, requests, mapping",
         "add_adapter": "self, lora_request",
+        "remove_adapter": "self, adapter_id",
         "remove_all_adapters": "self",
-        "dummy_lora_cache": "self",
         "add_dummy_lora": "self, lora_request, rank",
     },
     "vllm.v1.worker.gpu.lora_utils:LoraState": {

@@ -67,7 +67,7 @@ REPLACED = (
         "See the patch base-products.",
     ),
     Replaced(
-        "integration.worker.model.experts",
+        "integration.worker.experts.expert_kernels",
         "config.is_lora_enabled",
         "vllm.model_executor.layers.fused_moe.config:FusedMoEConfig.is_lora_enabled",
         "vLLM's CPU build computes experts with --enable-lora in Triton only, which is not there.",

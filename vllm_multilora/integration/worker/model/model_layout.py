@@ -32,7 +32,7 @@ from multilora_kernels.dtypes import of_torch
 from vllm_multilora.adapters.model.layout import LinearShape, ModelLayout, SliceLayout, SpecialShape
 from vllm_multilora.adapters.model.tensor_names import HEADS
 from vllm_multilora.integration.step.stock_rows import ClassificationHead
-from vllm_multilora.integration.worker.model.experts import experts_left_alone
+from vllm_multilora.integration.worker.experts.expert_kernels import experts_left_alone
 from vllm_multilora.integration.worker.model.module_naming import module_naming, refused_layers
 from vllm_multilora.integration.worker.model.output_factors import no_factors
 from vllm_multilora.integration.worker.rows.encoder_rows import ENCODER
@@ -251,11 +251,11 @@ def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
     if not ClassificationHead:  # it wraps them as linear layers, and maps tokens to their rows
         heads = [name for name in manager.modules if name.rpartition(".")[2] in HEADS]
         yield from _with_sources(manager, heads, "vLLM adapts no classification heads before 0.31")
-    for name in experts_left_alone(manager.model):
+    for name, reason in experts_left_alone(manager.model):
         parent, _, kind = name.rpartition(".")
         parts = (f"{parent}.{part}" for part in manager.packed_modules_mapping.get(kind, ()))
         for source in (name, f"{name}.base_layer", *parts):
-            yield source, "vLLM's CPU build computes adapters of experts in Triton only"
+            yield source, reason
     reason = "vLLM's attention multiplies with its weights directly"
     yield from _with_sources(manager, _layers_held_by_attention(manager), reason)
 

@@ -36,11 +36,12 @@ from vllm_multilora.integration.step.short_forward import shorten_forward
 from vllm_multilora.integration.step.staged_rows import SlotColumns
 from vllm_multilora.integration.step.stock_kernels import restore_tables
 from vllm_multilora.integration.step.stock_rows import ClassificationHead
+from vllm_multilora.integration.worker.experts.expert_kernels import experts_left_alone
+from vllm_multilora.integration.worker.experts.expert_slots import ExpertSlots
 from vllm_multilora.integration.worker.kernel_choice.guarded_start import (
     StartSettings,
     choose_kernels,
 )
-from vllm_multilora.integration.worker.model.experts import experts_left_alone
 from vllm_multilora.integration.worker.model.model_layout import is_ranked, running_layout
 from vllm_multilora.integration.worker.model.output_factors import SlotFactors
 from vllm_multilora.integration.worker.rows.encoder_rows import (
@@ -135,7 +136,7 @@ class MultiLoRAModelManager(LoRAModelManager):
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: VllmConfig) -> None:
         super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
         self.encoder_wrapper = None
-        self._experts_left_alone = frozenset(experts_left_alone(self.model))
+        self._experts_left_alone = dict(experts_left_alone(self.model))
         if vllm_config.model_config.is_encoder_decoder:
             self.encoder_wrapper = encoder_wrapper(vllm_config, self.lora_config, self.device)
             self.punica_wrapper_mapping[ENCODER] = self.encoder_wrapper
@@ -161,6 +162,7 @@ class MultiLoRAModelManager(LoRAModelManager):
         has_experts = any(isinstance(each, FusedMoEWithLoRA) for each in self.modules.values())
         shares = self.lora_config.enable_moe_shared_loras
         self._enable_mixed_moe_lora_format = has_experts and not shares
+        self._expert_slots = ExpertSlots(self.modules)
         config = get_current_vllm_config()
         dora = settings_of(config).dora
         found = running_layout(self, dora=dora)
@@ -282,6 +284,7 @@ class MultiLoRAModelManager(LoRAModelManager):
         self._reordered.reorder(slot, index.rows)
         for name, module in self._special.items():
             weights = self._fill_special(slot, name, module, special)
+            self._expert_slots.set_ranks(slot, name, weights)
             if weights is not None and (layer := self._ranked.get(name)):
                 ranks = _true_ranks(weights, layer.rows.stop - layer.rows.start)
                 expand[layer.rows] = ranks

@@ -10,6 +10,8 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 PATH = "of no folder"
+SCHEME = "memory://"
+"""Begins the paths of adapters that a framework's own loader has at hand."""
 
 
 class TensorLoRARequest(LoRARequest):
@@ -19,20 +21,29 @@ class TensorLoRARequest(LoRARequest):
     lora_tensors: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-def of_tensors(number: int, folder: Path) -> TensorLoRARequest:
-    """The adapter in a folder, as if it came from a training process."""
+def of_tensors(number: int, folder: Path, factor: float = 1.0) -> TensorLoRARequest:
+    """The adapter in a folder, as if it came from a training process.
+
+    Args:
+        number: Its number.
+        folder: Where it is.
+        factor: What all of its values are multiplied by.
+    """
     from safetensors.torch import load_file
 
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = {name: tensor * factor for name, tensor in tensors.items()}
     return TensorLoRARequest(str(number), number, PATH, peft_config=config, lora_tensors=tensors)
 
 
 def take_over() -> None:
-    """Has vLLM's manager of this process load such adapters, too."""
+    """Has vLLM's manager of this process load what is in no folder, too."""
     original = LRUCacheWorkerLoRAManager._load_adapter
 
     def load(manager: Any, request: LoRARequest) -> Any:
+        if request.lora_path.startswith(SCHEME):
+            request = of_tensors(request.lora_int_id, Path(request.lora_path.removeprefix(SCHEME)))
         if not isinstance(request, TensorLoRARequest):
             return original(manager, request)
         helper = PEFTHelper.from_dict(request.peft_config)
@@ -55,11 +66,26 @@ def take_over() -> None:
 class Extension:
     """Extension of a worker: vLLM's `worker_extension_cls`."""
 
-    def __new__(cls, **kwargs: Any) -> "Extension":
-        take_over()
-        return super().__new__(cls)
-
-    def push(self: Any, number: int, folder: Path) -> bool:
+    def push(self: Any, number: int, folder: Path, factor: float = 1.0) -> bool:
         """Puts an adapter in the place of the one that has its number."""
         self.remove_lora(number)
-        return bool(self.add_lora(of_tensors(number, folder)))
+        return bool(self.add_lora(of_tensors(number, folder, factor)))
+
+    def push_all(self: Any, folders: dict[int, Path]) -> bool:
+        """Gives the worker several adapters at once."""
+        return all(self.add_lora(of_tensors(*each)) for each in folders.items())
+
+    def push_twice(self: Any, number: int, first: Path, second: Path) -> bool:
+        """Gives the worker two versions in one call; the second one counts."""
+        return all(self.add_lora(of_tensors(number, folder)) for folder in (first, second))
+
+    def forget(self: Any, number: int) -> bool:
+        return bool(self.remove_lora(number))
+
+
+class OwnLoader(Extension):
+    """The extension of a framework that also replaces vLLM's loader, as verl and ms-swift do."""
+
+    def __new__(cls, **kwargs: Any) -> "OwnLoader":
+        take_over()
+        return super().__new__(cls)

@@ -1,0 +1,1 @@
+"""Adapters of experts, against the specification in loops."""

@@ -1,0 +1,1 @@
+"""Adapters that frameworks for training give to vLLM as tensors."""

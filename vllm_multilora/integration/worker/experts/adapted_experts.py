@@ -1,0 +1,191 @@
+"""vLLM's experts on CPUs, with adapters of them.
+
+vLLM's kernel for CPUs makes both projections at once, so that nothing can be added between them. So
+it computes the rows without adapters of experts, and `ExpertProducts` computes the others.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from vllm._custom_ops import cpu_prepack_moe_weight
+from vllm.model_executor.kernels.linear.zentorch_utils import is_zentorch_moe_config_supported
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import (
+    CPUUnquantizedExperts,
+    X86CPUUnquantizedExperts,
+)
+from vllm.model_executor.layers.fused_moe.experts.lora_context import MoELoRAContext
+from vllm.model_executor.layers.fused_moe.experts.lora_experts_mixin import LoRAExpertsMixin
+
+from multilora_kernels.experts import ExpertProducts
+from multilora_kernels.experts.packed import BLOCK
+from multilora_kernels.operators import Numbered, register
+
+_APPLY = [
+    *("self", "output", "hidden_states", "w1", "w2", "topk_weights", "topk_ids", "activation"),
+    *("global_num_experts", "expert_map", "a1q_scale", "a2_scale", "workspace13", "workspace2"),
+    *("expert_tokens_meta", "apply_router_weight_on_input"),
+]
+"""Parameters of `apply` in the vLLM versions whose experts are known."""
+
+_numbered: Numbered[AdaptedExperts] = Numbered()
+
+
+class AdaptedExperts(LoRAExpertsMixin, CPUUnquantizedExperts):
+    """Experts whose rows with adapters the plugin computes."""
+
+    _products: ExpertProducts | None = None
+    _filled: np.ndarray[Any, np.dtype[np.bool_]]
+
+    def __init__(self, moe_config: Any, quant_config: Any) -> None:
+        super().__init__(moe_config, quant_config)
+        self._number = _numbered.number(self)
+        self._wrapper: Any = None
+
+    def set_lora_context(self, ctx: MoELoRAContext) -> None:
+        """Takes the wrapper that knows a step's rows; the slots come with `take_slots`."""
+        self._wrapper = ctx.punica_wrapper
+
+    def take_slots(self, products: ExpertProducts, slots: int) -> None:
+        """Has rows computed by `products` whose slots hold something, which none does yet."""
+        self._products = products
+        self._filled = np.zeros(slots + 1, dtype=np.bool_)  # and of rows without a slot, -1
+
+    def fill(self, slot: int, w13_ranks: Sequence[int], w2_rank: int) -> None:
+        """Says which ranks of a slot count from now on."""
+        assert self._products is not None
+        self._products.set_ranks(slot, w13_ranks, w2_rank)
+        self._filled[slot] = True
+
+    def clear(self, slot: int) -> None:
+        """A slot's adapter does not act on these experts."""
+        self._filled[slot] = False
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: Any,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+        workspace13: torch.Tensor,
+        workspace2: torch.Tensor,
+        expert_tokens_meta: Any,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        """See vLLM's; in compiled code it is one operator."""
+        run = _operator if torch.compiler.is_compiling() else _run
+        weighted = apply_router_weight_on_input
+        run(output, hidden_states, w1, w2, topk_weights, topk_ids, weighted, self._number)
+
+    def compute(
+        self,
+        output: torch.Tensor,
+        x: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        weights: torch.Tensor,
+        experts: torch.Tensor,
+        weighted: bool,
+    ) -> None:
+        """Computes a step's rows.
+
+        Args:
+            output: [rows, width]; overwritten.
+            x: [rows, width].
+            w1: Packed weights of gates and what they multiply.
+            w2: Those of what follows.
+            weights: [rows, k], the router's.
+            experts: [rows, k].
+            weighted: Whether x has been multiplied by `weights` already.
+        """
+        slots = self._slots(len(x))
+        adapted = self._filled[slots]
+        if not adapted.any():
+            self._base(output, x, w1, w2, weights, experts, weighted)
+            return
+        if not adapted.all():
+            rest = torch.from_numpy(np.flatnonzero(~adapted))
+            of_rest = x.new_empty(len(rest), output.size(1))
+            self._base(of_rest, x[rest], w1, w2, weights[rest], experts[rest], weighted)
+            output[rest] = of_rest
+        rows = np.flatnonzero(adapted).astype(np.int32)
+        if weighted:
+            weights = torch.ones_like(weights)
+        assert self._products is not None
+        self._products(output, x, experts, weights, rows, slots[rows])
+
+    def _slots(self, rows: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The slot of each row; -1 for none, as in steps that vLLM makes up to warm up."""
+        known = self._wrapper.token_slots[:rows]
+        return np.pad(known, (0, rows - len(known)), constant_values=-1)
+
+    def _base(
+        self,
+        output: torch.Tensor,
+        x: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        weights: torch.Tensor,
+        experts: torch.Tensor,
+        weighted: bool,
+    ) -> None:
+        config, empty = self.moe_config, output.new_empty(0)
+        of_all = config.activation, config.num_experts, None, None, None
+        super().apply(output, x, w1, w2, weights, experts, *of_all, empty, empty, None, weighted)
+
+
+class AdaptedX86Experts(AdaptedExperts, X86CPUUnquantizedExperts):
+    """The same for processors with AMX."""
+
+
+def adapted(experts: Any, config: FusedMoEConfig) -> type[AdaptedExperts] | None:
+    """The class with adapters of one of vLLM's classes; None if the plugin does not know it."""
+    found = getattr(experts, "apply", None)
+    if list(inspect.signature(found).parameters if found else ()) != _APPLY:
+        return None
+    if is_zentorch_moe_config_supported(config):  # has weights and kernels of its own
+        return None
+    for kind in (AdaptedExperts, AdaptedX86Experts):
+        if experts in kind.__mro__[1:] and kind.isa == experts.isa and packed_word(kind.isa):
+            return kind
+    return None
+
+
+def packed_word(isa: str) -> int:
+    """Inputs of a word of weights that vLLM packs for these kernels; 0 if they lie otherwise.
+
+    How they lie is vLLM's own affair, so it is asked.
+    """
+    word, dtype = (2, torch.bfloat16) if isa == "amx" else (1, torch.float32)
+    weights = torch.arange(2048, dtype=torch.int16).view(torch.bfloat16).to(dtype).view(1, 32, 64)
+    expected = weights.view(1, 32 // BLOCK, BLOCK, 64 // word, word).transpose(2, 3).flatten()
+    found = cpu_prepack_moe_weight(weights, isa).flatten()
+    return word if torch.equal(found, expected) else 0
+
+
+def _run(
+    output: torch.Tensor,
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    weighted: bool,
+    layer: torch.Tensor,
+) -> None:
+    _numbered.layer(layer).compute(output, x, w1, w2, weights, experts, weighted)
+
+
+_operator = register("adapted_experts", _run, "output")
