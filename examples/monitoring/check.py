@@ -35,6 +35,8 @@ DASHBOARD = HERE / "grafana/dashboards/multilora.json"
 VARIABLES = {"$__rate_interval": "1m", "$model_name": ".*"}
 START_LIMIT_S = 300
 STOP_LIMIT_S = 30
+OWN_SERVER_LACKS = ("by tenant", "Refused", "Dropped", "by route", "First token")
+"""Parts of the names of panels without data here: of tenants, routes and latencies by adapter."""
 STYLES = ("medical", "legal", "french-support", "code-review")
 
 
@@ -209,7 +211,8 @@ def report(prometheus_url: str, *, must_have_data: bool) -> bool:
     for kind, expressions in (("rule", rule_expressions()), ("panel", dashboard_queries())):
         for name, expression in expressions.items():
             error, series = evaluate(prometheus_url, expression)
-            is_good = error is None and (series > 0 or kind == "rule" or not must_have_data)
+            is_asked = kind == "panel" and not any(part in name for part in OWN_SERVER_LACKS)
+            is_good = error is None and (series > 0 or not (is_asked and must_have_data))
             good &= is_good
             print(
                 f"{'ok' if is_good else 'BAD':4} {kind:6} {error or f'{series} series':12} {name}"

@@ -415,6 +415,27 @@ def test_a_server_counts_from_when_there_is_room_for_it_on(tmp_path: Path) -> No
     assert shown(tmp_path) == {f"{defined.REFUSED.name}{{status=429,tenant=acme}}": 3}
 
 
+def test_a_tenants_tokens_are_shown_beside_its_limit(tmp_path: Path) -> None:
+    counts = ServerCounts()
+    counts.start(lambda: recorder(tmp_path, "server", engine="", most=1))
+    for limit in (6000.0, 9000.0):
+        counts.count_limited("acme", 20, limit)
+    for number in range(8):
+        counts.count_limited(f"t{number}", 1, 10.0)
+    found = shown(tmp_path)
+    assert found[f"{defined.TENANT_TOKENS.name}{{tenant=acme}}"] == 40
+    assert found[f"{defined.TENANT_LIMIT.name}{{tenant=acme}}"] == 9000
+    assert len(found) == 4, "there is room for two tenants"
+
+
+def test_lines_that_the_usage_log_lacks_are_counted(tmp_path: Path) -> None:
+    counts = ServerCounts()
+    counts.start(lambda: recorder(tmp_path, "server", engine=""))
+    counts.count_dropped(3)
+    counts.count_dropped(4)
+    assert shown(tmp_path) == {f"{defined.USAGE_LINES_DROPPED.name}{{}}": 7}
+
+
 def test_refusals_are_counted_by_tenant_and_those_of_too_many_together(tmp_path: Path) -> None:
     counts = ServerCounts()
     counts.count_refused("acme", 404)  # metrics are off: nothing happens

@@ -20,6 +20,7 @@ from vllm_multilora.gateway.keys.middleware import AccessMiddleware
 from vllm_multilora.gateway.status import page as status_page
 from vllm_multilora.gateway.status.status_route import MAX_SHARE, AdaptersRoute, RecentListing
 from vllm_multilora.integration.server.names import registration
+from vllm_multilora.integration.server.names.routes import ROUTES, ServerRoutes
 from vllm_multilora.states import AdapterState
 from vllm_multilora.tenants.keys import stored
 from vllm_multilora.tenants.rules import STATUS, STATUS_PAGE
@@ -27,7 +28,7 @@ from vllm_multilora.tenants.rules import STATUS, STATUS_PAGE
 from .stub import listing, row
 
 ADMIN, CLIENT, ACME = "sk-admin-0123456789", "sk-client", "sk-acme"
-MAX_BYTES = 30 << 10
+MAX_BYTES = 32 << 10
 
 
 class Answered(RecentListing):
@@ -139,7 +140,7 @@ def test_operators_are_notified_of_tenants_and_nobody_else_is(monkeypatch, acces
     [acme] = reported(ADMIN)["tenants"]
     limits = {name: limit for name, limit in acme.pop("limits").items() if limit is not None}
     assert limits == {"running": 8, "tokens_per_minute": 6000}
-    uses = dict.fromkeys(("running", "waiting", "adapters"), 0)
+    uses = dict.fromkeys(("running", "waiting", "adapters", "tokens"), 0)
     assert acme == {"id": "acme", "object": "tenant", "weight": 2, **uses}
     assert "tenants" not in reported(CLIENT)
     assert set(reported(ACME)) == {"object", "data"}
@@ -191,8 +192,28 @@ def test_what_tenants_use_is_counted(access):
     account.use("acme-1")
     account.use("acme-1")
     account.use("acme-2")
+    account.charge(1500)
     (reported,) = access.tenants_now()
     assert reported["adapters"] == 2
+    assert 1400 < reported["tokens"] <= 1500  # a hundred a second come again
+
+
+def test_operators_see_where_routes_lead(monkeypatch, access, tmp_path):
+    server, path = client(monkeypatch, {}, access), tmp_path / "routes.json"
+    house = {"blend": {"style": 0.5, "acme-1": 0.5}, "fallback": "acme-1"}
+    path.write_text(json.dumps({"routes": {"house": house, "latest": "other"}}))
+    models = server.app.state.openai_serving_models
+    models.base_model_paths, models.is_base_model = [SimpleNamespace(name="base")], "base".__eq__
+    ROUTES.set(models, ServerRoutes(models, str(path)))
+
+    def reported(key: str) -> Any:
+        return server.get(STATUS, headers={"x-api-key": key}).json().get("routes")
+
+    assert reported(ADMIN) == [
+        {"id": "house", "object": "route", "leads_to": ["acme-1", "style"]},
+        {"id": "latest", "object": "route", "leads_to": ["other"]},
+    ]
+    assert reported(CLIENT) is reported(ACME) is None
 
 
 def test_without_tenants_nobody_is_notified_of_any(monkeypatch):

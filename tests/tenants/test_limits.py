@@ -43,6 +43,20 @@ def test_rate_headers_say_what_is_left_of_all_servers_tokens():
     assert account(running=3).rate_headers() == {}
 
 
+def test_charged_tokens_go_to_whoever_counts_them():
+    charged = []
+    limits = TenantLimits(tokens_per_minute=600)
+    note = lambda *charge: charged.append(charge)  # noqa: E731
+    found = Account(Tenant("acme", limits=limits), 2, Clock(), on_charge=note)
+    found.charge(100)
+    assert found.tokens_used == 200  # of two servers, if the other one is used as much
+    assert charged == [("acme", 100, 600)]
+    free = Account(Tenant("free"), 1, Clock(), on_charge=note)
+    free.charge(7)
+    assert free.tokens_used is None
+    assert len(charged) == 1
+
+
 @in_event_loop
 async def test_calls_wait_in_order_and_then_are_refused():
     found = account(running=1, waiting=2)

@@ -17,6 +17,7 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -84,6 +85,7 @@ class UsageLog:
 
     def __init__(self, path: Path, limit: int, *, most_queued: int = _MAX_QUEUED) -> None:
         self._path = path
+        self.on_dropped: Callable[[int], object] = lambda lines: None  # called on the log's thread
         self._limit = limit
         # With the Unix time at which each has ended: the disk may be slow.
         self._queue: queue.Queue[tuple[float, Usage] | None] = queue.Queue(most_queued)
@@ -128,6 +130,7 @@ class UsageLog:
             if dropped:
                 lines.append(_json({"time": _text(time.time()), "dropped": dropped}))
                 self._complain("were dropped: they cannot be written as fast as they come")
+                self.on_dropped(dropped)
             self._write_out(lines)
 
     def _write_out(self, lines: list[str]) -> None:

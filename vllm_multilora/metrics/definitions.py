@@ -194,6 +194,21 @@ REFUSED = _counter(
     "the key is not a tenant's.",
     ("tenant", "status"),
 )
+TENANT_TOKENS = _counter(
+    "vllm:lora_tenant_tokens_total",
+    "Tokens counted against a tenant's limit of tokens per minute; only of tenants that have one.",
+    ("tenant",),
+)
+TENANT_LIMIT = _gauge(
+    "vllm:lora_tenant_tokens_per_minute_limit",
+    "A tenant's limit of tokens per minute, for all API servers together, once it has used any.",
+    ("tenant",),
+)
+USAGE_LINES_DROPPED = _counter(
+    "vllm:lora_usage_lines_dropped_total",
+    "Lines of the usage log that were dropped, as they could not be written as fast as they came.",
+    (),
+)
 FIRST_TOKEN = _histogram(
     "vllm:lora_time_to_first_token_seconds",
     "Seconds from the arrival of a request for a LoRA adapter to its first token.",

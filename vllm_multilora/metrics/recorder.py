@@ -13,6 +13,8 @@ from vllm_multilora.metrics.definitions import (
     LATENCIES,
     REFUSED,
     ROUTE_REQUESTS,
+    TENANT_LIMIT,
+    TENANT_TOKENS,
     TOKENS,
     Definition,
 )
@@ -34,7 +36,7 @@ MODEL_NAME = "model_name"
 _FIXED_BYTES = 1 << 16
 _BYTES_PER_ADAPTER = 6 * 384  # of six series, with a name of the longest
 _USERS_PER_ADAPTER = 2  # with series of their own in counts of tokens: by route, by tenant
-_BYTES_PER_USER = (3 + 2) * 384  # two of refused requests and of a route's
+_BYTES_PER_USER = (3 + 2 + 2) * 384  # refused requests and a route's, a tenant's tokens and limit
 _BYTES_OF_LATENCIES = sum(len(one.buckets) + 2 for one in LATENCIES) * 384
 
 MAX_STATUSES = 4
@@ -101,6 +103,7 @@ class Recorder:
         users: Combinations of adapter, route and tenant with series of their own.
         routes: Of route, adapter and reason.
         refused: Of tenant and status.
+        tenants: Tenants whose limit of tokens is shown.
 
     Raises:
         OSError: The file cannot be made.
@@ -124,6 +127,7 @@ class Recorder:
         self.users = self._places(most_users, *TOKENS)
         self.routes = self._places(most_users, ROUTE_REQUESTS)
         self.refused = self._places(max(most_users, MAX_STATUSES), REFUSED)
+        self.tenants = self._places(most_users, TENANT_TOKENS, TENANT_LIMIT)
         size = _FIXED_BYTES + (max_adapters + 1) * _BYTES_PER_ADAPTER
         if role == "server":
             size += (most_users + 2) * _BYTES_PER_USER

@@ -14,7 +14,10 @@ from vllm_multilora.metrics.definitions import (
     PER_TOKEN,
     REFUSED,
     ROUTE_REQUESTS,
+    TENANT_LIMIT,
+    TENANT_TOKENS,
     TOKENS,
+    USAGE_LINES_DROPPED,
 )
 from vllm_multilora.metrics.label_values import BLENDS, OTHER, fit
 from vllm_multilora.metrics.recorder import Recorder
@@ -107,6 +110,19 @@ class ServerCounts:
             if not recorder.refused.take(who):
                 who = (OTHER, str(status))
             recorder.series(REFUSED, *who).inc()
+
+    @_failing_no_request
+    def count_limited(self, tenant: str, tokens: int, per_minute: float) -> None:
+        """Counts tokens against a tenant's limit per minute."""
+        if (recorder := self._find()) is not None and recorder.tenants.take((tenant,)):
+            recorder.series(TENANT_TOKENS, tenant).inc(tokens)
+            recorder.series(TENANT_LIMIT, tenant).set(per_minute)
+
+    @_failing_no_request
+    def count_dropped(self, lines: int) -> None:
+        """Counts lines that the usage log lacks."""
+        if (recorder := self._find()) is not None:
+            recorder.series(USAGE_LINES_DROPPED).inc(lines)
 
     def _find(self) -> Recorder | None:
         if self._recorder is not None or self._make_recorder is None:

@@ -148,9 +148,14 @@ class Account:
     """
 
     def __init__(
-        self, tenant: Tenant, servers: int = 1, clock: Callable[[], float] = time.monotonic
+        self,
+        tenant: Tenant,
+        servers: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+        on_charge: Callable[[str, int, float], None] | None = None,
     ) -> None:
         self._servers = servers
+        self._on_charge = on_charge
         self._clock = clock
         self.running = 0
         self._is_stopped = False
@@ -299,18 +304,27 @@ class Account:
         self._text_ended.set()
 
     def charge(self, tokens: int) -> None:
-        if self._bucket is not None:
-            self._bucket.charge(tokens)
+        if self._bucket is None:
+            return
+        self._bucket.charge(tokens)
+        limit = self.tenant.limits.tokens_per_minute
+        if self._on_charge is not None and limit is not None:
+            self._on_charge(self.tenant.name, tokens, limit)
+
+    @property
+    def tokens_used(self) -> float | None:
+        """Tokens that count against the limit per minute now; None if there is no limit.
+
+        They are those of all API servers, as if each had used as much as this one.
+        """
+        self.settle()
+        return None if self._bucket is None else max(0.0, self._bucket.used * self._servers)
 
     def rate_headers(self) -> dict[str, str]:
-        """What OpenAI's clients read of a limit of tokens per minute; empty if there is none.
-
-        It is that of all API servers, as if each had used as much as this one.
-        """
-        limit = self.tenant.limits.tokens_per_minute
-        if self._bucket is None or limit is None:
+        """What OpenAI's clients read of a limit of tokens per minute; empty if there is none."""
+        limit, used = self.tenant.limits.tokens_per_minute, self.tokens_used
+        if limit is None or used is None:
             return {}
-        used = self._bucket.used * self._servers
         return {
             "x-ratelimit-limit-tokens": f"{limit:.0f}",
             "x-ratelimit-remaining-tokens": f"{max(0.0, limit - used):.0f}",

@@ -22,6 +22,7 @@ from vllm_multilora.integration.server.settings.start_checks import (
     read_admin_keys,
     warn_of_open_updates,
 )
+from vllm_multilora.metrics.server_counts import COUNTS
 from vllm_multilora.tenants.keys import KeyRing, digest_of
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Locks, Role
@@ -102,6 +103,7 @@ class Access:
                 "running": account.running,
                 "waiting": account.waiting,
                 "adapters": account.adapters_in_use,
+                "tokens": None if (used := account.tokens_used) is None else round(used),
                 "weight": account.tenant.weight,
                 "limits": asdict(account.tenant.limits),
             }
@@ -144,7 +146,9 @@ class Access:
             if name in self._accounts:
                 self._accounts[name].update(tenant)
             else:
-                self._accounts[name] = Account(tenant, self._servers)
+                self._accounts[name] = Account(
+                    tenant, self._servers, on_charge=COUNTS.count_limited
+                )
         for name in self._accounts.keys() - self._tenants.keys():
             if self._accounts[name].is_idle:
                 del self._accounts[name]

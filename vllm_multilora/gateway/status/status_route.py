@@ -24,6 +24,7 @@ from vllm_multilora.gateway.keys.access import Access
 from vllm_multilora.integration.engine.adapter_status import Report, Row
 from vllm_multilora.integration.server.names import adapter_directory, registration
 from vllm_multilora.integration.server.names.public_names import public_names
+from vllm_multilora.integration.server.names.routes import ROUTES
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller
 from vllm_multilora.integration.server.requests.engine_calls import engine_reports
 from vllm_multilora.states import AT_HAND, NEAREST_FIRST, AdapterState
@@ -129,7 +130,8 @@ class AdaptersRoute:
         """
         answer, caller = await self._listed(raw_request), current_caller.get()
         who = None if caller is None else (caller.role, caller.tenant)
-        body = self._recent.body(answer, who, lambda: self._shown(caller, answer))
+        models = raw_request.app.state.openai_serving_models
+        body = self._recent.body(answer, who, lambda: self._shown(caller, answer, models))
         headers = {"etag": self._recent.tag}
         return Response(body, media_type="application/json", headers=headers)
 
@@ -175,8 +177,12 @@ class AdaptersRoute:
             raise HTTPException(HTTPStatus.NOT_FOUND)
         return answer
 
-    def _shown(self, caller: Caller | None, answer: Listing) -> Listing:
-        shown, access = shown_to(caller, answer), self._access
+    def _shown(self, caller: Caller | None, answer: Listing, models: Any) -> Listing:
+        shown, access, routes = shown_to(caller, answer), self._access, ROUTES.get(models)
+        if routes is not None and (caller is None or caller.role is Role.OPERATOR):
+            led = routes.leads_to().items()
+            rows = [{"id": name, "object": "route", "leads_to": names} for name, names in led]
+            shown = {**shown, "routes": rows}
         if access is not None and access.locks.tenants and caller and caller.role is Role.OPERATOR:
             shown = {**shown, "tenants": access.tenants_now()}
         return shown

@@ -93,6 +93,11 @@ class ServerRoutes:
             if caller is None or caller.may_use(name, is_base=False, is_route=True)
         ]
 
+    def leads_to(self) -> dict[str, list[str]]:
+        """The names that each route may lead to; a blend's parts are named one by one."""
+        targets = self._file.value.targets
+        return {route: list(dict.fromkeys(target.names())) for route, target in targets.items()}
+
     async def look_for(self, name: str | None) -> None:
         """Sees to it that a route which has just been written is known."""
         if name and name not in self and not self._is_served(name):
