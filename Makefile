@@ -18,7 +18,7 @@ export VLLM_NO_USAGE_STATS := 1
 VLLM ?= 0.32
 RUNNER ?= 1
 
-.PHONY: help install demo test pytest ruff words mypy test-fast test-vllm dynamo test-dynamo ray test-ray test-all check-newest lint bench bench-kernels coverage docs metadata dist dist-check clean
+.PHONY: help install demo test pytest ruff words mypy test-fast test-vllm dynamo test-dynamo ray test-ray test-clients test-all check-newest lint bench bench-kernels coverage docs metadata dist dist-check clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -49,7 +49,7 @@ test: $(STAMP) ## everything of `make lint`, and all tests, the ones with real v
 	$(MAKE) --jobs 2 mypy pytest
 
 pytest: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15
+	$(BIN)/python -m pytest -m "not clients" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15
 
 ruff: $(STAMP)
 	$(BIN)/ruff check .
@@ -101,6 +101,22 @@ ray: $(VENV)-ray/.ray ## the demo's adapters in a bucket, behind Ray Serve LLM
 
 test-ray: $(VENV)-ray/.ray ## the same, as tests
 	$(VENV)-ray/bin/python -m pytest examples/ray
+
+# Clients' own packages, in an environment without vLLM; node comes from PyPI, too.
+$(VENV)-clients/.clients: tests/clients/requirements.txt tests/clients/package.json tests/clients/package-lock.json
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet $(TORCH) 2>/dev/null \
+	  || $(@D)/bin/pip install --quiet --extra-index-url $(TORCH_INDEX) $(TORCH)
+	$(@D)/bin/pip install --quiet --requirement tests/clients/requirements.txt
+	$(@D)/bin/pip install --quiet --no-deps trl==1.16.0 accelerate==1.16.0
+	mkdir $(@D)/node
+	cp tests/clients/package.json tests/clients/package-lock.json $(@D)/node
+	PATH="$(abspath $(@D))/bin:$$PATH" npm ci --silent --ignore-scripts --no-audit --no-fund --prefix $(@D)/node
+	@touch $@
+
+test-clients: $(STAMP) $(VENV)-clients/.clients ## openai, anthropic, litellm, ... ask a server
+	MULTILORA_CLIENTS=$(VENV)-clients $(BIN)/python -m pytest -m clients tests/clients
 
 test-all: test ## all tests, and the smoke tests with every vLLM and both model runners
 	for vllm in 0.29 0.30 0.31 0.32 0.33; do for runner in 1 2; do \
@@ -154,4 +170,4 @@ bench-kernels: $(STAMP) ## the Triton kernels against vLLM's: time on a GPU, cou
 	$(BIN)/python -m tools.kernels.launch_cost
 
 clean:
-	rm -rf $(VENV) $(VENV)-dist $(VENV)-docs $(VENV)-vllm-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-dist $(VENV)-docs $(VENV)-clients $(VENV)-vllm-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -105,6 +105,7 @@ UNTESTED = {
     "make test-dynamo": "is the tests of the example",
     "make ray": "installs Ray, which these tests do without; make test-ray runs its parts",
     "make test-ray": "is the tests of the example",
+    "make test-clients": "installs clients from other projects, and is tests itself",
     "make help": "prints a part of the Makefile",
     "make install": "is what these tests run in",
     "make lint": "runs beside these tests, as a part of make test",
