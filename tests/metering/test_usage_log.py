@@ -173,8 +173,7 @@ def test_a_line_that_waits_for_the_disk_has_the_time_of_its_prompts_end(
 
 def test_a_slow_disk_costs_lines_and_no_time_and_the_log_says_how_many(tmp_path, disk):
     counted = []
-    log = UsageLog(tmp_path / "usage", BIG, most_queued=2)
-    log.on_dropped = counted.append
+    log = UsageLog(tmp_path / "usage", BIG, most_queued=2, on_dropped=counted.append)
     log.write(Usage("first"))
     assert disk.is_stuck.wait(60)
     for number in range(5):  # two may wait

@@ -78,15 +78,21 @@ class UsageLog:
         path: The file; its folder must exist.
         limit: Bytes at which it is renamed and begun anew.
         most_queued: Lines that may wait to be written.
+        on_dropped: Called with how many lines were lost, on the log's thread.
 
     Raises:
         ConfigError: It cannot be written to.
     """
 
-    def __init__(self, path: Path, limit: int, *, most_queued: int = _MAX_QUEUED) -> None:
-        self._path = path
-        self.on_dropped: Callable[[int], object] = lambda lines: None  # called on the log's thread
-        self._limit = limit
+    def __init__(
+        self,
+        path: Path,
+        limit: int,
+        *,
+        most_queued: int = _MAX_QUEUED,
+        on_dropped: Callable[[int], object] = lambda lines: None,
+    ) -> None:
+        self._path, self._limit, self._on_dropped = path, limit, on_dropped
         # With the Unix time at which each has ended: the disk may be slow.
         self._queue: queue.Queue[tuple[float, Usage] | None] = queue.Queue(most_queued)
         self._dropped = 0
@@ -130,7 +136,7 @@ class UsageLog:
             if dropped:
                 lines.append(_json({"time": _text(time.time()), "dropped": dropped}))
                 self._complain("were dropped: they cannot be written as fast as they come")
-                self.on_dropped(dropped)
+                self._on_dropped(dropped)
             self._write_out(lines)
 
     def _write_out(self, lines: list[str]) -> None:

@@ -254,8 +254,8 @@ def start(models: Any) -> None:
     settings = settings_of(client.vllm_config)
     log = None
     if settings.usage_log is not None:
-        log = UsageLog(Path(settings.usage_log), round(settings.usage_log_mib * MIB))
-        log.on_dropped = COUNTS.count_dropped
+        most = round(settings.usage_log_mib * MIB)
+        log = UsageLog(Path(settings.usage_log), most, on_dropped=COUNTS.count_dropped)
         atexit.register(log.close)
     takes = client.vllm_config.kv_transfer_config is not None
     meter = ServerMeter(log, has_latencies=settings.latency_metrics, takes_prefills=takes)
