@@ -25,7 +25,7 @@ pytestmark = pytest.mark.serving
 STREAMS = 16
 VERSIONS = 5
 EXIT_LIMIT_S = 30.0
-LIMIT_S = 500.0
+LIMIT_S = 900.0
 GROWTH = 48 << 20
 """Bytes by which memory may grow after the first quarter of the swaps: what allocators keep."""
 
