@@ -44,12 +44,17 @@ def own_folder() -> Path:
 @lru_cache(maxsize=1)
 def _made_by(process: int) -> Path:
     parent = users_folder()
-    for each in parent.iterdir():
-        _remove_if_left(each)
-    folder = Path(tempfile.mkdtemp(prefix=f"{process}-", dir=parent))
+    alone = os.open(parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(alone, fcntl.LOCK_EX)  # nobody removes the new folder before it is locked
+        for each in parent.iterdir():
+            _remove_if_left(each)
+        folder = Path(tempfile.mkdtemp(prefix=f"{process}-", dir=parent))
+        fcntl.flock(os.open(folder, os.O_RDONLY | os.O_CLOEXEC), fcntl.LOCK_SH)
+    finally:
+        os.close(alone)
     # Where `atexit` does nothing, too: in processes of multiprocessing.
     Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=0)
-    fcntl.flock(os.open(folder, os.O_RDONLY | os.O_CLOEXEC), fcntl.LOCK_SH)
     return folder
 
 
