@@ -57,6 +57,17 @@ BFLOAT16_RMS = 1.2  # without an adapter 0.9: rounding chooses other experts for
 Form = tuple[str, tuple[str, str, str]]
 
 
+@pytest.fixture(autouse=True)
+def groups_of_experts() -> None:
+    """An engine in this process makes its groups of workers anew.
+
+    An earlier engine has left its own, and experts need one more than other models.
+    """
+    from vllm.distributed import parallel_state
+
+    parallel_state.destroy_model_parallel()
+
+
 @pytest.fixture(scope="module", params=["qwen3-moe", "qwen2-moe", "mixtral"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Scenario:
     """A base model; each adapter that PEFT has trained of experts is there in both forms."""
