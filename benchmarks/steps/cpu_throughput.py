@@ -33,7 +33,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +44,7 @@ from benchmarks.harness.registry import Figure, benchmark
 from benchmarks.loads.smollm2 import base_model, model_config
 
 if TYPE_CHECKING:
+    from vllm import LLM
     from vllm.lora.request import LoRARequest
 
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for functions sent to workers
@@ -80,25 +81,60 @@ def write_random_adapter(
     projections: Sequence[str] = PROJECTIONS,
 ) -> Path:
     """Writes a PEFT checkpoint of a random adapter on projections of a Llama-like model."""
+    shapes, sizes = _shapes(model_config), {}
+    for layer in range(model_config["num_hidden_layers"]):
+        for name in projections:
+            block = "mlp" if name in PROJECTIONS[4:] else "self_attn"
+            sizes[f"layers.{layer}.{block}.{name}"] = shapes[name]
+    return write_random_lora(folder, sizes, rank, seed)
+
+
+def write_random_lora(
+    folder: Path, sizes: Mapping[str, tuple[int, int]], rank: int, seed: int
+) -> Path:
+    """Writes a PEFT checkpoint of a random adapter.
+
+    Args:
+        folder: Does not exist yet.
+        sizes: Columns and rows of the layers that it adapts, by their names in the model.
+        rank: Of all of them.
+        seed: The same gives the same numbers.
+    """
     import torch
     from safetensors.torch import save_file
 
-    shapes = _shapes(model_config)
     random_numbers = torch.Generator().manual_seed(seed)
     tensors = {}
-    for layer in range(model_config["num_hidden_layers"]):
-        for name in projections:
-            columns, rows = shapes[name]
-            block = "mlp" if name in PROJECTIONS[4:] else "self_attn"
-            key = f"base_model.model.model.layers.{layer}.{block}.{name}"
-            for part, shape in (("lora_A", (rank, columns)), ("lora_B", (rows, rank))):
-                values = torch.randn(shape, generator=random_numbers) * 0.01
-                tensors[f"{key}.{part}.weight"] = values.to(torch.bfloat16)
+    for name, (columns, rows) in sizes.items():
+        for part, shape in (("lora_A", (rank, columns)), ("lora_B", (rows, rank))):
+            values = torch.randn(shape, generator=random_numbers) * 0.01
+            key = f"base_model.model.model.{name}.{part}.weight"
+            tensors[key] = values.to(torch.bfloat16)
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": projections}
+    modules = list(dict.fromkeys(name.rpartition(".")[2] for name in sizes))
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": modules}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
+
+
+def seconds_of(
+    engine: LLM,
+    prompts: Sequence[Any],
+    lora: Sequence[LoRARequest] | None,
+    tokens: int,
+    **sampling: Any,
+) -> float:
+    """How long an engine takes for so many tokens after each prompt, without a prefix cache."""
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, **sampling)
+    engine.reset_prefix_cache()
+    begin = time.perf_counter()
+    outputs = engine.generate(prompts, greedy, lora_request=lora, use_tqdm=False)
+    elapsed = time.perf_counter() - begin
+    assert sum(len(o.outputs[0].token_ids) for o in outputs) == len(prompts) * tokens
+    return elapsed
 
 
 def fastest_dtype() -> str:
@@ -229,7 +265,6 @@ def cpu_throughput(
 
     model, config = base_model(), model_config()
     prompts = random_prompts(PROMPT_TOKENS)
-    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
     model_dtype = fastest_dtype() if dtype == "auto" else dtype
     slots_dtype = model_dtype if lora_dtype == "auto" else lora_dtype
@@ -258,12 +293,7 @@ def cpu_throughput(
             return LLM(**settings)
 
         def seconds(engine: LLM, lora: Sequence[LoRARequest] | None) -> float:
-            engine.reset_prefix_cache()
-            begin = time.perf_counter()
-            outputs = engine.generate(prompts, sampling, lora_request=lora, use_tqdm=False)
-            elapsed = time.perf_counter() - begin
-            assert sum(len(o.outputs[0].token_ids) for o in outputs) == REQUESTS * NEW_TOKENS
-            return elapsed
+            return seconds_of(engine, prompts, lora, NEW_TOKENS)
 
         found: list[dict[str, float]] = []
         for number in range(starts):

@@ -29,6 +29,7 @@ from benchmarks.steps.cpu_throughput import (
     fastest_dtype,
     random_prompts,
     requested_adapters,
+    seconds_of,
 )
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def lengths(worker: Any) -> list[tuple[int, float]]:
 )
 def dora_decode(rounds: int = 7, dtype: str = "auto") -> Iterable[Figure]:
     """Decoding with DoRA adapters against plain ones of the same ranks, on a CPU."""
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
     from vllm.lora.request import LoRARequest
 
     model, config = base_model(), model_config()
@@ -107,13 +108,7 @@ def dora_decode(rounds: int = 7, dtype: str = "auto") -> Iterable[Figure]:
         )
 
     def seconds(engine: LLM, requests: list[LoRARequest], tokens: int = NEW_TOKENS) -> float:
-        engine.reset_prefix_cache()
-        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-        begin = time.perf_counter()
-        outputs = engine.generate(prompts, sampling, lora_request=requests, use_tqdm=False)
-        elapsed = time.perf_counter() - begin
-        assert sum(len(o.outputs[0].token_ids) for o in outputs) == REQUESTS * tokens
-        return elapsed
+        return seconds_of(engine, prompts, requests, tokens)
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

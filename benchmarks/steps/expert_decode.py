@@ -9,9 +9,7 @@ ratios within a round.
 
 from __future__ import annotations
 
-import json
 import tempfile
-import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -19,7 +17,14 @@ from typing import TYPE_CHECKING
 
 from benchmarks.harness.registry import Figure, benchmark
 from benchmarks.harness.turns import paired
-from benchmarks.steps.cpu_throughput import MAX_RANK, RANKS, REQUESTS, fastest_dtype
+from benchmarks.steps.cpu_throughput import (
+    MAX_RANK,
+    RANKS,
+    REQUESTS,
+    fastest_dtype,
+    seconds_of,
+    write_random_lora,
+)
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -54,28 +59,14 @@ def write_model(folder: Path) -> Path:
 
 def write_expert_adapter(folder: Path, rank: int, seed: int) -> Path:
     """Writes a random adapter of all projections of all experts, one by one."""
-    import torch
-    from safetensors.torch import save_file
-
-    numbers = torch.Generator().manual_seed(seed)
+    shapes = {"gate_proj": (WIDTH, INNER), "up_proj": (WIDTH, INNER), "down_proj": (INNER, WIDTH)}
     sizes = {
-        "gate_proj": (WIDTH, INNER),
-        "up_proj": (WIDTH, INNER),
-        "down_proj": (INNER, WIDTH),
+        f"layers.{layer}.mlp.experts.{expert}.{name}": shape
+        for layer in range(LAYERS)
+        for expert in range(EXPERTS)
+        for name, shape in shapes.items()
     }
-    tensors = {}
-    for layer in range(LAYERS):
-        for expert in range(EXPERTS):
-            for name, (columns, rows) in sizes.items():
-                key = f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{name}"
-                for part, shape in (("lora_A", (rank, columns)), ("lora_B", (rows, rank))):
-                    values = torch.randn(shape, generator=numbers) * 0.01
-                    tensors[f"{key}.{part}.weight"] = values.to(torch.bfloat16)
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(sizes)}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
+    return write_random_lora(folder, sizes, rank, seed)
 
 
 @benchmark(
@@ -87,7 +78,7 @@ def write_expert_adapter(folder: Path, rank: int, seed: int) -> Path:
 )
 def expert_decode(rounds: int = 7, dtype: str = "auto") -> Iterable[Figure]:
     """Decoding with adapters of experts on a CPU, against the base model."""
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
     from vllm.lora.request import LoRARequest
 
     prompts = [
@@ -112,15 +103,7 @@ def expert_decode(rounds: int = 7, dtype: str = "auto") -> Iterable[Figure]:
         )
 
     def seconds(engine: LLM, requests: list[LoRARequest] | None) -> float:
-        engine.reset_prefix_cache()
-        sampling = SamplingParams(
-            temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False
-        )
-        begin = time.perf_counter()
-        outputs = engine.generate(prompts, sampling, lora_request=requests, use_tqdm=False)
-        elapsed = time.perf_counter() - begin
-        assert sum(len(o.outputs[0].token_ids) for o in outputs) == REQUESTS * NEW_TOKENS
-        return elapsed
+        return seconds_of(engine, prompts, requests, NEW_TOKENS, detokenize=False)
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

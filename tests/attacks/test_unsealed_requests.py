@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 import vllm_multilora.gateway.app  # noqa: F401 (as vLLM imports it where it mounts the gateway)
-from tests.serving import template
-from tests.serving.engine import lora_request, store_folder
+from tests.serving.engine import lora_request, running_async_engine
 from tests.serving.models.cases import Case, Scenario
 from vllm_multilora.integration.seals import SECRET_VARIABLE, Seal, sealed
-from vllm_multilora.store.protocol.store_folder import FOLDER_VARIABLE
 from vllm_multilora.tenants.keys import stored
 
 if TYPE_CHECKING:
@@ -22,39 +20,19 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.serving, pytest.mark.slow]
 
-EXIT_LIMIT_S = 30.0
-
 
 @pytest.fixture
 def engine(
     llama: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> "Iterator[AsyncLLM]":
     """As a gRPC server has one, say."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
     tenants = tmp_path / "tenants.json"
     tenants.write_text(json.dumps({"tenants": {"acme": {"keys": [stored("sk-acme")]}}}))
     for variable in (SECRET_VARIABLE, "MULTILORA_API_SERVERS"):
         monkeypatch.setenv(variable, "")
-    arguments = AsyncEngineArgs(
-        model=str(llama.base),
-        dtype="float32",
-        enforce_eager=True,
-        enable_lora=True,
-        max_loras=2,
-        max_lora_rank=64,
-        max_model_len=128,
-        skip_tokenizer_init=True,
-        additional_config={"multilora": {"tenants": str(tenants)}},
-    )
-    with store_folder() as folder, template.forked_processes():
-        monkeypatch.setenv(FOLDER_VARIABLE, folder)
-        running = AsyncLLM.from_engine_args(arguments)
-        try:
-            yield running
-        finally:
-            running.shutdown(timeout=EXIT_LIMIT_S)
+    settings = {"multilora": {"tenants": str(tenants)}}
+    with running_async_engine(llama.base, max_loras=2, additional_config=settings) as running:
+        yield running
 
 
 async def tokens(

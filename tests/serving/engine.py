@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from vllm import LLM, RequestOutput, SamplingParams
     from vllm.lora.request import LoRARequest
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 MAX_LORAS = 4
 MAX_CPU_LORAS = 6
@@ -133,6 +134,40 @@ def running_engine(model: Path, *, in_process: bool = False, **overrides: Any) -
                 llm.llm_engine.engine_core.shutdown(timeout=_EXIT_LIMIT_S)
         finally:
             _await_exit(started | (_children() - before))
+
+
+@contextmanager
+def running_async_engine(model: Path, **more: Any) -> "Iterator[AsyncLLM]":
+    """Runs an `AsyncLLM` with a store of its own until the block is left.
+
+    Args:
+        model: Directory of the base checkpoint.
+        **more: Arguments of `AsyncEngineArgs` beside this function's.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    arguments = AsyncEngineArgs(
+        model=str(model),
+        dtype="float32",
+        enforce_eager=True,
+        enable_lora=True,
+        max_lora_rank=64,
+        max_model_len=128,
+        skip_tokenizer_init=True,
+        **more,
+    )
+    with (
+        store_folder() as folder,
+        template.forked_processes(),
+        pytest.MonkeyPatch.context() as life,
+    ):
+        life.setenv(FOLDER_VARIABLE, folder)
+        running = AsyncLLM.from_engine_args(arguments)
+        try:
+            yield running
+        finally:
+            running.shutdown(timeout=_EXIT_LIMIT_S)
 
 
 def environment(more: Mapping[str, str]) -> dict[str, str]:

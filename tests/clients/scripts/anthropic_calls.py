@@ -3,6 +3,7 @@
 from typing import Any
 
 import anthropic
+import client_call
 import httpx2
 from client_call import main, noting, outcome
 
@@ -71,22 +72,13 @@ def errors(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def retried(task: dict[str, Any]) -> dict[str, Any]:
-    """Asks for what the server cannot give yet: without retries, then with the package's own."""
-    key, statuses = task["with_key"], []
     body = message(task, task["model"], task["prompt"])
-    if task["spends"]:
-        client(task, key).messages.create(**body | {"max_tokens": task["long_answer"]})
-    once = outcome(lambda: client(task, key).messages.create(**body))
-    answer = client(task, key, 2, statuses).messages.create(**body)
-    return {"once": once, "text": answer.content[0].text, "statuses": statuses}
+
+    def ask(tokens: int, retries: int, statuses: list[int]) -> str:
+        asked = client(task, task["with_key"], retries, statuses).messages
+        return asked.create(**body | {"max_tokens": tokens}).content[0].text
+
+    return client_call.retried(task, ask)
 
 
-main(
-    {
-        "answers": answers,
-        "models": models,
-        "headers": headers,
-        "errors": errors,
-        "retried": retried,
-    }
-)
+main(answers, models, headers, errors, retried)

@@ -2,13 +2,14 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 
-def main(calls: Mapping[str, Callable[[dict[str, Any]], Any]]) -> None:
+def main(*calls: Callable[[dict[str, Any]], Any]) -> None:
     """Does what the command line names."""
-    print("\n" + json.dumps(calls[sys.argv[1]](json.load(sys.stdin))))
+    [call] = [each for each in calls if each.__name__ == sys.argv[1]]
+    print("\n" + json.dumps(call(json.load(sys.stdin))))
 
 
 def outcome(call: Callable[[], Any]) -> dict[str, Any]:
@@ -33,3 +34,19 @@ def noting(library: Any, statuses: list[int], timeout_s: float = 60.0) -> Any:
     """What a package sends its requests with: a client of `httpx` that notes each status."""
     hooks = {"response": [lambda response: statuses.append(response.status_code)]}
     return library.Client(event_hooks=hooks, timeout=timeout_s)
+
+
+def retried(task: dict[str, Any], ask: Callable[[int, int, list[int]], str]) -> dict[str, Any]:
+    """Asks for what the server cannot give yet: without retries, then with the package's own.
+
+    Args:
+        task: The task.
+        ask: Asks for so many tokens with so many retries, notes statuses, returns the answer's
+            text.
+    """
+    statuses: list[int] = []
+    if task["spends"]:
+        ask(task["long_answer"], 0, [])
+    once = outcome(lambda: ask(task["max_tokens"], 0, []))
+    text = ask(task["max_tokens"], 2, statuses)
+    return {"once": once, "text": text, "statuses": statuses}

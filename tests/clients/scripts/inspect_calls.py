@@ -36,4 +36,4 @@ def errors(task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-main({"answers": answers, "errors": errors})
+main(answers, errors)

@@ -52,4 +52,4 @@ def retried(task: dict[str, Any]) -> dict[str, Any]:
     return {"once": once, "text": answer.content}
 
 
-main({"answers": answers, "headers": headers, "errors": errors, "retried": retried})
+main(answers, headers, errors, retried)

@@ -63,4 +63,4 @@ def retried(task: dict[str, Any]) -> dict[str, Any]:
     return {"once": once, "text": answer.choices[0].message.content}
 
 
-main({"answers": answers, "headers": headers, "errors": errors, "retried": retried})
+main(answers, headers, errors, retried)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import client_call
 import httpx
 import openai
 from client_call import main, noting, outcome
@@ -97,23 +98,13 @@ def errors(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def retried(task: dict[str, Any]) -> dict[str, Any]:
-    """Asks for what the server cannot give yet: without retries, then with the package's own."""
-    key, statuses = task["with_key"], []
     fields = {"model": task["model"], "prompt": task["prompt"], "temperature": 0}
-    if task["spends"]:
-        client(task, key).completions.create(max_tokens=task["long_answer"], **fields)
-    fields["max_tokens"] = task["max_tokens"]
-    once = outcome(lambda: client(task, key).completions.create(**fields))
-    answer = client(task, key, 2, statuses).completions.create(**fields)
-    return {"once": once, "text": answer.choices[0].text, "statuses": statuses}
+
+    def ask(tokens: int, retries: int, statuses: list[int]) -> str:
+        asked = client(task, task["with_key"], retries, statuses).completions
+        return asked.create(max_tokens=tokens, **fields).choices[0].text
+
+    return client_call.retried(task, ask)
 
 
-main(
-    {
-        "answers": answers,
-        "models": models,
-        "headers": headers,
-        "errors": errors,
-        "retried": retried,
-    }
-)
+main(answers, models, headers, errors, retried)

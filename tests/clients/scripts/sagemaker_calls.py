@@ -71,4 +71,4 @@ def errors(task: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-main({"answers": answers, "errors": errors})
+main(answers, errors)

@@ -41,4 +41,4 @@ def refused(task: dict[str, Any]) -> dict[str, Any]:
 
 
 PartialState(cpu=True)  # without it, the client's log lines fail
-main({"start": start, "step": step, "refused": refused})
+main(start, step, refused)

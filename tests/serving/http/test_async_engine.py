@@ -7,10 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vllm_multilora.store.protocol.store_folder import FOLDER_VARIABLE
-
-from .. import template
-from ..engine import greedy, lora_request, store_folder
+from ..engine import greedy, lora_request, running_async_engine
 from ..models.cases import Case, Scenario
 
 if TYPE_CHECKING:
@@ -20,32 +17,13 @@ pytestmark = pytest.mark.serving
 
 LENGTH = 7
 """Tokens of a prompt."""
-EXIT_LIMIT_S = 30.0
 
 
 @pytest.fixture
-def engine(llama: Scenario, monkeypatch: pytest.MonkeyPatch) -> "Iterator[AsyncLLM]":
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    arguments = AsyncEngineArgs(
-        model=str(llama.base),
-        dtype="float32",
-        enforce_eager=True,
-        enable_lora=True,
-        max_loras=2,
-        max_cpu_loras=len(llama.adapters),
-        max_lora_rank=64,
-        max_model_len=128,
-        skip_tokenizer_init=True,
-    )
-    with store_folder() as folder, template.forked_processes():
-        monkeypatch.setenv(FOLDER_VARIABLE, folder)
-        running = AsyncLLM.from_engine_args(arguments)
-        try:
-            yield running
-        finally:
-            running.shutdown(timeout=EXIT_LIMIT_S)
+def engine(llama: Scenario) -> "Iterator[AsyncLLM]":
+    slots = {"max_loras": 2, "max_cpu_loras": len(llama.adapters)}
+    with running_async_engine(llama.base, **slots) as running:
+        yield running
 
 
 async def answer(engine: "AsyncLLM", llama: Scenario, case: Case) -> tuple[int, ...]:

@@ -1,10 +1,11 @@
 """Adapters that are given to an engine's workers as tensors, and what is left of them."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
+
+from vllm_multilora.integration.memory_folders import users_folder
 
 from ..engine import lora_request
 from ..models.cases import Scenario
@@ -33,10 +34,9 @@ def push(llm: "LLM", folder: Path, factor: float = 1.0) -> None:
 
 def folders_in_memory() -> list[str]:
     """What this process and those that it has started hold of adapters given as tensors."""
-    parent = Path("/dev/shm") / f"vllm-multilora-{os.getuid()}"
     process = psutil.Process()
     ours = {each.pid for each in (process, *process.children(recursive=True))}
-    folders = parent.glob(f"*/{NUMBER}-*")
+    folders = users_folder().glob(f"*/{NUMBER}-*")
     return [str(each) for each in folders if int(each.parent.name.partition("-")[0]) in ours]
 
 

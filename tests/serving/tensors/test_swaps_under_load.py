@@ -9,10 +9,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from vllm_multilora.store.protocol.store_folder import FOLDER_VARIABLE
-
-from .. import template
-from ..engine import greedy, store_folder
+from ..engine import greedy, running_async_engine
 from ..models.cases import Scenario
 from ..slots.test_offline_calls import case_of
 from .pushes import EXTENSION, NUMBER, folders_in_memory, pushed
@@ -24,7 +21,6 @@ pytestmark = pytest.mark.serving
 
 STREAMS = 16
 VERSIONS = 5
-EXIT_LIMIT_S = 30.0
 LIMIT_S = 900.0
 GROWTH = 48 << 20
 """Bytes by which memory may grow after the first quarter of the swaps: what allocators keep."""
@@ -32,30 +28,10 @@ GROWTH = 48 << 20
 
 @pytest.fixture
 def engine(llama: Scenario, monkeypatch: pytest.MonkeyPatch) -> "Iterator[AsyncLLM]":
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    arguments = AsyncEngineArgs(
-        model=str(llama.base),
-        dtype="float32",
-        enforce_eager=True,
-        enable_lora=True,
-        max_loras=4,
-        max_cpu_loras=6,
-        max_lora_rank=64,
-        max_model_len=128,
-        max_num_seqs=STREAMS,
-        skip_tokenizer_init=True,
-        worker_extension_cls=EXTENSION,
-    )
-    with store_folder() as folder, template.forked_processes():
-        monkeypatch.setenv(FOLDER_VARIABLE, folder)
-        monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-        running = AsyncLLM.from_engine_args(arguments)
-        try:
-            yield running
-        finally:
-            running.shutdown(timeout=EXIT_LIMIT_S)
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    slots = {"max_loras": 4, "max_cpu_loras": 6, "max_num_seqs": STREAMS}
+    with running_async_engine(llama.base, **slots, worker_extension_cls=EXTENSION) as running:
+        yield running
 
 
 def memory() -> int:
