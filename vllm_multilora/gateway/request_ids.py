@@ -35,8 +35,13 @@ def id_of(scope: Scope) -> bytes:
 
 def for_vllm(scope: Scope) -> Scope:
     """A call whose id vLLM makes the request's, unless the body has a `request_id` of its own."""
+    return with_id(scope, id_of(scope))
+
+
+def with_id(scope: Scope, request_id: bytes) -> Scope:
+    """A call with a request's id in its header, in the place of any other."""
     headers = [pair for pair in scope["headers"] if pair[0] != HEADER]
-    return {**scope, "headers": [*headers, (HEADER, id_of(scope))]}
+    return {**scope, "headers": [*headers, (HEADER, request_id)]}
 
 
 class _Answer:

@@ -13,7 +13,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.gateway.names.bodies import JsonBody, ReplacedText, again, read_body
-from vllm_multilora.gateway.request_ids import HEADER, id_of
+from vllm_multilora.gateway.request_ids import id_of, with_id
 from vllm_multilora.gateway.table import TENANT_ROUTES
 
 if TYPE_CHECKING:
@@ -77,12 +77,9 @@ async def sealed_body(scope: Scope, receive: Receive, caller: Caller) -> Receive
 
 def sealed_by_id(scope: Scope, send: Send, caller: Caller) -> tuple[Scope, Send]:
     """A call with the caller's seal in its id, and what sends its answer without the seal."""
-    own = id_of(scope).decode("latin-1")
-    carried = f"~{caller.seal(None)}~"
-    headers = [pair for pair in scope["headers"] if pair[0] != HEADER]
-    own = own.replace("~", "-")
-    headers.append((HEADER, (own + carried).encode("latin-1")))
-    return {**scope, "headers": headers}, ReplacedText(send, carried, "").send
+    own, carried = id_of(scope).replace(b"~", b"-"), f"~{caller.seal(None)}~"
+    scope = with_id(scope, own + carried.encode("latin-1"))
+    return scope, ReplacedText(send, carried, "").send
 
 
 def _spliced(body: bytes, seal: str) -> bytes | None:

@@ -15,6 +15,8 @@ from functools import lru_cache
 from multiprocessing.util import Finalize
 from pathlib import Path
 
+from vllm_multilora.store.protocol.store_folder import fault_of_private
+
 MEMORY = Path("/dev/shm")
 
 
@@ -22,16 +24,15 @@ def users_folder() -> Path:
     """The folder of this user's folders; nobody else can read it or write to it.
 
     Raises:
-        PermissionError: Another user has made it.
+        PermissionError: Others can get at it.
     """
     parent = MEMORY if os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir())
-    folder = parent / f"vllm-multilora-{os.getuid()}"
+    folder = parent / f"vllm-multilora-tensors-{os.geteuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o077 or folder.is_symlink():
+    if (fault := fault_of_private(folder)) is not None:
         raise PermissionError(
-            f"{folder} is for adapters that are given as tensors, and other users can write to it: "
-            "remove it"
+            f"{fault}: it is for adapters that are given as tensors, and other users can write to "
+            "it: remove it"
         )
     return folder
 

@@ -12,6 +12,7 @@ import secrets
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -124,12 +125,13 @@ class NamesMiddleware:
             with self._names.hold(lora) as name:
                 await self._app(scope, receive, ReplacedText(send, name, as_json(shown)).send)
 
+    @cached_property
+    def _shows_routes(self) -> bool:
+        return settings_of(self._models.engine_client.vllm_config).route_names
+
     def _with_route(self, call: HttpCall, chosen: Chosen, send: Send) -> Send:
         """Has the answer to a route's name call the model so, where the settings say that."""
-        if (
-            call.route is None
-            or not settings_of(self._models.engine_client.vllm_config).route_names
-        ):
+        if call.route is None or not self._shows_routes:
             return send
         lora, route = chosen.lora, f'"model":"{as_json(call.route)}"'
         bases = [base.name for base in self._models.base_model_paths]

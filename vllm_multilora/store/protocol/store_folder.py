@@ -240,6 +240,11 @@ def _fault(folder: Path) -> str | None:
     """Why a folder cannot be used, after it was made where it was missing; None: it can."""
     if _is_too_long(socket_path(folder)):
         return f"{folder}: the path is too long for a socket in it"
+    return fault_of_private(folder)
+
+
+def fault_of_private(folder: Path) -> str | None:
+    """Why a folder is not only this user's, after it was made where it was missing; None: it is."""
     try:
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -110,15 +111,30 @@ class AdaptedExperts(LoRAExpertsMixin, CPUUnquantizedExperts):
             experts: [rows, k].
             weighted: Whether x has been multiplied by `weights` already.
         """
+        config, empty = self.moe_config, output.new_empty(0)
+        base = partial(
+            super().apply,
+            w1=w1,
+            w2=w2,
+            activation=config.activation,
+            global_num_experts=config.num_experts,
+            expert_map=None,
+            a1q_scale=None,
+            a2_scale=None,
+            workspace13=empty,
+            workspace2=empty,
+            expert_tokens_meta=None,
+            apply_router_weight_on_input=weighted,
+        )
         slots = self._slots(len(x))
         adapted = self._filled[slots]
         if not adapted.any():
-            self._base(output, x, w1, w2, weights, experts, weighted)
+            base(output, x, topk_weights=weights, topk_ids=experts)
             return
         if not adapted.all():
             rest = torch.from_numpy(np.flatnonzero(~adapted))
             of_rest = x.new_empty(len(rest), output.size(1))
-            self._base(of_rest, x[rest], w1, w2, weights[rest], experts[rest], weighted)
+            base(of_rest, x[rest], topk_weights=weights[rest], topk_ids=experts[rest])
             output[rest] = of_rest
         rows = np.flatnonzero(adapted).astype(np.int32)
         if weighted:
@@ -128,22 +144,9 @@ class AdaptedExperts(LoRAExpertsMixin, CPUUnquantizedExperts):
 
     def _slots(self, rows: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """The slot of each row; -1 for none, as in steps that vLLM makes up to warm up."""
-        known = self._wrapper.token_slots[:rows]
-        return np.pad(known, (0, rows - len(known)), constant_values=-1)
-
-    def _base(
-        self,
-        output: torch.Tensor,
-        x: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        weights: torch.Tensor,
-        experts: torch.Tensor,
-        weighted: bool,
-    ) -> None:
-        config, empty = self.moe_config, output.new_empty(0)
-        of_all = config.activation, config.num_experts, None, None, None
-        super().apply(output, x, w1, w2, weights, experts, *of_all, empty, empty, None, weighted)
+        known: np.ndarray[Any, np.dtype[np.int64]] = self._wrapper.token_slots[:rows]
+        missing = rows - len(known)
+        return np.pad(known, (0, missing), constant_values=-1) if missing else known
 
 
 class AdaptedX86Experts(AdaptedExperts, X86CPUUnquantizedExperts):
@@ -163,6 +166,7 @@ def adapted(experts: Any, config: FusedMoEConfig) -> type[AdaptedExperts] | None
     return None
 
 
+@cache  # every layer asks
 def packed_word(isa: str) -> int:
     """Inputs of a word of weights that vLLM packs for these kernels; 0 if they lie otherwise.
 
