@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from tests.adapters.signing.signed_folders import KeyPair
+
 from ..engine import lora_request, running_engine
 from ..models.cases import Scenario
 from ..slots.test_offline_calls import case_of, tokens
@@ -70,16 +72,21 @@ def test_tensors_are_served_beside_allowed_roots(llama: Scenario) -> None:
         assert_answers(llm, llama, name)
 
 
-def test_tensors_without_a_required_digest_are_refused(llama: Scenario, tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", ["require_digest", "signing_keys"])
+def test_tensors_that_nobody_vouches_for_are_refused(
+    llama: Scenario, tmp_path: Path, setting: str
+) -> None:
     name = next(iter(llama.adapters))
     required = tmp_path / "digests.json"
     required.write_text(json.dumps({str(NUMBER): "0" * 64}))
-    settings = {"multilora": {"require_digest": str(required)}}
+    files = {"require_digest": required, "signing_keys": KeyPair.make(tmp_path, "ours").public}
+    settings = {"multilora": {setting: str(files[setting])}}
+    problem = {"require_digest": "digest", "signing_keys": "sign"}[setting]
     with (
         running_engine(
             llama.base, in_process=True, worker_extension_cls=EXTENSION, additional_config=settings
         ) as llm,
-        pytest.raises(Exception, match="digest"),
+        pytest.raises(Exception, match=problem),
     ):
         push(llm, llama.adapters[name])
 
