@@ -187,6 +187,7 @@ def test_all_series_carry_vllms_own_labels_and_stocks_metric_stays(deployment: D
     shown = {sample.name for sample in lora_samples(text)}
     simple = {d.name for d in defined.ALL if d.kind is not defined.Kind.HISTOGRAM}
     absent = {defined.ROUTE_REQUESTS, defined.REFUSED, defined.CACHE_BYTES_LIMIT}
+    absent |= {defined.TENANT_TOKENS, defined.TENANT_LIMIT, defined.USAGE_LINES_DROPPED}
     absent |= {defined.KERNELS}  # of GPUs
     assert simple - shown == {definition.name for definition in absent}
 
