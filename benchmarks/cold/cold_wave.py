@@ -5,8 +5,9 @@ slots, 64 places in host memory. Clients ask in a closed loop, each for the next
 it has its answer, until every adapter has been asked for once. No two requests share an adapter, so
 every one waits for a load, on a server whose threads fill all processors.
 
-The arms are this plugin as it is installed, with its store on a thread, and with loads that the
-engine waits for; and stock vLLM with its filesystem resolver. All serve every wave in each round.
+The arms are this plugin as it is installed, with its store on a thread, with loads that the engine
+waits for, and with a compiled model; and stock vLLM with its filesystem resolver, which compiles no
+model with adapters on CPUs. All serve every wave in each round.
 
 `beside` is another wave of four clients while two streams generate, one of the base model and one
 of an adapter in a slot. Their gaps are compared with those beside the same requests once more, when
@@ -43,6 +44,7 @@ ARMS: dict[str, list[str]] = {
     "default": [],
     "thread": ["--multilora-store", "thread"],
     "sync": ["--no-multilora-async-loading"],
+    "compiled": ["--no-enforce-eager", "--compilation-config", '{"mode": 3}'],
     "stock": ["--no-multilora"],
 }
 CONTROL = "thread"
@@ -87,7 +89,7 @@ def cold_wave(
     """First tokens while clients ask for nothing but cold adapters.
 
     Args:
-        arms: Which of `default`, `thread`, `sync` and `stock`.
+        arms: Which of `default`, `thread`, `sync`, `compiled` and `stock`.
         clients: How many ask at a time, one wave each.
         adapters: In each wave.
         rounds: Of all arms but stock.
