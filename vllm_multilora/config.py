@@ -101,6 +101,11 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
 
+def _is_address(value: Any) -> bool:
+    port = value.rpartition(":")[2] if isinstance(value, str) else ""
+    return port.isascii() and port.isdigit() and 0 < int(port) < 65536
+
+
 @dataclass(frozen=True)
 class MultiLoRAConfig:
     """Settings of the plugin; what each of them means, its help says."""
@@ -294,6 +299,15 @@ class MultiLoRAConfig:
         range(100_000 + 1),
         "How many adapters have series of their own in the LoRA metrics at a time; the others are "
         'counted together as lora_name="__other__".',
+    )
+    status_port: str | None = _setting(
+        None,
+        "Answer GET /metrics and GET /v1/lora_adapters on this port too, without keys: for engines "
+        "without vLLM's server (Dynamo, Ray, LLM()). On the loopback address if none is given. "
+        "With data parallelism each engine adds its index to the port.",
+        lambda value: value is None or _is_address(value),
+        "PORT or ADDRESS:PORT, like 9400 or 0.0.0.0:9400",
+        metavar="PORT",
     )
     status_page: bool = _switch(
         True,

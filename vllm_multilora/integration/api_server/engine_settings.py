@@ -75,7 +75,7 @@ def complete(vllm_config: VllmConfig, engine_args: Any, usage_context: UsageCont
     if usage_context is not None:
         if settings.store == "process":
             store_folder()  # a mistake in MULTILORA_STORE_FOLDER stops the start, too
-        if not engine_args.disable_log_stats:
+        if not engine_args.disable_log_stats or settings.status_port is not None:
             make_folder(vllm_config)
     warn_of_rust(usage_context)
 

@@ -29,6 +29,7 @@ from vllm_multilora.integration.engine.requests.tenant_wall import TenantWallMix
 from vllm_multilora.integration.engine.scheduling.fair_scheduler import FairSharesMixin
 from vllm_multilora.integration.engine.scheduling.older_scheduler import with_newer_parts
 from vllm_multilora.integration.engine.scheduling.scheduler import AdapterAwareMixin, as_sent
+from vllm_multilora.integration.engine.status_port import serve_status
 from vllm_multilora.integration.engine.workers.reaching import REACHED
 from vllm_multilora.integration.failed_requests import AdapterRefusedError, not_by_workers
 from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
@@ -80,10 +81,19 @@ class AdapterExecutorMixin:
     def serve(self, scheduler: AdapterAwareMixin) -> None:
         """Takes the scheduler of its engine core, which has just been made."""
         self._scheduler = ref(scheduler)  # no circle: the scheduler goes when its engine core does
+        serve_status(self)
 
     def serve_from(self, inputs: Any) -> None:
         """Takes the queue of its engine core, which has a process of its own."""
         self.inputs = inputs
+
+    def call_between_steps(self, call: Callable[[], None]) -> None:
+        """Has something called by the engine core's thread, or at once where it has none."""
+        if self.inputs is None:
+            call()
+        else:
+            self.scheduler.deferred_calls.say_later(call)
+            _wake(self.inputs)
 
     def connect(self) -> EngineAdapters | None:
         """The adapters of the engine, made when first asked for; None where vLLM loads them."""

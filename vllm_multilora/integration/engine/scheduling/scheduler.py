@@ -74,7 +74,7 @@ class DeferredCalls:
 
     Whoever hears something goes to work. Where processors are few, that would take them from the
     engine core, and the workers would wait for their next step; said once they have it, it costs
-    no request anything. For one thread.
+    no request anything. For one thread, but for `say_later`.
 
     Attributes:
         wait: Whether what is said waits for `flush`: where the workers are other processes that
@@ -91,6 +91,10 @@ class DeferredCalls:
             self._calls.append(call)
         else:
             call()
+
+    def say_later(self, call: Callable[[], None]) -> None:
+        """Has something called in the next `flush`; any thread."""
+        self._calls.append(call)
 
     def flush(self) -> None:
         """Says everything: the workers compute, or an answer is waited for, or nobody waits."""

@@ -1,0 +1,123 @@
+"""Metrics and the states of adapters on a port of an engine's own (`--multilora-status-port`).
+
+For engines that no HTTP server of vLLM's serves: in Dynamo, in Ray Serve, of `LLM(...)`.
+`GET /metrics` and `GET /v1/lora_adapters` answer as vLLM's server does with this plugin, so that
+Prometheus, `vllm-multilora status` and `vllm-multilora advise` can read them. No key is asked for:
+whoever reaches the port sees the names, folders and counts of all adapters.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import weakref
+from concurrent.futures import Future
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from vllm_multilora.errors import MultiLoRAError
+from vllm_multilora.integration.engine.adapter_status import METHOD, listing
+from vllm_multilora.integration.patching.activation import settings_of
+from vllm_multilora.integration.recording import folder_of
+from vllm_multilora.metrics.collector import LoRACollector
+
+if TYPE_CHECKING:
+    from vllm_multilora.integration.engine.executor import AdapterExecutorMixin
+
+logger = logging.getLogger(__name__)
+
+ADAPTERS = "/v1/lora_adapters"
+
+TIME_LIMIT_S = 30.0
+"""How long an answer waits for the engine's running step, which ends much sooner."""
+
+
+def serve_status(executor: AdapterExecutorMixin) -> None:
+    """Opens the port that an engine's settings name, until the engine ends.
+
+    With data parallelism, each engine adds its index to the port.
+
+    Raises:
+        MultiLoRAError: The engine cannot listen there.
+    """
+    config = executor.vllm_config
+    address = settings_of(config).status_port
+    if address is None:
+        return
+    host, _, text = address.rpartition(":")
+    port = int(text) + config.parallel_config.data_parallel_index
+    try:
+        server = _Server((host or "127.0.0.1", port), _Handler)
+    except OSError as error:
+        raise MultiLoRAError(
+            f"--multilora-status-port {address}: the engine cannot listen on port {port} "
+            f"({error.strerror}): name one that is free"
+        ) from error
+    server.executor = weakref.ref(executor)
+    if (folder := folder_of(config)) is not None:
+        server.collector.show(folder)
+        server.collector.show_lists()
+    Thread(target=server.serve_forever, name="multilora-status", daemon=True).start()
+    weakref.finalize(executor, server.shutdown)
+    logger.info("Metrics and the states of adapters: http://%s:%d", host or "127.0.0.1", port)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    executor: weakref.ref[AdapterExecutorMixin]
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.registry, self.collector = CollectorRegistry(), LoRACollector()
+        self.registry.register(self.collector)
+
+    def adapters(self) -> dict[str, Any]:
+        """The answer of `ADAPTERS`; raises whatever keeps the engine from answering."""
+        executor = self.executor()
+        if executor is None:
+            raise MultiLoRAError("the engine has ended")
+        reports: Future[list[dict[str, Any]]] = Future()
+
+        def ask() -> None:
+            try:
+                reports.set_result(executor.collective_rpc(METHOD, args=([],)))
+            except Exception as error:
+                reports.set_exception(error)
+
+        executor.call_between_steps(ask)
+        return listing(reports.result(TIME_LIMIT_S), ())
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if path == "/metrics":
+            self._answer(HTTPStatus.OK, generate_latest(self.server.registry), CONTENT_TYPE_LATEST)
+        elif path == ADAPTERS:
+            try:
+                self._answer_json(HTTPStatus.OK, self.server.adapters())
+            except Exception as error:
+                reason = f"the engine does not answer: {error!r}"
+                self._answer_json(HTTPStatus.SERVICE_UNAVAILABLE, {"error": {"message": reason}})
+        else:
+            reason = f"nothing is at this path: ask for /metrics or {ADAPTERS}"
+            self._answer_json(HTTPStatus.NOT_FOUND, {"error": {"message": reason}})
+
+    def _answer_json(self, status: HTTPStatus, content: Any) -> None:
+        self._answer(status, json.dumps(content).encode(), "application/json")
+
+    def _answer(self, status: HTTPStatus, body: bytes, kind: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing: Prometheus asks every few seconds."""
