@@ -683,6 +683,7 @@ def engine(tenants, *, lora=True):
         ("ray", ConfigError, "--data-parallel-backend mp"),
         ("rust", ConfigError, "Python front end"),
         ("no-tenants", DocumentError, "expected tenants by name"),
+        ("open-port", ConfigError, "status-port 0.0.0.0:9400 would show whoever reaches 0.0.0.0"),
     ],
 )
 def test_a_server_that_cannot_guard_its_tenants_does_not_start(
@@ -695,6 +696,8 @@ def test_a_server_that_cannot_guard_its_tenants_does_not_start(
         monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     elif way == "no-tenants":
         tenants.write_text('{"tenants": 7}')
+    elif way == "open-port":
+        config.additional_config["multilora"]["status_port"] = "0.0.0.0:9400"
     with pytest.raises(error, match=message):
         check_access(config, UsageContext.OPENAI_API_SERVER)
 

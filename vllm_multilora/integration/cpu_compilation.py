@@ -1,7 +1,7 @@
 """What torch.compile does on CPUs: the model where it is asked for, and nothing without a compiler.
 
-On CPUs vLLM compiles the ranks of log-probabilities when the first request asks for them. Without a
-compiler that step fails, and the engine ends for everybody.
+On CPUs vLLM compiles the ranks of log-probabilities when the first request asks for them: everybody
+waits for that step, and without a compiler it fails, which ends the engine for all.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from vllm.config import CompilationConfig, VllmConfig
+    from vllm.config import CompilationConfig, ModelConfig, VllmConfig
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +29,11 @@ def compiler_problem() -> str:
     return ""
 
 
-def compile_only_with_compiler() -> None:
+def compile_only_with_compiler(model: ModelConfig) -> None:
     """Has this process run uncompiled what it cannot compile for its CPU.
 
-    It is set for all of PyTorch: nothing else could be compiled either.
+    It is set for all of PyTorch: nothing else could be compiled either. What it can compile is
+    compiled at once, unless nothing is to be before it is needed (--enforce-eager).
     """
     if problem := compiler_problem():
         torch.compiler.set_stance("force_eager")
@@ -41,6 +42,12 @@ def compile_only_with_compiler() -> None:
             "clang++ for the speed of compiled code.",
             problem.rstrip("."),
         )
+    elif model.runner_type == "generate" and not model.enforce_eager:
+        from vllm.v1.sample.sampler import Sampler
+
+        with torch.inference_mode():  # else it would be compiled once more in a step
+            token = torch.zeros(1, dtype=torch.int64)
+            Sampler.gather_logprobs(torch.zeros(1, model.get_vocab_size()), 1, token)
 
 
 def choose_compilation(vllm_config: VllmConfig, engine_args: Any) -> None:

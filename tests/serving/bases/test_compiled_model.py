@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 
 from ..engine import running_engine
 from ..models.scenarios import Scenario
@@ -105,3 +106,16 @@ def _compilation(llama: Scenario, **arguments: Any) -> Any:
     apply_patches()
     made = EngineArgs(str(llama.base), enable_lora=True, max_model_len=64, **arguments)
     return made.create_engine_config().compilation_config
+
+
+def test_no_request_waits_until_log_probabilities_are_compiled(llama: Scenario) -> None:
+    from torch._dynamo.utils import counters
+    from vllm import SamplingParams
+
+    torch.compiler.reset()  # what another engine of this process has compiled
+    with running_engine(llama.base, in_process=True, enforce_eager=False) as llm:
+        compiled = counters["stats"]["unique_graphs"]
+        prompts = [{"prompt_token_ids": [7, 21, 88]}] * 3
+        (answer, *_) = llm.generate(prompts, SamplingParams(max_tokens=2, logprobs=2))
+        assert answer.outputs[0].logprobs
+        assert counters["stats"]["unique_graphs"] == compiled

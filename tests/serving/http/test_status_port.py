@@ -53,7 +53,7 @@ def adapters_of(llama: Scenario) -> list[LoRARequest]:
     return [LoRARequest(name, i + 1, str(llama.adapters[name])) for i, name in enumerate(names)]
 
 
-def test_adapters_and_their_metrics_are_told(
+def test_adapters_and_their_metrics_are_shown(
     deployment: Deployment, llama: Scenario, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapters = adapters_of(llama)

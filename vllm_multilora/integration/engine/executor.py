@@ -22,7 +22,7 @@ from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_multilora.errors import MultiLoRAError
-from vllm_multilora.integration.engine.adapter_status import METHOD, REGISTER, engine_report
+from vllm_multilora.integration.engine.adapter_status import METHOD, REGISTER, Report, engine_report
 from vllm_multilora.integration.engine.adapters.quarantine import RELOADS
 from vllm_multilora.integration.engine.core import make_adapters, starting_workers
 from vllm_multilora.integration.engine.requests.tenant_wall import TenantWallMixin, has_wall
@@ -81,19 +81,28 @@ class AdapterExecutorMixin:
     def serve(self, scheduler: AdapterAwareMixin) -> None:
         """Takes the scheduler of its engine core, which has just been made."""
         self._scheduler = ref(scheduler)  # no circle: the scheduler goes when its engine core does
-        serve_status(self)
+        serve_status(self.vllm_config, self.report_soon)
 
     def serve_from(self, inputs: Any) -> None:
         """Takes the queue of its engine core, which has a process of its own."""
         self.inputs = inputs
 
-    def call_between_steps(self, call: Callable[[], None]) -> None:
-        """Has something called by the engine core's thread, or at once where it has none."""
-        if self.inputs is None:
-            call()
+    def report_soon(self) -> Future[list[Report]]:
+        """What the engine core tells of its adapters, once it has time; any thread may ask."""
+        answer: Future[list[Report]] = Future()
+
+        def report() -> None:
+            try:
+                answer.set_result(self._report([]))
+            except Exception as error:
+                answer.set_exception(error)
+
+        if self.inputs is None:  # the caller of the engine takes the steps, or none
+            report()
         else:
-            self.scheduler.deferred_calls.say_later(call)
+            self.scheduler.deferred_calls.say_later(report)
             _wake(self.inputs)
+        return answer
 
     def connect(self) -> EngineAdapters | None:
         """The adapters of the engine, made when first asked for; None where vLLM loads them."""

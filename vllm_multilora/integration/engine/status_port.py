@@ -11,22 +11,24 @@ from __future__ import annotations
 import json
 import logging
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from vllm_multilora.errors import MultiLoRAError
-from vllm_multilora.integration.engine.adapter_status import METHOD, listing
+from vllm_multilora.integration.engine.adapter_status import Report, listing
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.recording import folder_of
 from vllm_multilora.metrics.collector import LoRACollector
 
 if TYPE_CHECKING:
-    from vllm_multilora.integration.engine.executor import AdapterExecutorMixin
+    from vllm.config import VllmConfig
 
 logger = logging.getLogger(__name__)
 
@@ -36,60 +38,58 @@ TIME_LIMIT_S = 30.0
 """How long an answer waits for the engine's running step, which ends much sooner."""
 
 
-def serve_status(executor: AdapterExecutorMixin) -> None:
+def serve_status(vllm_config: VllmConfig, report: Callable[[], Future[list[Report]]]) -> None:
     """Opens the port that an engine's settings name, until the engine ends.
 
     With data parallelism, each engine adds its index to the port.
 
+    Args:
+        vllm_config: Of the engine.
+        report: A method that asks the engine for its report, from any thread; its object's end is
+            the engine's.
+
     Raises:
         MultiLoRAError: The engine cannot listen there.
     """
-    config = executor.vllm_config
-    address = settings_of(config).status_port
+    address = settings_of(vllm_config).status_port
     if address is None:
         return
     host, _, text = address.rpartition(":")
-    port = int(text) + config.parallel_config.data_parallel_index
+    port = int(text) + vllm_config.parallel_config.data_parallel_index
     try:
-        server = _Server((host or "127.0.0.1", port), _Handler)
+        server = _Server((host or "127.0.0.1", port), report, folder_of(vllm_config))
     except OSError as error:
         raise MultiLoRAError(
             f"--multilora-status-port {address}: the engine cannot listen on port {port} "
             f"({error.strerror}): name one that is free"
         ) from error
-    server.executor = weakref.ref(executor)
-    if (folder := folder_of(config)) is not None:
-        server.collector.show(folder)
-        server.collector.show_lists()
     Thread(target=server.serve_forever, name="multilora-status", daemon=True).start()
-    weakref.finalize(executor, server.shutdown)
+    weakref.finalize(report.__self__, server.shutdown)  # type: ignore[attr-defined]
     logger.info("Metrics and the states of adapters: http://%s:%d", host or "127.0.0.1", port)
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    executor: weakref.ref[AdapterExecutorMixin]
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.registry, self.collector = CollectorRegistry(), LoRACollector()
-        self.registry.register(self.collector)
+    def __init__(
+        self,
+        address: tuple[str, int],
+        report: Callable[[], Future[list[Report]]],
+        metrics: Path | None,
+    ) -> None:
+        super().__init__(address, _Handler)
+        self._report = weakref.WeakMethod(report)
+        self.registry, collector = CollectorRegistry(), LoRACollector()
+        self.registry.register(collector)
+        if metrics is not None:
+            collector.show(metrics)
+            collector.show_lists()
 
     def adapters(self) -> dict[str, Any]:
         """The answer of `ADAPTERS`; raises whatever keeps the engine from answering."""
-        executor = self.executor()
-        if executor is None:
-            raise MultiLoRAError("the engine has ended")
-        reports: Future[list[dict[str, Any]]] = Future()
-
-        def ask() -> None:
-            try:
-                reports.set_result(executor.collective_rpc(METHOD, args=([],)))
-            except Exception as error:
-                reports.set_exception(error)
-
-        executor.call_between_steps(ask)
-        return listing(reports.result(TIME_LIMIT_S), ())
+        if (report := self._report()) is None:
+            raise MultiLoRAError("it has ended")
+        return listing(report().result(TIME_LIMIT_S), ())
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -85,7 +85,7 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         """Wraps the model's layers and connects to the engine core; returns the model."""
         choose_expert_kernels(model)
         if current_platform.is_cpu():
-            compile_only_with_compiler()
+            compile_only_with_compiler(vllm_config.model_config)
         wrapped = super().create_lora_manager(model, vllm_config)
         manager = self._adapter_manager
         self._vllm_config = vllm_config

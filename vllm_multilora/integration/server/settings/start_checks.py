@@ -99,13 +99,20 @@ def read_keys(vllm_config: VllmConfig, *, is_headless: bool = False) -> None:
     """Reads the admin key and the tenants file, and hands API servers and engine what they share.
 
     Raises:
-        ConfigError: The admin key or the tenants file cannot be used, or the engine would not know
-            the secret of the seals.
+        ConfigError: The admin key or the tenants file cannot be used, the engine would not know the
+            secret of the seals, or a port without keys would show what they guard.
     """
     settings = settings_of(vllm_config)
     if require_gateway not in ANSWER_CHECKS:
         ANSWER_CHECKS.append(require_gateway)
     read_admin_keys(settings, os.environ)
+    host = (settings.status_port or "").rpartition(":")[0]
+    if host not in ("", "127.0.0.1", "localhost"):
+        raise ConfigError(
+            f"--multilora-status-port {settings.status_port} would show whoever reaches {host} the "
+            "adapters of all tenants, and this server has keys: leave the address out, so that it "
+            "is the loopback address, or ask the server itself with a key"
+        )
     if settings.tenants is not None:
         own = load_tenants(settings.tenants).cache_salt
         parallel = vllm_config.parallel_config
