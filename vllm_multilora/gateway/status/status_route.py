@@ -10,9 +10,10 @@ import asyncio
 import math
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Hashable
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
 from http import HTTPStatus
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
@@ -20,20 +21,24 @@ from fastapi.responses import JSONResponse, Response
 from vllm_multilora.adapters.problems import shown_name
 from vllm_multilora.gateway.endpoints import error_answer
 from vllm_multilora.gateway.keys.access import Access
-from vllm_multilora.integration.engine.adapter_status import listing
+from vllm_multilora.integration.engine.adapter_status import TIERS, Report, Row
 from vllm_multilora.integration.server.names import adapter_directory, registration
 from vllm_multilora.integration.server.names.public_names import public_names
 from vllm_multilora.integration.server.names.routes import ROUTES
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller
 from vllm_multilora.integration.server.requests.engine_calls import engine_reports
-from vllm_multilora.states import AT_HAND
+from vllm_multilora.states import AT_HAND, NEAREST_FIRST, AdapterState
 from vllm_multilora.tenants.rules import STATUS, Role
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
 
 Listing = dict[str, Any]
 _Ask = Callable[[], Coroutine[Any, Any, tuple[Listing | None, float]]]
 
 _AT_HAND = [state.value for state in AT_HAND]
 _TENANT_KEYS = ("id", "object", "state", "kind", "rank", "last_error")
+_NEAREST_FIRST = [state.value for state in NEAREST_FIRST]
 
 TIME_LIMIT_S = 30.0
 """A call waits for the engine's running step, which ends much sooner."""
@@ -204,3 +209,95 @@ def shown_to(caller: Caller | None, listed: dict[str, Any]) -> dict[str, Any]:
         return {**listed, "data": rows}
     rows = [{key: row[key] for key in _TENANT_KEYS} for row in rows]
     return {"object": listed["object"], "data": rows}
+
+
+def listing(
+    reports: Sequence[Report],
+    registered: Iterable[LoRARequest],
+    refused: Mapping[int, str] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """The route's answer.
+
+    Adapters that the server has names for, and those that requests brought along without
+    registration, by name; an old version that requests still end on is left out. With data
+    parallelism an adapter's state is that of the engine that has it nearest to serving, counts add
+    up, bytes do where engines have different stores, and `engines` says what each engine has.
+    `kernels` is there where an engine's workers have chosen kernels: the first engine's.
+
+    `refused` says why versions were refused that the engines know nothing of, by number.
+    """
+    rows = {lora.lora_int_id: {"id": lora.lora_name, "path": lora.lora_path} for lora in registered}
+    served = {row["id"] for row in rows.values()}
+    by_id: dict[int, list[tuple[int, Row]]] = {}
+    for engine, report in enumerate(reports):
+        for row in report["adapters"]:
+            by_id.setdefault(row["int_id"], []).append((engine, row))
+            if row["name"] is not None and row["name"] not in served:
+                rows.setdefault(row["int_id"], {"id": row["name"], "path": row["path"]})
+    data = [
+        {
+            "id": known["id"],
+            "object": "lora_adapter",
+            "int_id": lora_id,
+            "path": known["path"],
+            **_merge_engines(by_id.get(lora_id, []), [report["store"] for report in reports]),
+        }
+        for lora_id, known in rows.items()
+    ]
+    for row in data:
+        if row["int_id"] in refused:
+            row["last_error"] = refused[row["int_id"]]
+            if row["state"] == AdapterState.ABSENT.value:
+                row["state"] = AdapterState.FAILED.value
+    kernels = reports[0].get("kernels")
+    return {
+        "object": "list",
+        "data": sorted(data, key=lambda row: (row["id"], row["int_id"])),
+        "slots": _totals([report["slots"] for report in reports]),
+        # Engines of one machine share their store, and each tells of all that it holds.
+        "cpu": _totals(list({report["store"]: report["cpu"] for report in reports}.values())),
+        **({"kernels": kernels} if kernels else {}),
+    }
+
+
+def _merge_engines(found: Sequence[tuple[int, Row]], stores: Sequence[str]) -> Row:
+    rows = [row for _, row in found]
+    best = min(rows, key=lambda row: _NEAREST_FIRST.index(row["state"]), default=None)
+    state = best["state"] if best else AdapterState.ABSENT.value
+    merged: Row = {
+        "state": state,
+        "tier": TIERS.get(state, "disk"),
+        **{key: best and best[key] for key in ("slot", "kind", "parts", "digest", "loaded")},
+        "rank": _most(rows, "rank"),
+        "bytes": sum({stores[engine]: row["bytes"] for engine, row in found}.values()),
+        "pinned": any(row["pinned"] for row in rows),
+        "requests": sum(row["requests"] for row in rows),
+        "hits": sum(row["hits"] for row in rows),
+        "loads": sum(row["loads"] for row in rows),
+        "last_used": _most(rows, "last_used"),
+        "last_error": _first(rows, "last_error"),
+    }
+    if len(stores) > 1:
+        merged["engines"] = [
+            {"engine": engine, **{key: row[key] for key in ("state", "slot", "digest")}}
+            for engine, row in found
+        ]
+    return merged
+
+
+def _totals(parts: Sequence[Mapping[str, int | None]]) -> dict[str, int | None]:
+    return {key: _sum(part[key] for part in parts) for key in parts[0]}
+
+
+def _sum(values: Iterable[int | None]) -> int | None:
+    """The sum; None, no limit, where one has none."""
+    found = list(values)
+    return None if None in found else sum(value for value in found if value is not None)
+
+
+def _most(rows: Sequence[Row], key: str) -> Any:
+    return max((row[key] for row in rows if row[key] is not None), default=None)
+
+
+def _first(rows: Sequence[Row], key: str) -> Any:
+    return next((row[key] for row in rows if row[key] is not None), None)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from vllm_multilora.errors import MultiLoRAError
-from vllm_multilora.integration.engine.adapter_status import Report, listing
+from vllm_multilora.integration.engine.adapter_status import TIERS, Report
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.recording import folder_of
 from vllm_multilora.metrics.collector import LoRACollector
@@ -89,7 +89,14 @@ class _Server(ThreadingHTTPServer):
         """The answer of `ADAPTERS`; raises whatever keeps the engine from answering."""
         if (report := self._report()) is None:
             raise MultiLoRAError("it has ended")
-        return listing(report().result(TIME_LIMIT_S), ())
+        (found,) = report().result(TIME_LIMIT_S)
+        rows = [
+            {"id": row["name"], "object": "lora_adapter", "tier": TIERS.get(row["state"], "disk")}
+            | row
+            for row in found["adapters"]
+        ]
+        shown = {key: found[key] for key in ("slots", "cpu", "kernels") if found[key]}
+        return {"object": "list", "data": sorted(rows, key=lambda row: row["id"]), **shown}
 
 
 class _Handler(BaseHTTPRequestHandler):
