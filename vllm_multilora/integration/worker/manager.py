@@ -28,6 +28,7 @@ from vllm_multilora.integration.patching.tables.core_seams import PUNICA_WRAPPER
 from vllm_multilora.integration.settings.cache_settings import cpu_budget, store_settings
 from vllm_multilora.integration.settings.flags import checks_in
 from vllm_multilora.integration.step.mapping import BatchMapping, base_rows_of
+from vllm_multilora.integration.step.output_rows import with_known_rows
 from vllm_multilora.integration.worker.experts.expert_kernels import choose_expert_kernels
 from vllm_multilora.integration.worker.pushed_tensors import PushedTensors, tensors_in, tensors_of
 from vllm_multilora.integration.worker.slots.filler import SlotFiller
@@ -82,7 +83,7 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
     idle_generators: dict[int, torch.Generator]
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
-        """Wraps the model's layers and connects to the engine core; returns the model."""
+        """Wraps the model's layers and connects to the engine core; returns the model to run."""
         choose_expert_kernels(model)
         if current_platform.is_cpu():
             compile_only_with_compiler()
@@ -105,7 +106,7 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         self._warm_up_ranks: dict[int, int] = {}
         self._is_warming_up = False
         self._owners: list[int | None] | None = None  # of the slots, as a warm-up has found them
-        return wrapped
+        return with_known_rows(wrapped)
 
     def _budget(self) -> CpuBudget:
         workers = self._vllm_config.parallel_config.local_world_size

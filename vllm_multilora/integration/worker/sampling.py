@@ -15,7 +15,6 @@ from vllm.v1.sample import rejection_sampler
 
 from vllm_multilora.integration.worker.manager import manager_of
 from vllm_multilora.integration.worker.rows.encoder_rows import scheduled_items
-from vllm_multilora.integration.worker.slots.model_manager import MultiLoRAModelManager
 
 
 def preprocess(
@@ -32,32 +31,6 @@ def preprocess(
     embedded = np.add.reduceat(runner.is_token_ids.np[:end], starts, dtype=np.int64)
     with manager.model_manager.rows_to_embed(embedded):
         return original(runner, scheduler_output, *args, **kwargs)
-
-
-def get_prompt_logprobs(
-    original: Callable[..., Any], runner: Any, hidden_states: Any, *args: Any, **kwargs: Any
-) -> Any:
-    manager = manager_of(runner)
-    if manager is None:
-        return original(runner, hidden_states, *args, **kwargs)
-    with manager.model_manager.rows_from_prompts(hidden_states):
-        return original(runner, hidden_states, *args, **kwargs)
-
-
-def compute_prompt_scores(
-    original: Callable[..., Any],
-    worker: Any,
-    logits_fn: Any,
-    hidden_states: Any,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    model = getattr(logits_fn, "__self__", None)
-    manager = getattr(model, "lora_manager", None)
-    if model is None or not isinstance(manager, MultiLoRAModelManager):
-        return original(worker, logits_fn, hidden_states, *args, **kwargs)
-    with manager.rows_from_prompts(hidden_states):
-        return original(worker, model.compute_logits, hidden_states, *args, **kwargs)
 
 
 def sample(

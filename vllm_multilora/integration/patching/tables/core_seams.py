@@ -74,17 +74,6 @@ _PATCHES: tuple[Patch, ...] = (
         until="vLLM's LoRAMapping holds arrays.",
     ),
     Patch(
-        name="prompt-logprobs",
-        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_prompt_logprobs_dict",
-        takes=("self, hidden_states, num_scheduled_tokens",),
-        handler="worker.sampling:get_prompt_logprobs",
-        why="vLLM sends a prompt's rows through the output layer with the mapping of the sampled "
-        "rows: on CPUs the engine dies of it, elsewhere lm_head adapters meet the wrong rows. "
-        "Tells our wrapper that the rows are tokens of the step.",
-        checked=("0.29", "0.30", "0.31", "0.32", "0.33"),
-        until="vLLM sets the LoRA mapping for prompt_logprobs.",
-    ),
-    Patch(
         name="rows-to-embed",
         target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._preprocess",
         takes=("self, scheduler_output, num_input_tokens, intermediate_tensors=None",),
@@ -94,29 +83,6 @@ _PATCHES: tuple[Patch, ...] = (
         "rows: adapters of it act on other requests. Tells our wrapper which rows these are.",
         checked=("0.29", "0.30", "0.31", "0.32", "0.33"),
         until="vLLM sets the LoRA mapping for such steps.",
-    ),
-    Patch(
-        name="prompt-logprobs-2",
-        target="vllm.v1.worker.gpu.sample.prompt_logprob:"
-        "PromptLogprobsWorker.compute_prompt_logprobs",
-        takes=(
-            "self, logits_fn, hidden_states, input_batch, all_token_ids, num_computed_tokens, "
-            "prompt_lens",
-        ),
-        handler="worker.sampling:compute_prompt_scores",
-        why="As prompt-logprobs, for vLLM's second model runner.",
-        checked=("0.29/2", "0.31/2", "0.32/2", "0.33/2"),
-        until="As prompt-logprobs.",
-    ),
-    Patch(
-        name="prompt-scores-2",
-        target="vllm.v1.worker.gpu.sample.prompt_logprob:"
-        "PromptLogprobsWorker.compute_prompt_token_id_logprobs",
-        takes=("self, logits_fn, hidden_states, input_batch, prompt_lens",),
-        handler="worker.sampling:compute_prompt_scores",
-        why="As prompt-logprobs, for the scores of given tokens.",
-        checked=("0.31/2", "0.32/2", "0.33/2"),
-        until="As prompt-logprobs.",
     ),
     Patch(
         name="sampled-rows",

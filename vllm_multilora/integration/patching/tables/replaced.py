@@ -82,13 +82,6 @@ REPLACED = (
         "vLLM's LoRAMapping holds arrays.",
     ),
     Replaced(
-        "integration.worker.slots.model_manager",
-        "model.compute_logits",
-        "vllm.model_executor.models.interfaces_base:VllmModelForTextGeneration.compute_logits",
-        "vLLM computes a prompt's logits without saying which of the step's rows they are.",
-        "vLLM sets the LoRA mapping for prompt_logprobs.",
-    ),
-    Replaced(
         "integration.worker.sampling",
         "rejection_sampler.expand_batch_to_tokens",
         "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",

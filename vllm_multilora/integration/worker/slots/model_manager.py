@@ -29,7 +29,6 @@ from vllm_multilora.adapters.model.layout import ModelLayout
 from vllm_multilora.adapters.packing.pack_index import RankIndex
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.step.mapping import BatchMapping
-from vllm_multilora.integration.step.output_rows import first_row
 from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
 from vllm_multilora.integration.step.punica_prepared import slices_of
 from vllm_multilora.integration.step.short_forward import shorten_forward
@@ -356,30 +355,12 @@ class MultiLoRAModelManager(LoRAModelManager):
             self.set_adapter_mapping(of_step)
 
     @contextmanager
-    def rows_from_prompts(self, hidden_states: torch.Tensor) -> Iterator[None]:
-        """Within it, `compute_logits` of the model is given parts of a step's hidden states.
-
-        The rows of its output layers are then those tokens, whatever the model makes of them first:
-        some normalise there.
-
-        Args:
-            hidden_states: [tokens, width], of all tokens of the step.
-        """
-        model: Any = self.model
-        compute = model.compute_logits
-
-        def compute_logits(rows: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            first = first_row(rows, hidden_states)
-            with ExitStack() as stack:
-                for wrapper in self._wrappers():
-                    stack.enter_context(wrapper.output_rows.from_prompt(first))
-                return compute(rows, *args, **kwargs)
-
-        model.compute_logits = compute_logits
-        try:
+    def rows_from_prompt(self, first_token: int) -> Iterator[None]:
+        """Within it, the rows of output layers are tokens of the step from that one on."""
+        with ExitStack() as stack:
+            for wrapper in self._wrappers():
+                stack.enter_context(wrapper.output_rows.from_prompt(first_token))
             yield
-        finally:
-            del model.compute_logits  # that of its class again
 
     def set_sampled_rows(self, counts: npt.NDArray[np.integer]) -> None:
         """Says how many rows of each request reach the output layers; see `OutputRows`."""
