@@ -67,13 +67,6 @@ REPLACED = (
         "See the patch base-products.",
     ),
     Replaced(
-        "integration.worker.experts.expert_kernels",
-        "config.is_lora_enabled",
-        "vllm.model_executor.layers.fused_moe.config:FusedMoEConfig.is_lora_enabled",
-        "vLLM's CPU build computes experts with --enable-lora in Triton only, which is not there.",
-        "vLLM's CPU build serves experts without Triton beside LoRA.",
-    ),
-    Replaced(
         "integration.worker.worker_calls",
         "runner.lora_state",
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner.lora_state",
