@@ -133,7 +133,10 @@ class _KnownRows:
         compute = super().compute_logits  # type: ignore[misc]
         # VLLM copies the rows that it samples; those of prompts are slices of all rows.
         if hidden_states.untyped_storage().nbytes() == hidden_states.nbytes:
-            return compute(hidden_states, *args, **kwargs)
+            logits = compute(hidden_states, *args, **kwargs)
+            if self.lora_manager.keeps_row_maxima and logits is not None:
+                self.lora_manager.row_maxima = logits.amax(dim=-1, keepdim=True)
+            return logits
         first = hidden_states.storage_offset() // hidden_states.stride(0)
         # Said here, because some models normalise the rows before their output layer gets them.
         with self.lora_manager.rows_from_prompt(first):

@@ -51,6 +51,9 @@ logger = logging.getLogger(__name__)
 
 _WARM_UP_PATH = "/not/a/real/path"
 
+is_used = False
+"""Whether a manager of this process is ours, for functions of vLLM's that know none."""
+
 _LOADER = "_load_adapter"
 """Method of vLLM's manager that frameworks replace, to load adapters from elsewhere."""
 
@@ -70,8 +73,6 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         largest_adapter: Bytes of an adapter of the largest rank in every module, on this worker.
         own_store: Where the engine core waits for its workers: what this one loads from.
         sampled_rows: [requests], how many rows of each request the last batch sampled.
-        row_maxima: [rows, 1], the largest logit of each row that the first model runner is about
-            to sample from; None otherwise.
         idle_generators: Of requests with a seed, by row, that are not used in this step.
     """
 
@@ -79,7 +80,6 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
     _adapter_manager: MultiLoRAModelManager
     own_store: OwnStore
     sampled_rows: npt.NDArray[np.integer]
-    row_maxima: torch.Tensor | None
     idle_generators: dict[int, torch.Generator]
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
@@ -90,7 +90,7 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         wrapped = super().create_lora_manager(model, vllm_config)
         manager = self._adapter_manager
         self._vllm_config = vllm_config
-        self.row_maxima, self.idle_generators = None, {}
+        self.idle_generators = {}
         special = SpecialParts(manager, self.max_position_embeddings)
         self.filler = SlotFiller(manager, special, attach_worker(self.rank))
         parallel = vllm_config.parallel_config
@@ -147,6 +147,7 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         )
         if mapping_type is LoRAMappingType.LANGUAGE:
             self.sampled_rows = mapping.samples
+        self._adapter_manager.keeps_row_maxima = True  # this is the first model runner
         self._adapter_manager.set_adapter_mapping(mapping)
 
     def set_active_adapters(self, requests: Iterable[Any], mapping: Any | None) -> None:
@@ -369,6 +370,8 @@ def make_worker_manager(
         return original(vllm_config, *args, **kwargs)
     if settings_of(vllm_config).quarantine:
         kv_blocks.start()
+    global is_used
+    is_used = True
     return MultiLoRAWorkerManager(vllm_config, *args, **kwargs)
 
 
@@ -413,3 +416,17 @@ def set_active_loras(
         mapping_type,
         base_rows_of(runner.requests, input_batch, num_scheduled_tokens),
     )
+    if runner.device.type == "cpu" and input_batch.generators:
+        is_amidst = runner.discard_request_mask.np
+        manager.idle_generators.update(_taken(input_batch.generators, is_amidst))
+
+
+def _taken(
+    generators: dict[int, torch.Generator], rows: npt.NDArray[np.bool_]
+) -> dict[int, torch.Generator]:
+    """Takes the generators of requests amidst their prompts out of the batch, by row.
+
+    vLLM draws tokens with them, which it throws away, and then turns them back, which generators of
+    CPUs do not allow.
+    """
+    return {row: generators.pop(row) for row in list(generators) if rows[row]}

@@ -69,9 +69,12 @@ _PATCHES: tuple[Patch, ...] = (
         ),
         handler="worker.manager:set_active_loras",
         why="vLLM spells the batch's adapters out in tuples with one entry per token and walks "
-        "them several times a step. Hands arrays per request to our manager instead.",
+        "them several times a step. Hands arrays per request to our manager instead. On CPUs the "
+        "engine dies of a request with a seed whose prompt takes several steps, as generators of "
+        "random numbers cannot be turned back there. Has them draw nothing before the prompt's "
+        "end.",
         checked=("0.29", "0.30", "0.31", "0.32", "0.33"),
-        until="vLLM's LoRAMapping holds arrays.",
+        until="vLLM's LoRAMapping holds arrays, and seeds work with divided prompts on CPUs.",
     ),
     Patch(
         name="rows-to-embed",
@@ -96,21 +99,14 @@ _PATCHES: tuple[Patch, ...] = (
         until="vLLM's LoRA mapping covers all sampled rows, and its counts go by request.",
     ),
     Patch(
-        name="rows-to-sample",
-        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
-        takes=("self, logits, spec_decode_metadata",),
-        handler="worker.sampling:sample_rows",
-        why="vLLM's first model runner counts NaN in logits that it has sampled from. Those of "
-        "float32 are changed by that: a request's penalties make NaN of sound ones, and would "
-        "have its adapter quarantined. Looks at them before. On CPUs the engine dies of a request "
-        "with a seed whose prompt takes several steps, as generators of random numbers cannot be "
-        "turned back there. Has them draw nothing before the prompt's end. With speculative "
-        "decoding on CPUs, the engine dies of a request with `top_k`; other drafts are judged by "
-        "any temperature and `top_p` but the request's. Answers them all.",
-        checked=("0.29", "0.30", "0.31", "0.32", "0.33"),
-        until="vLLM's first model runner counts before it samples, as its second one does, seeds "
-        "work with divided prompts on CPUs, and its RejectionSampler knows there what requests ask "
-        "for.",
+        name="limits-of-drafts",
+        target="vllm.v1.sample.rejection_sampler:apply_sampling_constraints",
+        takes=("logits, cu_num_draft_tokens, sampling_metadata",),
+        handler="worker.sampling:apply_sampling_constraints",
+        why="With speculative decoding on CPUs, the engine dies of a request with `top_k`; other "
+        "drafts are judged by any temperature and `top_p` but the request's. Answers them all.",
+        checked=(),
+        until="vLLM's RejectionSampler knows on CPUs what requests ask for.",
     ),
     Patch(
         name="unsound-rows",
@@ -120,11 +116,12 @@ _PATCHES: tuple[Patch, ...] = (
         ),
         handler="worker.sampling:bookkeeping_sync",
         why="As sampled-rows, for the counts of vLLM's first model runner: with drafted tokens, "
-        "one customer's NaN would be another's. Hands it what rows-to-sample has seen, each row's "
-        "maximum, NaN if any of the row is: counting among the whole vocabulary takes far longer "
-        "on CPUs.",
+        "one customer's NaN would be another's. It counts in logits that have been sampled from: a "
+        "request's penalties make NaN of sound ones of float32, and would have its adapter "
+        "quarantined. Hands it each row's maximum before, NaN if any of the row is: counting among "
+        "the whole vocabulary takes far longer on CPUs.",
         checked=("0.29", "0.30", "0.31", "0.32", "0.33"),
-        until="As sampled-rows.",
+        until="As sampled-rows, and vLLM's first model runner counts before it samples.",
     ),
     Patch(
         name="executor-class",

@@ -74,12 +74,5 @@ REPLACED = (
         "an adapter for one, so that the engine dies after a reload, and has 32 bits for numbers.",
         "vLLM's LoRAMapping holds arrays.",
     ),
-    Replaced(
-        "integration.worker.sampling",
-        "rejection_sampler.expand_batch_to_tokens",
-        "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
-        "On CPUs drafts have no request's `top_k`, which ends the engine, nor its temperature.",
-        "vLLM's rejection sampler heeds what requests ask for on CPUs.",
-    ),
 )
 """All of them, by module."""

@@ -124,7 +124,13 @@ class MultiLoRAModelManager(LoRAModelManager):
         factors: What DoRA adapters multiply outputs by; None where they are not served.
         repeated_rows: As of `RunningLayout`.
         kernel_record: Which kernels serve which layers; None where nothing was chosen.
+        keeps_row_maxima: Whether the largest logit of each sampled row is kept, for
+            `take_row_maxima`.
+        row_maxima: [rows, 1], those of the last step; None where there are none.
     """
+
+    keeps_row_maxima = False
+    row_maxima: torch.Tensor | None = None
 
     encoder_wrapper: MultiLoRAPunicaWrapper | None
     layout: ModelLayout
@@ -361,6 +367,14 @@ class MultiLoRAModelManager(LoRAModelManager):
             for wrapper in self._wrappers():
                 stack.enter_context(wrapper.output_rows.from_prompt(first_token))
             yield
+
+    def take_row_maxima(self) -> torch.Tensor | None:
+        """The largest logit of each row before it is sampled from, NaN if any of the row is.
+
+        It is found sooner than NaN is counted among all tokens.
+        """
+        maxima, self.row_maxima = self.row_maxima, None
+        return maxima
 
     def set_sampled_rows(self, counts: npt.NDArray[np.integer]) -> None:
         """Says how many rows of each request reach the output layers; see `OutputRows`."""
