@@ -146,19 +146,6 @@ _PATCHES: tuple[Patch, ...] = (
         until="vLLM's executors can wake their engine core.",
     ),
     Patch(
-        name="block-hashes",
-        target="vllm.v1.engine.core:get_request_block_hasher",
-        takes=(
-            "hash_block_size, caching_hash_fn",
-            "hash_block_size, caching_hash_fn, num_hash_lookahead_tokens=0",
-        ),
-        handler="engine.requests.prefix_keys:get_request_block_hasher",
-        why="A request's blocks are hashed as it arrives, when its adapter's digest may not be "
-        "known yet. Hashes them once it is.",
-        checked=("0.29", "0.29/2", "0.30"),
-        until="As prefix-cache-keys.",
-    ),
-    Patch(
         name="equal-loads",
         target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter",
         takes=("self, request, base_model_name=None",),
