@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from multilora_kernels import BatchPlan, PlanLayout
+from vllm_multilora.integration.attached import in_own_class
 
 logger = logging.getLogger(__name__)
 
@@ -149,10 +150,5 @@ def with_known_rows(model: torch.nn.Module) -> torch.nn.Module:
     VLLM sends a prompt's rows (`prompt_logprobs`) through the output layer with the mapping of the
     sampled ones: engines on CPUs die of it, and elsewhere adapters meet the wrong rows.
     """
-    kind = type(model)
-    if not hasattr(kind, "compute_logits"):  # a model that makes vectors
-        return model
-    made: Any = type(kind.__name__, (_KnownRows, kind), {"__module__": kind.__module__})
-    known: torch.nn.Module = made.__new__(made)
-    known.__dict__ = model.__dict__  # whoever holds either sees what becomes of the other
-    return known
+    makes_vectors = not hasattr(model, "compute_logits")
+    return model if makes_vectors else in_own_class(model, _KnownRows)

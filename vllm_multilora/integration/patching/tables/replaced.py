@@ -53,13 +53,6 @@ REPLACED = (
         "vLLM names the first wrong item alone.",
     ),
     Replaced(
-        "integration.step.short_forward",
-        "layer.forward",
-        "torch.nn:Module.forward",
-        "On CPUs the way from vLLM's LoRA layer to the kernels costs Python time in every step.",
-        "vLLM's LoRA layers call their kernels directly.",
-    ),
-    Replaced(
         "integration.worker.base_layers.base_products",
         "layer.cpu_linear",
         "vllm.model_executor.layers.utils:layer.cpu_linear",

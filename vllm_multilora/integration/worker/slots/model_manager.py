@@ -22,6 +22,7 @@ from vllm.lora.layers.utils import LoRAMappingType
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.utils import replace_submodule
 
 from multilora_kernels import SlotTable, host_memory
 from multilora_kernels.trial.records import Record
@@ -31,7 +32,7 @@ from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.step.mapping import BatchMapping
 from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
 from vllm_multilora.integration.step.punica_prepared import slices_of
-from vllm_multilora.integration.step.short_forward import shorten_forward
+from vllm_multilora.integration.step.short_forward import with_short_forward
 from vllm_multilora.integration.step.staged_rows import SlotColumns
 from vllm_multilora.integration.step.stock_kernels import restore_tables
 from vllm_multilora.integration.step.stock_rows import ClassificationHead
@@ -197,15 +198,23 @@ class MultiLoRAModelManager(LoRAModelManager):
         self._rests = _slot_rests(layers)
         for layer, _ in layers:
             prepare(layer, dtype)
-            if self.device.type == "cpu":
-                shorten_forward(layer)
-        if self.device.type != "cpu":
+        if self.device.type == "cpu":
+            self._shorten_forwards(layer for layer, _ in layers)
+        else:
             parallel = config.parallel_config
             count = parallel.local_world_size
             share = {"workers": count, "worker": parallel.rank % count}
             warm_up(self.modules.values(), dtype, self.slot_table, **share)
         # Slots of special layers that hold something; the others need no clearing.
         self._filled: set[tuple[str, int]] = set()
+
+    def _shorten_forwards(self, layers: Iterable[BaseLayerWithLoRA]) -> None:
+        short = {id(layer): with_short_forward(layer) for layer in layers}
+        for name, layer in self.modules.items():
+            made = short.get(id(layer), layer)
+            if made is not layer:  # logits processors are `lm_head` here, but not in the model
+                self.modules[name] = made
+                replace_submodule(self.model, name, made)
 
     def _make_slots(self, packed: Sequence[Any], orders: Mapping[int, torch.Tensor]) -> None:
         """Makes the slots of linear layers, and what copies packed adapters into them."""
