@@ -24,7 +24,6 @@ from vllm_multilora.integration.cpu_compilation import compile_only_with_compile
 from vllm_multilora.integration.failed_requests import not_by_workers
 from vllm_multilora.integration.logs import join_vllm_logging
 from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
-from vllm_multilora.integration.patching.tables.core_seams import PUNICA_WRAPPER
 from vllm_multilora.integration.settings.cache_settings import cpu_budget, store_settings
 from vllm_multilora.integration.settings.flags import checks_in
 from vllm_multilora.integration.step.mapping import BatchMapping, base_rows_of
@@ -353,8 +352,7 @@ def make_worker_manager(
     original: type, vllm_config: VllmConfig, *args: Any, **kwargs: Any
 ) -> LRUCacheWorkerLoRAManager:
     join_vllm_logging()
-    # Our manager fills slots for our kernels; stock ones need stock's cleared slots.
-    if not loads_adapters(vllm_config) or not PUNICA_WRAPPER.is_applied():
+    if not loads_adapters(vllm_config):
         return original(vllm_config, *args, **kwargs)
     if (loader := _others_loader(original)) is not None:
         if checks := checks_in(settings_of(vllm_config)):
@@ -364,7 +362,7 @@ def make_worker_manager(
             )
         logger.warning(
             "%s loads adapters in vLLM's place: vllm-multilora leaves them to it here, and to "
-            "vLLM's own manager, and only computes them.",
+            "vLLM's own manager and kernels.",
             loader,
         )
         return original(vllm_config, *args, **kwargs)

@@ -8,17 +8,6 @@ from vllm_multilora.integration.patching.seams import Seams
 from vllm_multilora.integration.patching.tables.attributes import CORE_ATTRIBUTES
 from vllm_multilora.integration.patching.tables.overrides import OVERRIDES
 
-PUNICA_WRAPPER = Patch(
-    name="punica-wrapper",
-    target="vllm.lora.model_manager:get_punica_wrapper",
-    takes=("*args, **kwargs",),
-    handler="step.punica:get_punica_wrapper",
-    why="The wrapper class is the platform's choice; an out-of-tree wrapper has no way in. "
-    "Returns ours when the plugin is active and has kernels for the platform.",
-    checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-    until="vLLM selects punica wrappers through a registry.",
-)
-
 _PATCHES: tuple[Patch, ...] = (
     Patch(
         name="flags",
@@ -49,7 +38,6 @@ _PATCHES: tuple[Patch, ...] = (
         checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM lets plugins validate their part of additional_config.",
     ),
-    PUNICA_WRAPPER,
     Patch(
         name="worker-manager",
         target="vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager",
@@ -75,6 +63,17 @@ _PATCHES: tuple[Patch, ...] = (
         "end.",
         checked=("0.29", "0.30", "0.31", "0.32", "0.33"),
         until="vLLM's LoRAMapping holds arrays, and seeds work with divided prompts on CPUs.",
+    ),
+    Patch(
+        name="batch-mapping-2",
+        target="vllm.v1.worker.gpu.model_runner:LoraState",
+        takes=("self, max_num_reqs",),
+        handler="worker.rows.batch_lora_state:make_lora_state",
+        why="vLLM's second model runner spells a step's adapters out by token, takes two versions "
+        "of an adapter for one, so that the engine dies after a reload, and has 32 bits for "
+        "numbers. Ours maps requests, as batch-mapping does.",
+        checked=(),
+        until="As batch-mapping, and it tells adapters apart by number.",
     ),
     Patch(
         name="rows-to-embed",

@@ -59,13 +59,5 @@ REPLACED = (
         "See the patch base-products.",
         "See the patch base-products.",
     ),
-    Replaced(
-        "integration.worker.worker_calls",
-        "runner.lora_state",
-        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.lora_state",
-        "vLLM's second model runner spells a step's adapters out by token, takes two versions of "
-        "an adapter for one, so that the engine dies after a reload, and has 32 bits for numbers.",
-        "vLLM's LoRAMapping holds arrays.",
-    ),
 )
 """All of them, by module."""

@@ -28,7 +28,7 @@ from multilora_kernels import SlotTable, host_memory
 from multilora_kernels.trial.records import Record
 from vllm_multilora.adapters.model.layout import ModelLayout
 from vllm_multilora.adapters.packing.pack_index import RankIndex
-from vllm_multilora.integration.patching.activation import settings_of
+from vllm_multilora.integration.patching.activation import kernel_backend, settings_of
 from vllm_multilora.integration.step.mapping import BatchMapping
 from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
 from vllm_multilora.integration.step.punica_prepared import slices_of
@@ -46,7 +46,7 @@ from vllm_multilora.integration.worker.model.model_layout import is_ranked, runn
 from vllm_multilora.integration.worker.model.output_factors import SlotFactors
 from vllm_multilora.integration.worker.rows.encoder_rows import (
     ENCODER,
-    encoder_wrapper,
+    encoder_rows,
     reads_encoder,
 )
 from vllm_multilora.integration.worker.slots.slot_buffers import (
@@ -141,10 +141,13 @@ class MultiLoRAModelManager(LoRAModelManager):
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: VllmConfig) -> None:
         super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
+        # VLLM's are the platform's, and an out-of-tree wrapper has no way in.
+        of_model = _wrapper(self, vllm_config, max_num_batched_tokens)
+        self.punica_wrapper_mapping = dict.fromkeys(self.punica_wrapper_mapping, of_model)
         self.encoder_wrapper = None
         self._experts_left_alone = dict(experts_left_alone(self.model))
         if vllm_config.model_config.is_encoder_decoder:
-            self.encoder_wrapper = encoder_wrapper(vllm_config, self.lora_config, self.device)
+            self.encoder_wrapper = _wrapper(self, vllm_config, encoder_rows(vllm_config))
             self.punica_wrapper_mapping[ENCODER] = self.encoder_wrapper
 
     def _get_punica_wrapper(self, module_name: str) -> Any:
@@ -408,6 +411,18 @@ class MultiLoRAModelManager(LoRAModelManager):
         if self.device.type != "cpu":
             torch.accelerator.synchronize()  # before slots are filled, on whichever stream
         self._filled = {(name, slot) for name in self._special for slot in range(self.lora_slots)}
+
+
+def _wrapper(
+    manager: LoRAModelManager, vllm_config: VllmConfig, max_rows: int
+) -> MultiLoRAPunicaWrapper:
+    return MultiLoRAPunicaWrapper(
+        max_rows,
+        manager.max_num_seqs,
+        manager.device,
+        backend=kernel_backend(vllm_config),
+        lora_config=manager.lora_config,
+    )
 
 
 def _store_by_column(modules: Iterable[Any], dtype: Any, device: torch.device) -> None:
