@@ -16,9 +16,9 @@ from vllm.v1.engine import EngineCoreRequest, FinishReason
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from vllm_multilora.integration.engine.requests import prefix_keys
 from vllm_multilora.integration.engine.requests.tenant_wall import tenant_of
 from vllm_multilora.integration.failed_requests import from_stop_reason
+from vllm_multilora.integration.patching.tables.core_seams import CORE_SEAMS
 from vllm_multilora.integration.seals import Seal, sealed
 
 from .scheduling.real_scheduler import Steps, make_config
@@ -58,12 +58,11 @@ class Engine:
         update = self.scheduler.update_from_output
         self.scheduler.update_from_output = lambda *args: self.outputs.append(update(*args))
         init_none_hash(hash)
+        assert not CORE_SEAMS.missing({"prefix-cache-keys"})
         self._core = SimpleNamespace(
             scheduler=self.scheduler,
             mm_receiver_cache=None,
-            request_block_hasher=prefix_keys.get_request_block_hasher(
-                get_request_block_hasher, 16, lambda value: repr(value).encode()
-            ),
+            request_block_hasher=get_request_block_hasher(16, lambda value: repr(value).encode()),
         )
 
     def add(self, request):

@@ -1,4 +1,4 @@
-"""State that the plugin attaches to vLLM's objects, each item under a typed name.
+"""State and methods that the plugin attaches to vLLM's objects, each item of state under a name.
 
 An executor, an engine core or an API server lives as long as what belongs to it, but vLLM has no
 place for a plugin's state. Everything that is kept with such an object is in one attribute of it, a
@@ -40,3 +40,18 @@ class Attached(Generic[_T]):
     def is_set(self, owner: Any) -> bool:
         """Whether anything was set, None included."""
         return self._name in getattr(owner, "vllm_multilora", {})
+
+
+def in_own_class(thing: _T, *bases: type, **members: Any) -> _T:
+    """The same object in a class made from its own: whoever holds either sees one state.
+
+    Args:
+        thing: Any object with a `__dict__`.
+        bases: Classes that come before the object's.
+        members: What the class has besides.
+    """
+    kind = type(thing)
+    made: Any = type(kind.__name__, (*bases, kind), {"__module__": kind.__module__, **members})
+    known: _T = made.__new__(made)
+    known.__dict__ = thing.__dict__
+    return known

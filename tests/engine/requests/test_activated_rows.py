@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.lora.layers.utils import LoRAMappingType
 from vllm.lora.request import LoRARequest
-from vllm.v1.worker.gpu.lora_utils import LoraState
 
 from vllm_multilora.integration.activated import ActivatedLoRARequest, from_token
 from vllm_multilora.integration.step.mapping import BatchMapping, base_rows_of
@@ -87,8 +86,9 @@ def test_rows_before_the_first_activated_token_are_the_base_models(requests):
 @settings(deadline=None)
 @given(traffic())
 def test_so_they_are_in_the_second_model_runner(requests):
-    runner = SecondRunner(len(requests))
-    state = BatchLoraState(runner)
+    runner = SecondRunner()
+    state = BatchLoraState(len(requests))
+    state.serve(runner)
     for index, (adapter, *_) in enumerate(requests):
         state.add_request(str(index), index, adapter)
     for batch in steps_of(requests):
@@ -104,15 +104,15 @@ def test_so_they_are_in_the_second_model_runner(requests):
 class SecondRunner:
     """What a state asks of the second model runner that it is for."""
 
-    def __init__(self, places: int) -> None:
-        self.lora_state = LoraState(max_num_reqs=places)
+    def __init__(self) -> None:
         self.lora_manager = SimpleNamespace(has_encoder=False)
         self.req_states = SimpleNamespace(num_computed_prefill_tokens=None)
 
 
 def test_second_model_runner_tells_two_versions_of_an_adapter_apart():
-    runner = SecondRunner(3)
-    state = BatchLoraState(runner)
+    runner = SecondRunner()
+    state = BatchLoraState(3)
+    state.serve(runner)
     numbers = [7, 2**53 - 1, 7]  # a reload gives an adapter a new one
     for index, number in enumerate(numbers):
         state.add_request(f"r{index}", index, LoRARequest("acme", number, "/adapters/acme"))

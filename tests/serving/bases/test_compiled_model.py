@@ -39,7 +39,7 @@ def compiled_as_on_gpus() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         changed = classmethod(check_and_update_config)
         patch.setattr(CpuPlatform, "check_and_update_config", changed)
-        patch.setattr(model_manager, "shorten_forward", lambda layer: None)
+        patch.setattr(model_manager, "with_short_forward", lambda layer: layer)
         yield
 
 

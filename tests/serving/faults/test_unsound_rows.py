@@ -30,39 +30,57 @@ def test_rows_are_added_up_by_request(counts, rows, expected):
 @pytest.fixture
 def runner(monkeypatch):
     """A model runner with our manager, as far as these functions look at one."""
+    from vllm_multilora.integration.worker import manager as worker_manager
     from vllm_multilora.integration.worker import sampling
+    from vllm_multilora.integration.worker.slots.model_manager import MultiLoRAModelManager
 
+    model_manager = MultiLoRAModelManager.__new__(MultiLoRAModelManager)
+    model_manager.punica_wrapper_mapping = {}
+    model_manager.keeps_row_maxima = True
     manager = SimpleNamespace(
         sampled_rows=np.array([3, 1]),
-        row_maxima=None,
         idle_generators={},
-        model_manager=SimpleNamespace(set_sampled_rows=lambda rows: None),
+        model_manager=model_manager,
+        activate_batch=lambda *args: None,
     )
-    monkeypatch.setattr(sampling, "manager_of", lambda runner: manager)
+    for module in (sampling, worker_manager):
+        monkeypatch.setattr(module, "manager_of", lambda runner: manager)
     return SimpleNamespace(
         manager=manager,
-        input_batch=SimpleNamespace(generators={}),
+        device=torch.device("cpu"),
+        requests={},
+        input_batch=SimpleNamespace(generators={}, lora_id_to_lora_request={}),
         discard_request_mask=SimpleNamespace(np=np.zeros(8, dtype=bool)),
     )
 
 
-def counted(runner, logits, sample=lambda runner, logits, drafts: None):
+class Model(torch.nn.Module):
+    """One whose logits are what it is given."""
+
+    def compute_logits(self, hidden_states):
+        return hidden_states
+
+
+def counted(runner, logits, sample=lambda logits: None):
     """What vLLM's first model runner counts in a step.
 
     Args:
         runner: The model runner.
         logits: [rows, vocabulary].
-        sample: Stands for vLLM's `_sample`.
+        sample: Stands for what samples from logits.
     """
     from vllm.v1.worker.gpu_model_runner import count_nans_per_row
 
-    from vllm_multilora.integration.worker.sampling import bookkeeping_sync, sample_rows
+    from vllm_multilora.integration.step.output_rows import with_known_rows
+    from vllm_multilora.integration.worker.sampling import bookkeeping_sync
 
     def original(runner, scheduled, sampled, logits, states):
         assert logits.shape[1] == 1, "one number a row is all that vLLM is given"
         return count_nans_per_row(logits).tolist()
 
-    sample_rows(sample, runner, logits, None)
+    model = with_known_rows(Model())
+    model.lora_manager = runner.manager.model_manager
+    sample(model.compute_logits(logits))
     return bookkeeping_sync(original, runner, None, None, logits, None)
 
 
@@ -80,7 +98,7 @@ def test_nan_that_a_requests_own_parameters_make_is_not_counted(runner):
     """vLLM samples from logits of float32 in place."""
     from vllm._custom_ops import apply_repetition_penalties_torch
 
-    def sample(runner, logits, drafts):
+    def sample(logits):
         logits[:, 3] = float("-inf")  # not among its `allowed_token_ids`
         is_in_prompt = torch.ones_like(logits, dtype=torch.bool)
         is_in_answer = torch.zeros_like(is_in_prompt)
@@ -107,7 +125,8 @@ def test_the_first_model_runner_finds_nan_among_other_rows(runner):
 
 
 def test_seeded_requests_amidst_their_prompts_draw_nothing_on_cpus(runner):
-    from vllm_multilora.integration.worker.sampling import bookkeeping_sync, sample_rows
+    from vllm_multilora.integration.worker.manager import set_active_loras
+    from vllm_multilora.integration.worker.sampling import bookkeeping_sync
 
     seeded = {row: torch.Generator().manual_seed(row) for row in (0, 2, 3)}
     generators = runner.input_batch.generators
@@ -119,10 +138,10 @@ def test_seeded_requests_amidst_their_prompts_draw_nothing_on_cpus(runner):
         seen.append(set(runner.input_batch.generators))
 
     for _ in range(2):
-        sample_rows(note, runner, torch.zeros(4, 9), None)
+        set_active_loras(None, runner, runner.input_batch, np.ones(4, dtype=int))
         bookkeeping_sync(note, runner, None, None, torch.zeros(4, 9), None)
         assert generators == seeded
-    assert seen == [{0, 3}] * 4
+    assert seen == [{0, 3}] * 2
 
 
 @pytest.mark.smoke

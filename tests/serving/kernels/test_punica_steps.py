@@ -91,22 +91,32 @@ def test_a_batch_is_not_taken_for_the_one_before_in_whose_arrays_it_is():
 
 
 def test_rows_from_a_prompt_are_those_of_its_tokens():
-    """As for `prompt_logprobs`; afterwards rows are sampled ones again."""
+    """As for `prompt_logprobs`: vLLM slices prompts' rows, and copies those that it samples."""
+    from vllm_multilora.integration.step.output_rows import with_known_rows
+    from vllm_multilora.integration.worker.slots.model_manager import MultiLoRAModelManager
+
     wrapper = make_wrapper()
     step(wrapper, [2, 1, 3], [9, 0, 5])
-    x, a, b = torch.ones(2, 16), torch.ones(4, 1, 8, 16), torch.ones(4, 1, 24, 8)
+    a, b = torch.ones(4, 1, 8, 16), torch.ones(4, 1, 24, 8)
     b *= torch.arange(1, 5).view(4, 1, 1, 1)  # each slot's own
 
-    def slots_of_rows() -> list[int]:
-        y = torch.zeros(2, 24)
-        wrapper.add_lora_logits(y, x, a, b, 1.0)
-        return (y[:, 0] / (8 * 16) - 1).int().tolist()
+    class Model(torch.nn.Module):
+        def compute_logits(self, hidden_states):
+            y = torch.zeros(len(hidden_states), 24)
+            wrapper.add_lora_logits(y, hidden_states.clone(), a, b, 1.0)
+            return (y[:, 0] / (8 * 16) - 1).int()
 
-    with wrapper.output_rows.from_prompt(1):
-        assert slots_of_rows() == [2, -1]
-    with wrapper.output_rows.from_prompt(4):
-        assert slots_of_rows() == [0, 0]
-    assert slots_of_rows() == [2, -1]
+    model = Model()
+    model.lora_manager = MultiLoRAModelManager.__new__(MultiLoRAModelManager)
+    model.lora_manager.punica_wrapper_mapping = {"model": wrapper}
+    known = with_known_rows(model)
+    assert isinstance(known, Model)
+    hidden_states, sampled = torch.ones(6, 16), torch.tensor([1, 2, 5])
+    for padded in (hidden_states, torch.ones(9, 16)[:6]):
+        assert known.compute_logits(padded[1:3]).tolist() == [2, -1]
+        assert known.compute_logits(padded[4:6]).tolist() == [0, 0]
+        assert known.compute_logits(padded[:6]).tolist() == [2, 2, -1, 0, 0, 0]
+        assert known.compute_logits(padded[sampled]).tolist() == [2, -1, 0]
 
 
 def test_padding_rows_have_valid_embedding_offsets_before_and_after_a_step():

@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 
@@ -254,7 +255,8 @@ def test_what_only_some_versions_have_is_expected_of_these(target, versions):
 
 
 def test_a_patch_of_what_a_version_never_had_is_not_missed(monkeypatch, caplog):
-    patch = next(each for each in PATCHES if each.name == "prompt-scores-2")
+    target = "vllm.v1.core.sched.scheduler:Scheduler._handle_blocked_waiting_request"
+    patch = replace(PATCHES[0], target=target)
     monkeypatch.setattr(patch_module, "installed_version", lambda: "0.30.0")
     monkeypatch.setattr(patch_module.importlib, "import_module", None)  # would be called to apply
     assert patch.apply()

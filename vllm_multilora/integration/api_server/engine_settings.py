@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ESSENTIAL = ("punica-wrapper", "worker-manager", "batch-mapping", "executor-class", "engine-core")
+_ESSENTIAL = ("worker-manager", "batch-mapping", "executor-class", "engine-core")
 """Patches that act together: with one of them missing, requests get the base model's answers."""
 
 COMPILED_WITH = "multilora_compiled_with"

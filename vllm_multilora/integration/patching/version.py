@@ -9,14 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _PUNICA = "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase"
-_SCORES = "vllm.v1.worker.gpu.sample.prompt_logprob:PromptLogprobsWorker"
 
 _FIRST = {
     f"{_SCHEDULER}._handle_blocked_waiting_request": (0, 31),
     # Adapters with whole heads.
     f"{_PUNICA}.apply_lora_full_linear": (0, 31),
-    # Scores of given tokens with the second model runner.
-    f"{_SCORES}.compute_prompt_token_id_logprobs": (0, 31),
 }
 """By target, as `module:Class.attribute`, the first minor version of vLLM that has it."""
 

@@ -10,12 +10,14 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from multilora_kernels import BatchPlan, PlanLayout
+from vllm_multilora.integration.attached import in_own_class
 
 logger = logging.getLogger(__name__)
 
@@ -90,11 +92,11 @@ class OutputRows:
         )
 
     @contextmanager
-    def from_prompt(self, first_token: int | None) -> Iterator[None]:
+    def from_prompt(self, first_token: int) -> Iterator[None]:
         """Within it, an output layer's rows are consecutive tokens of the step, not sampled ones.
 
         Args:
-            first_token: Which token the first row belongs to; None: the rows are sampled ones.
+            first_token: Which token the first row belongs to.
         """
         self._first_token = first_token
         try:
@@ -111,6 +113,8 @@ class OutputRows:
         slots = self._sampler_slots
         if (first := self._first_token) is not None:
             slots = self._token_slots[first : first + x.size(0)]
+        elif len(slots) < x.size(0) == len(self._token_slots):  # a prompt that is all of the step
+            slots = self._token_slots
         if len(slots) < x.size(0):
             _warn_of_unknown_rows()
         if slots is self._token_slots:
@@ -121,13 +125,30 @@ class OutputRows:
         return self._own_plan
 
 
-def first_row(part: torch.Tensor, whole: torch.Tensor) -> int | None:
-    """Which row of `whole` is the first of `part`; None if `part` does not lie in its memory.
+class _KnownRows:
+    """A model that says which of a step's rows it computes logits of."""
 
-    Args:
-        part: [rows, width].
-        whole: [all rows, width].
+    lora_manager: Any
+
+    def compute_logits(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        compute = super().compute_logits  # type: ignore[misc]
+        # VLLM copies the rows that it samples; those of prompts are slices of all rows.
+        if hidden_states.untyped_storage().nbytes() == hidden_states.nbytes:
+            logits = compute(hidden_states, *args, **kwargs)
+            if self.lora_manager.keeps_row_maxima and logits is not None:
+                self.lora_manager.row_maxima = logits.amax(dim=-1, keepdim=True)
+            return logits
+        first = hidden_states.storage_offset() // hidden_states.stride(0)
+        # Said here, because some models normalise the rows before their output layer gets them.
+        with self.lora_manager.rows_from_prompt(first):
+            return compute(hidden_states, *args, **kwargs)
+
+
+def with_known_rows(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, in a class made from its own that maps the rows of prompts to adapters.
+
+    VLLM sends a prompt's rows (`prompt_logprobs`) through the output layer with the mapping of the
+    sampled ones: engines on CPUs die of it, and elsewhere adapters meet the wrong rows.
     """
-    row_bytes = whole.stride(0) * whole.element_size()
-    first = (part.data_ptr() - whole.data_ptr()) / row_bytes
-    return int(first) if 0 <= first < whole.size(0) and first.is_integer() else None
+    makes_vectors = not hasattr(model, "compute_logits")
+    return model if makes_vectors else in_own_class(model, _KnownRows)

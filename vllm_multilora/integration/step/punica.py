@@ -16,19 +16,18 @@ omitted only from graphs that vLLM replays for adapter-free batches.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
+from vllm.config import get_current_vllm_config_or_none
 from vllm.lora.layers import BaseLayerWithLoRA, FusedMoEWithLoRA
 from vllm.lora.layers.utils import LoRAMappingType
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from multilora_kernels import BatchPlan, OutputFactors, PlanLayout, lora_shrink
-from vllm_multilora.integration.patching.activation import kernel_backend
 from vllm_multilora.integration.step.mapping import BatchMapping
 from vllm_multilora.integration.step.output_rows import OutputRows
 from vllm_multilora.integration.step.punica_moe import ExpertLayers
@@ -269,10 +268,3 @@ def _slots_of(ids: Sequence[int], slot_of: dict[int, int]) -> npt.NDArray[np.int
     distinct, position = np.unique(np.array(ids, dtype=np.int64), return_inverse=True)
     slots = np.array([slot_of[max(i, 0)] for i in distinct.tolist()], dtype=np.int64)
     return slots[position]
-
-
-def get_punica_wrapper(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    backend = kernel_backend(get_current_vllm_config())
-    if backend == "vllm":
-        return original(*args, **kwargs)
-    return MultiLoRAPunicaWrapper(*args, backend=backend, **kwargs)

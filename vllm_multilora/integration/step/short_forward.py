@@ -20,14 +20,16 @@ from vllm.lora.layers import (
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.model_executor.layers.linear import ColumnParallelLinear, UnquantizedLinearMethod
 
+from vllm_multilora.integration.attached import in_own_class
+
 if TYPE_CHECKING:
     import torch
 
 _FORWARDS = (ColumnParallelLinearWithLoRA.forward, RowParallelLinearWithLoRA.forward)
 
 
-def shorten_forward(layer: BaseLayerWithLoRA) -> None:
-    """Gives a layer the short forward, if vLLM's does the same; after its mapping is set.
+def with_short_forward(layer: BaseLayerWithLoRA) -> BaseLayerWithLoRA:
+    """A layer with the short forward, if vLLM's does the same; after its mapping is set.
 
     Layers that are sharded, use a second stream, call a forward of their base layer's own, or are
     of other kinds keep vLLM's.
@@ -35,9 +37,12 @@ def shorten_forward(layer: BaseLayerWithLoRA) -> None:
     Args:
         layer: Any LoRA layer. Its slots, its punica wrapper and its base layer's method must not be
             replaced afterwards.
+
+    Returns:
+        The layer in a class of its own; itself, if it keeps vLLM's.
     """
     if not isinstance(layer, BaseLinearLayerWithLoRA) or not _does_the_same(layer):
-        return
+        return layer
     base: Any = layer.base_layer
     hands_on_bias, returns_bias = base.skip_bias_add, base.return_bias
     parameters = base._parameters  # a look-up of `base.bias` ends in Python, after all others
@@ -60,7 +65,7 @@ def shorten_forward(layer: BaseLayerWithLoRA) -> None:
             add_adapters(y.view(-1, y.shape[-1]), input_.reshape(-1, input_.shape[-1]), plan)
         return (y, bias if hands_on_bias else None) if returns_bias else y
 
-    layer.forward = forward
+    return in_own_class(layer, forward=staticmethod(forward))
 
 
 def _does_the_same(layer: BaseLinearLayerWithLoRA) -> bool:

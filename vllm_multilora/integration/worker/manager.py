@@ -24,10 +24,10 @@ from vllm_multilora.integration.cpu_compilation import compile_only_with_compile
 from vllm_multilora.integration.failed_requests import not_by_workers
 from vllm_multilora.integration.logs import join_vllm_logging
 from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
-from vllm_multilora.integration.patching.tables.core_seams import PUNICA_WRAPPER
 from vllm_multilora.integration.settings.cache_settings import cpu_budget, store_settings
 from vllm_multilora.integration.settings.flags import checks_in
 from vllm_multilora.integration.step.mapping import BatchMapping, base_rows_of
+from vllm_multilora.integration.step.output_rows import with_known_rows
 from vllm_multilora.integration.worker.experts.expert_kernels import choose_expert_kernels
 from vllm_multilora.integration.worker.pushed_tensors import PushedTensors, tensors_in, tensors_of
 from vllm_multilora.integration.worker.slots.filler import SlotFiller
@@ -50,6 +50,9 @@ logger = logging.getLogger(__name__)
 
 _WARM_UP_PATH = "/not/a/real/path"
 
+is_used = False
+"""Whether a manager of this process is ours, for functions of vLLM's that know none."""
+
 _LOADER = "_load_adapter"
 """Method of vLLM's manager that frameworks replace, to load adapters from elsewhere."""
 
@@ -69,8 +72,6 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         largest_adapter: Bytes of an adapter of the largest rank in every module, on this worker.
         own_store: Where the engine core waits for its workers: what this one loads from.
         sampled_rows: [requests], how many rows of each request the last batch sampled.
-        row_maxima: [rows, 1], the largest logit of each row that the first model runner is about
-            to sample from; None otherwise.
         idle_generators: Of requests with a seed, by row, that are not used in this step.
     """
 
@@ -78,18 +79,17 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
     _adapter_manager: MultiLoRAModelManager
     own_store: OwnStore
     sampled_rows: npt.NDArray[np.integer]
-    row_maxima: torch.Tensor | None
     idle_generators: dict[int, torch.Generator]
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
-        """Wraps the model's layers and connects to the engine core; returns the model."""
+        """Wraps the model's layers and connects to the engine core; returns the model to run."""
         choose_expert_kernels(model)
         if current_platform.is_cpu():
             compile_only_with_compiler(vllm_config.model_config)
         wrapped = super().create_lora_manager(model, vllm_config)
         manager = self._adapter_manager
         self._vllm_config = vllm_config
-        self.row_maxima, self.idle_generators = None, {}
+        self.idle_generators = {}
         special = SpecialParts(manager, self.max_position_embeddings)
         self.filler = SlotFiller(manager, special, attach_worker(self.rank))
         parallel = vllm_config.parallel_config
@@ -105,7 +105,7 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         self._warm_up_ranks: dict[int, int] = {}
         self._is_warming_up = False
         self._owners: list[int | None] | None = None  # of the slots, as a warm-up has found them
-        return wrapped
+        return with_known_rows(wrapped)
 
     def _budget(self) -> CpuBudget:
         workers = self._vllm_config.parallel_config.local_world_size
@@ -146,6 +146,7 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         )
         if mapping_type is LoRAMappingType.LANGUAGE:
             self.sampled_rows = mapping.samples
+        self._adapter_manager.keeps_row_maxima = True  # this is the first model runner
         self._adapter_manager.set_adapter_mapping(mapping)
 
     def set_active_adapters(self, requests: Iterable[Any], mapping: Any | None) -> None:
@@ -351,8 +352,7 @@ def make_worker_manager(
     original: type, vllm_config: VllmConfig, *args: Any, **kwargs: Any
 ) -> LRUCacheWorkerLoRAManager:
     join_vllm_logging()
-    # Our manager fills slots for our kernels; stock ones need stock's cleared slots.
-    if not loads_adapters(vllm_config) or not PUNICA_WRAPPER.is_applied():
+    if not loads_adapters(vllm_config):
         return original(vllm_config, *args, **kwargs)
     if (loader := _others_loader(original)) is not None:
         if checks := checks_in(settings_of(vllm_config)):
@@ -362,12 +362,14 @@ def make_worker_manager(
             )
         logger.warning(
             "%s loads adapters in vLLM's place: vllm-multilora leaves them to it here, and to "
-            "vLLM's own manager, and only computes them.",
+            "vLLM's own manager and kernels.",
             loader,
         )
         return original(vllm_config, *args, **kwargs)
     if settings_of(vllm_config).quarantine:
         kv_blocks.start()
+    global is_used
+    is_used = True
     return MultiLoRAWorkerManager(vllm_config, *args, **kwargs)
 
 
@@ -412,3 +414,17 @@ def set_active_loras(
         mapping_type,
         base_rows_of(runner.requests, input_batch, num_scheduled_tokens),
     )
+    if runner.device.type == "cpu" and input_batch.generators:
+        is_amidst = runner.discard_request_mask.np
+        manager.idle_generators.update(_taken(input_batch.generators, is_amidst))
+
+
+def _taken(
+    generators: dict[int, torch.Generator], rows: npt.NDArray[np.bool_]
+) -> dict[int, torch.Generator]:
+    """Takes the generators of requests amidst their prompts out of the batch, by row.
+
+    vLLM draws tokens with them, which it throws away, and then turns them back, which generators of
+    CPUs do not allow.
+    """
+    return {row: generators.pop(row) for row in list(generators) if rows[row]}

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from vllm.v1.sample import rejection_sampler
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+from vllm.v1.sample.rejection_sampler import GREEDY_TEMPERATURE
 
+from vllm_multilora.integration.worker import manager as worker_manager
 from vllm_multilora.integration.worker.manager import manager_of
 from vllm_multilora.integration.worker.rows.encoder_rows import scheduled_items
-from vllm_multilora.integration.worker.slots.model_manager import MultiLoRAModelManager
 
 
 def preprocess(
@@ -32,32 +32,6 @@ def preprocess(
     embedded = np.add.reduceat(runner.is_token_ids.np[:end], starts, dtype=np.int64)
     with manager.model_manager.rows_to_embed(embedded):
         return original(runner, scheduler_output, *args, **kwargs)
-
-
-def get_prompt_logprobs(
-    original: Callable[..., Any], runner: Any, hidden_states: Any, *args: Any, **kwargs: Any
-) -> Any:
-    manager = manager_of(runner)
-    if manager is None:
-        return original(runner, hidden_states, *args, **kwargs)
-    with manager.model_manager.rows_from_prompts(hidden_states):
-        return original(runner, hidden_states, *args, **kwargs)
-
-
-def compute_prompt_scores(
-    original: Callable[..., Any],
-    worker: Any,
-    logits_fn: Any,
-    hidden_states: Any,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    model = getattr(logits_fn, "__self__", None)
-    manager = getattr(model, "lora_manager", None)
-    if model is None or not isinstance(manager, MultiLoRAModelManager):
-        return original(worker, logits_fn, hidden_states, *args, **kwargs)
-    with manager.rows_from_prompts(hidden_states):
-        return original(worker, model.compute_logits, hidden_states, *args, **kwargs)
 
 
 def sample(
@@ -79,71 +53,34 @@ def sample(
     return output, *rest
 
 
-def sample_rows(
-    original: Callable[..., Any],
-    runner: Any,
-    logits: torch.Tensor | None,
-    drafts: Any,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    manager = manager_of(runner)
-    if manager is not None and logits is not None:
-        # NaN if any of the row is: found sooner than NaN is counted among all tokens.
-        manager.row_maxima = logits.amax(dim=-1, keepdim=True)
-        if logits.device.type == "cpu":
-            manager.idle_generators = _take_idle_generators(runner)
-    if manager is None or drafts is None:
-        return original(runner, logits, drafts, *args, **kwargs)
-    if not drafts.max_spec_len:
-        # To compare no drafts at all is more than vLLM can on CPUs where a request has `top_k`.
-        return original(runner, logits, None, *args, **kwargs)
-    with _expansion_on_cpus(logits):
-        return original(runner, logits, drafts, *args, **kwargs)
-
-
-@contextmanager
-def _expansion_on_cpus(logits: torch.Tensor | None) -> Iterator[None]:
-    """Has each drafted token get its request's temperature, `top_k` and `top_p` on CPUs.
+def apply_sampling_constraints(
+    original: Callable[..., torch.Tensor],
+    logits: torch.Tensor,
+    cu_num_draft_tokens: torch.Tensor,
+    sampling_metadata: Any,
+) -> torch.Tensor:
+    """Has each drafted token judged by its request's temperature, `top_k` and `top_p` on CPUs.
 
     VLLM's kernel there writes them to a copy, in another type, that nobody reads: a request with
     `top_k` ends the engine.
     """
-    if logits is None or logits.device.type != "cpu":
-        yield
-        return
-    before = rejection_sampler.expand_batch_to_tokens
-    rejection_sampler.expand_batch_to_tokens = _expanded
-    try:
-        yield
-    finally:
-        rejection_sampler.expand_batch_to_tokens = before
+    is_ours = worker_manager.is_used and logits.device.type == "cpu"
+    if not is_ours or sampling_metadata.all_greedy:
+        return original(logits, cu_num_draft_tokens, sampling_metadata)
+    if not len(logits):  # no drafts in this step: more than vLLM can where there is `top_k`
+        return logits
+    counts = torch.diff(cu_num_draft_tokens, prepend=cu_num_draft_tokens.new_zeros(1))
 
+    def of_drafts(values: torch.Tensor | None) -> torch.Tensor | None:
+        return None if values is None else values.repeat_interleave(counts)
 
-def _expanded(
-    x: torch.Tensor,
-    cu_num_tokens: torch.Tensor,
-    num_tokens: int,
-    replace_from: int = 0,
-    replace_to: int = 0,
-) -> torch.Tensor:
-    """As vLLM's function: for each token the value of its request."""
-    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
-    expanded = x.repeat_interleave(counts, output_size=num_tokens)
-    return expanded.masked_fill_(expanded == replace_from, replace_to)
-
-
-def _take_idle_generators(runner: Any) -> dict[int, torch.Generator]:
-    """Takes the generators out of the batch whose requests are amidst their prompts, by row.
-
-    vLLM draws tokens with them, which it throws away, and then turns them back, which generators of
-    CPUs do not allow.
-    """
-    generators = runner.input_batch.generators
-    if not generators:
-        return {}
-    is_amidst = runner.discard_request_mask.np
-    return {row: generators.pop(row) for row in list(generators) if is_amidst[row]}
+    temperatures = of_drafts(sampling_metadata.temperature)
+    assert temperatures is not None
+    is_greedy = temperatures == GREEDY_TEMPERATURE
+    logits.div_(temperatures.masked_fill(is_greedy, 1).unsqueeze(-1))
+    return apply_top_k_top_p(
+        logits, of_drafts(sampling_metadata.top_k), of_drafts(sampling_metadata.top_p)
+    )
 
 
 def bookkeeping_sync(
@@ -156,12 +93,13 @@ def bookkeeping_sync(
     **kwargs: Any,
 ) -> Any:
     manager = manager_of(runner)
-    if manager is not None and manager.row_maxima is not None:
+    if manager is not None and logits is not None:
         # All that vLLM asks here is which rows hold NaN. By now, a request's own parameters may
         # have made some of sound logits of float32: they act in place.
-        logits, manager.row_maxima = manager.row_maxima, None
+        maxima = manager.model_manager.take_row_maxima()
+        logits = logits if maxima is None else maxima
         if len(logits) != len(manager.sampled_rows):
-            unsound = by_request(logits.isnan().squeeze(1).int(), manager.sampled_rows)
+            unsound = by_request(logits.isnan().any(dim=1).int(), manager.sampled_rows)
             logits = torch.where(unsound > 0, math.nan, 0.0).unsqueeze(1)
     answer = original(runner, scheduler_output, sampler_output, logits, *args, **kwargs)
     if manager is not None and manager.idle_generators:

@@ -42,9 +42,7 @@ def begin_serving(worker: Any) -> bool:
     """As `has_our_manager`; the first request of the engine follows."""
     runner, is_ours = worker.model_runner, has_our_manager(worker)
     if is_ours and not hasattr(runner, "input_batch"):  # vLLM's second one
-        from vllm_multilora.integration.worker.rows.batch_lora_state import BatchLoraState
-
-        runner.lora_state = BatchLoraState(runner)
+        runner.lora_state.serve(runner)
     return is_ours
 
 

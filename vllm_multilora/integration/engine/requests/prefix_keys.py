@@ -5,10 +5,9 @@ key is the digest of its weights. So the same weights have the same keys under e
 server and after every restart, and other weights have other keys. KV connectors and offloading that
 use vLLM's block hashes inherit this.
 
-Hashes are computed when a request arrives, if its adapter's weights are known by then; otherwise
-when the request has its turn, since a request that waits for its adapter has none before that.
+Hashes are computed when a request arrives, with the weights of its adapter that are known by then.
 Before the request runs, its keys are compared with the weights in the slot, and computed again if
-those have changed.
+those are others, or were not known.
 
 Blocks that end before an activated adapter becomes active are the base model's: they are keyed like
 those of requests without an adapter, and shared with them and with those of all other activated
@@ -23,7 +22,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import RequestStatus
@@ -42,49 +40,24 @@ None where vLLM loads the adapter, and has keys of its own.
 """
 
 _newest: weakref.ref[Any] | None = None
-"""The scheduler that was made last: of the engine core that makes its hasher next.
-
-Its `may_hash` says, on any thread, whether all that a request's keys contain is known.
-"""
+"""The scheduler that was made last. Its `prepare_keys` learns, on any thread, what the keys of a
+request contain that arrives. A process that runs several engines computes some keys again."""
 
 
-def hash_for(scheduler: Any) -> None:
-    """Has the engine core that is being made ask its scheduler before it hashes blocks."""
+def prepare_by(scheduler: Any) -> None:
+    """Has requests that arrive from now on prepared by a scheduler."""
     global _newest
     _newest = weakref.ref(scheduler)
 
 
-def get_request_block_hasher(
-    original: Callable[..., Callable[[Request], list[Any]]], *args: Any, **kwargs: Any
-) -> Callable[[Request], list[Any]]:
-    hash_blocks, newest = original(*args, **kwargs), _newest
-    return (
-        hash_blocks
-        if newest is None or newest() is None
-        else partial(_hash_blocks, hash_blocks, newest)
-    )
-
-
-def _hash_blocks(
-    hash_blocks: Callable[[Request], list[Any]],
-    scheduler: Callable[[], Any],
-    request: Request,
-) -> list[Any]:
-    """The hashes of a request's new blocks; none before all that they contain is known."""
-    served = scheduler()
-    return hash_blocks(request) if served is None or served.may_hash(request) else []
-
-
-def is_known(request: Request, adapters: Any) -> bool:
-    """Whether the keys of a request's adapter are known to `EngineAdapters`; any thread."""
+def learn_version(request: Request, adapters: Any) -> None:
+    """Learns a request's weights from `EngineAdapters`, if they are known; on any thread."""
     if request.lora_request is None or request.block_hashes or VERSION.is_set(request):
-        return True
+        return
     version = None if adapters is None else adapters.version(request.lora_request.lora_int_id)
-    if version is None or not invocation.is_invoked(request, version):
-        return False
-    VERSION.set(request, version.digest)
-    invocation.activate(request, version.digest)
-    return True
+    if version is not None and invocation.is_invoked(request, version):
+        VERSION.set(request, version.digest)
+        invocation.activate(request, version.digest)
 
 
 def set_version(request: Request, digest: str) -> bool:
@@ -109,6 +82,7 @@ def set_version(request: Request, digest: str) -> bool:
 def use_stock_keys(request: Request) -> None:
     """Gives a request vLLM's own keys: its adapter is loaded by vLLM itself."""
     VERSION.set(request, None)
+    request.block_hashes.clear()
     request.update_block_hashes()
 
 
@@ -129,6 +103,9 @@ def block_hash_keys(
     end_token_idx: int,
     start_mm_idx: int,
 ) -> tuple[tuple[Any, ...] | None, int]:
+    newest = None if start_token_idx or _newest is None else _newest()
+    if newest is not None:
+        newest.prepare_keys(request)
     keys, next_mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
     digest = VERSION.get(request)
     if digest is None or keys is None:

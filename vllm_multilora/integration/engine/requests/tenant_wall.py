@@ -53,11 +53,13 @@ class TenantWallMixin:
         self._secret = os.environ[SECRET_VARIABLE]
         self._refused: list[Request] = []
         self._warn_at = 0.0
-        prefix_keys.hash_for(self)
+        prefix_keys.prepare_by(self)
 
-    def may_hash(self, request: Request) -> bool:
+    def prepare_keys(self, request: Request) -> None:
+        """Opens the seal of a request, whose salt is part of the keys of its blocks; any thread."""
         self.open_seal(request)
-        return super().may_hash(request) if hasattr(super(), "may_hash") else True  # type: ignore[misc]
+        if hasattr(super(), "prepare_keys"):
+            super().prepare_keys(request)  # type: ignore[misc]
 
     def open_seal(self, request: Request) -> None:
         """Reads a request's seal as it arrives, before its blocks are hashed; any thread."""

@@ -145,7 +145,7 @@ class AdapterAwareMixin:
         self.is_connected = False
         if self.executor is not None:
             self.executor.serve(self)
-        prefix_keys.hash_for(self)
+        prefix_keys.prepare_by(self)
 
     def attach_adapters(self, adapters: EngineAdapters | None) -> None:
         """From now on requests wait for their adapters; None: vLLM loads them."""
@@ -161,9 +161,9 @@ class AdapterAwareMixin:
         self._let_go()
         return self.users[lora_id] > 0
 
-    def may_hash(self, request: Request) -> bool:
-        """Whether all that a request's keys contain is known; any thread."""
-        return prefix_keys.is_known(request, self.adapters)
+    def prepare_keys(self, request: Request) -> None:
+        """Learns what the keys of a request's blocks contain; any thread."""
+        prefix_keys.learn_version(request, self.adapters)
 
     def _let_go(self) -> None:
         for each in self.users.let_go():

@@ -8,17 +8,6 @@ from vllm_multilora.integration.patching.seams import Seams
 from vllm_multilora.integration.patching.tables.attributes import CORE_ATTRIBUTES
 from vllm_multilora.integration.patching.tables.overrides import OVERRIDES
 
-PUNICA_WRAPPER = Patch(
-    name="punica-wrapper",
-    target="vllm.lora.model_manager:get_punica_wrapper",
-    takes=("*args, **kwargs",),
-    handler="step.punica:get_punica_wrapper",
-    why="The wrapper class is the platform's choice; an out-of-tree wrapper has no way in. "
-    "Returns ours when the plugin is active and has kernels for the platform.",
-    checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
-    until="vLLM selects punica wrappers through a registry.",
-)
-
 _PATCHES: tuple[Patch, ...] = (
     Patch(
         name="flags",
@@ -49,7 +38,6 @@ _PATCHES: tuple[Patch, ...] = (
         checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32", "0.32/2", "0.33", "0.33/2"),
         until="vLLM lets plugins validate their part of additional_config.",
     ),
-    PUNICA_WRAPPER,
     Patch(
         name="worker-manager",
         target="vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager",
@@ -69,20 +57,23 @@ _PATCHES: tuple[Patch, ...] = (
         ),
         handler="worker.manager:set_active_loras",
         why="vLLM spells the batch's adapters out in tuples with one entry per token and walks "
-        "them several times a step. Hands arrays per request to our manager instead.",
+        "them several times a step. Hands arrays per request to our manager instead. On CPUs the "
+        "engine dies of a request with a seed whose prompt takes several steps, as generators of "
+        "random numbers cannot be turned back there. Has them draw nothing before the prompt's "
+        "end.",
         checked=("0.29", "0.30", "0.31", "0.32", "0.33"),
-        until="vLLM's LoRAMapping holds arrays.",
+        until="vLLM's LoRAMapping holds arrays, and seeds work with divided prompts on CPUs.",
     ),
     Patch(
-        name="prompt-logprobs",
-        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_prompt_logprobs_dict",
-        takes=("self, hidden_states, num_scheduled_tokens",),
-        handler="worker.sampling:get_prompt_logprobs",
-        why="vLLM sends a prompt's rows through the output layer with the mapping of the sampled "
-        "rows: on CPUs the engine dies of it, elsewhere lm_head adapters meet the wrong rows. "
-        "Tells our wrapper that the rows are tokens of the step.",
-        checked=("0.29", "0.30", "0.31", "0.32", "0.33"),
-        until="vLLM sets the LoRA mapping for prompt_logprobs.",
+        name="batch-mapping-2",
+        target="vllm.v1.worker.gpu.model_runner:LoraState",
+        takes=("self, max_num_reqs",),
+        handler="worker.rows.batch_lora_state:make_lora_state",
+        why="vLLM's second model runner spells a step's adapters out by token, takes two versions "
+        "of an adapter for one, so that the engine dies after a reload, and has 32 bits for "
+        "numbers. Ours maps requests, as batch-mapping does.",
+        checked=(),
+        until="As batch-mapping, and it tells adapters apart by number.",
     ),
     Patch(
         name="rows-to-embed",
@@ -96,29 +87,6 @@ _PATCHES: tuple[Patch, ...] = (
         until="vLLM sets the LoRA mapping for such steps.",
     ),
     Patch(
-        name="prompt-logprobs-2",
-        target="vllm.v1.worker.gpu.sample.prompt_logprob:"
-        "PromptLogprobsWorker.compute_prompt_logprobs",
-        takes=(
-            "self, logits_fn, hidden_states, input_batch, all_token_ids, num_computed_tokens, "
-            "prompt_lens",
-        ),
-        handler="worker.sampling:compute_prompt_scores",
-        why="As prompt-logprobs, for vLLM's second model runner.",
-        checked=("0.29/2", "0.31/2", "0.32/2", "0.33/2"),
-        until="As prompt-logprobs.",
-    ),
-    Patch(
-        name="prompt-scores-2",
-        target="vllm.v1.worker.gpu.sample.prompt_logprob:"
-        "PromptLogprobsWorker.compute_prompt_token_id_logprobs",
-        takes=("self, logits_fn, hidden_states, input_batch, prompt_lens",),
-        handler="worker.sampling:compute_prompt_scores",
-        why="As prompt-logprobs, for the scores of given tokens.",
-        checked=("0.31/2", "0.32/2", "0.33/2"),
-        until="As prompt-logprobs.",
-    ),
-    Patch(
         name="sampled-rows",
         target="vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample",
         takes=("self, hidden_states, input_batch, grammar_output",),
@@ -130,21 +98,14 @@ _PATCHES: tuple[Patch, ...] = (
         until="vLLM's LoRA mapping covers all sampled rows, and its counts go by request.",
     ),
     Patch(
-        name="rows-to-sample",
-        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
-        takes=("self, logits, spec_decode_metadata",),
-        handler="worker.sampling:sample_rows",
-        why="vLLM's first model runner counts NaN in logits that it has sampled from. Those of "
-        "float32 are changed by that: a request's penalties make NaN of sound ones, and would "
-        "have its adapter quarantined. Looks at them before. On CPUs the engine dies of a request "
-        "with a seed whose prompt takes several steps, as generators of random numbers cannot be "
-        "turned back there. Has them draw nothing before the prompt's end. With speculative "
-        "decoding on CPUs, the engine dies of a request with `top_k`; other drafts are judged by "
-        "any temperature and `top_p` but the request's. Answers them all.",
-        checked=("0.29", "0.30", "0.31", "0.32", "0.33"),
-        until="vLLM's first model runner counts before it samples, as its second one does, seeds "
-        "work with divided prompts on CPUs, and its RejectionSampler knows there what requests ask "
-        "for.",
+        name="limits-of-drafts",
+        target="vllm.v1.sample.rejection_sampler:apply_sampling_constraints",
+        takes=("logits, cu_num_draft_tokens, sampling_metadata",),
+        handler="worker.sampling:apply_sampling_constraints",
+        why="With speculative decoding on CPUs, the engine dies of a request with `top_k`; other "
+        "drafts are judged by any temperature and `top_p` but the request's. Answers them all.",
+        checked=(),
+        until="vLLM's RejectionSampler knows on CPUs what requests ask for.",
     ),
     Patch(
         name="unsound-rows",
@@ -154,11 +115,12 @@ _PATCHES: tuple[Patch, ...] = (
         ),
         handler="worker.sampling:bookkeeping_sync",
         why="As sampled-rows, for the counts of vLLM's first model runner: with drafted tokens, "
-        "one customer's NaN would be another's. Hands it what rows-to-sample has seen, each row's "
-        "maximum, NaN if any of the row is: counting among the whole vocabulary takes far longer "
-        "on CPUs.",
+        "one customer's NaN would be another's. It counts in logits that have been sampled from: a "
+        "request's penalties make NaN of sound ones of float32, and would have its adapter "
+        "quarantined. Hands it each row's maximum before, NaN if any of the row is: counting among "
+        "the whole vocabulary takes far longer on CPUs.",
         checked=("0.29", "0.30", "0.31", "0.32", "0.33"),
-        until="As sampled-rows.",
+        until="As sampled-rows, and vLLM's first model runner counts before it samples.",
     ),
     Patch(
         name="executor-class",
@@ -181,19 +143,6 @@ _PATCHES: tuple[Patch, ...] = (
         "has been read meanwhile. Hands it the engine core's queue.",
         checked=("0.29", "0.29/2", "0.30"),
         until="vLLM's executors can wake their engine core.",
-    ),
-    Patch(
-        name="block-hashes",
-        target="vllm.v1.engine.core:get_request_block_hasher",
-        takes=(
-            "hash_block_size, caching_hash_fn",
-            "hash_block_size, caching_hash_fn, num_hash_lookahead_tokens=0",
-        ),
-        handler="engine.requests.prefix_keys:get_request_block_hasher",
-        why="A request's blocks are hashed as it arrives, when its adapter's digest may not be "
-        "known yet. Hashes them once it is.",
-        checked=("0.29", "0.29/2", "0.30"),
-        until="As prefix-cache-keys.",
     ),
     Patch(
         name="equal-loads",

@@ -53,47 +53,11 @@ REPLACED = (
         "vLLM names the first wrong item alone.",
     ),
     Replaced(
-        "integration.step.short_forward",
-        "layer.forward",
-        "torch.nn:Module.forward",
-        "On CPUs the way from vLLM's LoRA layer to the kernels costs Python time in every step.",
-        "vLLM's LoRA layers call their kernels directly.",
-    ),
-    Replaced(
         "integration.worker.base_layers.base_products",
         "layer.cpu_linear",
         "vllm.model_executor.layers.utils:layer.cpu_linear",
         "See the patch base-products.",
         "See the patch base-products.",
-    ),
-    Replaced(
-        "integration.worker.experts.expert_kernels",
-        "config.is_lora_enabled",
-        "vllm.model_executor.layers.fused_moe.config:FusedMoEConfig.is_lora_enabled",
-        "vLLM's CPU build computes experts with --enable-lora in Triton only, which is not there.",
-        "vLLM's CPU build serves experts without Triton beside LoRA.",
-    ),
-    Replaced(
-        "integration.worker.worker_calls",
-        "runner.lora_state",
-        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.lora_state",
-        "vLLM's second model runner spells a step's adapters out by token, takes two versions of "
-        "an adapter for one, so that the engine dies after a reload, and has 32 bits for numbers.",
-        "vLLM's LoRAMapping holds arrays.",
-    ),
-    Replaced(
-        "integration.worker.slots.model_manager",
-        "model.compute_logits",
-        "vllm.model_executor.models.interfaces_base:VllmModelForTextGeneration.compute_logits",
-        "vLLM computes a prompt's logits without saying which of the step's rows they are.",
-        "vLLM sets the LoRA mapping for prompt_logprobs.",
-    ),
-    Replaced(
-        "integration.worker.sampling",
-        "rejection_sampler.expand_batch_to_tokens",
-        "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
-        "On CPUs drafts have no request's `top_k`, which ends the engine, nor its temperature.",
-        "vLLM's rejection sampler heeds what requests ask for on CPUs.",
     ),
 )
 """All of them, by module."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,11 +49,9 @@ def choose_expert_kernels(model: torch.nn.Module) -> None:
                 f"build computes such experts with --enable-lora in Triton only, which is not "
                 f"there: serve a base model without quantised experts, or leave --enable-lora out"
             )
-        for config in (runner.moe_config, experts.moe_config, method.moe):
-            config.is_lora_enabled = False
-        own = UnquantizedFusedMoEMethod(method.moe)
+        own = UnquantizedFusedMoEMethod(replace(method.moe, is_lora_enabled=False))
         if not _missing(runner, own):
-            own = _AdaptedMethod(method.moe)
+            own = _AdaptedMethod(own.moe)
         own.process_weights_after_loading(experts)
         runner._replace_quant_method(own)
 
@@ -61,7 +60,7 @@ def experts_left_alone(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
     """Names of experts' layers that have no adapters, and why."""
     for name, runner in _experts(model):
         method = runner.routed_experts.quant_method
-        if not runner.moe_config.is_lora_enabled and type(method) is UnquantizedFusedMoEMethod:
+        if type(method) is UnquantizedFusedMoEMethod and not method.moe.is_lora_enabled:
             yield name, _missing(runner, method)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from weakref import proxy
 
 import numpy as np
+from vllm.config import get_current_vllm_config
 from vllm.lora.layers.utils import LoRAMappingType
 from vllm.v1.worker.gpu.lora_utils import LoraState
 
 from vllm_multilora.integration.activated import ActivatedLoRARequest, start_of
+from vllm_multilora.integration.patching.activation import loads_adapters
 from vllm_multilora.integration.step.mapping import BatchMapping, rows_before
 from vllm_multilora.integration.worker.rows.encoder_rows import first_items
 
@@ -21,21 +24,25 @@ class BatchLoraState(LoraState):
     one, and has 32 bits for numbers. Those of adapter directories, which servers find without
     asking each other, need more. The count by which vLLM picks a captured graph still goes by name:
     our kernels read all adapters from the plan, whatever the graph was captured with.
-
-    Args:
-        runner: vLLM's second model runner; it has no requests yet.
     """
 
-    def __init__(self, runner: Any) -> None:
-        super().__init__(len(runner.lora_state.lora_ids))
+    _runner: Any = None
+
+    def __init__(self, max_num_reqs: int) -> None:
+        super().__init__(max_num_reqs)
         self.lora_ids = self.lora_ids.astype(np.int64)
+
+    def serve(self, runner: Any) -> None:
+        """Takes the model runner that it is part of, whose manager of adapters is ours."""
         self._runner = proxy(runner)
 
     def make_lora_inputs(
         self, req_ids: list[str], idx_mapping: Any, num_scheduled_tokens: Any
     ) -> tuple[Any, Any, Any]:
         """What `set_active_adapters` takes: a `BatchMapping`, as vLLM's tuple of all tokens."""
-        runner, ids, base_rows = self._runner, self.lora_ids[idx_mapping], None
+        if (runner := self._runner) is None:
+            return super().make_lora_inputs(req_ids, idx_mapping, num_scheduled_tokens)
+        ids, base_rows = self.lora_ids[idx_mapping], None
         requests = [self.lora_requests.get(req_id) for req_id in req_ids]
         active = {request.lora_int_id: request for request in requests if request is not None}
         if any(isinstance(request, ActivatedLoRARequest) for request in active.values()):
@@ -47,3 +54,8 @@ class BatchLoraState(LoraState):
         if runner.lora_manager.has_encoder:
             mapping.encoder_items = first_items(runner, ids, idx_mapping)
         return (), (mapping,), list(active.values())
+
+
+def make_lora_state(original: Callable[..., LoraState], *args: Any, **kwargs: Any) -> LoraState:
+    is_ours = loads_adapters(get_current_vllm_config())
+    return BatchLoraState(*args, **kwargs) if is_ours else original(*args, **kwargs)

@@ -11,30 +11,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from vllm.config import VllmConfig
-from vllm.lora import model_manager
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.encoder_budget import MultiModalBudget
-
-from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
 
 ENCODER = "encoder"
 """Name of the encoder's wrapper in `punica_wrapper_mapping`."""
 
 
-def encoder_wrapper(
-    vllm_config: VllmConfig, lora_config: Any, device: torch.device
-) -> MultiLoRAPunicaWrapper:
-    module: Any = model_manager  # its get_punica_wrapper returns ours
-    wrapper = module.get_punica_wrapper(
-        MultiModalBudget(vllm_config, MULTIMODAL_REGISTRY).get_encoder_budget(),
-        max_batches=vllm_config.scheduler_config.max_num_seqs,
-        device=device,
-        lora_config=lora_config,
-    )
-    assert isinstance(wrapper, MultiLoRAPunicaWrapper)
-    return wrapper
+def encoder_rows(vllm_config: VllmConfig) -> int:
+    """Maximum rows of an encoder in a step."""
+    return MultiModalBudget(vllm_config, MULTIMODAL_REGISTRY).get_encoder_budget()
 
 
 def reads_encoder(module: str) -> bool:

@@ -22,17 +22,17 @@ from vllm.lora.layers.utils import LoRAMappingType
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.utils import replace_submodule
 
 from multilora_kernels import SlotTable, host_memory
 from multilora_kernels.trial.records import Record
 from vllm_multilora.adapters.model.layout import ModelLayout
 from vllm_multilora.adapters.packing.pack_index import RankIndex
-from vllm_multilora.integration.patching.activation import settings_of
+from vllm_multilora.integration.patching.activation import kernel_backend, settings_of
 from vllm_multilora.integration.step.mapping import BatchMapping
-from vllm_multilora.integration.step.output_rows import first_row
 from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
 from vllm_multilora.integration.step.punica_prepared import slices_of
-from vllm_multilora.integration.step.short_forward import shorten_forward
+from vllm_multilora.integration.step.short_forward import with_short_forward
 from vllm_multilora.integration.step.staged_rows import SlotColumns
 from vllm_multilora.integration.step.stock_kernels import restore_tables
 from vllm_multilora.integration.step.stock_rows import ClassificationHead
@@ -46,7 +46,7 @@ from vllm_multilora.integration.worker.model.model_layout import is_ranked, runn
 from vllm_multilora.integration.worker.model.output_factors import SlotFactors
 from vllm_multilora.integration.worker.rows.encoder_rows import (
     ENCODER,
-    encoder_wrapper,
+    encoder_rows,
     reads_encoder,
 )
 from vllm_multilora.integration.worker.slots.slot_buffers import (
@@ -125,7 +125,13 @@ class MultiLoRAModelManager(LoRAModelManager):
         factors: What DoRA adapters multiply outputs by; None where they are not served.
         repeated_rows: As of `RunningLayout`.
         kernel_record: Which kernels serve which layers; None where nothing was chosen.
+        keeps_row_maxima: Whether the largest logit of each sampled row is kept, for
+            `take_row_maxima`.
+        row_maxima: [rows, 1], those of the last step; None where there are none.
     """
+
+    keeps_row_maxima = False
+    row_maxima: torch.Tensor | None = None
 
     encoder_wrapper: MultiLoRAPunicaWrapper | None
     layout: ModelLayout
@@ -135,10 +141,13 @@ class MultiLoRAModelManager(LoRAModelManager):
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: VllmConfig) -> None:
         super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
+        # VLLM's are the platform's, and an out-of-tree wrapper has no way in.
+        of_model = _wrapper(self, vllm_config, max_num_batched_tokens)
+        self.punica_wrapper_mapping = dict.fromkeys(self.punica_wrapper_mapping, of_model)
         self.encoder_wrapper = None
         self._experts_left_alone = dict(experts_left_alone(self.model))
         if vllm_config.model_config.is_encoder_decoder:
-            self.encoder_wrapper = encoder_wrapper(vllm_config, self.lora_config, self.device)
+            self.encoder_wrapper = _wrapper(self, vllm_config, encoder_rows(vllm_config))
             self.punica_wrapper_mapping[ENCODER] = self.encoder_wrapper
 
     def _get_punica_wrapper(self, module_name: str) -> Any:
@@ -192,15 +201,23 @@ class MultiLoRAModelManager(LoRAModelManager):
         self._rests = _slot_rests(layers)
         for layer, _ in layers:
             prepare(layer, dtype)
-            if self.device.type == "cpu":
-                shorten_forward(layer)
-        if self.device.type != "cpu":
+        if self.device.type == "cpu":
+            self._shorten_forwards(layer for layer, _ in layers)
+        else:
             parallel = config.parallel_config
             count = parallel.local_world_size
             share = {"workers": count, "worker": parallel.rank % count}
             warm_up(self.modules.values(), dtype, self.slot_table, **share)
         # Slots of special layers that hold something; the others need no clearing.
         self._filled: set[tuple[str, int]] = set()
+
+    def _shorten_forwards(self, layers: Iterable[BaseLayerWithLoRA]) -> None:
+        short = {id(layer): with_short_forward(layer) for layer in layers}
+        for name, layer in self.modules.items():
+            made = short.get(id(layer), layer)
+            if made is not layer:  # logits processors are `lm_head` here, but not in the model
+                self.modules[name] = made
+                replace_submodule(self.model, name, made)
 
     def _make_slots(self, packed: Sequence[Any], orders: Mapping[int, torch.Tensor]) -> None:
         """Makes the slots of linear layers, and what copies packed adapters into them."""
@@ -356,30 +373,20 @@ class MultiLoRAModelManager(LoRAModelManager):
             self.set_adapter_mapping(of_step)
 
     @contextmanager
-    def rows_from_prompts(self, hidden_states: torch.Tensor) -> Iterator[None]:
-        """Within it, `compute_logits` of the model is given parts of a step's hidden states.
-
-        The rows of its output layers are then those tokens, whatever the model makes of them first:
-        some normalise there.
-
-        Args:
-            hidden_states: [tokens, width], of all tokens of the step.
-        """
-        model: Any = self.model
-        compute = model.compute_logits
-
-        def compute_logits(rows: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            first = first_row(rows, hidden_states)
-            with ExitStack() as stack:
-                for wrapper in self._wrappers():
-                    stack.enter_context(wrapper.output_rows.from_prompt(first))
-                return compute(rows, *args, **kwargs)
-
-        model.compute_logits = compute_logits
-        try:
+    def rows_from_prompt(self, first_token: int) -> Iterator[None]:
+        """Within it, the rows of output layers are tokens of the step from that one on."""
+        with ExitStack() as stack:
+            for wrapper in self._wrappers():
+                stack.enter_context(wrapper.output_rows.from_prompt(first_token))
             yield
-        finally:
-            del model.compute_logits  # that of its class again
+
+    def take_row_maxima(self) -> torch.Tensor | None:
+        """The largest logit of each row before it is sampled from, NaN if any of the row is.
+
+        It is found sooner than NaN is counted among all tokens.
+        """
+        maxima, self.row_maxima = self.row_maxima, None
+        return maxima
 
     def set_sampled_rows(self, counts: npt.NDArray[np.integer]) -> None:
         """Says how many rows of each request reach the output layers; see `OutputRows`."""
@@ -404,6 +411,18 @@ class MultiLoRAModelManager(LoRAModelManager):
         if self.device.type != "cpu":
             torch.accelerator.synchronize()  # before slots are filled, on whichever stream
         self._filled = {(name, slot) for name in self._special for slot in range(self.lora_slots)}
+
+
+def _wrapper(
+    manager: LoRAModelManager, vllm_config: VllmConfig, max_rows: int
+) -> MultiLoRAPunicaWrapper:
+    return MultiLoRAPunicaWrapper(
+        max_rows,
+        manager.max_num_seqs,
+        manager.device,
+        backend=kernel_backend(vllm_config),
+        lora_config=manager.lora_config,
+    )
 
 
 def _store_by_column(modules: Iterable[Any], dtype: Any, device: torch.device) -> None:
