@@ -7,9 +7,9 @@ from tests.engine.fake_engine import Engine, lora, pack_info
 from tests.metrics.readings import recorder, shown
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.integration.engine.adapters import registrations
-from vllm_multilora.integration.engine.adapters.adapter_entries import Entries
-from vllm_multilora.integration.engine.adapters.arrivals import MAX_TIMES_GONE
+from vllm_multilora.integration.engine.adapters import known_adapters
+from vllm_multilora.integration.engine.adapters.adapter_machine import MAX_TIMES_GONE
+from vllm_multilora.integration.engine.adapters.known_adapters import KnownAdapters
 from vllm_multilora.integration.failed_requests import AdapterRefusedError
 from vllm_multilora.integration.seals import Seal
 from vllm_multilora.integration.worker_link.fill_link import Filled, FillFailed
@@ -59,7 +59,7 @@ def test_what_waits_for_slots_is_given_back_without_a_look_at_all_adapters(engin
     for number in (1, 2, 3):
         engine.host(number)
     engine.adapters.drop(3)
-    monkeypatch.setattr(Entries, "__iter__", None)
+    monkeypatch.setattr(KnownAdapters, "__iter__", None)
     engine.adapters.yield_host_memory()
     assert not engine.store.leased
 
@@ -984,7 +984,7 @@ def test_a_registration_that_comes_while_workers_check_gets_their_answer(engine)
 
 @pytest.mark.parametrize("what", ["requests", "a failure", "a check", "a pin", "memory", "a slot"])
 def test_an_adapter_that_is_of_use_to_somebody_is_not_forgotten(engine, monkeypatch, what):
-    monkeypatch.setattr(registrations, "MAX_KNOWN", 1)
+    monkeypatch.setattr(known_adapters, "MAX_KNOWN", 1)
     if what in ("requests", "a failure"):
         engine.adapters.request_load(lora(1))
     elif what == "a check":
@@ -1099,8 +1099,7 @@ def test_a_removed_adapter_leaves_nothing_at_any_stage(engine, stage):
         assert assert_refused(registered).failure.kind is FailureKind.GONE
     engine.all_is_given_back()
     assert engine.adapters.slots.contents == (None, None)
-    assert not engine.adapters.known().lose_pack(7)
-    assert not engine.adapters.known()._at_path
+    assert not engine.adapters.known()
 
 
 def test_the_answers_to_a_removed_adapters_orders_mean_nothing_to_its_successor(engine):
@@ -1121,7 +1120,7 @@ def test_the_answers_to_a_removed_adapters_orders_mean_nothing_to_its_successor(
 
 @pytest.fixture
 def few(monkeypatch) -> int:
-    monkeypatch.setattr(registrations, "MAX_KNOWN", 4)
+    monkeypatch.setattr(known_adapters, "MAX_KNOWN", 4)
     return 4
 
 
@@ -1141,7 +1140,7 @@ def test_adapters_that_are_nowhere_are_forgotten_when_there_are_too_many(engine,
 
 
 def test_those_that_cannot_be_forgotten_keep_none_that_can(engine, few, monkeypatch):
-    monkeypatch.setattr(registrations, "_TRIES", 2)
+    monkeypatch.setattr(known_adapters, "_TRIES", 2)
     for number in (1, 2):
         engine.adapters.request_load(lora(number))
     for number in (3, 4, 5, 6):

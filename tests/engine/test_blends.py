@@ -12,7 +12,6 @@ from tests.engine.test_quarantine import counted, on
 from vllm_multilora.failures import FailureKind, RequestFailure
 from vllm_multilora.integration.blends import blend_of, blended, label_of
 from vllm_multilora.integration.engine.adapter_status import engine_report
-from vllm_multilora.integration.engine.adapters.adapter_entries import Entries
 from vllm_multilora.integration.engine.adapters.quarantine import Quarantine
 from vllm_multilora.integration.engine.scheduling.fair_scheduler import BLENDS as FLOW
 from vllm_multilora.integration.engine.scheduling.fair_scheduler import flow_of
@@ -232,14 +231,14 @@ def test_the_blends_of_an_adapter_are_found_however_many_others_there_are():
     """The look-up happens for each adapter that is loaded for the first time."""
 
     def seconds(others: int) -> float:
-        entries = Entries()
+        known = Engine(most_blends=others + 1).adapters.known()
         for number in range(others):
-            entries.new(blend(0.5, number + 10, number + 11))
-        asked = entries.new(blend(0.5))
+            known.known_for(blend(0.5, number + 10, number + 11))
+        asked = known.known_for(blend(0.5))
 
         def look() -> float:
             begun = time.perf_counter()
-            assert entries.blends_with(1) == [asked]
+            assert known.blends_with(1) == [asked]
             return time.perf_counter() - begun
 
         return min(look() for _ in range(20))
@@ -247,13 +246,13 @@ def test_the_blends_of_an_adapter_are_found_however_many_others_there_are():
     assert seconds(5_000) < 20 * seconds(5)
 
 
-def test_an_adapter_may_be_a_part_twice_under_two_names():
-    entries = Entries()
+def test_an_adapter_may_be_a_part_twice_under_two_names(engine):
     twice = [(LoRARequest(name, 1, "/adapters/1"), 0.5) for name in ("a", "b")]
-    entry = entries.new(blended(twice))
-    assert entries.blends_with(1) == [entry]
-    entries.remove(entry)
-    assert entries.blends_with(1) == []
+    request = blended(twice)
+    engine.adapters.register(request)
+    assert engine.adapters.blends_with(1) == [request.lora_int_id]
+    engine.adapters.remove(request.lora_int_id)
+    assert engine.adapters.blends_with(1) == []
 
 
 def blended_pack(pack: int, *parts: str):

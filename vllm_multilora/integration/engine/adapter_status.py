@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_multilora.integration.engine.adapters.adapter_entries import AdapterEntry
+from vllm_multilora.integration.engine.adapters.adapter_machine import AdapterMachine
 from vllm_multilora.integration.engine.adapters.engine_adapters import EngineAdapters
 from vllm_multilora.integration.failed_requests import without_folder
 from vllm_multilora.states import AdapterState
@@ -61,7 +61,7 @@ def engine_report(
     }
 
 
-def _row(adapters: EngineAdapters, number: int, entry: AdapterEntry | None) -> Row:
+def _row(adapters: EngineAdapters, number: int, entry: AdapterMachine | None) -> Row:
     request, pack = (None, None) if entry is None else (entry.request, entry.pack)
     blend = None if entry is None else entry.blend
     use, failure = adapters.observer.usage.of(number), adapters.failure(number)

@@ -17,9 +17,8 @@ from vllm_multilora.adapters.signing.required import RequiredDigests
 from vllm_multilora.integration import kv_blocks
 from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.engine.adapters.engine_adapters import EngineAdapters
-from vllm_multilora.integration.engine.adapters.load_requests import Store
+from vllm_multilora.integration.engine.adapters.exchange import Store, Workers
 from vllm_multilora.integration.engine.adapters.observer import AdapterObserver
-from vllm_multilora.integration.engine.adapters.orders_under_way import Workers
 from vllm_multilora.integration.engine.scheduling.scheduler import AdapterAwareMixin
 from vllm_multilora.integration.engine.workers.machines import MachineStores
 from vllm_multilora.integration.engine.workers.reaching import REACHED, reach

@@ -148,7 +148,7 @@ class AdapterExecutorMixin:
             return self._register_for_server(*args)
         if method == "list_loras" and (adapters := self.connect()) is not None:
             # Workers know only their slots. Frameworks use no adapter that is not listed.
-            listed = (e.number for e in adapters.known() if e.state(adapters.slots) in AT_HAND)
+            listed = (e.number for e in adapters.known() if e.state in AT_HAND)
             return [{*listed, *adapters.pushed.numbers()}]
         if method in _OF_SINGLE_ADAPTERS and self.connect() is not None:
             raise not_by_workers(method.removesuffix("_lora"))

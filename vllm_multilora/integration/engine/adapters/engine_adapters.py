@@ -10,13 +10,13 @@ and copies of small adapters are waited for, a few milliseconds in a step.
                           └─► Failed                                          └─► Filled: lease back
 ```
 
-What is known of an adapter is its `AdapterEntry`. `Registrations` holds the entries, `LoadRequests`
-what the store was asked, and `OrdersUnderWay` what the workers were told; `Arrivals` handles the
-answers of both.
+Everything that happens is an event of one adapter's `AdapterMachine`, which decides what follows.
+`KnownAdapters` holds these; `Exchange` has what they have asked the store and the workers.
 """
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -24,25 +24,39 @@ from vllm.lora.request import LoRARequest
 
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.adapters.signing.required import RequiredDigests
-from vllm_multilora.failures import LoadFailure
-from vllm_multilora.integration.engine.adapters.adapter_entries import AdapterEntry, Entries
-from vllm_multilora.integration.engine.adapters.arrivals import Arrivals
-from vllm_multilora.integration.engine.adapters.load_requests import LoadRequests, Store
-from vllm_multilora.integration.engine.adapters.orders_under_way import OrdersUnderWay, Workers
+from vllm_multilora.failures import FailureKind, LoadFailure
+from vllm_multilora.integration.engine.adapters.adapter_machine import AdapterMachine
+from vllm_multilora.integration.engine.adapters.exchange import Exchange, Store, Workers
+from vllm_multilora.integration.engine.adapters.known_adapters import KnownAdapters
+from vllm_multilora.integration.engine.adapters.observer import AdapterObserver
 from vllm_multilora.integration.engine.adapters.pushed_folders import PushedFolders
 from vllm_multilora.integration.engine.adapters.quarantine import Quarantine
-from vllm_multilora.integration.engine.adapters.registrations import KnownBlends, Registrations
 from vllm_multilora.integration.failed_requests import AdapterRefusedError
-from vllm_multilora.slots.assignment import SlotAssignment
+from vllm_multilora.integration.worker_link.fill_link import Missing
+from vllm_multilora.slots.assignment import AWAITED_BYTES, SlotAssignment
 from vllm_multilora.states import AdapterState
-from vllm_multilora.store.protocol.messages import PackInfo
+from vllm_multilora.store.protocol.messages import (
+    Evicted,
+    Failed,
+    Forgotten,
+    Loaded,
+    PackInfo,
+    Reading,
+    Restarted,
+    Totals,
+    ToUser,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-    from vllm_multilora.integration.engine.adapters.observer import AdapterObserver
     from vllm_multilora.integration.seals import Seal
     from vllm_multilora.integration.worker.pushed_tensors import Push
+
+
+_NOT_IN_SLOT = LoadFailure(
+    FailureKind.INTERNAL, "its weights were not in their slot when a step needed them"
+)
 
 
 class EngineAdapters:
@@ -90,15 +104,13 @@ class EngineAdapters:
         self.observer = observer
         self.quarantine = Quarantine()
         self.pushed = PushedFolders()
-        loads = self._load_requests = LoadRequests(store, signing_keys)
-        self._orders = OrdersUnderWay(workers, slots, ranks)
-        self._registrations = Registrations(self._load_requests, self._orders, slots, observer)
-        self._arrivals = Arrivals(
-            self._registrations, loads, self._orders, slots, observer, copy_s, required
-        )
-        self._known = self._registrations.known
-        self._blends = KnownBlends(self._registrations, most_blends)
+        self._exchange: Exchange[AdapterMachine] = Exchange(store, workers, ranks, signing_keys)
+        self._known = KnownAdapters(self._exchange, slots, observer, required, most_blends)
         self._running: frozenset[int] = frozenset()
+        self._copy_s = copy_s
+        self._copies_until: float | None = None  # in this step; None: nothing is copied yet
+        # Adapters that some worker was without in a step, and that as their failure.
+        self._lost: dict[int, LoadFailure] = {}
 
     # What the scheduler asks
 
@@ -106,46 +118,37 @@ class EngineAdapters:
         """A request for an adapter has arrived; returns why it cannot be served, in any case."""
         request = self.pushed.resolve(request)
         owner = "" if tenant is None else tenant.tenant
-        failure = self._registrations.clash(request) or self._blends.admit(request, owner)
-        if failure is not None:
+        if (failure := self._known.refusal(request, owner)) is not None:
             return failure
-        is_new = self._known.find(request.lora_int_id) is None
-        entry = self._registrations.find(request)
-        if is_new:
-            entry.blend_owner = owner
-        entry.is_requested = True
-        if tenant is not None and tenant.tenant not in entry.owners:
-            entry.owners[tenant.tenant] = tenant.resident
-            self._load_requests.share(entry, tenant.tenant)
-        entry.failure = None  # a new request is a new try
-        if request.load_inplace:
-            if not entry.is_reload_asked:
-                self._load_requests.cancel(entry)  # it need not look at the files
-            entry.is_reload_asked, entry.reload_failure = True, None
+        adapter = self._known.known_for(request, owner)
+        adapter.requested(tenant, reload=request.load_inplace)
         if not self.asks_late:
-            self._ask(entry)
+            self._ask(adapter)
         return None
 
     def state(self, adapter_id: int) -> AdapterState:
-        entry = self._known.find(adapter_id)
-        if entry is None:
+        adapter = self._known.find(adapter_id)
+        if adapter is None:
             return AdapterState.ABSENT
-        if self.quarantine.failure(entry.serving) is not None:
+        if self.quarantine.failure(adapter.serving) is not None:
             return AdapterState.QUARANTINED
-        return entry.state(self.slots)
+        return adapter.state
 
     def is_reloading(self, adapter_id: int) -> bool:
         """Whether the store has been asked for an adapter's reload, and has not answered."""
-        entry = self._known.find(adapter_id)
-        return entry is not None and entry.is_reload_asked and entry.ticket is not None
+        adapter = self._known.find(adapter_id)
+        return adapter is not None and adapter.is_reload_asked and adapter.load is not None
 
     def version(self, adapter_id: int) -> PackInfo | None:
         """The newest version of an adapter's weights, None before it was loaded; any thread."""
-        entry = self._known.find(adapter_id)
-        return None if entry is None else entry.pack
+        adapter = self._known.find(adapter_id)
+        return None if adapter is None else adapter.pack
 
     def begin_step(self, active: frozenset[int]) -> None:
-        self._arrivals.begin_step(active)
+        """A step is being scheduled, when these adapters have running requests."""
+        self._copies_until = None
+        if self._copy_s:  # else a step under way may have requests that have ended since
+            self.slots.begin_step(active)
 
     def is_ready(self, adapter_id: int, *, reload: bool = False) -> bool:
         """Whether an adapter that requests wait for can be brought into a slot now, or is in one.
@@ -154,16 +157,16 @@ class EngineAdapters:
         """
         if self.failure(adapter_id, reload=reload) is not None:
             return False
-        entry = self._known[adapter_id]
-        self._ask(entry)
-        if self.asks_late and entry.ticket is not None:  # the answer is there already
+        adapter = self._known[adapter_id]
+        self._ask(adapter)
+        if self.asks_late and adapter.load is not None:  # the answer is there already
             self.poll()
-        return self.failure(adapter_id, reload=reload) is None and entry.is_at_hand(self.slots)
+        return self.failure(adapter_id, reload=reload) is None and adapter.is_at_hand
 
     def is_at_hand(self, adapter_id: int) -> bool:
         """Whether an adapter would use a slot now, as far as is known without asking for it."""
-        entry = self._known.find(adapter_id)
-        return self.asks_late or (entry is not None and entry.is_at_hand(self.slots))
+        adapter = self._known.find(adapter_id)
+        return self.asks_late or (adapter is not None and adapter.is_at_hand)
 
     def bring(self, adapter_id: int) -> bool:
         """Whether an adapter that is ready is in its slot; has it copied into one if not.
@@ -171,31 +174,43 @@ class EngineAdapters:
         A small adapter's copy is waited for, if the step has time. Where no slot can be spared
         nothing happens: ask again in the next step.
         """
-        return self._arrivals.bring(self._known[adapter_id])
+        adapter = self._known[adapter_id]
+        before = self.slots.pack_in(adapter_id)
+        if adapter.bring():
+            return True
+        pack = adapter.pack
+        assert pack is not None
+        if self.slots.pack_in(adapter_id) == before or pack.nbytes > AWAITED_BYTES:
+            return False
+        if self._copies_until is None:
+            self._copies_until = time.monotonic() + self._copy_s
+        until = self._copies_until
+        while self.slots.is_awaited(adapter_id) and (left := until - time.monotonic()) > 0:
+            self._exchange.send()
+            self._poll(copy_s=left)
+        return adapter.pack is pack and self.slots.admit(adapter_id, pack.pack)
 
     def running(self, adapters: frozenset[int], *, computes: bool = True) -> None:
         """Tells the adapters of all running requests; once a step, when it has been scheduled."""
         if adapters != self._running:
             found = [e for i in sorted(adapters) if (e := self._known.find(i)) is not None]
-            self._load_requests.used(
-                [e.pack.pack for e in found if e.pack is not None and e.in_host]
-            )
+            self._exchange.store.used([e.pack.pack for e in found if e.pack and e.in_host])
             self._running = adapters
         self.slots.running(adapters)
         if computes:
             self.observer.step(adapters)
-        self._orders.send()
+        self._exchange.send()
 
     def failure(self, adapter_id: int, *, reload: bool = False) -> LoadFailure | None:
         """Why an adapter cannot be had, None unless its state is FAILED or QUARANTINED.
 
         A reload that fails leaves the version before serving those that did not ask for it.
         """
-        entry = self._known.find(adapter_id)
-        if entry is None:
+        adapter = self._known.find(adapter_id)
+        if adapter is None:
             return None
-        failure = self.quarantine.failure(entry.serving) or entry.failure
-        return failure or (entry.reload_failure if reload else None)
+        failure = self.quarantine.failure(adapter.serving) or adapter.failure
+        return failure or (adapter.reload_failure if reload else None)
 
     def take_quarantined(self, output: Any, requests: dict[str, Request]) -> dict[int, LoadFailure]:
         """Adapters whose numbers are not finite in a step's output; see `Quarantine.look`."""
@@ -206,21 +221,15 @@ class EngineAdapters:
 
         They have no slot from now on; their requests that have run are to be ended.
         """
-        lost, self._arrivals.lost = self._arrivals.lost, {}
+        lost, self._lost = self._lost, {}
         for adapter_id in lost:
             self.slots.missing(adapter_id)
         return lost
 
     def drop(self, adapter_id: int) -> None:
         """No request uses the adapter any more."""
-        entry = self._known.find(adapter_id)
-        if entry is None:
-            return
-        entry.is_requested = False
-        entry.owners.clear()
-        if not entry.registrations:
-            self._load_requests.cancel(entry)
-        self._load_requests.release(entry)
+        if (adapter := self._known.find(adapter_id)) is not None:
+            adapter.dropped()
 
     # What operators ask
 
@@ -233,14 +242,14 @@ class EngineAdapters:
             ValueError: The adapter was never added.
             PinLimitError: All slots but one are pinned already.
         """
-        entry = self._known.find(adapter_id)
-        if entry is None:
+        adapter = self._known.find(adapter_id)
+        if adapter is None:
             raise ValueError(
                 f"LoRA adapter {adapter_id} cannot be pinned: it was never added. Add it first."
             )
-        future = self._registrations.pin(entry)
-        self._ask(entry)
-        return self._answered(entry, future)
+        future = adapter.pinned()
+        self._ask(adapter)
+        return self._answered(adapter, future)
 
     def register(self, request: LoRARequest) -> Future[bool]:
         """Has an adapter read and checked; holds an `AdapterRefusedError` if it cannot be served.
@@ -249,18 +258,19 @@ class EngineAdapters:
         """
         request = self.pushed.resolve(request)
         known = self._known.find(request.lora_int_id)
-        failure = self._registrations.clash(request) or self._blends.admit(request, "")
-        if failure is not None:
+        if (failure := self._known.refusal(request, "")) is not None:
             return _done(error=AdapterRefusedError(request.lora_int_id, failure, []))
-        entry = self._registrations.find(request)
+        adapter = self._known.known_for(request)
         # A directory's number stands for one version of its files; others may have been read since.
-        fresh = request.load_inplace or (entry.number >= FIRST_NUMBER and entry.pack is not None)
-        future = self._registrations.register(entry, fresh=fresh)
-        if request.load_inplace or (entry is not known and entry.number < FIRST_NUMBER):  # anew
+        fresh = request.load_inplace or (
+            adapter.number >= FIRST_NUMBER and adapter.pack is not None
+        )
+        future = adapter.registered(fresh=fresh)
+        if request.load_inplace or (adapter is not known and adapter.number < FIRST_NUMBER):  # anew
             future.add_done_callback(
-                lambda done: self.quarantine.lift(None if done.exception() else entry.serving)
+                lambda done: self.quarantine.lift(None if done.exception() else adapter.serving)
             )
-        return self._answered(entry, future)
+        return self._answered(adapter, future)
 
     def push(self, push: Push) -> Future[bool]:
         """Registers what workers were given as tensors, in the place of the version before."""
@@ -275,13 +285,11 @@ class EngineAdapters:
     def remove(self, adapter_id: int) -> Future[bool]:
         """Forgets an adapter that no request uses: if it was known, once its memory is free."""
         self.pushed.remove(adapter_id)
-        entry = self._known.find(adapter_id)
-        if entry is None:
-            return _done()
-        return self._registrations.withdraw(entry)
+        adapter = self._known.find(adapter_id)
+        return _done() if adapter is None else adapter.withdrawn()
 
     def blends_with(self, adapter_id: int) -> list[int]:
-        return [entry.number for entry in self._known.blends_with(adapter_id)]
+        return [adapter.number for adapter in self._known.blends_with(adapter_id)]
 
     def slots_lost(self) -> None:
         """The slots' memory did not survive (sleep mode): adapters are to be copied there again."""
@@ -290,34 +298,65 @@ class EngineAdapters:
 
     def yield_host_memory(self) -> None:
         """Gives back what waits there for a slot; the scheduler asks for it again."""
-        for entry in list(self._known.leased):
-            self._load_requests.release(entry)
+        self._known.release()
 
-    def known(self) -> Entries:
+    def known(self) -> KnownAdapters:
         return self._known
 
     # The exchange with the store and the workers
 
     def poll(self, lease_s: float = 0.0) -> None:
-        """Takes in what has happened since, and sends what is due; see `LoadRequests.hear`."""
-        self._arrivals.poll(lease_s)
-        self._orders.send()
+        """Takes in what has happened since, and sends what is due; see `Exchange.hear`."""
+        self._poll(lease_s)
+        self._exchange.send()
         self.observer.settle(self.state, self.slots.contents)
 
-    def _answered(self, entry: AdapterEntry, future: Future[bool]) -> Future[bool]:
+    def _poll(self, lease_s: float = 0.0, copy_s: float = 0.0) -> None:
+        answers = self._exchange.workers.poll(copy_s)
+        self._exchange.hear(self._take, lease_s)
+        # After what the store says: that it has gone explains why copies have failed.
+        for rank, answer in answers:
+            if isinstance(answer, Missing):
+                self._lost[answer.adapter_id] = _NOT_IN_SLOT
+            elif (under_way := self._exchange.answered(rank, answer)) is not None:
+                under_way.adapter.order_answered(under_way, rank, answer)
+
+    def _take(self, message: ToUser) -> None:
+        """Takes in what the store says."""
+        match message:
+            case Loaded(ticket):
+                if (load := self._exchange.end(ticket)) is not None:
+                    load.adapter.store_loaded(load, message)
+                elif message.leased:  # taken back by what came before this, in the same call
+                    self._exchange.store.release(message.pack.pack)
+            case Reading(ticket):
+                if (load := self._exchange.find(ticket)) is not None:
+                    load.is_reading = True
+            case Failed(ticket):
+                if (load := self._exchange.end(ticket)) is not None:
+                    load.adapter.store_failed(load, message)
+            case Evicted(pack):
+                self._known.evict(pack)
+            case Forgotten(number):
+                self._exchange.forgotten(number)
+            case Totals():
+                self.observer.totals(message)
+            case Restarted():
+                self._known.lose_store()
+
+    def _answered(self, adapter: AdapterMachine, future: Future[bool]) -> Future[bool]:
         """What waits for an adapter; done already where the answer is there."""
         # An idle engine core polls only when it is written to: nobody might look for it later.
-        self._arrivals.settle(entry)
+        adapter.settle()
         self.poll()
         return future
 
-    def _ask(self, entry: AdapterEntry) -> None:
+    def _ask(self, adapter: AdapterMachine) -> None:
         """Requests an adapter from the store, unless it is there, in a slot, or requested."""
-        if entry.ticket is None and not entry.is_at_hand(self.slots):
+        if adapter.load is None and not adapter.is_at_hand:
             if self.asks_late:  # all wait for the store, and so what waits for slots makes room
                 self.yield_host_memory()
-            self._load_requests.release(entry)  # of a stale version; the new one may need its room
-            self._load_requests.ask(entry)
+            adapter.needed()
 
 
 def _done(*, error: Exception | None = None) -> Future[bool]:

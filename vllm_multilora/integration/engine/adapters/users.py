@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_multilora.integration.blends import label_of
-from vllm_multilora.integration.engine.adapters.registrations import MAX_KNOWN
+from vllm_multilora.integration.engine.adapters.known_adapters import MAX_KNOWN
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest

@@ -6,7 +6,7 @@ from collections import defaultdict, deque
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from vllm_multilora.integration.engine.adapters.adapter_entries import AdapterEntry
+from vllm_multilora.integration.engine.adapters.adapter_machine import AdapterMachine
 from vllm_multilora.slots.fairness.slot_turns import SlotTurns
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class BlockedAdapters:
     def add(self, number: int) -> None:
         self.numbers.add(number)
 
-    def add_unready(self, entry: AdapterEntry) -> None:
+    def add_unready(self, entry: AdapterMachine) -> None:
         """Nor in later ones, until the store has answered."""
         self.numbers.add(entry.number)
         self.unready.add(entry.number)
@@ -47,7 +47,7 @@ class BlockedAdapters:
             if entry.is_leased and not entry.is_stale:
                 if self._turns.turns_away(number):
                     self.add(number)
-            elif entry.ticket is not None:
+            elif entry.load is not None:
                 self.add_unready(entry)
 
 
