@@ -284,7 +284,7 @@ class MultiLoRAModelManager(LoRAModelManager):
         self._reordered.reorder(slot, index.rows)
         for name, module in self._special.items():
             weights = self._fill_special(slot, name, module, special)
-            self._expert_slots.set_ranks(slot, name, weights)
+            self._expert_slots.set_ranks(slot, name, weights, special)
             if weights is not None and (layer := self._ranked.get(name)):
                 ranks = _true_ranks(weights, layer.rows.stop - layer.rows.start)
                 expand[layer.rows] = ranks
