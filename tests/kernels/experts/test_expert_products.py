@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multilora_kernels.experts import ExpertProducts, PackedExperts
+from multilora_kernels.experts import ACTIVATIONS, ExpertProducts, PackedExperts
 from multilora_kernels.experts.pairs import MAX_PAIRS, PairSorter
 from multilora_kernels.native import is_available
 
@@ -63,6 +63,22 @@ def test_any_distribution_of_pairs_is_what_the_specification_says(
 def test_widths_that_packing_pads_and_that_end_in_part_of_a_strip(dtype, word, inner, fused):
     problem = make_experts(MIXED, dtype=dtype, word=word, inner=inner, k=96, fused=fused)
     assert_close(problem.found(), problem.expected())
+
+
+@pytest.mark.parametrize(("dtype", "word"), PACKINGS)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swigluoai"])
+def test_other_activations_than_silu(dtype, word, activation):
+    """GPT-OSS's has gates and what they multiply in turns, which one slice holds."""
+    problem = make_experts(MIXED, dtype=dtype, word=word, inner=64, fused=True)
+    problem.activation = activation
+    assert_close(problem.found(), problem.expected())
+
+
+def test_gpt_oss_bounds_gates_and_what_they_multiply_which_take_turns():
+    gate_up = torch.tensor([[1.0, 2.0, 9.0, -8.0]])
+    gates = torch.tensor([[1.0, 7.0]])
+    expected = gates * torch.sigmoid(1.702 * gates) * torch.tensor([[3.0, -6.0]])
+    torch.testing.assert_close(ACTIVATIONS["swigluoai"](gate_up), expected)
 
 
 @pytest.mark.parametrize(("dtype", "word"), PACKINGS)
