@@ -163,18 +163,22 @@ class ExpertProducts:
         rows: npt.NDArray[np.int32],
         slots: Ints,
     ) -> None:
-        index = torch.from_numpy(rows)
-        pairs = self._sorter.sort(experts[index].numpy(), slots)
-        x = x[torch.from_numpy(rows[pairs.tokens])]
+        pairs = self._sorter.sort(experts.numpy()[rows], slots)
+        x = x.index_select(0, torch.from_numpy(rows[pairs.tokens]))
         gate_up = x.new_empty(len(x), self._w13.outputs, dtype=torch.float32)
         self._w13.multiply(gate_up, x, pairs.segments)
-        self._w13_adapters(pairs.plan, x=x, y=gate_up)
+        self._add_adapters(self._w13_adapters, pairs.plan, x, gate_up)
         h = self._activation(gate_up).to(x.dtype)
         y = x.new_empty(len(x), self._w2.outputs, dtype=torch.float32)
         self._w2.multiply(y, h, pairs.segments)
-        self._w2_adapters(pairs.plan, x=h[:, : self._inner], y=y)
-        factors = weights[index].float().contiguous()
+        self._add_adapters(self._w2_adapters, pairs.plan, h[:, : self._inner], y)
+        factors = weights.index_select(0, torch.from_numpy(rows)).float()
         sum_of_experts(out, y, pairs.places, factors, rows)
+
+    @staticmethod
+    def _add_adapters(call: Call, plan: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+        if not call.run_again(y, x, plan):
+            call(plan, x=x, y=y)
 
 
 def _around_padding(

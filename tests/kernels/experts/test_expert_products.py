@@ -119,6 +119,19 @@ def test_ranks_that_change_count_from_the_next_batch_on():
     assert_close(out, problem.expected())
 
 
+def test_a_batch_of_the_same_size_as_the_last_one_has_its_own_pairs():
+    """What describes a batch is kept for the next one of equal size."""
+    problem = make_experts(MIXED)
+    adapted = [row for row, slot in enumerate(problem.token_slots) if slot >= 0]
+    products, rows = problem.products(), np.arange(len(adapted), dtype=np.int32)
+    for order in (adapted, adapted[::-1], [adapted[0]] * len(adapted), adapted):
+        batch = problem.of_rows(order)
+        out = torch.empty_like(batch.x)
+        slots = np.array(batch.token_slots)
+        products(out, batch.x, batch.experts, batch.weights, rows, slots)
+        assert_close(out, batch.expected())
+
+
 def test_biases_are_added_before_the_activation_and_before_the_sum():
     weights, bias = torch.zeros(3, 32, 16), torch.arange(96.0).view(3, 32)
     experts = PackedExperts(packed_weights(weights), 1, bias)
