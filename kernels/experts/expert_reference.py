@@ -22,19 +22,19 @@ def experts_with_adapters(
     w2_adapter: tuple[torch.Tensor, torch.Tensor],
     w13_ranks: torch.Tensor,
     w2_ranks: torch.Tensor,
-    activation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    activation: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """`sum over j of weights[t, j] * expert(experts[t, j], x[t])`, with each row's own adapter.
 
     An expert e of a row with the adapter in slot s computes, with A and B up to their true ranks::
 
         gate_up = w13[e] @ x + B13[s, e] @ A13[s, e] @ x
-        h       = activation(gate, up)
+        h       = activation(gate_up)
         y       = w2[e] @ h + B2[s, e] @ A2[s, e] @ h
 
     Args:
         x: [T, K].
-        w13: [E, 2 I, K], gates first.
+        w13: [E, 2 I, K], in the activation's order.
         w2: [E, K, I].
         experts: Integers [T, k].
         weights: [T, k], the router's.
@@ -43,7 +43,7 @@ def experts_with_adapters(
         w2_adapter: A [S, E, R, I] and B [S, E, K, R].
         w13_ranks: int32 [slices, S, E], true ranks.
         w2_ranks: int32 [1, S, E].
-        activation: Of gate and up.
+        activation: From gates and what they multiply, [2 I], to [I].
 
     Returns:
         [T, K], in the dtype of x.
@@ -56,7 +56,7 @@ def experts_with_adapters(
                 parts = zip(w13_adapters, w13_ranks, strict=True)
                 deltas = [_delta(x[t], *ab, int(r[slot, expert]), slot, expert) for ab, r in parts]
                 gate_up = gate_up + torch.cat(deltas)
-            h = activation(*gate_up.chunk(2))
+            h = activation(gate_up)
             y = w2[expert].to(x.dtype) @ h
             if slot >= 0:
                 y = y + _delta(h, *w2_adapter, int(w2_ranks[0, slot, expert]), slot, expert)

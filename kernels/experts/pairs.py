@@ -25,7 +25,8 @@ class Pairs:
     Attributes:
         tokens: Integers [pairs]: whose pairs they are.
         segments: int32 [segments, 3]: expert, first pair and number of pairs.
-        plan: int32: what `segment_gemm` reads, for slots numbered `slot * experts + expert`.
+        plan: int32: what `segment_gemm` reads, for slots numbered `slot * experts + expert`; the
+            sorter's own, which its next pairs overwrite.
         places: int32 [tokens, k]: where each token's pairs are.
     """
 
@@ -49,6 +50,10 @@ class PairSorter:
     def __init__(self, slots: int, experts: int) -> None:
         self._slots, self._experts = slots, experts
         self.layout = PlanLayout(MAX_PAIRS, min(slots * experts, _MAX_SLOTS))
+        self._numbers = np.arange(MAX_PAIRS, dtype=np.int32)
+        ints = np.zeros(self.layout.size, dtype=np.int32)
+        ints[self.layout.order] = self._numbers  # pairs are in their order
+        self._ints, self._plan = ints, torch.from_numpy(ints)
 
     def sort(self, experts: Ints, token_slots: Ints) -> Pairs:
         """Sorts pairs.
@@ -61,43 +66,47 @@ class PairSorter:
             ValueError: An expert or a slot is out of bounds.
         """
         tokens, top_k = experts.shape
-        keys = (experts.astype(np.int64) * self._slots + token_slots[:, None]).ravel()
         _check(experts, self._experts, "experts")
         _check(token_slots, self._slots, "token_slots")
+        keys = (experts * np.int64(self._slots) + token_slots[:, None]).ravel()
         order = keys.argsort(kind="stable")
         keys = keys[order]
         of_pair = keys // self._slots
-        starts, lengths = _runs(of_pair)
-        segments = np.stack([of_pair[starts], starts, lengths], axis=1).astype(np.int32)
+        segments = _runs(of_pair)
+        segments[:, 0] = of_pair[segments[:, 1]]
         places = np.empty(len(order), dtype=np.int32)
-        places[order] = np.arange(len(order), dtype=np.int32)
-        plan = self._plan(keys)
-        return Pairs(order // top_k, segments, plan, places.reshape(tokens, top_k))
+        places[order] = self._numbers[: len(order)]
+        self._write_plan(keys)
+        return Pairs(order // top_k, segments, self._plan, places.reshape(tokens, top_k))
 
-    def _plan(self, keys: Ints) -> torch.Tensor:
-        """A plan for rows that are sorted already."""
-        starts, lengths = _runs(keys)
-        size = self.layout.tile_rows
+    def _write_plan(self, keys: Ints) -> None:
+        """Writes the plan for rows that are sorted already."""
+        tiles, size = _runs(keys), self.layout.tile_rows
+        lengths = tiles[:, 2]
         if len(lengths) and lengths.max() > size:
             per_run = -(-lengths // size)
             ends = per_run.cumsum()
             within = np.arange(ends[-1]) - (ends - per_run).repeat(per_run)
-            lengths = np.minimum(lengths.repeat(per_run) - within * size, size)
-            starts = starts.repeat(per_run) + within * size
-        ints = np.zeros(self.layout.size, dtype=np.int32)
-        of_tiles = keys[starts]
-        slots = of_tiles % self._slots * self._experts + of_tiles // self._slots
-        records = ints[HEADER_INTS : self.layout.order.start].reshape(-1, TILE_INTS)
-        records[: len(starts), :3] = np.stack([slots, starts, lengths], axis=1)
-        ints[self.layout.order][: len(keys)] = np.arange(len(keys))
-        ints[: PLAN_TILES + 1] = len(keys), len(keys), len(starts), len(starts)
-        return torch.from_numpy(ints)
+            tiles = tiles.repeat(per_run, axis=0)
+            tiles[:, 1] += within * size
+            tiles[:, 2] = np.minimum(tiles[:, 2] - within * size, size)
+        expert, slot = np.divmod(keys[tiles[:, 1]], self._slots)
+        tiles[:, 0] = slot * self._experts + expert
+        records = self._ints[HEADER_INTS : self.layout.order.start].reshape(-1, TILE_INTS)
+        records[: len(tiles), :3] = tiles
+        self._ints[: PLAN_TILES + 1] = len(keys), len(keys), len(tiles), len(tiles)
 
 
-def _runs(keys: Ints) -> tuple[Ints, Ints]:
-    """Where equal keys begin, and how many follow each other; the keys are sorted."""
-    starts = np.flatnonzero(np.diff(keys, prepend=-1))
-    return starts, np.diff(starts, append=len(keys))
+def _runs(keys: Ints) -> npt.NDArray[np.int32]:
+    """Runs of equal sorted keys: [runs, 3], columns for the caller, for starts and for lengths."""
+    ends = np.flatnonzero(keys[1:] != keys[:-1])
+    runs = np.empty((len(ends) + 1 if len(keys) else 0, 3), dtype=np.int32)
+    runs[:1, 1] = 0
+    runs[1:, 1] = ends + 1
+    runs[:-1, 2] = runs[1:, 1]
+    runs[-1:, 2] = len(keys)
+    runs[:, 2] -= runs[:, 1]
+    return runs
 
 
 def _check(found: Ints, most: int, name: str) -> None:

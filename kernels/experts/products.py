@@ -15,20 +15,31 @@ from multilora_kernels.experts.packed import PackedExperts, sum_of_experts
 from multilora_kernels.experts.pairs import MAX_PAIRS, Ints, PairSorter
 from multilora_kernels.native.segment_gemm import LINEAR, Call
 
-Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Activation = Callable[[torch.Tensor], torch.Tensor]
 Ranks = int | Sequence[int]
 
 
 def _gated(function: Callable[[torch.Tensor], torch.Tensor]) -> Activation:
-    return lambda gate, up: function(gate) * up
+    def activation(gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return function(gate) * up
+
+    return activation
+
+
+def _swigluoai(gate_up: torch.Tensor) -> torch.Tensor:
+    """GPT-OSS's: gates and what they multiply take turns, and both are bounded."""
+    gate, up = gate_up[..., ::2].clamp(max=7), gate_up[..., 1::2].clamp(-7, 7)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": _gated(F.silu),
     "gelu": _gated(F.gelu),
     "gelu_tanh": _gated(partial(F.gelu, approximate="tanh")),
+    "swigluoai": _swigluoai,
 }
-"""Activations of a gate and what it multiplies, by vLLM's names for them."""
+"""Activations of gates and what they multiply, [..., 2 I], by vLLM's names for them."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,8 @@ class ExpertProducts:
     """Computes a layer's rows that have adapters; not for two threads at once.
 
     Args:
-        w13: [E, 2 I, K], gates first; packing may have padded each half.
+        w13: [E, 2 I, K], in the activation's order; where that is gates first, packing may have
+            padded each half.
         w2: [E, K, I], padded likewise.
         adapters: The slots.
         activation: See `ACTIVATIONS`.
@@ -151,18 +163,22 @@ class ExpertProducts:
         rows: npt.NDArray[np.int32],
         slots: Ints,
     ) -> None:
-        index = torch.from_numpy(rows)
-        pairs = self._sorter.sort(experts[index].numpy(), slots)
-        x = x[torch.from_numpy(rows[pairs.tokens])]
+        pairs = self._sorter.sort(experts.numpy()[rows], slots)
+        x = x.index_select(0, torch.from_numpy(rows[pairs.tokens]))
         gate_up = x.new_empty(len(x), self._w13.outputs, dtype=torch.float32)
         self._w13.multiply(gate_up, x, pairs.segments)
-        self._w13_adapters(pairs.plan, x=x, y=gate_up)
-        h = self._activation(*gate_up.chunk(2, dim=1)).to(x.dtype)
+        self._add_adapters(self._w13_adapters, pairs.plan, x, gate_up)
+        h = self._activation(gate_up).to(x.dtype)
         y = x.new_empty(len(x), self._w2.outputs, dtype=torch.float32)
         self._w2.multiply(y, h, pairs.segments)
-        self._w2_adapters(pairs.plan, x=h[:, : self._inner], y=y)
-        factors = weights[index].float().contiguous()
+        self._add_adapters(self._w2_adapters, pairs.plan, h[:, : self._inner], y)
+        factors = weights.index_select(0, torch.from_numpy(rows)).float()
         sum_of_experts(out, y, pairs.places, factors, rows)
+
+    @staticmethod
+    def _add_adapters(call: Call, plan: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+        if not call.run_again(y, x, plan):
+            call(plan, x=x, y=y)
 
 
 def _around_padding(

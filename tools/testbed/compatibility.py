@@ -110,7 +110,7 @@ ROWS = (
         SAME_PATH,
         "What slots hold is tested against what PEFT adds to experts, and the metadata that vLLM's "
         "kernels read at the interface of its layers; those kernels need a GPU. On CPUs the "
-        "plugin's own kernels answer as PEFT does (`tests/serving/kinds/test_experts_on_cpus.py`).",
+        "plugin's own kernels answer as PEFT does (`tests/serving/experts`).",
     ),
     Row(
         "activated LoRA",

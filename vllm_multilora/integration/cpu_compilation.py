@@ -75,3 +75,6 @@ def choose_compilation(vllm_config: VllmConfig, engine_args: Any) -> None:
             return
     if "none" not in asked.custom_ops:
         made.custom_ops = ["all" if name == "none" else name for name in made.custom_ops]
+        # vLLM's operator is wrong for DeepSeek's queries, which are [tokens, heads, width].
+        if hasattr(vllm_config.model_config.hf_text_config, "qk_rope_head_dim"):
+            made.custom_ops.append("-rotary_embedding")

@@ -293,7 +293,18 @@ def test_a_dora_adapter_of_a_head_is_refused_as_dora_whatever_vllm_adapts(tmp_pa
     assert "of an output head, expected linear layers" in texts[0][0]
 
 
-def test_experts_of_a_layer_are_adapted_all_or_none(problems):
+def test_some_experts_of_a_layer_may_be_adapted_each_at_its_rank(problems):
+    kinds = {"w1": LinearShape(8, 6), "w2": LinearShape(6, 8)}
+    shapes = {f"{EXPERTS}.{e}.{kind}": size for e in (0, 1) for kind, size in kinds.items()}
+    tensors = pair(f"{EXPERTS}.0.w1", (8, 8), (6, 8)) | pair(f"{EXPERTS}.1.w2", (2, 6), (8, 2))
+    config = {
+        "target_modules": [*TARGETS, "w1", "w2"],
+        "rank_pattern": good().config.get("rank_pattern", {}) | {"experts.1.w2": 2},
+    }
+    assert problems(special(*shapes, linear_shapes=shapes), tensors, **config) == []
+
+
+def test_experts_whose_sizes_are_not_known_are_adapted_all_or_none(problems):
     """vLLM packs them together."""
     experts = {f"model.layers.{i}.mlp.experts.{e}.w1" for i in (0, 1) for e in (0, 1)}
     layout, targets = special(*experts), [*TARGETS, "w1"]

@@ -414,3 +414,22 @@ def test_two_modules_that_become_one_are_refused(tmp_path):
 def test_ranges_outside_a_tensor_are_refused():
     with pytest.raises(ValueError, match=r"q: output_range \(0, 9\) is not a part of \[0, 8\)"):
         SliceLayout("q", 0, 4, 8, (0, 4), (0, 9))
+
+
+def test_some_experts_take_only_their_own_bytes(tmp_path):
+    name = "model.layers.0.mlp.experts.{}.w1"
+    shapes = {name.format(expert): LinearShape(64, 96) for expert in range(32)}
+    model = layout(torch.bfloat16, special=frozenset(shapes), linear_shapes=shapes, max_rank=64)
+    sizes = []
+    for experts in ([3], range(32)):
+        tensors = {
+            f"{PREFIX}{name.format(e)}.lora_{x}.weight": torch.ones(shape).bfloat16()
+            for e in experts
+            for x, shape in (("A", (8, 64)), ("B", (96, 8)))
+        }
+        write(tmp_path / str(len(experts)), tensors, rank=8, alpha=8)
+        pack = take(tmp_path / str(len(experts)), model)
+        exact = sum(tensor.nbytes for tensor in tensors.values())
+        sizes.append(pack.nbytes)
+        assert exact <= sizes[-1] < 1.1 * exact
+    assert sizes[0] == sizes[1] / 32

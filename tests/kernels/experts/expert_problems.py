@@ -32,6 +32,7 @@ class ExpertProblem:
     w13_ranks: torch.Tensor
     w2_ranks: torch.Tensor
     word: int = 1
+    activation: str = "silu"
 
     def expected(self) -> torch.Tensor:
         """The reference's result in float64, rows without adapters included."""
@@ -46,7 +47,7 @@ class ExpertProblem:
             (self.adapters.w2_a, self.adapters.w2_b),
             self.w13_ranks,
             self.w2_ranks,
-            ACTIVATIONS["silu"],
+            ACTIVATIONS[self.activation],
         )
 
     def products(self) -> ExpertProducts:
@@ -59,7 +60,7 @@ class ExpertProblem:
             packed(w13, self.word),
             packed(_padded(self.w2, padded, 2), self.word),
             self.adapters,
-            ACTIVATIONS["silu"],
+            ACTIVATIONS[self.activation],
         )
         for slot in range(self.w2_ranks.size(1)):
             w13_ranks = self.w13_ranks[:, slot].tolist()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multilora_kernels.experts import ExpertProducts, PackedExperts
+from multilora_kernels.experts import ACTIVATIONS, ExpertProducts, PackedExperts
 from multilora_kernels.experts.pairs import MAX_PAIRS, PairSorter
 from multilora_kernels.native import is_available
 
@@ -66,6 +66,22 @@ def test_widths_that_packing_pads_and_that_end_in_part_of_a_strip(dtype, word, i
 
 
 @pytest.mark.parametrize(("dtype", "word"), PACKINGS)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swigluoai"])
+def test_other_activations_than_silu(dtype, word, activation):
+    """GPT-OSS's has gates and what they multiply in turns, which one slice holds."""
+    problem = make_experts(MIXED, dtype=dtype, word=word, inner=64, fused=True)
+    problem.activation = activation
+    assert_close(problem.found(), problem.expected())
+
+
+def test_gpt_oss_bounds_gates_and_what_they_multiply_which_take_turns():
+    gate_up = torch.tensor([[1.0, 2.0, 9.0, -8.0]])
+    gates = torch.tensor([[1.0, 7.0]])
+    expected = gates * torch.sigmoid(1.702 * gates) * torch.tensor([[3.0, -6.0]])
+    torch.testing.assert_close(ACTIVATIONS["swigluoai"](gate_up), expected)
+
+
+@pytest.mark.parametrize(("dtype", "word"), PACKINGS)
 def test_a_rows_bits_do_not_depend_on_other_rows(dtype, word):
     problem = make_experts([row % 4 for row in range(37)], dtype=dtype, word=word)
     found = problem.found()
@@ -101,6 +117,19 @@ def test_ranks_that_change_count_from_the_next_batch_on():
     problem.w2_ranks.zero_()
     products(out, problem.x, problem.experts, problem.weights, rows, rows)
     assert_close(out, problem.expected())
+
+
+def test_a_batch_of_the_same_size_as_the_last_one_has_its_own_pairs():
+    """What describes a batch is kept for the next one of equal size."""
+    problem = make_experts(MIXED)
+    adapted = [row for row, slot in enumerate(problem.token_slots) if slot >= 0]
+    products, rows = problem.products(), np.arange(len(adapted), dtype=np.int32)
+    for order in (adapted, adapted[::-1], [adapted[0]] * len(adapted), adapted):
+        batch = problem.of_rows(order)
+        out = torch.empty_like(batch.x)
+        slots = np.array(batch.token_slots)
+        products(out, batch.x, batch.experts, batch.weights, rows, slots)
+        assert_close(out, batch.expected())
 
 
 def test_biases_are_added_before_the_activation_and_before_the_sum():

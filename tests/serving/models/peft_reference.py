@@ -4,6 +4,7 @@ Every step recomputes the whole sequence without a KV cache, one adapter at a ti
 that a serving engine does to be fast can be shared with it.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -158,11 +159,15 @@ def reference_continuations(
     Returns:
         Continuations by (adapter or None, prompt).
     """
-    reference = PeftReference(base, adapters)
-    return {
-        (name, prompt): continuation
-        for name in (None, *adapters)
-        for prompt, continuation in zip(
-            prompts, reference.generate(name, prompts, new_tokens), strict=True
-        )
-    }
+    # PEFT has adapters of the same parameters only beside each other.
+    groups: dict[str, dict[str | None, Path]] = {"None": {None: base}}
+    for name, folder in adapters.items():
+        config = json.loads((folder / "adapter_config.json").read_text())
+        groups.setdefault(str(config.get("target_parameters")), {})[name] = folder
+    found = {}
+    for group in groups.values():
+        reference = PeftReference(base, {name: of for name, of in group.items() if name})
+        for name in group:
+            answers = reference.generate(name, prompts, new_tokens)
+            found |= {(name, prompt): one for prompt, one in zip(prompts, answers, strict=True)}
+    return found

@@ -55,6 +55,7 @@ def build_scenario(
     lengths: Sequence[int] = PROMPT_LENGTHS,
     min_margin: float = MIN_MARGIN,
     new_tokens: int = NEW_TOKENS,
+    derive: Callable[[Mapping[str, Path]], Mapping[str, Path]] | None = None,
 ) -> Scenario:
     """Writes the checkpoints below ``root`` and answers the prompts with PEFT.
 
@@ -65,12 +66,14 @@ def build_scenario(
         lengths: Of the prompts, in tokens; one case of each for every adapter.
         min_margin: Least logit margin of every step of a case.
         new_tokens: Of each continuation.
+        derive: Makes more adapters from these, by name.
 
     Raises:
         LookupError: No candidate prompt of some length can be a case of some adapter.
     """
     base = write_base(root / "base")
     adapters = write_adapters(base, root, recipes)
+    adapters |= derive(adapters) if derive is not None else {}
     prompts = _candidate_prompts(lengths)
     truth = reference_continuations(base, adapters, prompts, new_tokens)
     # Neighbours differ in their adapter, so that a batch taken from the front is mixed.

@@ -25,6 +25,10 @@ from transformers import (
     Gemma4TextConfig,
     Glm4Config,
     Glm4ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     GraniteMoeHybridConfig,
@@ -202,22 +206,74 @@ def write_llama4_config(path: Path) -> Path:
     return path
 
 
+_LATENT_ATTENTION = {
+    **TWO_LAYERS,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 512,  # this and 64 of positions are what vLLM's attention on CPUs takes
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 32,
+    "head_dim": 64,
+}
+
+
 def write_deepseek(path: Path, *, seed: int = 9) -> Path:
     """Writes a DeepSeek-V3 without experts: its attention caches what it makes keys of."""
     config = DeepseekV3Config(
-        **{**TWO_LAYERS, "num_key_value_heads": 4},
-        q_lora_rank=48,
-        kv_lora_rank=512,  # this and 64 of positions are what vLLM's attention on CPUs takes
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=64,
-        v_head_dim=32,
-        head_dim=64,
-        first_k_dense_replace=2,
-        n_routed_experts=8,
-        n_group=1,
-        topk_group=1,
+        **_LATENT_ATTENTION, first_k_dense_replace=2, n_routed_experts=8, n_group=1, topk_group=1
     )
     return _write(DeepseekV3ForCausalLM, config, path, seed)
+
+
+def write_deepseek_moe(path: Path, *, seed: int = 15) -> Path:
+    """Writes a DeepSeek-V3: each token has two of eight experts, of one of two groups, and one."""
+    config = DeepseekV3Config(
+        **_LATENT_ATTENTION,
+        first_k_dense_replace=0,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        n_shared_experts=1,
+        moe_intermediate_size=80,
+        routed_scaling_factor=1.5,
+        topk_method="noaux_tc",  # vLLM asks for these
+        scoring_func="sigmoid",
+    )
+    return _write(DeepseekV3ForCausalLM, config, path, seed)
+
+
+def write_glm4_moe(path: Path, *, seed: int = 16) -> Path:
+    """Writes a GLM-4.5: each token has two of eight experts, and one that all tokens share."""
+    config = Glm4MoeConfig(
+        **TWO_LAYERS,
+        head_dim=32,
+        first_k_dense_replace=0,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        n_shared_experts=1,
+        moe_intermediate_size=80,
+        routed_scaling_factor=1.5,
+        pad_token_id=None,
+    )
+    return _write(Glm4MoeForCausalLM, config, path, seed)
+
+
+def write_gpt_oss(path: Path, *, seed: int = 17) -> Path:
+    """Writes a GPT-OSS: experts have biases, and gates and what they multiply take turns."""
+    config = GptOssConfig(
+        **{**TWO_LAYERS, "intermediate_size": 128},
+        head_dim=32,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"],
+        pad_token_id=None,
+    )
+    return _write(GptOssForCausalLM, config, path, seed)
 
 
 def write_mixtral(path: Path, *, seed: int = 12) -> Path:
@@ -345,7 +401,7 @@ def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
         noise = torch.randn(parameter.shape, generator=generator)
         if "norm" in leaf.lower():
             value = 1.0 + 0.1 * noise
-        elif kind == "bias":
+        elif kind == "bias" or (leaf == "experts" and kind.endswith("_bias")):
             value = 0.5 * noise
         elif leaf.endswith(("embed_tokens", "embeddings")):
             value = noise

@@ -55,7 +55,7 @@ def _require_parameter(
 def _require_experts(
     modules: Mapping[str, FoundModule], layout: ModelLayout, problems: ProblemList
 ) -> None:
-    """Reports layers of which only some experts are adapted: vLLM adapts all of them or none."""
+    """Reports layers of which only some experts are adapted, if their sizes are not known."""
     adapted = {
         name.partition(_OF_EXPERTS)[0]: found
         for name, found in modules.items()
@@ -72,6 +72,8 @@ def _require_experts(
             )
     for name in sorted(layout.special) if adapted else ():
         layer, of_experts, _ = name.partition(_OF_EXPERTS)
+        if name in layout.linear_shapes:
+            continue
         if of_experts and layer in adapted and name not in modules:
             problems.add(
                 Code.HALF_MISSING,

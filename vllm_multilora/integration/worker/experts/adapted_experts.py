@@ -25,6 +25,7 @@ from vllm.model_executor.layers.fused_moe.experts.lora_experts_mixin import LoRA
 
 from multilora_kernels.experts import ExpertProducts
 from multilora_kernels.experts.packed import BLOCK
+from multilora_kernels.experts.products import Ranks
 from multilora_kernels.operators import Numbered, register
 
 _APPLY = [
@@ -57,7 +58,7 @@ class AdaptedExperts(LoRAExpertsMixin, CPUUnquantizedExperts):
         self._products = products
         self._filled = np.zeros(slots + 1, dtype=np.bool_)  # and of rows without a slot, -1
 
-    def fill(self, slot: int, w13_ranks: Sequence[int], w2_rank: int) -> None:
+    def fill(self, slot: int, w13_ranks: Sequence[Ranks], w2_rank: Ranks) -> None:
         """Says which ranks of a slot count from now on."""
         assert self._products is not None
         self._products.set_ranks(slot, w13_ranks, w2_rank)

@@ -85,6 +85,8 @@ def _missing(runner: MoERunner, method: UnquantizedFusedMoEMethod) -> str:
         needed = "--dtype bfloat16 or float32"
     elif config.activation.value not in ACTIVATIONS or not config.is_act_and_mul:
         needed = f"other activations than {config.activation.value}"
+    elif config.activation.value == "swigluoai" and _in_parts(lora_config):
+        needed = "gates and what they multiply as one: no --enable-mixed-moe-lora-format"
     elif parallel.use_ep or parallel.dp_size > 1:
         needed = "experts that each worker has all of: no expert or data parallelism"
     elif lora_config is not None and lora_config.fully_sharded_loras and parallel.tp_size > 1:
@@ -94,6 +96,11 @@ def _missing(runner: MoERunner, method: UnquantizedFusedMoEMethod) -> str:
     elif config.hidden_dim != (config.hidden_dim_unpadded or config.hidden_dim):
         needed = "experts without padding"
     return _NO_ADAPTERS.format(needed) if needed else ""
+
+
+def _in_parts(lora_config: Any) -> bool:
+    """Whether slots have gates apart from what they multiply, whichever way the model has them."""
+    return bool(getattr(lora_config, "enable_mixed_moe_lora_format", False))
 
 
 def _experts(model: torch.nn.Module) -> Iterator[tuple[str, MoERunner]]:

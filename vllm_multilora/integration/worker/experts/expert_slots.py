@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from vllm.lora.layers import BaseLayerWithLoRA, FusedMoEWithLoRA
+from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 
 from multilora_kernels.experts import ACTIVATIONS, ExpertAdapters, ExpertProducts, PackedExperts
+from vllm_multilora.integration.worker.experts.uneven_experts import EXPERT_RANKS
 
 
 class ExpertSlots:
@@ -34,7 +36,9 @@ class ExpertSlots:
                     self._layers[name] = experts
                     experts.take_slots(_products(module, experts), module.max_loras)
 
-    def set_ranks(self, slot: int, name: str, weights: LoRALayerWeights | None) -> None:
+    def set_ranks(
+        self, slot: int, name: str, weights: LoRALayerWeights | None, lora: LoRAModel | None
+    ) -> None:
         """Says what a slot holds of a layer from now on; nothing, if it is not one of these."""
         experts = self._layers.get(name)
         if experts is None:
@@ -42,7 +46,8 @@ class ExpertSlots:
         if weights is None:
             experts.clear(slot)
         else:
-            ranks = [a.shape[1] for a in weights.lora_a]  # gate, down and up, or both and down
+            # Gate, down and up, or both and down.
+            ranks = (EXPERT_RANKS.get(lora) or {}).get(name) or [a.shape[1] for a in weights.lora_a]
             experts.fill(slot, ranks[::2], ranks[1])
 
 

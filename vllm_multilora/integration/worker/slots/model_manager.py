@@ -38,6 +38,7 @@ from vllm_multilora.integration.step.stock_kernels import restore_tables
 from vllm_multilora.integration.step.stock_rows import ClassificationHead
 from vllm_multilora.integration.worker.experts.expert_kernels import experts_left_alone
 from vllm_multilora.integration.worker.experts.expert_slots import ExpertSlots
+from vllm_multilora.integration.worker.experts.held_gates import adapt_held_gates
 from vllm_multilora.integration.worker.kernel_choice.guarded_start import (
     StartSettings,
     choose_kernels,
@@ -166,6 +167,7 @@ class MultiLoRAModelManager(LoRAModelManager):
 
     def _create_lora_modules(self) -> None:
         super()._create_lora_modules()
+        adapt_held_gates(self.model, self.modules)
         # Whichever way an adapter holds experts, the layers that they are in take it; this only
         # says so to vLLM once it has chosen these layers. Experts that share matrices do not.
         has_experts = any(isinstance(each, FusedMoEWithLoRA) for each in self.modules.values())
@@ -301,7 +303,7 @@ class MultiLoRAModelManager(LoRAModelManager):
         self._reordered.reorder(slot, index.rows)
         for name, module in self._special.items():
             weights = self._fill_special(slot, name, module, special)
-            self._expert_slots.set_ranks(slot, name, weights)
+            self._expert_slots.set_ranks(slot, name, weights, special)
             if weights is not None and (layer := self._ranked.get(name)):
                 ranks = _true_ranks(weights, layer.rows.stop - layer.rows.start)
                 expand[layer.rows] = ranks

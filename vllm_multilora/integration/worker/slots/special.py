@@ -16,6 +16,7 @@ from vllm.lora.peft_helper import PEFTHelper
 
 from vllm_multilora.adapters.model.tensor_names import parse_tensor_name
 from vllm_multilora.adapters.packing.pack_index import PackIndex, RawTensor
+from vllm_multilora.integration.worker.experts.uneven_experts import even_out
 from vllm_multilora.store.memory.mapper import SegmentMapper
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class SpecialParts:
             if check := getattr(manager, name, None):
                 check(special)
         if special.loras:
+            even_out(special, manager.packed_modules, manager.layout.linear_shapes)
             manager._create_merged_loras_inplace(special)
         return special
 

@@ -1,0 +1,1 @@
+"""Adapters of experts on CPUs, against PEFT."""
