@@ -51,6 +51,17 @@ def test_a_slot_is_not_given_twice() -> None:
     assert slots.contents == (1, None)
 
 
+def test_an_adapter_that_has_arrived_waits_a_step_for_its_request() -> None:
+    """Though a request for another adapter is asked for before its own."""
+    slots = make_slots(1)
+    bring(slots, 1)
+    slots.running(frozenset())
+    assert slots.assign(2, OLD) is None
+    assert slots.admit(1, OLD)
+    slots.running(frozenset({1}))
+    assert slots.assign(2, OLD) is None
+
+
 def test_an_adapter_that_was_asked_for_on_its_way_waits_a_step_for_its_request() -> None:
     slots = make_slots(1)
     order = slots.assign(1, OLD)
@@ -91,6 +102,16 @@ def test_weights_that_a_rank_is_without_are_copied_again_and_nobody_elses() -> N
     assert slots.filled(order.order)
     assert slots.admit(1, OLD)
     slots.missing(3)  # has no slot
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_nothing_is_kept_for_an_unloaded_adapter(steps: int) -> None:
+    slots = make_slots(1)
+    bring(slots, 1)
+    for _ in range(steps):
+        slots.running(frozenset())
+    slots.clear(1)
+    assert not slots.is_protected(1)
 
 
 def test_who_was_admitted_before_its_adapter_was_unloaded_keeps_no_version_out() -> None:

@@ -125,6 +125,19 @@ def test_who_follows_a_load_shares_its_failure(world):
     assert world.answer(2, tickets[1]).kind is FailureKind.INVALID
 
 
+def test_nobody_follows_a_load_that_follows_another(world):
+    for client, server in ((2, "other"), (3, "third")):
+        world.client(client, server=server)
+    tickets = {client: world.request_load(client, path="/same") for client in (1, 2)}
+    first, second = world.jobs
+    world.opened(second)
+    world.opened(first)
+    tickets[3] = world.request_load(3, path="/same")
+    world.settle()
+    assert all(isinstance(world.answer(*ticket), Loaded) for ticket in tickets.items())
+    assert world.read == {"/same": 1}
+
+
 def test_a_failure_names_nobody_elses_adapter(world):
     world.client(2, server="other")
     world.request_load(1, adapter=1, path="/same")
@@ -484,6 +497,20 @@ def test_the_room_of_a_job_that_has_ended_is_the_next_ones(world):
     assert isinstance(world.answer(1, other), Loaded)
 
 
+def test_what_a_registration_has_brought_makes_room_for_who_waits(world):
+    world.request_load(1, 1, keep=False)
+    request = world.request_load(1, 2)
+    first, second = world.jobs
+    for job, pages in ((first, 6), (second, 5)):
+        world.opened(job)
+        world.checked(job, pages)
+    assert world.jobs[second] == "checked"
+    world.done(first)
+    assert world.jobs[second] == "reading"
+    world.settle()
+    assert isinstance(world.answer(1, request), Loaded)
+
+
 def test_what_can_never_fit_fails_at_once_with_both_sizes(world):
     failed = world.load(1, pages=11)
     assert failed.kind is FailureKind.NO_MEMORY
@@ -547,6 +574,23 @@ def test_a_smaller_budget_is_kept_to_as_soon_as_leases_allow_it():
         world.registry.release(1, pack, world.now)
     assert isinstance(world.load(1, 9), Loaded)
     assert world.memory.totals().bytes == 2 * PAGE
+    world.check()
+
+
+def test_adapters_that_are_being_read_count_among_those_in_memory():
+    world = World(StoreSettings(budget_adapters=1))
+    world.client(1)
+    tickets = [world.request_load(1, adapter) for adapter in (1, 2)]
+    first, second = list(world.jobs)
+    for job in (first, second):
+        world.opened(job)
+        world.checked(job)
+    assert [world.jobs[job] for job in (first, second)] == ["reading", "checked"]
+    world.done(first)
+    world.settle()
+    world.registry.release(1, world.answer(1, tickets[0]).pack.pack, world.now)
+    world.settle()
+    assert isinstance(world.answer(1, tickets[1]), Loaded)
     world.check()
 
 
@@ -770,6 +814,19 @@ def test_a_pack_knows_the_latest_versions_of_its_files_only(world):
     assert kept.info.pack == pack
     assert list(kept.versions) == [f"copy {n}" for n in range(4, MAX_VERSIONS + 4)]
     assert world.memory._by_version.keys() == {(kept.scope, one) for one in kept.versions}
+
+
+def test_a_version_that_is_seen_again_is_the_latest(world):
+    for version in ("one", "two", "one"):
+        world.request_load(1, 1, fresh=True)
+        (job,) = world.jobs
+        world.opened(job, version)
+        if job in world.jobs:
+            world.checked(job)
+            world.done(job, "/adapters/1")
+        world.settle()
+    (kept,) = world.memory.packs.values()
+    assert list(kept.versions) == ["two", "one"]
 
 
 def test_each_request_of_a_withdrawn_adapter_fails_once_though_its_other_load_fails(
