@@ -3,8 +3,8 @@
 A server with a tiny random Llama in float32, over HTTP and with a key. Two threads ask sixteen
 adapters one after another, and compare each answer with PEFT's; another one asks for `/health`.
 Attackers register what is broken, hostile names and poison, flood, give up, reload, unload, delete
-and rewrite files and use wrong keys, at random (`tests/attacks/random_attacks.py`), and each attack
-knows how it must be answered.
+and rewrite files and use wrong keys, at random (`benchmarks/loads/random_attacks.py`), and each
+attack knows how it must be answered.
 
 It fails if an answer was not PEFT's, `/health` was not 200, an attack was answered
 otherwise than expected, a process grew by more than 2 % after the warm-up or by more than eight
@@ -44,7 +44,7 @@ from vllm_multilora.store.store_launch import RunningStore
 from vllm_multilora.toolbox.commands.store import describe
 
 if TYPE_CHECKING:
-    from tests.attacks.random_attacks import Attackers
+    from benchmarks.loads.random_attacks import Attackers
 
 MIB = 2**20
 CUSTOMERS = 16
@@ -220,7 +220,7 @@ def growth(samples: list[tuple[float, int]]) -> tuple[float, float]:
 )
 def soak(minutes: float = 20.0, seed: int = 0, attackers: int = 2) -> Iterable[Figure]:
     """Sixteen well-behaved customers beside attackers, for as long as one likes."""
-    from tests.attacks.random_attacks import Attackers
+    from benchmarks.loads.random_attacks import Attackers
     from tests.serving.models.recipes import FLEET_RECIPES
     from tests.serving.models.scenarios import build_scenario
     from tests.serving.models.tiny_models import write_llama

@@ -131,25 +131,6 @@ def test_a_step_waits_so_long_for_all_of_its_copies_together(engines):
     assert engine.workers.waited == 2
 
 
-def test_a_store_that_dies_while_a_copy_is_waited_for_fails_nobody(engines):
-    engine = engines(copy_s=60.0)
-    engine.host(1)
-
-    def die():
-        engine.store.restart()
-        engine.is_restarted = True
-        engine.workers.refused()
-
-    engine.workers.answers = die
-    assert not engine.adapters.bring(1)
-    assert engine.adapters.failure(1) is None
-    assert not engine.adapters.is_ready(1)
-    engine.store.loaded(pack_info(2))
-    engine.workers.answers = engine.workers.filled
-    engine.poll()
-    assert engine.adapters.bring(1)
-
-
 def test_a_version_that_comes_while_the_one_before_is_copied_is_not_taken_for_it(engines):
     engine = engines(copy_s=60.0)
     engine.host(1, 7)
@@ -221,13 +202,6 @@ def test_a_new_request_is_a_new_try(engine):
 # Requests that end early
 
 
-def test_an_aborted_request_takes_back_an_answer_that_nobody_has_looked_at(engine):
-    engine.adapters.request_load(lora(1))
-    engine.store.loaded(pack_info(7))
-    engine.adapters.drop(1)
-    assert not engine.store.leased
-
-
 def test_what_the_store_says_of_a_load_request_that_was_taken_back_is_no_matter(engine):
     """It may come in one go with what has taken the load request back."""
     engine.adapters.request_load(lora(1))
@@ -240,36 +214,7 @@ def test_what_the_store_says_of_a_load_request_that_was_taken_back_is_no_matter(
     assert engine.adapters.state(1) is AdapterState.ABSENT
 
 
-def test_a_copy_for_an_aborted_request_is_made_to_its_end(engine):
-    engine.host(1)
-    engine.bring(1)
-    engine.adapters.drop(1)
-    engine.check()
-    engine.filled()
-    assert engine.adapters.state(1) is AdapterState.SLOT
-    assert not engine.store.leased
-
-
 # Losses
-
-
-def test_an_adapter_evicted_while_its_requests_wait_is_requested_again(engine):
-    engine.host(1)
-    engine.adapters.drop(1)
-    engine.evict(1)
-    assert engine.adapters.state(1) is AdapterState.ABSENT
-    engine.adapters.request_load(lora(1))
-    engine.loaded(pack_info(2))
-    assert engine.adapters.is_ready(1)
-
-
-def test_an_adapter_in_a_slot_does_not_need_host_memory(engine):
-    engine.fill(1)
-    engine.evict(1)
-    assert engine.adapters.state(1) is AdapterState.SLOT
-    engine.adapters.request_load(lora(1))
-    assert engine.adapters.is_ready(1)
-    assert not engine.store.load_requests
 
 
 def test_a_store_that_is_started_again_is_asked_again_for_what_waits(engine):
@@ -286,17 +231,6 @@ def test_a_store_that_is_started_again_is_asked_again_for_what_waits(engine):
     engine.loaded(pack_info(30), load_request)
     assert engine.adapters.is_ready(2)
     assert engine.adapters.is_ready(3)
-
-
-def test_a_copy_that_fails_because_the_store_has_gone_is_made_again(engine):
-    engine.host(1)
-    engine.bring(1)
-    engine.workers.refused()  # told before the engine core has heard of the store's end
-    engine.restart_store()
-    assert engine.adapters.failure(1) is None
-    assert not engine.adapters.is_ready(1)
-    engine.loaded(pack_info(2))
-    assert engine.adapters.is_ready(1)
 
 
 def test_nobody_waits_for_a_store_that_has_gone_to_forget(engine):
@@ -359,18 +293,6 @@ def test_a_reload_of_other_weights_waits_for_the_running_requests(engine):
     engine.filled()
     assert engine.adapters.bring(1)
     assert not engine.store.leased
-
-
-def test_a_version_that_comes_while_the_one_before_is_copied_takes_nothing_away(engine):
-    engine.host(1, 10)
-    engine.bring(1)
-    engine.adapters.request_load(lora(1, inplace=True))
-    assert not engine.adapters.is_ready(1)
-    engine.loaded(pack_info(11))
-    assert engine.store.leased == {10: 1, 11: 1}
-    engine.filled()
-    assert engine.store.leased == {11: 1}
-    assert engine.adapters.is_ready(1)
 
 
 @pytest.mark.parametrize("by", ["request", "registration"])
@@ -645,17 +567,6 @@ def test_weights_that_are_in_a_slot_need_no_check(engine):
     assert future.result(0) is True
 
 
-def test_a_check_reads_on_when_the_requests_beside_it_are_aborted(engine):
-    future = begin_check(engine, 1, 7)
-    engine.adapters.request_load(lora(1))
-    if engine.store.load_requests:
-        engine.loaded(pack_info(7, special=True))
-    engine.adapters.drop(1)
-    engine.check()
-    engine.filled()
-    assert future.result(0) is True
-
-
 def test_a_check_whose_store_has_gone_is_made_again(engine):
     future = begin_check(engine, 1, 7)
     order = engine.workers.only()
@@ -664,16 +575,6 @@ def test_a_check_whose_store_has_gone_is_made_again(engine):
     assert not future.done()
     engine.loaded(pack_info(0, special=True))
     assert future.result(0) is True
-
-
-def test_a_check_of_a_pack_that_has_gone_is_made_again(engine):
-    future = begin_check(engine, 1, 7)
-    order = engine.workers.only()
-    engine.workers.say(FillFailed(order.order, FailureKind.INTERNAL, "it is gone", is_gone=True))
-    engine.poll()
-    assert not future.done()
-    assert not engine.store.leased
-    assert engine.store.only().adapter == 1
 
 
 def test_a_copy_of_a_pack_that_has_gone_fails_nobody(engine):
@@ -734,17 +635,6 @@ def test_a_registration_does_not_wait_for_ever_for_a_worker_that_cannot_have_its
     assert_refused(future)
 
 
-def test_a_copy_of_an_old_pack_that_has_gone_says_nothing_of_the_new_one(engine):
-    engine.host(1, 10)
-    engine.bring(1)
-    old = engine.workers.only()
-    engine.adapters.request_load(lora(1, inplace=True))
-    engine.loaded(pack_info(11))
-    engine.workers.say(FillFailed(old.order, FailureKind.INTERNAL, "it is gone", is_gone=True))
-    engine.poll()
-    assert engine.adapters.state(1) is AdapterState.HOST
-
-
 def test_a_registration_gets_the_answer_of_its_own_check(engine):
     """A request's load of what was there before the files changed may fail beside it."""
     engine.adapters.request_load(lora(1))
@@ -767,30 +657,6 @@ def test_a_version_that_workers_have_checked_while_it_waits_for_a_slot_is_on_lea
     engine.filled()
     assert future.result(0)
     assert engine.store.leased == {10: 1}
-
-
-@pytest.mark.parametrize("is_refused", [False, True])
-def test_a_check_takes_no_lease_from_requests_that_wait_for_a_slot(engine, is_refused):
-    engine.host(1, 10)
-    future = engine.adapters.register(lora(1, inplace=True))
-    if is_refused:
-        engine.store.failed()
-    else:
-        engine.store.loaded(pack_info(10))
-    engine.poll()
-    assert (future.exception(0) is not None) == is_refused
-    assert engine.store.leased == {10: 1}
-    assert engine.adapters.is_ready(1)
-    assert not engine.store.load_requests
-
-
-def test_a_check_of_what_is_in_host_memory_gives_no_lease_on_it(engine):
-    for _ in range(2):
-        engine.adapters.register(lora(1, inplace=True))
-        engine.loaded(pack_info(10))
-    engine.adapters.request_load(lora(1))
-    assert not engine.adapters.is_ready(1)
-    assert engine.store.only().keep
 
 
 def test_what_an_aborted_request_has_brought_beside_a_check_that_fails_is_given_back(engine):
@@ -872,18 +738,6 @@ def test_no_more_than_all_slots_but_one_are_pinned(engine):
         engine.adapters.pin(9)
 
 
-def test_a_pin_that_finds_no_slot_keeps_nothing_on_lease(engine):
-    for number in (1, 2):
-        engine.fill(number)
-        engine.step(1, number)
-    engine.adapters.register(lora(3))
-    engine.loaded(pack_info(3))
-    future = engine.adapters.pin(3)
-    engine.loaded(pack_info(3))
-    assert future.result(0) is True
-    assert not engine.store.leased
-
-
 def test_an_adapter_that_cannot_be_had_is_not_pinned(engine, monkeypatch):
     shown_as_pinned: list[frozenset[int]] = []
     monkeypatch.setattr(engine.adapters.observer, "pinned", shown_as_pinned.append)
@@ -896,19 +750,6 @@ def test_an_adapter_that_cannot_be_had_is_not_pinned(engine, monkeypatch):
     assert shown_as_pinned == [{1}, set()]
 
 
-def test_a_pin_of_an_adapter_that_has_failed_is_a_new_try(engine):
-    engine.adapters.request_load(lora(1))
-    engine.failed(kind=FailureKind.UNREADABLE)
-    engine.adapters.drop(1)
-    first, second = engine.adapters.pin(1), engine.adapters.pin(1)
-    engine.failed(kind=FailureKind.GONE)
-    for future in (first, second):
-        assert assert_refused(future).failure.kind is FailureKind.GONE
-    assert 1 not in engine.adapters.slots.pins
-    with pytest.raises(ValueError, match="never added"):
-        engine.adapters.pin(1)
-
-
 def test_a_second_pin_that_fails_leaves_the_first(engine):
     engine.fill(1)
     assert engine.adapters.pin(1).result(0) is True
@@ -919,17 +760,6 @@ def test_a_second_pin_that_fails_leaves_the_first(engine):
     engine.failed(kind=FailureKind.UNREADABLE)
     assert_refused(future)
     assert 1 in engine.adapters.slots.pins
-
-
-def test_a_pin_outlives_the_requests_that_wait_beside_it(engine):
-    engine.adapters.register(lora(1))
-    engine.loaded(pack_info(0, "digest"))
-    future = engine.adapters.pin(1)
-    engine.adapters.request_load(lora(1))
-    engine.adapters.drop(1)
-    engine.loaded(pack_info(7))
-    assert future.result(0) is True
-    assert engine.workers.only().pack.pack == 7
 
 
 def test_a_pinned_name_stays_with_the_version_that_serves_when_another_is_refused(
@@ -1128,17 +958,6 @@ def known(engine: Engine) -> list[int]:
     return [entry.number for entry in engine.adapters.known()]
 
 
-def test_adapters_that_are_nowhere_are_forgotten_when_there_are_too_many(engine, few):
-    for number in range(1, 8):
-        engine.adapters.request_load(lora(number))
-        engine.adapters.drop(number)
-    engine.adapters.request_load(lora(5))
-    engine.adapters.drop(5)
-    engine.adapters.request_load(lora(8))
-    assert known(engine) == [6, 7, 5, 8]
-    assert not engine.store.forgotten
-
-
 def test_those_that_cannot_be_forgotten_keep_none_that_can(engine, few, monkeypatch):
     monkeypatch.setattr(known_adapters, "_TRIES", 2)
     for number in (1, 2):
@@ -1188,13 +1007,6 @@ def waiting(engines) -> Engine:
 
     engine.store.request_load = request_and_load
     return engine
-
-
-def test_a_store_that_makes_everybody_wait_is_asked_when_a_request_is_about_to_run(waiting):
-    waiting.adapters.request_load(lora(1))
-    assert waiting.store.tickets == 0
-    assert waiting.adapters.is_ready(1)
-    assert not waiting.adapters.bring(1)
 
 
 def test_nobody_keeps_room_that_a_store_needs_while_it_makes_everybody_wait(engines):

@@ -1,7 +1,6 @@
 """What an engine core knows of blends: few at a time, as sound as their parts, gone with them."""
 
 import time
-from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -10,14 +9,11 @@ from vllm.lora.request import LoRARequest
 from tests.engine.fake_engine import MAX_BLENDS, Engine, lora, pack_info
 from tests.engine.test_quarantine import counted, on
 from vllm_multilora.failures import FailureKind, RequestFailure
-from vllm_multilora.integration.blends import blend_of, blended, label_of
+from vllm_multilora.integration.blends import blend_of, blended
 from vllm_multilora.integration.engine.adapter_status import engine_report
 from vllm_multilora.integration.engine.adapters.quarantine import Quarantine
-from vllm_multilora.integration.engine.scheduling.fair_scheduler import BLENDS as FLOW
-from vllm_multilora.integration.engine.scheduling.fair_scheduler import flow_of
 from vllm_multilora.integration.failed_requests import AdapterRefusedError, without_folder
 from vllm_multilora.integration.seals import Seal
-from vllm_multilora.metrics.label_values import BLENDS
 from vllm_multilora.states import AdapterState
 
 ACME, ZEN = Seal("acme"), Seal("zen")
@@ -209,24 +205,6 @@ def test_parts_must_have_the_digests_that_are_required(engines):
         assert (failure and failure.message) == refusal
 
 
-def test_a_text_that_is_no_blend_is_the_stores_to_refuse(engine):
-    request = lora(7, path="blend:nonsense")
-    assert blend_of(request) is None
-    assert engine.adapters.request_load(request) is None
-    assert engine.store.only().path == "blend:nonsense"
-    engine.failed()
-    assert engine.adapters.failure(7).kind is FailureKind.INVALID
-
-
-def test_the_blends_of_an_adapter_are_found(engine):
-    requests = [blend(0.5), blend(0.5, 1, 3), blend(0.5, 2, 3)]
-    for request in requests:
-        engine.adapters.request_load(request)
-    engine.adapters.request_load(lora(1))
-    assert engine.adapters.blends_with(1) == [r.lora_int_id for r in requests[:2]]
-    assert engine.adapters.blends_with(9) == []
-
-
 def test_the_blends_of_an_adapter_are_found_however_many_others_there_are():
     """The look-up happens for each adapter that is loaded for the first time."""
 
@@ -362,19 +340,6 @@ def test_a_blend_and_its_part_that_come_together_are_read_once(engine):
     engine.adapters.request_load(blend(0.5))
     change_part(engine, 1, 20, "one")
     assert not engine.store.only().fresh
-
-
-def test_a_blend_of_parts_to_be_reloaded_is_to_be_reloaded():
-    assert not blend(0.5).load_inplace
-    assert blended([(lora(1), 0.5), (lora(2, inplace=True), 1.0)]).load_inplace
-
-
-def test_metrics_and_shares_have_one_name_for_all_blends():
-    request = blend(0.5)
-    assert label_of(request) == BLENDS
-    assert label_of(lora(1)) == "adapter 1"
-    asked = SimpleNamespace(lora_request=request, trace_headers=None)
-    assert flow_of(asked) == FLOW
 
 
 def test_messages_name_parts_and_no_folders():

@@ -8,7 +8,6 @@ from vllm.v1.request import RequestStatus
 
 from tests.engine.executors import SchedulerStub, StartedExecutor
 from tests.engine.fake_engine import Engine, lora, pack_info
-from tests.metrics.readings import recorder, shown
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.engine.adapters.quarantine import Quarantine
@@ -78,17 +77,6 @@ def test_weights_that_ran_are_quarantined_though_newer_ones_are_already():
     quarantine.look(counted(acme_s=1), {"acme's": on("d2")}, lambda number: newer)
     quarantine.look(counted(acme_s=1), REQUESTS, lambda number: newer)
     assert quarantine.failure(PACK) is not None
-
-
-def test_it_is_counted_among_the_failures(tmp_path):
-    engine = Engine(recorder=recorder(tmp_path, "engine"))
-    engine.fill(7, 10, digest="d1")
-    for output in (counted(acme_s=0), counted(acme_s=3), counted(acme_s=0)):
-        engine.adapters.take_quarantined(output, REQUESTS)
-    name = "vllm:lora_adapter_load_failures_total{{engine=0,reason={}}}"
-    found = {kind: shown(tmp_path)[name.format(kind.value)] for kind in FailureKind}
-    assert {kind for kind, count in found.items() if count} == {FailureKind.QUARANTINED}
-    assert found[FailureKind.QUARANTINED] == 1
 
 
 def test_the_version_that_ran_is_quarantined():

@@ -3,8 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
-from vllm_multilora.gateway.status.status_route import listing
+from vllm_multilora.gateway.status.status_route import AdaptersRoute, listing
 
 
 def report(*, store: str = "unix:/run/store", requests: int = 5, **fields: object) -> dict:
@@ -117,3 +119,26 @@ def test_an_adapter_that_a_request_brought_along_is_listed_and_an_old_version_is
     assert [row["int_id"] for row in listing([report()], [])["data"]] == [7]
     newer = SimpleNamespace(lora_int_id=9, lora_name="acme", lora_path="/adapters/acme")
     assert [row["int_id"] for row in listing([report()], [newer])["data"]] == [9]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"openai_serving_models": SimpleNamespace(engine_client=None)},
+        {
+            "openai_serving_models": SimpleNamespace(
+                engine_client=SimpleNamespace(vllm_config=SimpleNamespace(lora_config=None))
+            )
+        },
+    ],
+    ids=["no models", "no engine", "LoRA is off"],
+)
+def test_where_the_plugin_does_not_act_there_is_no_such_path(state: dict[str, object]) -> None:
+    app = FastAPI()
+    AdaptersRoute(None).add_to(app)
+    for name, value in state.items():
+        setattr(app.state, name, value)
+    client = TestClient(app)
+    found, unknown = client.get("/v1/lora_adapters"), client.get("/v1/unknown")
+    assert (found.status_code, found.json()) == (unknown.status_code, unknown.json())

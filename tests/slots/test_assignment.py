@@ -44,17 +44,6 @@ def test_the_slot_of_one_whose_requests_have_ended_is_given_in_the_next_step() -
     assert slots.assign(4, OLD) is None  # 3 was assigned in the step before
 
 
-def test_a_request_that_follows_the_last_one_of_its_adapter_is_no_look_up() -> None:
-    journal = Journal()
-    slots = make_slots(2, events=journal)
-    run(slots, [1, 2])
-    journal.look_ups()
-    slots.begin_step(frozenset({2}))
-    assert slots.admit(1, OLD)
-    slots.running(frozenset({1, 2}))
-    assert journal.look_ups() == []
-
-
 def test_a_slot_is_not_given_twice() -> None:
     slots = make_slots(2)
     assert slots.assign(1, OLD) is not None
@@ -83,15 +72,6 @@ def test_an_adapter_that_was_asked_for_on_its_way_waits_a_step_for_its_request()
     slots.filled(order.order)
     slots.running(frozenset())
     assert slots.assign(2, OLD) is None
-
-
-def test_an_adapter_that_nobody_asks_for_any_more_is_kept_for_nobody() -> None:
-    slots = make_slots(1)
-    bring(slots, 1)
-    slots.running(frozenset())
-    slots.running(frozenset())
-    assert not slots.is_protected(1)
-    assert slots.assign(2, OLD) is not None
 
 
 # Answers
@@ -202,26 +182,6 @@ def test_an_adapter_read_for_a_request_is_a_cpu_miss_once() -> None:
     ]
 
 
-def test_nothing_is_counted_for_an_adapter_whose_request_never_ran() -> None:
-    journal = Journal()
-    slots = make_slots(1, events=journal)
-    bring(slots, 1)
-    run(slots, [], [2])
-    assert journal.look_ups() == ["miss gpu 2", "hit cpu 2"]
-    run(slots, [], [1])
-    assert journal.look_ups() == ["miss gpu 1", "hit cpu 1"]
-
-
-def test_a_slot_that_was_lost_on_the_way_makes_no_second_look_up() -> None:
-    journal = Journal()
-    slots = make_slots(1, events=journal)
-    slots.read_on_demand(1)
-    bring(slots, 1)
-    slots.clear_all()
-    run(slots, [1])
-    assert journal.look_ups() == ["miss gpu 1", "miss cpu 1"]
-
-
 def test_weights_that_are_copied_again_into_a_running_batch_are_no_look_up() -> None:
     journal = Journal()
     slots = make_slots(1, events=journal)
@@ -241,19 +201,6 @@ def test_what_was_noted_of_an_unloaded_adapter_counts_for_nothing() -> None:
     slots.clear(1)
     run(slots, [1])
     assert journal.look_ups() == ["miss gpu 1", "hit cpu 1"]
-
-
-def test_unloading_and_lost_weights_and_failed_copies_are_no_evictions() -> None:
-    journal = Journal()
-    slots = make_slots(1, events=journal)
-    run(slots, [1], [])
-    slots.clear_all()
-    run(slots, [1], [])
-    slots.clear(1)
-    order = slots.assign(1, OLD)
-    assert order is not None
-    slots.fill_failed(order.order)
-    assert not [word for word in journal.take() if word.startswith("evicted")]
 
 
 # Settings

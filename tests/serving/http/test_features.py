@@ -54,6 +54,23 @@ def cases(llama: Scenario) -> list[Case]:
     ]
 
 
+def forbidding() -> type:
+    """A logits processor of a user's own; few requests ask for it."""
+    from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+    class Forbidding(AdapterLogitsProcessor):
+        def is_argmax_invariant(self) -> bool:
+            return False
+
+        def new_req_logits_processor(self, params: "SamplingParams") -> Any:
+            token = (params.extra_args or {}).get("forbidden")
+            if token is None:
+                return None
+            return lambda output, logits: logits.index_fill(0, torch.tensor([token]), float("-inf"))
+
+    return Forbidding
+
+
 @pytest.fixture(scope="module")
 def engine(llama: Scenario) -> "Iterator[LLM]":
     with running_engine(
@@ -65,6 +82,7 @@ def engine(llama: Scenario) -> "Iterator[LLM]":
         max_num_batched_tokens=64,  # a part of the prompts each step
         num_gpu_blocks_override=BLOCKS,
         disable_log_stats=False,
+        logits_processors=[forbidding()],
     ) as llm:
         yield llm
 
@@ -261,6 +279,21 @@ def test_adapters_that_take_turns_over_one_prefix_keep_their_own_cache_of_it(
     assert 0 < cached < 3 * len(many) * len(prefix)
 
 
+def test_a_logits_processor_of_ones_own_acts_on_its_requests_under_their_adapters(
+    engine: "LLM", llama: Scenario, cases: list[Case], failing: "list[LoRARequest]"
+) -> None:
+    """Beside requests that it leaves as they are: their answers stay PEFT's."""
+    ranked = [list(case.expected.top[0]) for case in cases]
+    parameters = [
+        greedy(max_tokens=1, extra_args={"forbidden": likeliest[0]}) for likeliest in ranked
+    ]
+    parameters += [greedy()] * len(cases)
+    outputs = generate(engine, llama, [*cases, *cases], failing, parameters)
+    for output, likeliest in zip(outputs, ranked, strict=False):
+        assert list(output.outputs[0].token_ids) == [likeliest[1]]
+    assert_as_peft(outputs[len(cases) :], cases)
+
+
 @pytest.mark.smoke("pinning")
 def test_adapters_are_pinned_listed_and_removed(engine: "LLM", llama: Scenario) -> None:
     request = lora_request(llama, NAMES[0])
@@ -271,39 +304,9 @@ def test_adapters_are_pinned_listed_and_removed(engine: "LLM", llama: Scenario) 
     assert request.lora_int_id not in engine.llm_engine.list_loras()
 
 
-def test_a_logits_processor_of_ones_own_acts_on_its_requests_under_their_adapters(
-    llama: Scenario, cases: list[Case], failing: "list[LoRARequest]"
-) -> None:
-    """Beside requests that it leaves as they are: their answers stay PEFT's."""
-    from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
-
-    class Forbidding(AdapterLogitsProcessor):
-        def is_argmax_invariant(self) -> bool:
-            return False
-
-        def new_req_logits_processor(self, params: "SamplingParams") -> Any:
-            token = (params.extra_args or {}).get("forbidden")
-            if token is None:
-                return None
-            return lambda output, logits: logits.index_fill(0, torch.tensor([token]), float("-inf"))
-
-    ranked = [list(case.expected.top[0]) for case in cases]
-    parameters = [
-        greedy(max_tokens=1, extra_args={"forbidden": likeliest[0]}) for likeliest in ranked
-    ]
-    parameters += [greedy()] * len(cases)
-    with running_engine(
-        llama.base, in_process=True, max_loras=2, logits_processors=[Forbidding]
-    ) as llm:
-        outputs = generate(llm, llama, [*cases, *cases], failing, parameters)
-    for output, likeliest in zip(outputs, ranked, strict=False):
-        assert list(output.outputs[0].token_ids) == [likeliest[1]]
-    assert_as_peft(outputs[len(cases) :], cases)
-
-
 @pytest.mark.smoke("other weights for the base model")
 def test_adapters_act_on_the_weights_that_the_base_model_has_got(
-    llama: Scenario, failing: "list[LoRARequest]", tmp_path: Path
+    engine: "LLM", llama: Scenario, failing: "list[LoRARequest]", tmp_path: Path
 ) -> None:
     """And on the first ones when it has those again; adapters are in slots all the while."""
     # Not the one whose file also has the first weights' embedding, which PEFT would load.
@@ -312,12 +315,11 @@ def test_adapters_act_on_the_weights_that_the_base_model_has_got(
     dice = random.Random(5)
     prompts = [tuple(dice.randrange(VOCAB_SIZE) for _ in range(LENGTH)) for _ in range(8)]
     many = [decisive(base, adapters, prompts) for base in bases]
-    with running_engine(llama.base, in_process=True, max_loras=2) as llm:
-        for turn in (0, 1, 0):
-            llm.collective_rpc("reload_weights", kwargs={"weights_path": str(bases[turn])})
-            llm.reset_prefix_cache()
-            outputs = generate(llm, llama, many[turn], failing, greedy())
-            assert_as_peft(outputs, many[turn])
+    for turn in (0, 1, 0):
+        engine.collective_rpc("reload_weights", kwargs={"weights_path": str(bases[turn])})
+        engine.reset_prefix_cache()
+        outputs = generate(engine, llama, many[turn], failing, greedy())
+        assert_as_peft(outputs, many[turn])
 
 
 @pytest.mark.smoke("`embed_tokens` and `lm_head`")

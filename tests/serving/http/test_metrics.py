@@ -1,17 +1,22 @@
-"""The LoRA metrics of real servers, after a known sequence of loads, requests and unloads."""
+"""What a real server says of its adapters after known loads, requests and unloads."""
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.promtool import run_promtool
+from vllm_multilora.cli import main
+from vllm_multilora.gateway.status.status_route import NEW_S
 from vllm_multilora.metrics import definitions as defined
 from vllm_multilora.metrics.label_values import OTHER
+from vllm_multilora.store.memory.arena import PAGE
 
 from .. import completions
 from ..exposition import lines_of_lora_metrics, lora_samples, scrape, values
@@ -48,6 +53,13 @@ class Deployment:
     def ask(self, name: str) -> int:
         case = self.scenario.cases_of("all-linear-r8")[0]
         return completions.ask(self.server, name, case).status_code
+
+    def listing(self) -> dict[str, Any]:
+        time.sleep(NEW_S)  # an answer may be as old as that
+        response = self.server.get("/v1/lora_adapters")
+        assert response.status_code == 200, f"{response.text}\n{self.server.log_tail()}"
+        found: dict[str, Any] = response.json()
+        return found
 
     def scrape_with_cached(self, adapters: int) -> str:
         """The metrics once host memory holds so many; the store tells of it 20 times a second."""
@@ -172,6 +184,40 @@ def test_every_number_is_right_after_a_known_sequence(deployment: Deployment) ->
         ("b", "gpu", "5", "false"): 1,
         ("d", "gpu", "16", "false"): 1,
     }
+
+    listing = deployment.listing()
+    rows = {row["id"]: row for row in listing["data"]}
+    keys = ("state", "tier", "slot", "rank", "requests", "hits", "pinned")
+    assert {name: tuple(row[key] for key in keys) for name, row in rows.items()} == {
+        "a": ("failed", "disk", None, 8, 4, 2, False),
+        "b": ("slot", "gpu", 1, 5, 2, 0, False),
+        "d": ("slot", "gpu", 0, 16, 1, 0, False),
+        "e": ("absent", "disk", None, 64, 0, 0, False),
+    }
+    assert "does not exist" in rows["a"]["last_error"]
+    assert (rows["b"]["last_error"], rows["b"]["object"]) == (None, "lora_adapter")
+    assert rows["b"]["path"] == str(deployment.root / "b")
+    assert time.time() - 60 < rows["d"]["last_used"] < rows["b"]["last_used"] < time.time()
+    assert (listing["object"], listing["slots"]) == ("list", {"total": 2, "free": 0})
+    assert rows["d"]["bytes"] > rows["b"]["bytes"] > 0
+    memory = listing["cpu"]
+    assert 0 <= memory.pop("bytes") - rows["b"]["bytes"] - rows["d"]["bytes"] < 2 * PAGE
+    assert memory == {"adapters": 2, "bytes_limit": None, "adapters_limit": 3}
+
+
+def test_the_status_command_shows_what_the_server_lists(
+    deployment: Deployment, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    arguments = ["status", "--url", deployment.server.url]
+    assert main([*arguments, "--json"]) == 0
+    data = deployment.listing()["data"]
+    assert json.loads(capsys.readouterr().out)["data"] == data
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for row in data:
+        line = next(line for line in lines if line.startswith(f"{row['id']} "))
+        assert line.split()[1] == row["state"]
 
 
 def test_all_series_carry_vllms_own_labels_and_stocks_metric_stays(deployment: Deployment) -> None:

@@ -20,7 +20,14 @@ pytestmark = pytest.mark.serving
 
 @pytest.fixture(scope="module")
 def llm(llama: Scenario) -> "Iterator[LLM]":
-    with running_engine(llama.base, in_process=True, worker_extension_cls=EXTENSION) as running:
+    """Folders may come from one root only; tensors come from none."""
+    root = str(next(iter(llama.adapters.values())).parent)
+    with running_engine(
+        llama.base,
+        in_process=True,
+        worker_extension_cls=EXTENSION,
+        additional_config={"multilora": {"allowed_roots": [root]}},
+    ) as running:
         yield running
 
 

@@ -16,6 +16,7 @@ from .pushes import EXTENSION, NUMBER, assert_answers, push
 pytestmark = pytest.mark.serving
 
 OWN_LOADER = "tests.serving.tensors.tensor_loader.OwnLoader"
+WAITING = {"additional_config": {"multilora": {"async_loading": False}}}
 
 
 @pytest.fixture
@@ -29,12 +30,8 @@ def _vllms_own_loader(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("extension", "options"),
     [
-        pytest.param(EXTENSION, {}, id="vllms-loader"),
         pytest.param(OWN_LOADER, {"tensor_parallel_size": 2}, id="own-loader-two-workers"),
-        pytest.param(
-            *(EXTENSION, {"additional_config": {"multilora": {"async_loading": False}}}),
-            id="waiting-for-loads",
-        ),
+        pytest.param(EXTENSION, WAITING | {"in_process": True}, id="waiting-for-loads"),
     ],
 )
 def test_tensors_given_to_workers_answer_as_peft(
@@ -60,16 +57,6 @@ def test_adapters_of_a_frameworks_own_loader_answer_as_peft(llama: Scenario) -> 
             assert llm.llm_engine.add_lora(lora)
             case = case_of(llama, name)
             assert tokens(llm, case, LoRARequest(name, NUMBER, path)) == case.expected.tokens
-
-
-def test_tensors_are_served_beside_allowed_roots(llama: Scenario) -> None:
-    name = next(iter(llama.adapters))
-    settings = {"multilora": {"allowed_roots": [str(llama.adapters[name].parent)]}}
-    with running_engine(
-        llama.base, in_process=True, worker_extension_cls=EXTENSION, additional_config=settings
-    ) as llm:
-        push(llm, llama.adapters[name])
-        assert_answers(llm, llama, name)
 
 
 @pytest.mark.parametrize("setting", ["require_digest", "signing_keys"])

@@ -131,13 +131,6 @@ def test_slots_are_given_in_the_queues_order_while_there_are_any() -> None:
     assert scheduler.waiting == [C]
 
 
-def test_nobody_is_closed_while_nobody_waits() -> None:
-    scheduler = saturated(2)
-    for _ in range(3 * PATIENCE):
-        assert set(scheduler.run_step(*flood(2))) == {A, B}
-        assert not scheduler.queue
-
-
 def test_the_adapter_that_had_its_slot_for_longest_is_closed_after_the_patience() -> None:
     scheduler = Scheduler(SlotTurns(PATIENCE), slots=2)
     scheduler.run_step((B, 100))
@@ -164,15 +157,6 @@ def test_those_that_wait_are_served_in_the_order_in_which_they_came() -> None:
     assert scheduler.run_step((W, 1)) == [X]
 
 
-def test_patience_is_not_lost_in_steps_without_a_question() -> None:
-    """A full batch is not asked about at all; long requests leave it seldom."""
-    scheduler = Scheduler(SlotTurns(PATIENCE), slots=1, most_running=2)
-    scheduler.run_step((A, 4 * PATIENCE))
-    scheduler.run_step((W, 1), (A, 6 * PATIENCE))
-    assert scheduler.waiting == [W]
-    assert scheduler.steps_until(W, (A, 4 * PATIENCE)) <= 6 * PATIENCE
-
-
 def test_aborted_waiters_are_forgotten() -> None:
     scheduler = saturated(1)
     scheduler.run_step((W, 1), *flood(1))
@@ -195,16 +179,6 @@ def test_no_slot_is_kept_for_one_that_was_forgotten() -> None:
     scheduler.queue = [request for request in scheduler.queue if request.adapter != W]
     scheduler.turns.forget(W)
     assert scheduler.run_step() == [X]
-
-
-def test_a_slot_that_was_pinned_meanwhile_is_given_up_and_not_given_again() -> None:
-    """The pinned adapter's requests are not the turns' affair; there is a slot less."""
-    scheduler = saturated(2)
-    scheduler.slots = 1
-    for _ in range(PATIENCE + 2 * MAX_STEPS):
-        scheduler.run_step((B, 1))
-    assert set(scheduler.run_step((B, 1))) == {B}
-    assert set(scheduler.run_step((B, 1), (A, 1))) == {B}
 
 
 def test_whoever_had_a_slot_longest_gives_it_up_at_once_when_there_is_one_less() -> None:
@@ -343,32 +317,6 @@ def test_one_whose_weights_are_fetched_anew_keeps_its_place_in_the_line_but_no_s
     assert [turns.admit(adapter) for adapter in (B, W)] == [False, True]
 
 
-def test_one_that_waits_for_more_than_a_slot_has_its_place_from_then_on() -> None:
-    turns = SlotTurns(PATIENCE)
-    turns.begin_step((), 1)
-    assert turns.admit(A)
-    turns.wait(A)  # it has a slot
-    turns.wait(W)
-    turns.begin_step({A}, 1)
-    assert not turns.admit(X)
-    for _ in range(PATIENCE):
-        turns.begin_step({A}, 1)
-    assert A not in turns.waiting
-    turns.begin_step((), 1)
-    assert [turns.admit(adapter) for adapter in (X, W)] == [False, True]
-
-
-def test_with_an_order_too_no_slot_is_kept_for_one_whose_weights_are_fetched_anew() -> None:
-    had = {A: 2.0, B: 2.0, C: 1.0}
-    turns = SlotTurns(PATIENCE)
-    turns.begin_step((), 1)
-    assert [turns.admit(adapter) for adapter in (A, B, C)] == [True, False, False]
-    for _ in range(PATIENCE):
-        turns.begin_step({A}, 1, order=had.__getitem__)
-    turns.begin_step((), 1, order=had.__getitem__, at_hand={B}.__contains__)
-    assert turns.admit(B)
-
-
 @pytest.mark.parametrize("lost", ["its weights", "its patience", "its requests"])
 def test_one_on_its_way_into_its_slot_gives_it_up(lost: str) -> None:
     turns = turns_with(W)
@@ -415,12 +363,6 @@ def test_with_an_order_as_many_make_room_as_are_overdue() -> None:
         turns.begin_step({A, B}, 2, order=had.__getitem__)
         assert not turns.admit(X)
     assert [turns.admit(adapter) for adapter in (A, B)] == [False, True]
-
-
-def test_with_an_order_no_free_slot_is_kept_for_one_that_is_not_overdue() -> None:
-    turns = turns_with(A, waiting=W)
-    turns.begin_step((), 1, order={W: 0.0, B: 1.0}.__getitem__)
-    assert turns.admit(B)
 
 
 def test_with_an_order_nobody_makes_room_for_one_with_more_of_it() -> None:

@@ -41,15 +41,6 @@ def test_lru(uses, candidates, expected):
     assert victim("lru", uses, candidates) == expected
 
 
-def test_lru_takes_entering_for_a_use():
-    """Adapters loaded ahead of their requests would otherwise make room for each other."""
-    policy = make_policy("lru")
-    for adapter_id in (3, 2, 1):
-        policy.added(adapter_id, 1, 1.0)
-        policy.used((3,), ())
-    assert policy.victim((1, 2)) == 2
-
-
 @pytest.mark.parametrize(
     ("uses", "candidates", "expected"),
     [
@@ -94,18 +85,6 @@ def test_a_use_lifts_what_was_used_long_ago_to_the_age_of_today(name):
     policy.used((1,), (1,))
     policy.added(4, 1, 1.0)
     assert policy.victim((1, 4)) == 4
-
-
-@pytest.mark.parametrize("name", ["lfu", "gdsf"])
-def test_unloading_ages_nobody(name):
-    policy = make_policy(name)
-    for adapter_id in (1, 2, 3):
-        policy.added(adapter_id, 1, 1.0)
-    for adapter_id in (1, 1, 1, 2, 2):
-        policy.used((adapter_id,), (adapter_id,))
-    policy.removed(1)
-    policy.used((3,), (3,))  # would overtake 2 if 1's frequency had become the age
-    assert policy.victim((2, 3)) == 3
 
 
 @pytest.mark.parametrize(
@@ -170,16 +149,6 @@ def test_slru_counts_the_share_in_size():
     sizes = {1: 8}  # of 16
     assert victim("slru", twice, range(2, 6), sizes=sizes) == 2
     assert victim("slru", [*twice, 6, 6], range(1, 7), sizes=sizes) == 1
-
-
-def test_slru_takes_further_steps_of_a_request_for_the_same_use():
-    policy = make_policy("slru")
-    for adapter_id in (1, 2, 3, 4, 5):
-        policy.added(adapter_id, 1, 1.0)
-    for adapter_id in (2, 2, 1):
-        policy.used((adapter_id,), (adapter_id,))
-    policy.used((1, 3), (3,))  # 1 goes on, 3 joins: no second use of 1
-    assert policy.victim((1, 2)) == 1
 
 
 @pytest.mark.parametrize(

@@ -60,27 +60,6 @@ def test_candidates_are_in_the_order_of_their_numbers():
     assert ("victim", [1, 2]) in gpu.take()
 
 
-def test_an_adapter_of_the_batch_that_has_no_slot_yet_is_reported_when_it_has():
-    gpu = Journal()
-    slots = make_slots(2, lambda: gpu)
-    run(slots, [1])
-    gpu.take()
-    slots.running(frozenset({1, 2}))
-    bring(slots, 2)
-    slots.running(frozenset({1, 2}))
-    slots.running(frozenset({1, 2}))
-    assert gpu.take() == [("used", [1], []), ("added", 2, 1), ("used", [2], [2])]
-
-
-def test_the_same_step_again_is_no_new_use():
-    gpu = Journal()
-    slots = make_slots(2, lambda: gpu)
-    run(slots, [1, 2])
-    gpu.take()
-    run(slots, {2, 1})
-    assert gpu.take() == []
-
-
 def test_adapters_whose_slots_were_cleared_are_reported_again_with_their_new_slots():
     gpu = Journal()
     slots = make_slots(2, lambda: gpu)
@@ -89,18 +68,6 @@ def test_adapters_whose_slots_were_cleared_are_reported_again_with_their_new_slo
     slots.clear_all()
     run(slots, [1])
     assert gpu.take() == [("removed", 1), ("added", 1, 1), ("used", [1], [1])]
-
-
-def test_an_adapter_that_comes_back_for_nobodys_step_is_not_reported():
-    gpu = Journal()
-    slots = make_slots(2, lambda: gpu)
-    run(slots, [1])
-    bring(slots, 2)
-    slots.clear(2)
-    bring(slots, 2)
-    gpu.take()
-    slots.running(frozenset({1}))
-    assert not gpu.take()
 
 
 def test_packs_are_reported_with_their_bytes_and_once_a_change_of_the_batches():

@@ -43,10 +43,6 @@ def installed(tmp_path, monkeypatch):
     importlib.invalidate_caches()
 
 
-def test_the_built_in_names_come_first():
-    assert policy_names()[:4] == ("lru", "lfu", "slru", "gdsf")
-
-
 def test_an_installed_package_adds_a_name_but_cannot_take_one_over(installed):
     assert "mine" in policy_names()
     assert make_policy("mine").victim((1, 2)) == 2

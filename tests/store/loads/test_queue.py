@@ -67,14 +67,6 @@ def test_a_registration_that_a_request_waits_for_too_is_in_the_requests_queue():
     assert order(queue) == [0, 10, 12, 11, 1]
 
 
-def test_only_so_many_work_at_once():
-    queue = LoadQueue(places=2)
-    fill(queue, "abc")
-    assert started(queue, 0.0) == [0, 1]
-    queue.remove(0)
-    assert started(queue, 0.0) == [2]
-
-
 def test_a_job_that_works_keeps_its_place_until_patience_ends():
     queue = LoadQueue(places=1)
     fill(queue, "ab")
@@ -213,17 +205,3 @@ def test_the_time_that_the_store_stood_still_is_no_jobs():
     assert started(queue, 1000.0) == []
     assert queue.overdue(1004.9) == []
     assert queue.overdue(1005.0) == [0]
-
-
-def test_while_a_job_waits_for_room_registrations_go_on_and_requests_wait():
-    queue = LoadQueue(places=1)
-    fill(queue, "ab")
-    fill(queue, "c", Purpose.REGISTRATION, first=10)
-    started(queue, 0.0)
-    queue.wait_for_room(0, 0.0)
-    assert started(queue, 0.0) == [10]
-    queue.remove(10)
-    assert started(queue, 0.0) == []
-    queue.go_on(0, 0.0)
-    queue.remove(0)
-    assert started(queue, 0.0) == [1]

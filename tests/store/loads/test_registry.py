@@ -5,8 +5,6 @@ import pytest
 from tests.store.fake_reader import digest_of
 from tests.store.loads.registries import PAGE, World
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.slots.policies.contained_policy import ContainedPolicy
-from vllm_multilora.slots.policies.lru import LruPolicy
 from vllm_multilora.store.loads.loads import MAX_FAILURES
 from vllm_multilora.store.memory.entries import Owner
 from vllm_multilora.store.memory.held_packs import MAX_LIMITS, MAX_VERSIONS
@@ -50,13 +48,6 @@ def test_two_engines_of_a_server_share_one_load(world):
     world.settle()
 
 
-def test_numbers_of_different_servers_mean_different_adapters(world):
-    world.client(2, server="other")
-    one = world.load(1, path="/a")
-    two = world.load(2, path="/b")
-    assert one.pack.pack != two.pack.pack
-
-
 def test_what_a_server_that_has_gone_had_begun_is_its_followers_alone(world):
     world.client(2, server="other")
     world.request_load(2, adapter=7, path="/same")
@@ -83,15 +74,6 @@ def test_another_server_shares_equal_files_without_reading_them(world):
     assert two.pack == one.pack
     assert not two.was_read
     assert world.read == {"/same": 1}
-
-
-def test_files_that_are_being_read_for_another_server_are_read_once(world):
-    world.client(2, server="other")
-    first, second = world.request_load(1, path="/same"), world.request_load(2, path="/same")
-    world.settle()
-    assert world.answer(1, first).pack == world.answer(2, second).pack
-    assert world.read == {"/same": 1}
-    assert world.memory.packs[world.answer(1, first).pack.pack].leases == 2
 
 
 def test_the_end_of_a_server_leaves_others_loads_to_their_engines(world):
@@ -357,13 +339,6 @@ def test_a_fresh_request_outlives_the_one_before_it(world):
     assert isinstance(world.answer(1, fresh), Loaded)
 
 
-def test_a_registration_keeps_what_there_is_free_room_for(world):
-    loaded = world.load(1, keep=False)
-    assert not loaded.leased
-    assert loaded.pack.pack
-    assert world.memory.packs[loaded.pack.pack].leases == 0
-
-
 def test_a_registration_is_checked_though_the_system_gives_no_memory(world, monkeypatch):
     def refuse(blocks, *, evict):
         raise OSError(12, "Cannot allocate memory")
@@ -394,14 +369,6 @@ def test_a_request_that_joins_a_registration_gets_room(world):
     assert world.answer(1, registration).pack.pack == 0
     assert world.answer(1, request).pack.pack in world.memory.packs
     assert kept(world, "acme") == ["/adapters/2"]
-
-
-def test_a_registration_goes_on_when_its_request_ends_before_there_is_need_of_room(world):
-    registration, request = world.request_load(1, 2, keep=False), world.request_load(1, 2)
-    world.registry.cancel(1, request, world.now)
-    assert list(world.jobs.values()) == ["opening"]
-    world.settle()
-    assert world.answer(1, registration).pack.pack in world.memory.packs
 
 
 def test_a_load_waits_on_for_room_when_one_of_its_requests_has_ended(world):
@@ -477,19 +444,6 @@ def test_nothing_leaves_for_what_would_not_fit_even_then(world):
     assert list(world.evicted(1)) == []
 
 
-def test_a_load_waits_for_room_until_a_lease_is_given_back(world):
-    first = world.load(1, 1, pages=10)
-    ticket = world.request_load(1, 2)
-    world.settle(pages=10)
-    world.now += 1000.0
-    world.registry.loads.tick(world.now)
-    assert world.answers(1, ticket) == []
-    world.registry.release(1, first.pack.pack, world.now)
-    world.settle()
-    assert isinstance(world.answer(1, ticket), Loaded)
-    assert list(world.evicted(1)) == [first.pack.pack]
-
-
 def test_the_clock_of_a_job_goes_on_when_it_has_room(world):
     full = world.load(1, 1, pages=10).pack.pack
     ticket = world.request_load(1, 2)
@@ -509,21 +463,6 @@ def test_a_registration_does_not_take_what_a_request_waits_for(world):
     world.registry.release(1, first.pack.pack, world.now)
     world.settle()
     assert isinstance(world.answer(1, request), Loaded)
-
-
-def test_nobody_overtakes_who_waits_for_room(world):
-    first = world.load(1, 1, pages=6)
-    large, small = world.request_load(1, 2), world.request_load(1, 3)
-    jobs = list(world.jobs)
-    for job, pages in zip(jobs, (6, 2), strict=True):
-        world.opened(job)
-        world.checked(job, pages)
-    world.settle()
-    assert world.answers(1, small) == []
-    world.registry.release(1, first.pack.pack, world.now)
-    world.settle()
-    assert isinstance(world.answer(1, large), Loaded)
-    assert isinstance(world.answer(1, small), Loaded)
 
 
 @pytest.mark.parametrize("by", ["cancelling", "crash"])
@@ -604,20 +543,6 @@ def test_the_number_of_adapters_has_a_budget_too():
     world.check()
 
 
-def test_budgets_are_the_largest_asked_for():
-    world = World()
-    world.client(1, budget_bytes=2 * PAGE, budget_adapters=3)
-    world.client(2, budget_bytes=5 * PAGE, budget_adapters=None)
-    totals = world.memory.totals()
-    assert (totals.bytes_limit, totals.adapters_limit) == (5 * PAGE, None)
-    for adapter in range(4):
-        world.registry.release(1, world.load(1, adapter).pack.pack, world.now)
-    world.registry.client_gone(2, world.now)
-    totals = world.memory.totals()
-    assert (totals.bytes_limit, totals.adapters_limit) == (2 * PAGE, 3)
-    assert totals.bytes <= 2 * PAGE
-
-
 def test_a_source_that_hangs_delays_no_load_from_another(monkeypatch):
     world = World(StoreSettings(budget_bytes=10 * PAGE, jobs=1))
     monkeypatch.setattr(world, "refusal", lambda path: "it hangs" if path == "/slow" else None)
@@ -686,16 +611,6 @@ def test_servers_that_count_adapters_and_bytes_both_bound_the_memory():
     world.check()
 
 
-def test_files_that_were_read_once_for_several_engines_count_once(world):
-    """Else the sum over a server's engines would be more than there was to read."""
-    world.client(2)
-    tickets = {(client, world.request_load(client)) for client in (1, 2)}
-    world.settle()
-    answers = [world.answer(client, ticket) for client, ticket in tickets]
-    assert sorted(answer.was_read for answer in answers) == [False, True]
-    world.check()
-
-
 def test_a_failure_answers_for_a_while_and_is_forgotten(world):
     ticket = world.request_load(1)
     world.failed(next(iter(world.jobs)))
@@ -718,16 +633,6 @@ def test_the_latest_failures_are_kept_in_bounded_number(world):
         assert isinstance(world.answer(1, world.request_load(1, adapter)), Failed)
     world.request_load(1, 1)
     assert world.jobs, "the oldest failure is forgotten"
-
-
-def test_a_crashed_job_fails_its_adapter_and_frees_its_room(world):
-    ticket = world.request_load(1)
-    (job,) = world.jobs
-    world.opened(job)
-    world.checked(job)
-    world.gone(job)
-    assert world.answer(1, ticket).kind is FailureKind.INTERNAL
-    assert world.memory.totals().bytes == 0
 
 
 def until_reading(world: World, pages: int) -> int:
@@ -755,20 +660,6 @@ def test_where_memory_is_used_up_below_the_budget_an_adapter_is_read_once_more(w
     loaded = world.answer(1, ticket)
     assert isinstance(loaded, Loaded)
     assert bool(loaded.pack.pack) == keep
-
-
-def test_a_request_that_joins_a_check_begun_anew_has_others_leave_for_it(world):
-    """The check had been packing, since there was room by the budget, and does so again now."""
-    idle = world.load(1, 2, pages=2).pack.pack
-    world.registry.release(1, idle, world.now)
-    world.request_load(1, keep=False)
-    starve(world, 2)
-    ticket = world.request_load(1)
-    assert not list(world.evicted(1))
-    job = until_reading(world, 2)
-    assert list(world.evicted(1)) == [idle]
-    world.done(job)
-    assert isinstance(world.answer(1, ticket), Loaded)
 
 
 def test_the_system_gets_small_packs_pages_where_memory_is_used_up(world, monkeypatch):
@@ -800,31 +691,11 @@ def test_an_adapter_fails_whose_job_is_ended_again_or_for_which_nobody_can_leave
     assert len(world.memory.packs) == leased
 
 
-def test_the_room_of_a_killed_job_is_free_only_when_it_cannot_write_any_more(world):
-    ticket = world.request_load(1)
-    (job,) = world.jobs
-    world.opened(job)
-    world.checked(job)
-    world.registry.cancel(1, ticket, world.now)
-    assert job in world.dying
-    assert world.memory.totals().bytes == PAGE
-    world.gone(job)
-    assert world.memory.totals().bytes == 0
-
-
 def test_a_source_that_hangs_is_refused_at_once(world):
     world.refuse = "its storage hangs"
     failed = world.answer(1, world.request_load(1))
     assert (failed.kind, failed.message) == (FailureKind.TIMEOUT, "its storage hangs")
     assert not world.jobs
-
-
-def test_what_becomes_of_a_job_whose_load_is_over_is_no_matter(world):
-    world.registry.cancel(1, world.request_load(1), world.now)
-    (job,) = world.dying
-    world.failed(job)
-    world.settle()
-    assert isinstance(world.load(1), Loaded)
 
 
 def test_a_withdrawn_adapter_leaves_and_its_load_requests_fail(world):
@@ -859,16 +730,6 @@ def test_a_withdrawn_adapter_stays_for_other_servers_that_have_it(world, path):
     world.registry.release(1, pack, world.now)
     world.registry.forget(1, 1, world.now)
     assert (pack in world.memory.packs) == (path == "/same")
-
-
-def test_a_withdrawn_adapter_leaves_every_model_of_its_server(world):
-    world.client(2, model="another")
-    for client in (1, 2):
-        world.registry.release(client, world.load(client, 1).pack.pack, world.now)
-    assert len(world.memory.packs) == 2
-    for client in (1, 2):
-        world.registry.forget(client, 1, world.now)
-    assert not world.memory.packs
 
 
 def test_an_adapter_that_one_engine_has_forgotten_still_comes_for_the_others(world):
@@ -995,31 +856,6 @@ def test_withdrawing_what_another_server_follows_does_not_end_it(world):
     assert isinstance(world.load(1, path="/same"), Loaded)
 
 
-def test_the_end_of_a_load_that_was_withdrawn_leaves_the_next_one_to_be_joined(world):
-    world.client(2, server="other")
-    for client in (1, 2):
-        world.request_load(client, path="/same")
-    world.open_all()
-    (withdrawn,) = world.jobs
-    world.registry.forget(1, 1, world.now)
-    world.request_load(1, path="/same")
-    world.checked(withdrawn)
-    world.done(withdrawn)
-    (next_one,) = world.jobs
-    world.request_load(1, path="/same")
-    assert world.jobs.keys() == {next_one}
-
-
-def test_the_failure_of_a_load_that_others_follow_is_not_a_withdrawn_adapters(world):
-    world.client(2, server="other")
-    for client in (1, 2):
-        world.request_load(client, path="/same")
-    world.open_all()
-    world.registry.forget(1, 1, world.now)
-    world.fail_one()
-    assert isinstance(world.load(1, path="/same"), Loaded)
-
-
 def test_the_death_of_a_client_frees_its_leases_and_load_requests(world):
     world.client(2, server="other")
     world.load(2, 1, pages=10)
@@ -1030,15 +866,6 @@ def test_the_death_of_a_client_frees_its_leases_and_load_requests(world):
     world.registry.client_gone(2, world.now)
     world.settle(pages=10)
     assert isinstance(world.answer(1, ticket), Loaded)
-
-
-def test_the_death_of_a_client_frees_all_leases_that_it_has_on_a_pack(world):
-    world.client(2, server="other")
-    for _ in range(3):
-        pack = world.load(2, 1).pack.pack
-    world.load(1, 1)
-    world.registry.client_gone(2, world.now)
-    assert world.memory.packs[pack].leases == 1
 
 
 def test_a_lease_that_one_does_not_have_cannot_be_given_back(world):
@@ -1071,22 +898,11 @@ def test_a_ticket_is_for_one_load_request(world):
     assert isinstance(world.answers(1, ticket)[1], Loaded)
 
 
-class _ChoosesStrangers(LruPolicy):
-    def victim(self, candidates):
-        return 12345
-
-
 def test_a_path_that_is_no_blends_source_fails_its_adapter_alone(world):
     failed = world.answer(1, world.request_load(1, path="blend:nonsense"))
     assert failed.kind is FailureKind.INVALID
     assert "not the source of a blend" in failed.message
     assert not world.jobs
-
-
-def test_a_faulty_policy_costs_nobody_anything(world):
-    world.memory.policy = ContainedPolicy(_ChoosesStrangers())
-    world.registry.release(1, world.load(1, 1, pages=10).pack.pack, world.now)
-    assert isinstance(world.load(1, 2), Loaded)
 
 
 @pytest.mark.parametrize("by", ["reload", "withdrawal"])
@@ -1139,13 +955,6 @@ def test_one_load_of_a_tenant_waits_for_one_of_anothers_five_hundred(one_job, ke
     assert turns(world).index("/adapters/7") <= 2
 
 
-def test_a_registration_does_not_wait_behind_its_owners_requests(one_job):
-    for adapter in range(10, 14):
-        one_job.request_load(1, adapter, owners=("acme",))
-    one_job.request_load(1, 7, owners=("acme",), keep=False)
-    assert turns(one_job).index("/adapters/7") <= 2
-
-
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_registration_that_a_request_waits_for_too_takes_the_requests_turn(one_job, keep):
     for adapter in range(10, 20):
@@ -1167,15 +976,6 @@ def test_a_load_at_the_end_of_a_flood_takes_the_turn_of_another_that_requests_it
     assert turns(world).index("/adapters/599") <= 2
 
 
-def test_a_shared_load_stands_behind_what_its_owner_has_asked_for(one_job):
-    for adapter in range(10, 14):
-        one_job.request_load(1, adapter, owners=("acme",))
-    for adapter in range(20, 24):
-        ticket = one_job.request_load(1, adapter, owners=("other",))
-    one_job.registry.share(1, ticket, "acme")
-    assert turns(one_job)[-1] == "/adapters/23"
-
-
 def test_a_load_that_is_begun_again_takes_the_turns_of_all_that_wait_for_it(one_job):
     one_job.request_load(1, 1, owners=("flood",))
     (job,) = one_job.jobs
@@ -1185,10 +985,6 @@ def test_a_load_that_is_begun_again_takes_the_turns_of_all_that_wait_for_it(one_
     one_job.failed(job)
     one_job.gone(job)
     assert turns(one_job).index("/adapters/1") <= 1
-
-
-def test_sharing_what_nobody_requests_any_more_is_no_matter(world):
-    world.registry.share(1, 99, "acme")
 
 
 def release_all(world, client=1):
@@ -1236,15 +1032,6 @@ def test_an_adapter_that_was_registered_is_its_first_users(world):
     assert kept(world, "acme") == ["/adapters/3", "/adapters/4"]
     world.load(1, 4, owners=("other",), most=1)
     assert kept(world, "other") == []
-
-
-def test_a_limit_counts_what_is_read_while_a_registration_is_under_way(world):
-    world.request_load(1, 1, keep=False)
-    world.request_load(1, 1, owners=("acme",), most=1)
-    world.settle()
-    release_all(world)
-    world.load(1, 2, owners=("acme",), most=1)
-    assert kept(world, "acme") == ["/adapters/2"]
 
 
 def test_what_is_being_read_for_a_tenant_counts_before_anybody_else_makes_room():
@@ -1319,18 +1106,6 @@ def test_what_a_server_that_has_gone_leaves_counts_for_who_uses_it_next(world):
     assert kept(world, "acme") == ["/adapters/1"]
 
 
-def test_what_a_tenant_requests_no_more_is_not_its_own_though_others_follow_its_load(world):
-    world.registry.release(1, world.load(1, 1, owners=("acme",), most=1).pack.pack, world.now)
-    world.client(2, "other")
-    ticket = world.request_load(1, 2, "/same", owners=("acme",), most=1)
-    followed = world.request_load(2, 7, "/same")
-    world.open_all()
-    world.registry.cancel(1, ticket, world.now)
-    world.settle()
-    assert isinstance(world.answer(2, followed), Loaded)
-    assert kept(world, "acme") == ["/adapters/1"]
-
-
 def test_a_tenant_that_follows_a_load_of_nobody_makes_room_with_its_own(world):
     world.client(2, "other")
     world.load(2, 5, pages=4)
@@ -1368,22 +1143,6 @@ def test_an_adapter_is_its_tenants_under_whatever_names_of_its_server(world):
     release_all(world)
     world.registry.forget(1, 1, world.now)
     assert kept(world, "acme") == ["/same", "/same"]
-
-
-def test_an_adapter_is_the_first_tenants_though_one_of_its_requests_has_ended(world):
-    first, _, _ = (
-        world.request_load(1, owners=(name,), most=3) for name in ("acme", "acme", "other")
-    )
-    world.registry.cancel(1, first, world.now)
-    world.settle()
-    assert kept(world, "acme") == ["/adapters/1"]
-
-
-def test_an_adapter_that_is_looked_at_again_stays_its_tenants(world):
-    world.load(1, 1, owners=("acme",), most=1)
-    release_all(world)
-    world.load(1, 1, keep=False, fresh=True)
-    assert kept(world, "acme") == ["/adapters/1"]
 
 
 def test_limits_are_kept_of_the_tenants_that_have_requested_something_last(world):

@@ -119,14 +119,6 @@ def test_free_pages_of_different_segments_are_never_one_run(order):
         assert free.add(run) == run
 
 
-def test_the_smallest_free_run_that_is_large_enough_is_taken():
-    free = FreeRuns()
-    for run in (Run(1, 0, PAGE), Run(1, 2 * PAGE, 3 * PAGE), Run(1, 6 * PAGE, 2 * PAGE)):
-        free.add(run)
-    assert free.smallest(2 * PAGE) == Run(1, 6 * PAGE, 2 * PAGE)
-    assert free.smallest(4 * PAGE) is None
-
-
 def test_room_is_found_as_fast_where_there_are_very_many_gaps():
     """Packs of all sizes that come and go for months leave thousands."""
 
@@ -144,13 +136,6 @@ def test_room_is_found_as_fast_where_there_are_very_many_gaps():
         return min(look() for _ in range(20))
 
     assert seconds(4_000) < 10 * seconds(40)
-
-
-def test_a_pack_takes_its_bytes_rounded_to_one_page_and_no_more():
-    arena = Arena(FakeSegments(), None)
-    allocation = arena.allocate(blocks(320 * MIB, 64))
-    assert allocation.held_bytes == 320 * MIB + PAGE
-    assert len(allocation.extents) == 1
 
 
 def test_a_pack_goes_into_gaps_where_no_run_is_long_enough():

@@ -12,10 +12,9 @@ from typing import Any
 import httpx
 
 from tests.adapters.corpus import BAD
+from tests.attacks.poison import poisoned
+from tests.attacks.site import HOSTILE_NAMES
 from tests.serving.models.cases import Scenario
-
-from .poison import poisoned
-from .site import HOSTILE_NAMES
 
 SLOW = {"alpha-pattern-that-fills-memory", "rank-pattern-that-never-ends"}
 """Adapters of the corpus that keep a check busy: one in ten attacks from there."""
