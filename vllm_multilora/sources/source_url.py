@@ -108,6 +108,11 @@ def _fault(text: str) -> str | None:
     return None
 
 
+def is_source(path: str) -> bool:
+    """Whether a path is a URL of a kind that is fetched; frameworks have schemes of their own."""
+    return path.partition("://")[0] in SCHEMES
+
+
 def allowed_sources(roots: Iterable[str]) -> tuple[SourceUrl, ...]:
     """The URLs among the allowed roots; raises `SourceError` for one that is none."""
     return tuple(SourceUrl.parse(root) for root in roots if is_url(root))
