@@ -44,15 +44,17 @@ def seams() -> dict[str, int]:
 def lines() -> dict[str, int]:
     """How many lines of code each room has, comments and blank lines included.
 
-    Experts have a room of their own: folders of that name, wherever they are.
+    Experts and sources have rooms of their own: folders of that name, wherever they are.
     """
     kernels, experts = (_lines_below(_ROOT / folder) for folder in ("kernels", "kernels/experts"))
-    found = {"kernels": kernels - experts, "core": 0, "gateway": 0, "tools": 0, "experts": experts}
+    found = {"kernels": kernels - experts, "core": 0, "gateway": 0, "tools": 0}
+    found |= {"experts": experts, "sources": 0}
     package = _ROOT / "vllm_multilora"
     for file in package.rglob("*.py"):
         parts = file.relative_to(package).with_suffix("").parts
         module = ".".join(part for part in parts if part != "__init__")
-        room = "experts" if "experts" in parts[:-1] else part_of(f"vllm_multilora.{module}").name
+        own = next((room for room in ("experts", "sources") if room in parts[:-1]), None)
+        room = own or part_of(f"vllm_multilora.{module}").name
         found[room] += _lines_in(file)
     return {f"lines, {room}": count for room, count in found.items()}
 

@@ -185,10 +185,29 @@ class MultiLoRAConfig:
         "are ended.",
     )
     allowed_roots: tuple[str, ...] = _list(
-        "folders",
+        "folders and URLs",
         "DIR",
-        "Load adapters only from below this folder, after resolving links. May be given several "
-        "times. Without it, adapters may be anywhere.",
+        "Load adapters only from below this folder, after resolving links, or from below this URL: "
+        "s3://, gs://, az://, hf://owner/repository or https://. May be given several times. "
+        "Without it, adapters may be in any folder, and are not fetched from anywhere.",
+    )
+    disk_cache: str | None = _setting(
+        None,
+        "Folder for adapters that are fetched from URLs; servers may share it. By default "
+        "~/.cache/vllm-multilora/adapters.",
+        lambda value: value is None or _is_text(value),
+        "the path of a folder",
+        metavar="DIR",
+    )
+    disk_cache_gib: float = _number(
+        20.0,
+        "GIB",
+        _SIZE,
+        "Size of that folder in GiB (20 by default). What was used longest ago makes room.",
+    )
+    source_credentials: str | None = _file(
+        "File of NAME=value lines with credentials for URLs, such as AWS_SECRET_ACCESS_KEY. Only "
+        "the process that fetches reads it, each time anew.",
     )
     adapter_dir: tuple[str, ...] = _list(
         "folders",

@@ -26,6 +26,7 @@ LAYERS = (
         "vllm_multilora.wording",
     ),
     ("vllm_multilora.adapters", "vllm_multilora.documents"),
+    ("vllm_multilora.sources",),
     ("vllm_multilora.slots", "vllm_multilora.store"),
     ("vllm_multilora.metering",),
     (

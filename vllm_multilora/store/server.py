@@ -18,7 +18,6 @@ from vllm_multilora.store.connections import Acceptor, Connection, Conversation,
 from vllm_multilora.store.jobs.adapter_reader import AdapterReader
 from vllm_multilora.store.jobs.job_pool import JobPool
 from vllm_multilora.store.jobs.runner import Runner
-from vllm_multilora.store.loads.registry import Registry
 from vllm_multilora.store.memory.arena import Arena
 from vllm_multilora.store.memory.entries import Load
 from vllm_multilora.store.memory.held_packs import HostMemory
@@ -27,6 +26,7 @@ from vllm_multilora.store.protocol import messages as msg
 from vllm_multilora.store.protocol.channel import ChannelClosedError
 from vllm_multilora.store.protocol.job_messages import Failure, ToJob
 from vllm_multilora.store.shared_registrations import PublishedNames
+from vllm_multilora.store.sources.fetching import FetchingRegistry
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class StoreServer:
         arena = Arena(self._segments, None, first_segment=secrets.randbits(31) + 1)
         numbers = itertools.count((secrets.randbits(31) + 1) << 20)
         memory = HostMemory(arena, make_policy("lru"), numbers, keeps=keep)
-        self._registry = Registry(memory, self)
+        self._registry = FetchingRegistry(memory, self, self._selector)
         self._job_pool = JobPool(runner, reader, self._selector)
         self._names = PublishedNames(self)
         self._conversation = Conversation(self._registry, self._segments, reader, self._names)
@@ -86,6 +86,7 @@ class StoreServer:
     # What the registry asks for
 
     def send(self, client: int, message: msg.Message) -> None:
+        message = self._registry.answered(client, message)
         connection = self._connections.get(client)
         if connection is not None and client not in self._lost:
             try:
@@ -256,6 +257,7 @@ class StoreServer:
 
     def _close(self) -> None:
         self._acceptor.close()  # first: clients that are told look for the next store at once
+        self._registry.close()
         self._job_pool.kill_all()
         for connection in self._connections.values():
             connection.channel.close()

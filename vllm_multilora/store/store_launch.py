@@ -11,10 +11,11 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NoReturn, Protocol
 
 from vllm_multilora.store.protocol import store_folder
 from vllm_multilora.store.protocol.store_folder import StoreUnavailableError
+from vllm_multilora.store.sources import credentials
 
 if TYPE_CHECKING:
     from vllm_multilora.store.jobs.adapter_reader import AdapterReader
@@ -93,17 +94,17 @@ class StoreProcess:
         options = ["--detach", "--reader", self._reader]
         options += ["--processors", ",".join(map(str, processors()))]
         # Not this process's own output: whoever reads that to its end would wait for the store.
-        with self._log.open("a") as log:
+        with self._log.open("a") as log, credentials.handed_over(os.environ) as handed:
             subprocess.run(
                 command_line(listener, *options),
                 check=True,
                 timeout=30,
-                pass_fds=(listener,),
+                pass_fds=(listener, *credentials.handed_descriptors(handed)),
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=environment(),
+                env=environment() | handed,
             )
 
 
@@ -161,18 +162,28 @@ def command_line(listener: int, *options: str) -> list[str]:
     return [*store, "--socket-fd", str(listener), *options]
 
 
+def become_store(listener: socket.socket) -> NoReturn:
+    """Makes a store of this process, which goes on without clients; raises OSError."""
+    listener.set_inheritable(True)
+    command = command_line(listener.fileno(), "--keep")
+    with credentials.handed_over(os.environ) as handed:
+        os.execve(command[0], command, environment() | handed)
+
+
 def environment() -> dict[str, str]:
     """This process's, in which a store can import what this process can, however it was found.
 
-    Servers' keys are left out, and so is a path that this process does not look at. Where packages
-    are installed, Python looks by itself: before its own modules, one there could hide them.
+    Servers' keys and credentials of sources are left out, and so is a path that this process does
+    not look at. Where packages are installed, Python looks by itself: before its own modules, one
+    there could hide them.
     """
     paths = [] if sys.flags.ignore_environment else [os.environ.get("PYTHONPATH", "")]
     users = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
     if (own := str(Path(__file__).parents[2])) not in (*site.getsitepackages(), *users):
         paths.insert(0, own)
     left_out = (*_KEYS, "PYTHONPATH")
-    kept = {name: value for name, value in os.environ.items() if name not in left_out}
+    others = credentials.left_out_of(os.environ)
+    kept = {name: value for name, value in others.items() if name not in left_out}
     path = os.pathsep.join(filter(None, paths))
     return kept | {"PYTHONPATH": path} if path else kept
 

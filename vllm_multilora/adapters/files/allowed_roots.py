@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_multilora.adapters.adapter_errors import AdapterFormatError
+from vllm_multilora.adapters.files.missing_files import is_url
 from vllm_multilora.adapters.problems import Code
 from vllm_multilora.config import MultiLoRAConfig
 
@@ -15,14 +16,15 @@ class AllowedRoots:
     """Folders below which adapters must lie, with all links resolved.
 
     Args:
-        roots: The folders; without any, adapters may lie anywhere.
+        roots: The folders; without any, adapters may lie anywhere. URLs are none.
         directories: Directories of adapters. They are roots too; and where there are no others,
             what lies in one by its path must not lead out of them by a link.
     """
 
     def __init__(self, roots: Sequence[str | Path], directories: Sequence[str | Path] = ()) -> None:
         self._directories = tuple(Path(os.path.realpath(folder)) for folder in directories)
-        paths = (*(Path(os.path.realpath(root)) for root in roots), *self._directories)
+        folders = [Path(os.path.realpath(root)) for root in roots if not is_url(str(root))]
+        paths = (*folders, *self._directories)
         self._roots = tuple(dict.fromkeys(paths))
         self._is_open = not roots
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from vllm_multilora.adapters.files.missing_files import is_url
 from vllm_multilora.documents import DocumentError, WatchedFile
 from vllm_multilora.integration.seals import SECRET_VARIABLE
 from vllm_multilora.integration.server.requests.callers import Caller
@@ -205,7 +206,12 @@ def access_for(args: Namespace) -> Access | None:
     return access if access.locks.any else None
 
 
-def _as_named(*folders: str) -> tuple[str, ...]:
-    """Folders as messages name them: by their absolute paths, and by where links lead."""
-    paths = (*map(os.path.abspath, folders), *map(os.path.realpath, folders))
+def _as_named(*roots: str) -> tuple[str, ...]:
+    """Folders as messages name them: by their absolute paths, and by where links lead; and URLs."""
+    folders = [root for root in roots if not is_url(root)]
+    paths = (
+        *map(os.path.abspath, folders),
+        *map(os.path.realpath, folders),
+        *filter(is_url, roots),
+    )
     return tuple(dict.fromkeys(paths))

@@ -28,6 +28,7 @@ from vllm_multilora.integration.settings.cache_settings import (
 )
 from vllm_multilora.integration.settings.flags import checks_in
 from vllm_multilora.integration.updating import allow_updating
+from vllm_multilora.sources.source_settings import require_sources
 from vllm_multilora.store.protocol.store_folder import store_folder
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def complete(vllm_config: VllmConfig, engine_args: Any, usage_context: UsageCont
     require_patches()
     check_cache_settings(settings, vllm_config)
     require_directories(settings.adapter_dir)
-    warn_of_roots(settings.allowed_roots)
+    warn_of_roots(require_sources(settings))
     if (required := settings.require_digest) is not None:
         RequiredDigests(required)  # a mistake in it stops the start
     if (keys := settings.signing_keys) is not None:

@@ -21,6 +21,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.worker.worker_base import WorkerBase
 
+from vllm_multilora.adapters.blend import is_blend
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.integration.engine.adapter_status import METHOD, REGISTER, Report, engine_report
 from vllm_multilora.integration.engine.adapters.quarantine import RELOADS
@@ -34,6 +35,7 @@ from vllm_multilora.integration.engine.workers.reaching import REACHED
 from vllm_multilora.integration.failed_requests import AdapterRefusedError, not_by_workers
 from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
 from vllm_multilora.integration.worker import worker_calls
+from vllm_multilora.sources.source_url import is_source
 from vllm_multilora.states import AT_HAND
 
 if TYPE_CHECKING:
@@ -347,7 +349,9 @@ def _may_push(method: Any) -> bool:
 
 def _is_for_workers(request: LoRARequest) -> bool:
     """Whether a framework's own code has to load an adapter: it is in no folder."""
-    return bool(getattr(request, "lora_tensors", None)) or "://" in request.lora_path
+    path = request.lora_path
+    is_foreign = "://" in path and not (is_blend(path) or is_source(path))
+    return is_foreign or bool(getattr(request, "lora_tensors", None))
 
 
 def _wake(inputs: Any) -> None:

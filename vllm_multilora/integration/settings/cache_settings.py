@@ -13,6 +13,7 @@ from vllm_multilora.integration.memory_folders import users_folder
 from vllm_multilora.slots.budget import GIB, CpuBudget, enough_gib, machine_memory
 from vllm_multilora.slots.pins import Pins
 from vllm_multilora.slots.policies.policy_registry import make_policy
+from vllm_multilora.sources.source_settings import disk_cache, disk_cache_bytes, roots_of_store
 from vllm_multilora.store.protocol.messages import StoreSettings
 from vllm_multilora.wording import counted
 
@@ -83,7 +84,7 @@ def cpu_budget(
 
 def store_settings(settings: MultiLoRAConfig, budget: CpuBudget) -> StoreSettings:
     """What an engine asks of the store."""
-    keys = settings.signing_keys
+    keys, credentials = settings.signing_keys, settings.source_credentials
     # Those that workers are given as tensors are the operator's, too.
     pushed = [str(users_folder())] if settings.allowed_roots else []
     return StoreSettings(
@@ -93,10 +94,13 @@ def store_settings(settings: MultiLoRAConfig, budget: CpuBudget) -> StoreSetting
         jobs=settings.loader_threads,
         timeout_s=settings.load_timeout_s,
         # Absolute: the store may be another server's, which was started elsewhere.
-        allowed_roots=tuple(map(os.path.abspath, (*settings.allowed_roots, *pushed))),
+        allowed_roots=(*roots_of_store(settings), *pushed),
         directories=tuple(map(os.path.abspath, settings.adapter_dir)),
         allow_pickle=settings.allow_pickle,
         allow_hub=settings.allow_hub,
         check_finite=settings.check_finite,
         signing_keys=keys and str(Path(keys).absolute()),
+        disk_cache=disk_cache(settings),
+        disk_cache_bytes=disk_cache_bytes(settings),
+        source_credentials=credentials and str(Path(credentials).absolute()),
     )

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import msgspec
 
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.store.jobs.hub import located
+from vllm_multilora.sources.hub import located
 from vllm_multilora.store.protocol import messages as msg
 from vllm_multilora.store.protocol.channel import Channel, ChannelClosedError
 from vllm_multilora.store.protocol.messages import PROTOCOL

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_multilora.failures import FailureKind, classify_failure, describe_failure
+from vllm_multilora.sources.hub import fetched
 from vllm_multilora.store.jobs.adapter_reader import AdapterReader
-from vllm_multilora.store.jobs.hub import fetched
 from vllm_multilora.store.memory.arena import PLACE_BITS
 from vllm_multilora.store.memory.entries import Load
 from vllm_multilora.store.memory.syscalls import mapped

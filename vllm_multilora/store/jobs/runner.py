@@ -11,8 +11,10 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -116,16 +118,7 @@ class ForkRunner:
     def start(self, load: Load, reader: AdapterReader) -> tuple[RunningJob, socket.socket]:
         if self._log is not None:
             _keep_short(self._log)
-        ours, theirs = socket.socketpair()
-        with theirs:
-            try:
-                pid = os.fork()
-            except OSError:
-                ours.close()
-                raise
-            if pid == 0:
-                _be_child(theirs, load, reader)
-        return _Child(pid), ours
+        return forked(f"job {load.number}", partial(_do_job, load, reader))
 
     def protection(self) -> list[str]:
         return ["a process of its own", *sandbox.protection()]
@@ -137,7 +130,28 @@ def _keep_short(log: int) -> None:
             os.ftruncate(log, 0)
 
 
-def _be_child(sock: socket.socket, load: Load, reader: AdapterReader) -> None:
+def forked(
+    what: str, work: Callable[[socket.socket], None], kept: Collection[int] = ()
+) -> tuple[RunningJob, socket.socket]:
+    """Does some work in a child of this process, which must have one thread only; raises OSError.
+
+    The child has one end of a socket, and `kept` descriptors; `what` is what the log calls it.
+    """
+    ours, theirs = socket.socketpair()
+    with theirs:
+        try:
+            pid = os.fork()
+        except OSError:
+            ours.close()
+            raise
+        if pid == 0:
+            _be_child(theirs, what, work, kept)
+    return _Child(pid), ours
+
+
+def _be_child(
+    sock: socket.socket, what: str, work: Callable[[socket.socket], None], kept: Collection[int]
+) -> None:
     """The whole life of a child; never returns."""
     code = 1
     try:
@@ -146,38 +160,40 @@ def _be_child(sock: socket.socket, load: Load, reader: AdapterReader) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         # Whatever a hostile file makes of this process, it holds nothing of the store's.
-        _close_all_but(sock.fileno())
-        settings = load.settings
-        roots = (*settings.allowed_roots, *settings.directories) if settings.allowed_roots else ()
-        confine = partial(
-            sandbox.enter,
-            roots,
-            settings.timeout_s,
-            files_in_memory=settings.allow_pickle,
-        )
-        run_job(sock, load, reader, confine)
+        _close_all_but(sorted((sock.fileno(), *kept)))
+        work(sock)
         code = 0
     except BaseException as error:
-        print(f"multilora store: job {load.number}: {error!r}", file=sys.stderr, flush=True)
+        print(f"multilora store: {what}: {error!r}", file=sys.stderr, flush=True)
     finally:
         os._exit(code)  # also where nothing can be printed: nobody else may go on as the store
 
 
-def _close_all_but(kept: int) -> None:
-    """Closes all descriptors but one and those of standard streams.
+def _do_job(load: Load, reader: AdapterReader, sock: socket.socket) -> None:
+    settings = load.settings
+    roots = (*settings.allowed_roots, *settings.directories) if settings.allowed_roots else ()
+    confine = partial(
+        sandbox.enter, roots, settings.timeout_s, files_in_memory=settings.allow_pickle
+    )
+    run_job(sock, load, reader, confine)
 
-    Above the one only those that there are, if the system tells: where Python was built for older
+
+def _close_all_but(kept: Sequence[int]) -> None:
+    """Closes all descriptors but some, in order, and those of standard streams.
+
+    Above the first only those that there are, if the system tells: where Python was built for older
     Linuxes, `os.closerange` tries each up to the limit, and that may be a billion in a container.
     """
-    os.closerange(3, kept)  # which also makes room for the listing's
+    os.closerange(3, kept[0])  # which also makes room for the listing's
     try:
         names = os.listdir("/proc/self/fd")  # noqa: PTH208 (of numbers)
     except OSError:
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        os.closerange(kept + 1, most)
+        for last, end in pairwise((*kept, most)):
+            os.closerange(last + 1, end)
         return
     for number in map(int, names):
-        if number > kept:
+        if number > kept[0] and number not in kept:
             with contextlib.suppress(OSError):  # the listing's own
                 os.close(number)
 

@@ -40,9 +40,10 @@ _CLONE_THREAD = 0x00010000
 # Landlock's rights by the version that brought them; see the kernel's userspace-api/landlock.
 _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 1, 1 << 2, 1 << 3
 _FILE_RIGHTS = ((1, 13), (2, 14), (3, 15), (5, 16))  # (version, rights known then)
+_EXECUTE, _CONNECT = 1, 2
 _NET_RIGHTS = 0b11  # bind and connect of TCP, since version 4
 _SCOPES = 0b11  # abstract sockets and signals, since version 6
-_RULE_PATH_BENEATH = 1
+_RULE_PATH_BENEATH, _RULE_NET_PORT = 1, 2
 _CREATE_RULESET_VERSION = 1
 
 
@@ -68,7 +69,8 @@ def enter(allowed_roots: Sequence[str], timeout_s: float, *, files_in_memory: bo
         Path("/proc/self/oom_score_adj").write_text("1000")
     if syscalls.libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0:
         try:
-            _enter_landlock(allowed_roots)
+            roots = (*allowed_roots, *code_paths()) if allowed_roots else ("/",)
+            enter_landlock(roots)
         except OSError as error:
             message = f"the kernel has Landlock, and does not apply it to a check: {error.strerror}"
             raise OSError(error.errno, message) from error
@@ -79,7 +81,7 @@ def enter(allowed_roots: Sequence[str], timeout_s: float, *, files_in_memory: bo
 
 def prepare() -> None:
     """Works out what each job's `enter` needs, once for all of those that this process forks."""
-    _code_paths()
+    code_paths()
     landlock_version()
     for allowed in ((), _FILES_IN_MEMORY):
         _program(allowed)
@@ -147,7 +149,10 @@ def _own_memory() -> int:
     return pages * resource.getpagesize()
 
 
-def _enter_landlock(allowed_roots: Sequence[str]) -> None:
+def enter_landlock(
+    readable: Sequence[str], writable: Sequence[str] = (), ports: Sequence[int] = ()
+) -> None:
+    """Limits this process to what is below some paths, and to TCP connections to some ports."""
     version = landlock_version()
     if not version:
         return
@@ -160,9 +165,13 @@ def _enter_landlock(allowed_roots: Sequence[str]) -> None:
     attributes = struct.pack(f"={len(fields)}Q", *fields)
     size = ctypes.c_size_t(len(attributes))
     ruleset = syscalls.call(syscalls.LANDLOCK_CREATE_RULESET, attributes, size, ctypes.c_uint32(0))
-    for root in (*allowed_roots, *_code_paths()) if allowed_roots else ("/",):
+    for root in readable:
         _allow(ruleset, root, _READ_FILE | _READ_DIR)
+    for root in writable:
+        _allow(ruleset, root, fields[0] & ~_EXECUTE)
     _allow(ruleset, os.devnull, _READ_FILE | _WRITE_FILE)
+    for port in ports if version >= 4 else ():
+        _add(ruleset, _RULE_NET_PORT, struct.pack("=QQ", _CONNECT, port))
     syscalls.call(syscalls.LANDLOCK_RESTRICT_SELF, ruleset, ctypes.c_uint32(0))
     os.close(ruleset)
 
@@ -176,16 +185,17 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
     try:
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             rights &= ~_READ_DIR
-        rule = struct.pack("=Qi", rights, descriptor)
-        syscalls.call(
-            syscalls.LANDLOCK_ADD_RULE, ruleset, _RULE_PATH_BENEATH, rule, ctypes.c_uint32(0)
-        )
+        _add(ruleset, _RULE_PATH_BENEATH, struct.pack("=Qi", rights, descriptor))
     finally:
         os.close(descriptor)
 
 
+def _add(ruleset: int, kind: int, rule: bytes) -> None:
+    syscalls.call(syscalls.LANDLOCK_ADD_RULE, ruleset, kind, rule, ctypes.c_uint32(0))
+
+
 @functools.cache
-def _code_paths() -> tuple[str, ...]:
+def code_paths() -> tuple[str, ...]:
     """Where code lies that Python may import late (PyTorch, for pickles); it is no secret."""
     names = ("stdlib", "platstdlib", "purelib", "platlib")
     libraries = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")

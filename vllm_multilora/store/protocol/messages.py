@@ -16,7 +16,7 @@ import msgspec
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.wording import adapter_kind
 
-PROTOCOL = 10
+PROTOCOL = 11
 
 Role: TypeAlias = Literal["engine", "worker", "server", "observer"]
 
@@ -37,12 +37,15 @@ class StoreSettings(msgspec.Struct, frozen=True, array_like=True):
         policy: Name of the cache policy, or `module:Class`.
         jobs: Adapters read at once; those that take long do not count.
         timeout_s: Seconds that checking and reading one adapter may take, without waiting.
-        allowed_roots: Folders that adapters' files must lie below. Empty: anywhere.
+        allowed_roots: Folders that adapters' files must lie below, and URLs of sources that they
+            may be fetched from. Empty: any folder, and no source.
         directories: Directories of adapters: roots too, and where there are no others, what lies in
             one must not lead out of them by a link.
         allow_hub: Whether the Hugging Face hub is asked for what is no folder.
         signing_keys: File of those by one of whom adapters must be signed. None: signatures are
             not looked at.
+        disk_cache: Folder for what is fetched, within `disk_cache_bytes`. None: nothing is.
+        source_credentials: File of variables for those that fetch.
     """
 
     budget_bytes: int | None = None
@@ -56,6 +59,9 @@ class StoreSettings(msgspec.Struct, frozen=True, array_like=True):
     allow_hub: bool = False
     check_finite: bool = True
     signing_keys: str | None = None
+    disk_cache: str | None = None
+    disk_cache_bytes: int = 0
+    source_credentials: str | None = None
 
 
 class Contents(msgspec.Struct, frozen=True, array_like=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import socket
 import time
 from typing import Any, NoReturn
@@ -17,7 +16,7 @@ from vllm_multilora.store.clients.client import StoreClient
 from vllm_multilora.store.protocol import store_folder
 from vllm_multilora.store.protocol.messages import Description
 from vllm_multilora.store.protocol.store_folder import StoreUnavailableError
-from vllm_multilora.store.store_launch import RunningStore, command_line, environment
+from vllm_multilora.store.store_launch import RunningStore, become_store
 from vllm_multilora.toolbox.commands.output.text_table import aligned
 
 _ANSWER_S = 5.0
@@ -54,9 +53,7 @@ def _become_store() -> NoReturn:
     listener = _listen()
     print(f"the store of this user listens at {listener.getsockname()}")
     print("servers with --enable-lora find it there; Ctrl-C ends it", flush=True)
-    listener.set_inheritable(True)
-    command = command_line(listener.fileno(), "--keep")
-    os.execve(command[0], command, environment())
+    become_store(listener)
 
 
 def _listen() -> socket.socket:

@@ -6,7 +6,7 @@ import pytest
 
 from vllm_multilora.adapters.adapter_errors import AdapterNotFoundError
 from vllm_multilora.adapters.blend import Blend, BlendError, BlendPart, folders_of
-from vllm_multilora.store.jobs.hub import fetched, located
+from vllm_multilora.sources.hub import fetched, located
 
 
 @pytest.fixture

@@ -1,0 +1,133 @@
+"""Sources of the tests' own: a bucket (moto), a web server, a store that fetches from them."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.adapters.checkpoints import MODULES, layout, weights, write
+from tests.sources.web_server import WebServer, web_server
+from tests.store.conftest import Engine, store_folder  # noqa: F401 (a fixture)
+from vllm_multilora.store.clients.client import StoreClient
+from vllm_multilora.store.store_launch import StoreProcess
+
+RANKS = {module: 4 for module, _, _ in MODULES}
+SECRET = "secret-of-the-bucket-0123456789"
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "key-of-the-bucket",
+    "AWS_SECRET_ACCESS_KEY": SECRET,
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+
+def adapter(folder: Path, seed: int = 0) -> Path:
+    """Writes an adapter; another seed, other weights."""
+    return write(folder, weights(RANKS, seed=seed), rank=4, alpha=6)
+
+
+@pytest.fixture
+def web() -> Iterator[WebServer]:
+    with web_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def bucket_address() -> Iterator[str]:
+    """The address of a real implementation of S3, with a bucket `loras`."""
+    pytest.importorskip("moto")
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    program = str(Path(sys.executable).with_name("moto_server"))
+    process = subprocess.Popen(
+        [program, "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    address = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            urllib.request.urlopen(f"{address}/moto-api/", timeout=5).close()
+            break
+        except OSError:
+            assert time.monotonic() < deadline, "moto does not answer"
+            time.sleep(0.1)
+    yield address
+    process.kill()
+    process.wait()
+
+
+class Bucket:
+    """A bucket, as its owner sees it."""
+
+    def __init__(self, address: str) -> None:
+        import boto3
+
+        self.address = address
+        self._client = boto3.client(
+            "s3",
+            endpoint_url=address,
+            region_name="us-east-1",
+            aws_access_key_id="owner",
+            aws_secret_access_key="owner",
+        )
+        self._client.create_bucket(Bucket="loras")
+
+    def put(self, path: str, folder: Path) -> None:
+        for file in folder.iterdir():
+            self._client.put_object(
+                Bucket="loras", Key=f"{path}/{file.name}", Body=file.read_bytes()
+            )
+
+
+@pytest.fixture
+def bucket(bucket_address: str, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    for name, value in (KEYS | {"AWS_ENDPOINT_URL": bucket_address}).items():
+        monkeypatch.setenv(name, value)
+    return Bucket(bucket_address)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def engines(cache: Path) -> Iterator[Callable[..., Engine]]:
+    """Makes engines of a store that reads real files, from sources too."""
+    made: list[Engine] = []
+
+    def make(*allowed: str, server: str = "server", **settings) -> Engine:
+        options = {"disk_cache": str(cache), "disk_cache_bytes": 1 << 30, "timeout_s": 60.0}
+        roots = (*allowed, str(cache))
+        client = StoreClient(StoreProcess(), server)
+        made.append(Engine(client, [layout()], allowed_roots=roots, **(options | settings)))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.client.close()
+
+
+def files_in(cache: Path) -> list[str]:
+    """The files of whole adapters in a disk cache."""
+    return sorted(
+        str(file.relative_to(cache / "entries")).partition("/")[2]
+        for file in (cache / "entries").rglob("*")
+        if file.is_file()
+    )
+
+
+def environment_of(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/environ").read_bytes()
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(text) for text in os.popen(f"pgrep -P {pid}").read().split()]

@@ -1,0 +1,111 @@
+"""Why an adapter could not be fetched; nothing of a client library's own text is passed on."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Self
+
+from vllm_multilora.adapters.adapter_errors import AdapterError
+from vllm_multilora.adapters.problems import Code, Problem
+from vllm_multilora.failures import FailureKind
+
+ACCESS_HINT = (
+    "give the server's credentials read access to it; they are taken from the environment of the "
+    "server, and from the file of --multilora-source-credentials"
+)
+_PASSING = {408, 425, 429}
+
+
+class SourceError(AdapterError):
+    """An adapter cannot be fetched.
+
+    Client libraries' messages may hold addresses with signatures, or keys: each error has a text of
+    this package, with a status at most.
+
+    Attributes:
+        failure_kind: What its requests and registrations are answered with.
+        is_passing: Whether another attempt may succeed at once.
+    """
+
+    failure_kind = FailureKind.GONE
+    is_passing = False
+
+    @classmethod
+    def at(
+        cls,
+        code: Code,
+        file: str,
+        found: str,
+        expected: str,
+        *,
+        where: str = "",
+        verb: str = "is",
+        hint: str = "",
+        kind: FailureKind = FailureKind.GONE,
+        is_passing: bool = False,
+    ) -> Self:
+        """The error of one problem; the arguments are those of `Problem.at`, and its own."""
+        error = cls.of(Problem.at(code, file, where, found, expected, verb=verb, hint=hint))
+        error.failure_kind, error.is_passing = kind, is_passing
+        return error
+
+
+def of_status(file: str, status: int) -> SourceError:
+    """What an answer with a status other than 2xx means for a file."""
+    phrase = f"{status} {_phrase(status)}".strip()
+    if status in (404, 410):
+        return SourceError.at(
+            Code.FILE_MISSING, file, f"missing: the source answers {phrase}", "a file"
+        )
+    if status in (401, 403):
+        return SourceError.at(
+            Code.NOT_ALLOWED,
+            file,
+            f"refused by its source, which answers {phrase}",
+            "a file that the server may read",
+            hint=ACCESS_HINT,
+            kind=FailureKind.INVALID,
+        )
+    if status in (412, 416):
+        return replaced(file)
+    passing = status >= 500 or status in _PASSING
+    return SourceError.at(
+        Code.FILE_UNREADABLE,
+        file,
+        f"not to be had: the source answers {phrase}",
+        "a file",
+        kind=FailureKind.UNREADABLE if passing else FailureKind.INVALID,
+        is_passing=passing,
+    )
+
+
+def unreachable(file: str, found: str, *, is_timeout: bool = False) -> SourceError:
+    """The source did not answer, or broke off; worth another attempt."""
+    return SourceError.at(
+        Code.FILE_UNREADABLE,
+        file,
+        f"not to be had: {found}",
+        "a file",
+        kind=FailureKind.TIMEOUT if is_timeout else FailureKind.UNREADABLE,
+        is_passing=True,
+    )
+
+
+def replaced(file: str) -> SourceError:
+    """The file is not the one that was listed."""
+    return SourceError.at(
+        Code.FILE_CHANGED,
+        file,
+        "replaced while it was fetched",
+        "the version that was listed",
+        verb="was",
+        hint="load the adapter again",
+        kind=FailureKind.UNREADABLE,
+    )
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return ""
