@@ -103,13 +103,15 @@ test-ray: $(VENV)-ray/.ray ## the same, as tests
 	$(VENV)-ray/bin/python -m pytest examples/ray
 
 # Clients' own packages, in an environment without vLLM; node comes from PyPI, too.
-$(VENV)-clients/.clients: tests/clients/requirements.txt tests/clients/package.json tests/clients/package-lock.json
+$(VENV)-clients/.clients: $(addprefix tests/clients/,requirements.txt verl.txt package.json package-lock.json)
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet $(TORCH) 2>/dev/null \
 	  || $(@D)/bin/pip install --quiet --extra-index-url $(TORCH_INDEX) $(TORCH)
 	$(@D)/bin/pip install --quiet --requirement tests/clients/requirements.txt
 	$(@D)/bin/pip install --quiet --no-deps trl==1.16.0 accelerate==1.16.0
+	# In a folder of its own: verl's half of an update runs in vLLM's workers.
+	$(@D)/bin/pip install --quiet --no-deps --target $(@D)/verl --requirement tests/clients/verl.txt
 	mkdir $(@D)/node
 	cp tests/clients/package.json tests/clients/package-lock.json $(@D)/node
 	PATH="$(abspath $(@D))/bin:$$PATH" npm ci --silent --ignore-scripts --no-audit --no-fund --prefix $(@D)/node

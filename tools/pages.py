@@ -5,6 +5,7 @@ A table stands between two comments in its page, `<!-- table: NAME -->` and `<!-
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -20,6 +21,7 @@ from vllm_multilora.config import MultiLoRAConfig, flag_of
 from vllm_multilora.metrics.definitions import ALL, COMMON_LABELS
 
 DOCS = Path(__file__).parents[1] / "docs"
+CLIENTS = Path(__file__).parents[1] / "tests/clients/record.json"
 
 _TABLE = re.compile(r"(?<=<!-- table: )(\w+)( -->\n).*?(?=\n<!-- end -->)", re.S)
 
@@ -131,10 +133,23 @@ def gpu_losses() -> Iterable[str]:
     yield from model.losses(GPUS["H100"])
 
 
+def clients() -> Iterable[str]:
+    """What each client has shown in the last run of their tests."""
+    record = json.loads(CLIENTS.read_text())
+    shown: dict[tuple[str, str], dict[str, None]] = {}
+    for test in record["tests"].values():
+        shown.setdefault((test["client"], test["version"]), {})[test["proves"]] = None
+    yield f"| client | version | what it has shown with vLLM {record['vllm']} |"
+    yield "|---|---|---|"
+    for (client, version), proofs in sorted(shown.items(), key=lambda row: row[0][0].lower()):
+        yield f"| {client} | {version} | {'<br>'.join(proofs)} |"
+
+
 _TABLES: dict[str, Callable[[], Iterable[str]]] = {
     "settings": settings,
     "metrics": metrics,
     "problems": problems,
+    "clients": clients,
     **{f"gpu_model_{rank}": partial(gpu_model, rank) for rank in RANKS},
     "gpu_losses": gpu_losses,
     "gpu_published": model.published_table,

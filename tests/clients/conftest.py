@@ -1,15 +1,32 @@
 """The server that clients ask, and a note of which client each test has tried."""
 
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 
 import pytest
 
 from tests.clients.programs import HASTY, Program
+from tests.clients.record import Recorder
 from tests.clients.site import Site, running_open_site, running_site
 from tests.serving.conftest import llama
 from tests.serving.models.cases import Scenario
 
 __all__ = ["llama"]
+
+_RECORDER = Recorder()
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    for mark in item.iter_markers("proves"):
+        item.user_properties.append(("proves", mark.args[0]))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _RECORDER.hear(report)
+
+
+def pytest_sessionfinish() -> None:
+    _RECORDER.write(version("vllm"))
 
 
 @pytest.fixture(scope="package")
