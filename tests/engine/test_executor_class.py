@@ -89,7 +89,7 @@ def test_workers_called_for_single_adapters_when_the_engine_loads_them_refuse(ca
 
 def test_adapters_listed_by_a_worker_call_are_those_in_host_memory_too():
     states = {1: AdapterState.SLOT, 2: AdapterState.HOST, 3: AdapterState.ABSENT}
-    known = [SimpleNamespace(number=n, state=lambda _, n=n: states[n]) for n in states]
+    known = [SimpleNamespace(number=n, state=state) for n, state in states.items()]
     adapters = SimpleNamespace(known=lambda: known, slots=None, pushed=PushedFolders())
     executor = StartedExecutor(SchedulerStub(adapters), None)
     assert executor.collective_rpc("list_loras") == [{1, 2}]
