@@ -280,14 +280,6 @@ async def test_where_every_name_is_the_base_models_an_adapters_is_its_own(
 
 
 @in_a_loop
-async def test_many_first_requests_read_an_adapter_once(tmp_path: Path) -> None:
-    site = Site(tmp_path)
-    site.put("acme", "one")
-    assert await asyncio.gather(*(site.ask("acme") for _ in range(50))) == ["one"] * 50
-    assert site.engine.read == ["acme: one"]
-
-
-@in_a_loop
 async def test_what_was_read_for_a_client_that_has_disconnected_goes_with_its_folder(
     tmp_path: Path,
 ) -> None:
@@ -363,21 +355,6 @@ async def test_requests_that_come_while_storage_hangs_leave_little_behind(
 
 
 @in_a_loop
-async def test_a_version_that_is_refused_replaces_nothing_and_is_read_once(tmp_path: Path) -> None:
-    site = Site(tmp_path)
-    site.put("acme", "good")
-    await site.look(times=1)
-    assert await site.ask("acme") == "good"
-    site.put("acme", "bad")
-    await site.look(times=6)
-    assert await site.ask("acme") == "good"
-    assert site.engine.read == ["acme: good", "acme: bad"]
-    site.put("acme", "better")
-    await site.look()
-    assert await site.ask("acme") == "better"
-
-
-@in_a_loop
 async def test_a_version_that_the_storage_withholds_is_tried_again(tmp_path: Path) -> None:
     site = Site(tmp_path)
     site.put("acme", "good")
@@ -390,23 +367,6 @@ async def test_a_version_that_the_storage_withholds_is_tried_again(tmp_path: Pat
     # After 2, 6, 14, 30, 62 and 122 seconds.
     assert site.engine.read == ["acme: good", *["acme: away"] * 6]
     assert await site.ask("acme") == "good"
-
-
-@in_a_loop
-async def test_requests_for_what_the_storage_withholds_are_answered_from_memory_for_a_while(
-    tmp_path: Path,
-) -> None:
-    site = Site(tmp_path)
-    site.put("acme", "away")
-    await site.look(times=1)
-    for _ in range(100):
-        assert await site.ask("acme") == 503
-    assert site.engine.read == ["acme: away"]
-    site.pass_time(2)
-    assert await site.ask("acme") == 503
-    assert site.engine.read == ["acme: away"] * 2
-    site.put("acme", "other files")
-    assert await site.ask("acme") == "other files"
 
 
 @in_a_loop
@@ -641,21 +601,6 @@ async def test_only_looks_that_always_take_long_are_rare(
 
 
 @in_a_loop
-async def test_a_name_that_another_adapter_has_now_is_not_taken_away_with_the_folder(
-    tmp_path: Path,
-) -> None:
-    site = Site(tmp_path)
-    site.put("acme", "one")
-    await site.look()
-    site.take("acme")
-    await site.look(times=1)
-    table = site.models[0].lora_requests
-    table["acme"] = LoRARequest("acme", 1, "/registered/over/http")
-    await site.look(times=1)
-    assert {name: lora.lora_int_id for name, lora in table.items()} == {"acme": 1}
-
-
-@in_a_loop
 async def test_api_servers_agree_without_asking_each_other(tmp_path: Path) -> None:
     site = Site(tmp_path, servers=2)
     site.put("acme", "one")
@@ -730,21 +675,6 @@ async def test_a_new_version_that_one_engine_refuses_stays_nowhere_under_an_old_
     assert await site.ask("acme") == 400
     await settle()
     assert engine.held == {}
-
-
-@in_a_loop
-async def test_what_another_server_serves_stays_while_an_engine_cannot_read_it_again(
-    tmp_path: Path,
-) -> None:
-    engine = TwoEngines()
-    site = Site(tmp_path, 2, engine)
-    site.put("acme", "good")
-    assert await site.ask("acme", 0) == "good"
-    engine.held_by_second.clear()  # evicted, and now the storage hangs
-    engine.fault = "away"
-    assert await site.ask("acme", 1) == 503
-    await settle()
-    assert await site.ask("acme", 0) == "good"
 
 
 @in_a_loop

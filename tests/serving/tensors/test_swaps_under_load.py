@@ -21,7 +21,6 @@ pytestmark = pytest.mark.serving
 
 STREAMS = 16
 VERSIONS = 5
-SWAPS = 500
 LIMIT_S = 900.0
 GROWTH = 48 << 20
 """Bytes by which memory may grow after the first quarter of the swaps: what allocators keep."""
@@ -50,9 +49,9 @@ def memory() -> int:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("swaps", [40, pytest.param(500, marks=pytest.mark.slow)])
 def test_swaps_under_streams_answer_by_version_in_flat_memory(
-    engine: "AsyncLLM", llama: Scenario
+    engine: "AsyncLLM", llama: Scenario, swaps: int
 ) -> None:
     """Each answer is that of a version that was in force while its request was begun."""
     names = [*llama.adapters][:VERSIONS]
@@ -98,18 +97,18 @@ def test_swaps_under_streams_answer_by_version_in_flat_memory(
         ended = asyncio.Event()
         await push(0)
         streams = [asyncio.create_task(stream(ended)) for _ in range(STREAMS)]
-        for swap in range(1, SWAPS):
+        for swap in range(1, swaps):
             await push(swap)
             before = answers
             while answers < before + STREAMS // 2 and not any(task.done() for task in streams):
                 await asyncio.sleep(0.005)
-            if swap % (SWAPS // 4) == 0:
+            if swap % (swaps // 4) == 0:
                 sizes.append(memory())
         ended.set()
         await asyncio.gather(*streams)
 
     asyncio.run(asyncio.wait_for(run(), LIMIT_S))
-    assert beside > SWAPS, "streams waited while tensors were checked"
+    assert beside > swaps, "streams waited while tensors were checked"
     assert len({*folders_in_memory()} - before_all) == 1
     assert max(sizes) - sizes[0] < GROWTH, sizes
 
