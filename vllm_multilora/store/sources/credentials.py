@@ -19,7 +19,8 @@ DESCRIPTOR_VARIABLE = "MULTILORA_CREDENTIALS_FD"
 
 MAX_BYTES = 1 << 20
 
-_PREFIXES = ("AWS_", "AZURE_", "GOOGLE_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+# HF_TOKEN stays with the store: --multilora-allow-hub has jobs download before they are confined.
+_PREFIXES = ("AWS_", "AZURE_", "GOOGLE_")
 _LINE = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)")
 
 
