@@ -32,7 +32,7 @@ _CODES = {
     Code.FILE_CHANGED: "it was written to while it was read",
     Code.FILE_TOO_LARGE: "it is larger than any adapter of this base model, or mostly holes",
     Code.NOT_A_FILE: "a pipe, a device or a folder is in its place",
-    Code.NOT_ALLOWED: "it lies outside `--multilora-allowed-roots`",
+    Code.NOT_ALLOWED: "it lies outside `--multilora-allowed-roots`, or its source refuses access",
     Code.NOT_SIGNED: "there is no signature, and `--multilora-signing-keys` asks for one",
     Code.WRONG_SIGNATURE: "nobody who is trusted has signed it, or the signature is broken",
     Code.NOT_AS_SIGNED: "it has changed since it was signed",

@@ -175,6 +175,7 @@ def test_every_environment_variable_that_users_set_is_described():
     between_processes = {
         *("MULTILORA_API_SERVERS", "MULTILORA_CACHE_SALT", "MULTILORA_FILL_LINK"),
         *("MULTILORA_METRICS_FOLDER", "MULTILORA_RUNTIME_UPDATING", "MULTILORA_SERVER"),
+        "MULTILORA_CREDENTIALS_FD",
     }
     read = {
         name

@@ -2,8 +2,7 @@
 
 Jobs read strangers' files, and have what their store has: so neither the store nor its jobs have
 credentials in their environment. They lie in a file in memory, which the store hands on without
-looking into it, and which jobs close. The hub's token stays: jobs themselves download what
---multilora-allow-hub allows, before they read any file.
+looking into it, and which jobs close.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ DESCRIPTOR_VARIABLE = "MULTILORA_CREDENTIALS_FD"
 
 MAX_BYTES = 1 << 20
 
+# HF_TOKEN stays with the store: --multilora-allow-hub has jobs download before they are confined.
 _PREFIXES = ("AWS_", "AZURE_", "GOOGLE_")
 _LINE = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)")
 

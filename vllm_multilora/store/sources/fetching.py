@@ -228,13 +228,13 @@ def _fetch_request(client: Client, url: str) -> tuple[FetchRequest, SourceUrl]:
     """What fetches a URL, from which source; raises `SourceError` where that is not allowed."""
     settings = client.settings
     assert settings is not None
-    allowed = allowed_sources(settings.allowed_roots)
+    cache = settings.disk_cache or ""
+    allowed = allowed_sources(settings.allowed_roots if cache else ())
     root = allowed_source(SourceUrl.parse(url), allowed)
-    assert settings.disk_cache is not None, "there is one where any source is allowed"
     request = FetchRequest(
         url,
         tuple(map(str, allowed)),
-        settings.disk_cache,
+        cache,
         settings.disk_cache_bytes,
         DEFAULT_LIMITS.config_bytes,
         sum(map(DEFAULT_LIMITS.most_bytes, client.layouts)),
