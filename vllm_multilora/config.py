@@ -54,11 +54,11 @@ def _choice(default: str, choices: tuple[str, ...], help: str) -> Any:
     return _setting(default, help, choices.__contains__, expected, choices=choices)
 
 
-def _file(help: str) -> Any:
+def _file(help: str, kind: str = "file", metavar: str = "FILE") -> Any:
     def is_right(value: Any) -> bool:
         return value is None or _is_text(value)
 
-    return _setting(None, help, is_right, "the path of a file", metavar="FILE")
+    return _setting(None, help, is_right, f"the path of a {kind}", metavar=metavar)
 
 
 def _list(of: str, metavar: str, help: str) -> Any:
@@ -191,13 +191,10 @@ class MultiLoRAConfig:
         "s3://, gs://, az://, hf://owner/repository or https://. May be given several times. "
         "Without it, adapters may be in any folder, and are not fetched from anywhere.",
     )
-    disk_cache: str | None = _setting(
-        None,
+    disk_cache: str | None = _file(
         "Folder for adapters that are fetched from URLs; servers may share it. By default "
         "~/.cache/vllm-multilora/adapters.",
-        lambda value: value is None or _is_text(value),
-        "the path of a folder",
-        metavar="DIR",
+        *("folder", "DIR"),
     )
     disk_cache_gib: float = _number(
         20.0,

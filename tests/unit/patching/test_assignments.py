@@ -16,7 +16,12 @@ OURS = {
 }
 """Variables that hold objects of our own classes wherever one of their attributes is assigned."""
 
-OURS_HERE = {("integration.worker.sampling", "manager")}
+OURS_HERE = {
+    ("integration.engine.adapters.adapter_machine", "each"),
+    ("integration.engine.adapters.engine_adapters", "load"),
+    ("integration.engine.adapters.known_adapters", "blend"),
+    ("integration.worker.sampling", "manager"),
+}
 """Variables that hold objects of our own classes in these modules."""
 
 PYTHONS = {"made", "owner", "record", "timer", "known"}

@@ -103,23 +103,18 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
+        path, status, kind = self.path.partition("?")[0], HTTPStatus.OK, "application/json"
         if path == "/metrics":
-            self._answer(HTTPStatus.OK, generate_latest(self.server.registry), CONTENT_TYPE_LATEST)
+            body, kind = generate_latest(self.server.registry), CONTENT_TYPE_LATEST
         elif path == ADAPTERS:
             try:
-                self._answer_json(HTTPStatus.OK, self.server.adapters())
+                body = json.dumps(self.server.adapters()).encode()
             except Exception as error:
-                reason = f"the engine does not answer: {error!r}"
-                self._answer_json(HTTPStatus.SERVICE_UNAVAILABLE, {"error": {"message": reason}})
+                status = HTTPStatus.SERVICE_UNAVAILABLE
+                body = _error(f"the engine does not answer: {error!r}")
         else:
-            reason = f"nothing is at this path: ask for /metrics or {ADAPTERS}"
-            self._answer_json(HTTPStatus.NOT_FOUND, {"error": {"message": reason}})
-
-    def _answer_json(self, status: HTTPStatus, content: Any) -> None:
-        self._answer(status, json.dumps(content).encode(), "application/json")
-
-    def _answer(self, status: HTTPStatus, body: bytes, kind: str) -> None:
+            status = HTTPStatus.NOT_FOUND
+            body = _error(f"nothing is at this path: ask for /metrics or {ADAPTERS}")
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
@@ -128,3 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         """Says nothing: Prometheus asks every few seconds."""
+
+
+def _error(message: str) -> bytes:
+    return json.dumps({"error": {"message": message}}).encode()

@@ -33,6 +33,10 @@ from vllm_multilora.adapters.model.layout import LinearShape, ModelLayout, Slice
 from vllm_multilora.adapters.model.tensor_names import HEADS
 from vllm_multilora.integration.step.stock_rows import ClassificationHead
 from vllm_multilora.integration.worker.experts.expert_kernels import experts_left_alone
+from vllm_multilora.integration.worker.experts.expert_layout import (
+    expert_shapes,
+    has_filled_experts,
+)
 from vllm_multilora.integration.worker.model.module_naming import module_naming, refused_layers
 from vllm_multilora.integration.worker.model.output_factors import no_factors
 from vllm_multilora.integration.worker.rows.encoder_rows import ENCODER
@@ -245,7 +249,7 @@ def bypassed_layers(manager: LoRAModelManager) -> Iterator[tuple[str, str]]:
         if isinstance(part, MambaMixer | MambaMixer2):
             yield f"{block}.conv1d", "vLLM convolves with its weights directly"
     for name, module in manager.modules.items():
-        if isinstance(module, FusedMoEWithLoRA) and not _has_the_experts_that_are_filled(module):
+        if isinstance(module, FusedMoEWithLoRA) and not has_filled_experts(module):
             for source in (name, f"{name}.base_layer", *manager.packed_modules.get(name, ())):
                 yield source, "vLLM fills slots for other experts than those that a rank has"
     if not ClassificationHead:  # it wraps them as linear layers, and maps tokens to their rows
@@ -294,21 +298,6 @@ def _without_the_steps_rows(model: torch.nn.Module) -> Iterator[tuple[str, str]]
         if isinstance(part, MambaMixer):
             for kind in ("x_proj", "dt_proj"):
                 yield f"{block}.{kind}", "vLLM computes rows of prompts apart from those of answers"
-
-
-def _has_the_experts_that_are_filled(module: FusedMoEWithLoRA) -> bool:
-    """Whether a rank's experts are those of its turn: neither dealt out, moved nor one more.
-
-    vLLM fills as many as a rank has, from the rank's place times their number on.
-    """
-    base: Any = module.base_layer
-    if getattr(base, "eplb_state", None) is not None:  # moves them while the model serves
-        return False
-    places = base.routed_experts.expert_map_manager.expert_map
-    if places is None:  # it has all of them
-        return True
-    count = module.local_num_experts
-    return places[module.ep_rank * count :][:count].tolist() == list(range(count))
 
 
 def _reordered_layers(manager: LoRAModelManager) -> Iterator[str]:
@@ -377,7 +366,7 @@ def _linear_shapes(
     for name, module in special.items():
         sources = manager.packed_modules.get(name, [])
         if isinstance(module, FusedMoEWithLoRA):
-            yield from _expert_shapes(name, module, sources)
+            yield from expert_shapes(name, module, sources)
         elif isinstance(module, BaseLinearLayerWithLoRA):
             base: Any = module.base_layer
             outputs = _outputs(base)
@@ -388,27 +377,6 @@ def _linear_shapes(
                 sizes = (sum(outputs[:of_first]), *outputs[of_first:])
                 for source, size in zip(sources or [name], sizes, strict=True):
                     yield source, LinearShape(base.input_size, size)
-
-
-def _expert_shapes(
-    name: str, module: FusedMoEWithLoRA, sources: Sequence[str]
-) -> Iterator[tuple[str, LinearShape]]:
-    """A layer's experts, held as one and, where `sources` names them, one by one."""
-    config = module.moe_config
-    count, width = config.num_logical_experts, config.hidden_dim_unpadded or config.hidden_dim
-    inner = config.intermediate_size
-    yield name, LinearShape(inner, width, count)
-    gated = config.is_act_and_mul
-    yield f"{name}.base_layer", LinearShape(width, 2 * inner if gated else inner, count, gated)
-    if module.enable_moe_shared_loras:  # one matrix of the experts' outer ones, one of each inner
-        w1, w2, w3 = sources
-        yield w2, LinearShape(inner, width, matrices=(count, 1))
-        yield from ((w, LinearShape(width, inner, matrices=(1, count))) for w in (w1, w3))
-        return
-    each = len(sources) // count  # of one expert: gate, down and up, or up and down
-    for place, source in enumerate(sources if each > 1 and not len(sources) % count else ()):
-        is_down = place % each == 1
-        yield source, LinearShape(inner, width) if is_down else LinearShape(width, inner)
 
 
 def _outputs(base: Any) -> list[int]:
