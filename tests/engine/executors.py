@@ -45,7 +45,7 @@ class StartedExecutor(AdapterExecutorMixin, StockExecutor):
 
     Args:
         scheduler: The scheduler, which has its adapters.
-        vllm_config: The engine's configuration.
+        vllm_config: The engine's configuration; None: one without settings of the plugin.
         inputs: The queue of an engine core in a process of its own; None: its caller takes steps.
     """
 
@@ -55,6 +55,6 @@ class StartedExecutor(AdapterExecutorMixin, StockExecutor):
         vllm_config: Any,
         inputs: Queue[Any] | None = None,
     ) -> None:
-        StockExecutor.__init__(self, vllm_config)
+        StockExecutor.__init__(self, vllm_config or SimpleNamespace(additional_config={}))
         self.inputs, self.beside = inputs, scheduler
         self.serve(scheduler)

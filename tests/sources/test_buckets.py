@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -52,11 +53,18 @@ def test_a_reload_serves_a_replaced_object_and_requests_the_registered_one(
     assert again.pack.digest == first.pack.digest
 
 
-def test_two_stores_and_many_requests_download_once(filled, engines, cache, monkeypatch, tmp_path):
+@pytest.fixture
+def another_stores_folder():
+    """Not below pytest's folders: the path of a socket must be short."""
+    with tempfile.TemporaryDirectory(prefix="multilora-store-", ignore_cleanup_errors=True) as path:
+        yield path
+
+
+def test_two_stores_and_many_requests_download_once(
+    filled, engines, cache, monkeypatch, another_stores_folder
+):
     with_others = [engines("s3://loras/acme", server=f"s{i}") for i in range(2)]
-    folder = tmp_path / "another-store"
-    folder.mkdir(mode=0o700)
-    monkeypatch.setenv("MULTILORA_STORE_FOLDER", str(folder))
+    monkeypatch.setenv("MULTILORA_STORE_FOLDER", another_stores_folder)
     with_others.append(engines("s3://loras/acme", server="s2"))
     assert len({engine.store().pid for engine in with_others}) == 2
     tickets = [

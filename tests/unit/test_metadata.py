@@ -80,7 +80,7 @@ def project() -> dict[str, Any]:
 
 def test_extras_are_what_users_need(published: Message, project: dict[str, Any]) -> None:
     extras = set(published.get_all("Provides-Extra", []))
-    assert extras == {"completion", "cpu", "cuda", "demo", "plot", "signing"}
+    assert extras == {"completion", "cpu", "cuda", "demo", "plot", "remote", "signing"}
     assert extras.isdisjoint(project["dependency-groups"])
 
 
