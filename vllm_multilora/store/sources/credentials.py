@@ -36,7 +36,7 @@ def handed_over(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
     if not found or not hasattr(os, "memfd_create"):
         yield {}
         return
-    descriptor = os.memfd_create("multilora-credentials", 0)  # which programs inherit
+    descriptor = os.memfd_create("source-credentials", 0)  # which programs inherit
     try:
         os.write(descriptor, json.dumps(found).encode())
         yield {DESCRIPTOR_VARIABLE: str(descriptor)}
