@@ -128,6 +128,7 @@ class BatchPlan:
     Args:
         layout: Where the parts of the buffer lie.
         device: Where the kernels run.
+        ring: Of what the buffer is a part; None: it is a tensor of its own.
 
     Attributes:
         layout: Where the parts of the buffer lie.
@@ -138,14 +139,19 @@ class BatchPlan:
         sends_slot_runs: Whether steps bring their slot runs too; only where the layout has room.
     """
 
-    def __init__(self, layout: PlanLayout, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        layout: PlanLayout,
+        device: torch.device | str = "cpu",
+        ring: StagingRing | None = None,
+    ) -> None:
         self.layout = layout
-        self.buffer = torch.zeros(layout.size, dtype=torch.int32, device=device)
-        self._staging: StagingRing | None = None
-        self.host = self.buffer
+        if ring is None:
+            ring = StagingRing(torch.zeros(layout.size, dtype=torch.int32, device=device))
+        self._staging = ring.take(layout.size)
+        self.host = self.buffer = self._staging.tensor
         if self.buffer.device.type != "cpu":
             self.host = torch.zeros(HEADER_INTS, dtype=torch.int32)
-            self._staging = StagingRing(self.buffer)
         self.header = self.host.numpy()
         self._arange = np.arange(max(layout.max_tiles, layout.max_tokens), dtype=np.int32)
         self.sends_slot_runs = False
@@ -214,7 +220,7 @@ class BatchPlan:
                 f"token slots must be between -1 and {layout.max_loras - 1}, got "
                 f"{token_slots.min()} to {token_slots.max()}"
             )
-        ints = self.header if self._staging is None else self._staging.open()
+        ints = self._staging.open()
         rows = tokens - int(counts[0])
         order = ints[layout.order]
         runs = tiles = 0
@@ -229,9 +235,8 @@ class BatchPlan:
         ints[:5] = (tokens, rows, runs, tiles, own_graphs)
         if self.sends_slot_runs:
             layout.runs.write(ints, token_slots, by_slot, counts)
-        if self._staging is not None:
-            self.header[:] = ints[:HEADER_INTS]
-            self._staging.send(layout.size if self.sends_slot_runs else layout.order.stop)
+        self.header[:HEADER_INTS] = ints[:HEADER_INTS]
+        self._staging.send(layout.size if self.sends_slot_runs else layout.order.stop)
 
     def _write_tiles(
         self,

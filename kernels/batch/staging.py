@@ -8,7 +8,10 @@ take turns.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy.typing as npt
 import torch
@@ -18,18 +21,8 @@ BUFFERS = 3
 asynchronously are one step ahead of the device; one buffer more is for a step that copies twice."""
 
 
-class CopyEvent(Protocol):
-    """What tells when a copy has left its buffer; `torch.cuda.Event` is one."""
-
-    def record(self) -> Any:
-        """Marks this point of the current stream."""
-
-    def synchronize(self) -> Any:
-        """Waits for the point that was marked last; returns at once if none was, or it is past."""
-
-
-def copy_event(device: torch.device) -> CopyEvent | None:
-    """For a buffer that is copied to a device; None: its copies are over when they are made."""
+def copy_event(device: torch.device) -> Any:
+    """Tells when a copy has left its buffer, as `torch.cuda.Event`; None: as soon as it is made."""
     return torch.cuda.Event() if device.type == "cuda" else None
 
 
@@ -37,35 +30,79 @@ class StagingRing:
     """Host buffers that take turns in feeding one tensor, by asynchronous copies.
 
     Args:
-        target: of shape [size], on a device; keeps its address.
+        target: of shape [size], keeps its address. In host memory it is its own only buffer.
     """
 
     def __init__(self, target: torch.Tensor) -> None:
-        pinned = target.device.type == "cuda"
-        self._target = target
+        kind, pinned = target.dtype, target.device.type == "cuda"
+        self._target, self._is_host = target, target.device.type == "cpu"
         self._buffers = [
-            torch.zeros(target.shape, dtype=target.dtype, pin_memory=pinned) for _ in range(BUFFERS)
+            target if self._is_host else torch.zeros(target.shape, dtype=kind, pin_memory=pinned)
+            for _ in range(1 if self._is_host else BUFFERS)
         ]
         self._values = [buffer.numpy() for buffer in self._buffers]
-        self._copied = [copy_event(target.device) for _ in range(BUFFERS)]
-        self._turn = 0
+        self._copied = [copy_event(target.device) for _ in self._buffers]
+        self._turn = self._taken = 0
+        self._is_open = self._gathers = False
+        self._sent: list[int] = []
+
+    def take(self, size: int) -> StagedPart:
+        """The next part of the tensor, which takes `part_size(size)` of it."""
+        begin, self._taken = self._taken, self._taken + part_size(size)
+        return StagedPart(self, self._target[begin : begin + size], begin)
 
     def open(self) -> npt.NDArray[Any]:
         """The values of the buffer whose turn it is, to be written before `send`.
 
         They are those of an earlier step. Waits only where that step's copy has not left yet.
         """
-        self._turn = (self._turn + 1) % BUFFERS
-        if (copied := self._copied[self._turn]) is not None:
-            copied.synchronize()
+        if not (self._gathers and self._is_open):
+            self._turn = (self._turn + 1) % len(self._buffers)
+            if (copied := self._copied[self._turn]) is not None:
+                copied.synchronize()
+            self._is_open = True
         return self._values[self._turn]
 
-    def send(self, count: int) -> None:
-        """Queues the copy of the first `count` values of what `open` gave, on the current stream.
+    def send(self, end: int, begin: int = 0) -> None:
+        """Queues the copy of values `begin` to `end` on the current stream, and of nothing else."""
+        if self._gathers:
+            self._sent += begin, end
+        elif not self._is_host:
+            buffer, copied = self._buffers[self._turn], self._copied[self._turn]
+            self._target[begin:end].copy_(buffer[begin:end], non_blocking=True)
+            if copied is not None:
+                copied.record()
 
-        Nothing behind them changes on the device.
+    @contextmanager
+    def one_copy(self) -> Iterator[None]:
+        """Within it all is written to one buffer; one copy at its end brings whatever was sent.
+
+        What lies between gets the values that an earlier step had there.
         """
-        buffer, copied = self._buffers[self._turn], self._copied[self._turn]
-        self._target[:count].copy_(buffer[:count], non_blocking=True)
-        if copied is not None:
-            copied.record()
+        self._is_open, self._gathers, self._sent = False, True, []
+        try:
+            yield
+        finally:
+            self._gathers = False
+        if self._sent:
+            self.send(max(self._sent), min(self._sent))
+
+
+@dataclass(frozen=True)
+class StagedPart:
+    """A part of a ring's tensor, which is written and sent as if it were one of its own."""
+
+    ring: StagingRing
+    tensor: torch.Tensor
+    begin: int
+
+    def open(self) -> npt.NDArray[Any]:
+        return self.ring.open()[self.begin : self.begin + len(self.tensor)]
+
+    def send(self, count: int) -> None:
+        self.ring.send(self.begin + count, self.begin)
+
+
+def part_size(size: int) -> int:
+    """Values that a part takes, so that the next one begins where a wide load may."""
+    return -(-size // 16) * 16

@@ -19,21 +19,26 @@ class LateDevice:
         self.values = torch.zeros(4, dtype=torch.int32)
         self.arrived: list[list[int]] = []
         self.waits = 0
-        self._queue: list[torch.Tensor] = []
+        self._queue: list[tuple[slice, torch.Tensor]] = []
         self._done = 0
 
-    def __getitem__(self, part: slice) -> "LateDevice":
-        return self
-
-    def copy_(self, source: torch.Tensor, *, non_blocking: bool) -> None:
-        assert non_blocking
-        self._queue.append(source)  # what it holds is read later, as the device does
+    def __getitem__(self, part: slice) -> "LateDevice.Part":
+        return LateDevice.Part(self, part)
 
     def run_to(self, end: int) -> None:
-        for source in self._queue[self._done : end]:
-            self.values[: len(source)] = source
+        for part, source in self._queue[self._done : end]:
+            self.values[part] = source
             self.arrived.append(self.values.tolist())
         self._done = max(self._done, end)
+
+    class Part:
+        def __init__(self, device: "LateDevice", part: slice) -> None:
+            self._device, self._part = device, part
+
+        def copy_(self, source: torch.Tensor, *, non_blocking: bool) -> None:
+            assert non_blocking
+            # What it holds is read later, as the device does.
+            self._device._queue.append((self._part, source))
 
     class Event:
         def __init__(self, device: "LateDevice") -> None:
@@ -90,6 +95,40 @@ def test_values_behind_those_that_are_sent_stay(device, ring):
     send(ring, [7])
     device.run_to(2)
     assert device.arrived == [[1, 2, 3, 4], [7, 2, 3, 4]]
+
+
+def test_values_before_those_that_are_sent_stay(device, ring):
+    send(ring, [1, 2, 3, 4])
+    ring.open()[:] = 7
+    ring.send(3, 2)
+    device.run_to(2)
+    assert device.arrived[-1] == [1, 2, 7, 4]
+
+
+def test_what_is_sent_within_one_copy_leaves_together_at_its_end(device, ring):
+    for step in range(1, BUFFERS + 1):
+        with ring.one_copy():
+            ring.open()[1] = step
+            ring.send(2, 1)
+            ring.open()[3] = 10 * step
+            ring.send(4, 3)
+        device.run_to(step)
+        assert device.arrived[step - 1 :] == [[0, step, 0, 10 * step]]
+    assert device.waits == 0
+
+
+def test_a_step_that_fails_sends_nothing(device, ring):
+    def fail() -> None:
+        with ring.one_copy():
+            ring.open()[:] = 5
+            ring.send(4)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    send(ring, [6])
+    device.run_to(1)
+    assert device.arrived == [[6, 0, 0, 0]]
 
 
 class Slow:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from multilora_kernels.batch.staging import StagingRing
+
 pytestmark = pytest.mark.serving  # imports vLLM
 
 SLOTS = [5, None, 9, 3]
@@ -171,41 +173,89 @@ class Traffic(TorchDispatchMode):
 COPY = ("copy_", True)
 
 
+BATCHES = ([2, 1, 3], [9, 0, 5]), ([1, 1], [3, 3]), ([4], [0]), ([1, 3], [5, 9])
+
+
 @pytest.mark.parametrize("mapping", [tuples, arrays])
 @pytest.mark.parametrize(
-    ("kinds", "copies"),
+    "kinds",
     [
-        ([LINEAR, LOGITS], 1),
-        ([LINEAR, EMBEDDING], 2),
-        ([LINEAR, HEAD], 2),
-        ([LINEAR, EMBEDDING, LOGITS, HEAD], 3),
+        pytest.param([LINEAR], id="linear"),
+        pytest.param([LINEAR, LOGITS], id="logits"),
+        pytest.param([LINEAR, EMBEDDING], id="embedding"),
+        pytest.param([LINEAR, HEAD], id="head"),
+        pytest.param([LINEAR, EMBEDDING, LOGITS, HEAD], id="all"),
     ],
-    ids=["linear", "embedding", "head", "all"],
 )
-def test_a_step_is_asynchronous_copies_and_nothing_else(kinds, copies, mapping):
+def test_a_step_is_one_asynchronous_copy_and_nothing_else(kinds, mapping):
     wrapper = make_wrapper("meta", "triton")
     wrapper.adopt_layers([layer(kind) for kind in kinds])
-    for lengths, adapters in ([2, 1, 3], [9, 0, 5]), ([1, 1], [3, 3]), ([4], [0]):
+    for lengths, adapters in BATCHES:
         with Traffic() as traffic:
             step(wrapper, lengths, adapters, mapping)
-        assert traffic.seen == [COPY] * copies
+            if LOGITS in kinds or HEAD in kinds:
+                wrapper.output_rows.plan(torch.empty(len(lengths), 4))
+        assert traffic.seen == [COPY]
 
 
-@pytest.mark.parametrize(
-    ("lengths", "sampled", "copies"),
-    [([1, 1, 1], 3, 1), ([2, 1, 3], 3, 2)],
-    ids=["decode", "prefill"],
-)
-def test_an_output_layer_costs_a_copy_where_it_gets_other_rows_than_the_step(
-    lengths, sampled, copies
-):
+def test_a_steps_copy_brings_whatever_its_layers_read(monkeypatch: pytest.MonkeyPatch):
+    """Beside a wrapper in host memory, which writes where its kernels read."""
+    from vllm_multilora.integration.step import punica
+
+    class Arriving(StagingRing):
+        def send(self, end: int, begin: int = 0) -> None:
+            super().send(end, begin)
+            if not self._gathers:
+                device[begin:end] = torch.from_numpy(self._values[self._turn][begin:end])
+
+    device = torch.zeros(4096, dtype=torch.int32)
+    expected = make_wrapper()
+    monkeypatch.setattr(punica, "StagingRing", Arriving)
+    wrapper = make_wrapper("meta", "triton")
+
+    def arrived(part: torch.Tensor, count: int) -> torch.Tensor:
+        begin = part.storage_offset() * part.itemsize // 4
+        return device[begin : begin + len(part) * part.itemsize // 4].view(part.dtype)[:count]
+
+    layout = wrapper.plan.layout
+    order = layout.order.start
+    for lengths, adapters in BATCHES:
+        tokens, rows = sum(lengths), len(lengths)
+        for each in (wrapper, expected):
+            step(each, lengths, adapters)
+        x = torch.empty(rows, 4)
+        plans = [(wrapper.plan, expected.plan, tokens)]
+        plans.append((wrapper.output_rows.plan(x), expected.output_rows.plan(x), rows))
+        for found, other, count in plans:
+            end = order + count
+            assert arrived(found.buffer, end)[order:].equal(other.buffer[order:end])
+            assert arrived(found.buffer, 4).equal(other.buffer[:4])
+            tiles = arrived(found.buffer, order)[layout.tile_slot][: other.tiles]
+            assert tiles.equal(other.buffer[layout.tile_slot][: other.tiles])
+        for name, count in (
+            ("_embeddings_indices", tokens),
+            ("_sampler_indices", rows),
+            ("_token_lora_indices", tokens),
+        ):
+            found = arrived(getattr(wrapper, name), count)
+            assert found.equal(getattr(expected, name)[:count]), name
+
+
+@pytest.mark.parametrize("how", ["prompt", "drafts"])
+def test_rows_that_a_steps_mapping_does_not_have_cost_a_copy(how):
+    """Rows of a prompt, for `prompt_logprobs`; drafts in vLLM's second model runner."""
     wrapper = make_wrapper("meta", "triton")
     wrapper.adopt_layers([layer(LINEAR), layer(LOGITS)])
+    step(wrapper, [2, 1, 3], [9, 0, 5])
     with Traffic() as traffic:
-        step(wrapper, lengths, [9, 0, 5])
-        for _ in range(2):  # layers of one step share it
-            wrapper.output_rows.plan(torch.empty(sampled, 4))
-    assert traffic.seen == [COPY] * copies
+        if how == "prompt":
+            with wrapper.output_rows.from_prompt(1):
+                wrapper.output_rows.plan(torch.empty(2, 4))
+        else:
+            wrapper.output_rows.set_counts(np.array([2, 1, 2]))
+            for _ in range(2):  # layers share it
+                wrapper.output_rows.plan(torch.empty(5, 4))
+    assert traffic.seen == [COPY]
 
 
 def test_layers_that_vllms_kernels_serve_need_no_further_copy():
@@ -222,7 +272,7 @@ def test_a_step_before_the_layers_are_known_prepares_for_all_of_them():
     wrapper = make_wrapper("meta", "triton")
     with Traffic() as traffic:
         step(wrapper, [2, 1], [9, 0])
-    assert traffic.seen == [COPY] * 4
+    assert traffic.seen == [COPY]
 
 
 def test_buffers_keep_their_addresses_for_captured_graphs():

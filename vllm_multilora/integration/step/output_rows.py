@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from multilora_kernels import BatchPlan, PlanLayout
+from multilora_kernels import BatchPlan
 from vllm_multilora.integration.attached import in_own_class
 
 logger = logging.getLogger(__name__)
@@ -31,16 +31,20 @@ def _warn_of_unknown_rows() -> None:
 
 
 class OutputRows:
-    """The plan over an output layer's rows, built when such a layer first needs it in a step.
+    """The plan over an output layer's rows, shared by all such layers of a model.
 
-    Where its rows are not all tokens of the step, as in prefill, that is one more asynchronous
-    copy to the device; with `prompt_logprobs`, one for each prompt. One instance is shared by all
-    layers of a model.
+    Where its rows are not all tokens of the step, as in prefill, it is built with the plan over
+    tokens. Rows that the step's mapping does not have cost a copy of their own when a layer asks
+    for them: a prompt's with `prompt_logprobs`, and drafts in vLLM's second model runner.
+
+    Attributes:
+        are_read: Whether there are output layers with LoRA.
     """
 
-    def __init__(self, layout: PlanLayout, device: torch.device | str) -> None:
-        self._own_plan = BatchPlan(layout, device)
-        self._token_plan = self._own_plan
+    are_read = True  # as long as nobody knows
+
+    def __init__(self, own_plan: BatchPlan) -> None:
+        self._token_plan = self._own_plan = own_plan
         self._token_slots: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._request_slots: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._sampler_slots: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
@@ -74,6 +78,8 @@ class OutputRows:
         self._token_plan = token_plan
         self._token_slots = token_slots
         self._request_slots = self._sampler_slots = sampler_slots
+        if self.are_read:
+            self._plan_of(sampler_slots)
 
     def set_counts(self, counts: npt.NDArray[np.integer]) -> None:
         """Says how many rows each request samples, where the step's mapping had one each.
@@ -117,6 +123,9 @@ class OutputRows:
             slots = self._token_slots
         if len(slots) < x.size(0):
             _warn_of_unknown_rows()
+        return self._plan_of(slots)
+
+    def _plan_of(self, slots: npt.NDArray[np.int64]) -> BatchPlan:
         if slots is self._token_slots:
             return self._token_plan
         if self._planned is not slots:

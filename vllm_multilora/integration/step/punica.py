@@ -5,12 +5,10 @@ shallow copy per layer that shares the plans and index buffers and adds the laye
 Layers that keep the shared wrapper, such as classification heads, are computed at the full
 `max_lora_rank`: vLLM zeroes what an adapter does not fill, so that is correct, only slower.
 
-On a GPU a step costs one asynchronous copy for the plan, which brings the metadata of expert layers
-too, and one more where the model has embedding layers with LoRA, where it has classification heads,
-and where an output layer with LoRA gets other rows than all tokens of the step, as in prefill
-(`OutputRows`). Nothing waits for the device. All buffers keep their addresses, and a CUDA graph
-holds the kernels whatever batch it is captured with, so any graph replays with any batch. They are
-omitted only from graphs that vLLM replays for adapter-free batches.
+On a GPU a step costs one asynchronous copy from pinned memory, whatever the model's layers read;
+`OutputRows` names two exceptions. Nothing waits for the device. All buffers keep their addresses,
+and a CUDA graph holds the kernels whatever batch it is captured with, so any graph replays with any
+batch. They are omitted only from graphs that vLLM replays for adapter-free batches.
 """
 
 from __future__ import annotations
@@ -28,11 +26,12 @@ from vllm.lora.layers.utils import LoRAMappingType
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from multilora_kernels import BatchPlan, OutputFactors, PlanLayout, lora_shrink
+from multilora_kernels.batch.staging import StagingRing, part_size
 from vllm_multilora.integration.step.mapping import BatchMapping
 from vllm_multilora.integration.step.output_rows import OutputRows
 from vllm_multilora.integration.step.punica_moe import ExpertLayers
 from vllm_multilora.integration.step.punica_prepared import PreparedLayers
-from vllm_multilora.integration.step.stock_rows import StockRows
+from vllm_multilora.integration.step.stock_rows import OUTPUT_LAYERS, StockRows
 
 if TYPE_CHECKING:
     from vllm.lora.layers import LoRAMapping
@@ -55,9 +54,12 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
         self.backend = backend
         self.max_loras, self.max_batches = lora_config.max_loras, max_batches
         layout = PlanLayout(max_num_batched_tokens, self.max_loras, slot_runs=True)
-        self.plan = BatchPlan(layout, device)
-        self.output_rows = OutputRows(layout, device)
-        self._stock_rows = StockRows(max_num_batched_tokens, self.max_loras, device)
+        size = 2 * part_size(layout.size) + 3 * part_size(2 * max_num_batched_tokens)
+        self._ring = ring = StagingRing(torch.zeros(size, dtype=torch.int32, device=device))
+        # In this order: a copy brings what lies between, too.
+        self._stock_rows = StockRows(max_num_batched_tokens, self.max_loras, ring)
+        self.plan = BatchPlan(layout, device, ring)
+        self.output_rows = OutputRows(BatchPlan(layout, device, ring))
         self._embeddings_indices = self._stock_rows.embedding_offsets.buffer
         self._sampler_indices = self._stock_rows.sampler_slots.buffer
         self._token_lora_indices = self._stock_rows.token_slots.buffer
@@ -78,6 +80,7 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
         """Learns which layers use this wrapper: steps prepare what they read, and no more."""
         layers = list(layers)
         self._stock_rows.adopt_layers(layers)
+        self.output_rows.are_read = any(isinstance(layer, OUTPUT_LAYERS) for layer in layers)
         if any(isinstance(layer, FusedMoEWithLoRA) for layer in layers):
             self._pass_experts_to_stock(
                 self.plan.layout.max_tokens,
@@ -143,9 +146,10 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
             if np.array_equal(token_slots, sampler_slots):
                 sampler_slots = token_slots
         own_graphs = self._own_graphs and mapping.type is LoRAMappingType.LANGUAGE
-        self.plan.update(token_slots, own_graphs=own_graphs)
-        self.output_rows.set_step(self.plan, token_slots, sampler_slots)
-        self._stock_rows.update(token_slots, sampler_slots, vocab_size)
+        with self._ring.one_copy():
+            self.plan.update(token_slots, own_graphs=own_graphs)
+            self.output_rows.set_step(self.plan, token_slots, sampler_slots)
+            self._stock_rows.update(token_slots, sampler_slots, vocab_size)
         self._update_experts(token_slots)
         rows = len(sampler_slots)
         self.indices_len[:] = (len(token_slots), rows, rows, len(token_slots))

@@ -19,21 +19,15 @@ class StagedRows:
             zeros: captured graphs read padding rows as well, and must find valid numbers there.
     """
 
-    def __init__(
-        self, rows: int, device: torch.device | str, dtype: torch.dtype = torch.int64
-    ) -> None:
-        self.buffer = torch.zeros(rows, dtype=dtype, device=device)
-        on_host = self.buffer.device.type == "cpu"
-        self._staging = None if on_host else StagingRing(self.buffer)
+    def __init__(self, rows: int, ring: StagingRing, dtype: torch.dtype = torch.int64) -> None:
+        self._ints = dtype.itemsize // 4  # of a row
+        self._staging = ring.take(rows * self._ints)
+        self.buffer = self._staging.tensor.view(dtype)
 
     def update(self, values: npt.NDArray[np.integer]) -> None:
         """Replaces the first `len(values)` rows, in the order of the current stream."""
-        count = len(values)
-        if self._staging is None:
-            self.buffer.numpy()[:count] = values
-            return
-        self._staging.open()[:count] = values
-        self._staging.send(count)
+        self._staging.open().view(f"i{4 * self._ints}")[: len(values)] = values
+        self._staging.send(len(values) * self._ints)
 
     def clear(self) -> None:
         """Makes all rows zeros again, as they are at first: their memory was lost."""
@@ -53,7 +47,8 @@ class SlotColumns:
     def __init__(self, tables: Sequence[torch.Tensor]) -> None:
         self._tables = tuple(tables)
         rows = sum(len(table) for table in tables)
-        self._columns = StagedRows(rows, tables[0].device, torch.int32)
+        ring = StagingRing(torch.zeros(rows, dtype=torch.int32, device=tables[0].device))
+        self._columns = StagedRows(rows, ring, torch.int32)
 
     @property
     def nbytes(self) -> int:

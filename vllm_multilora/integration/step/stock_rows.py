@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from vllm.lora import layers
 from vllm.lora.layers import BaseLayerWithLoRA, VocabParallelEmbeddingWithLoRA
 
+from multilora_kernels.batch.staging import StagingRing
 from vllm_multilora.integration.step.staged_rows import StagedRows
 
 # vLLM has none before 0.31. Until 0.32 there is one kind, whose rows are requests; 0.33 adds one
@@ -22,6 +22,7 @@ ClassificationHead: Any = getattr(
     getattr(layers, "ClassificationHeadWithLoRA", _NONE),
 )
 TokenHead: Any = getattr(layers, "TokenClassificationHeadWithLoRA", _NONE)
+OUTPUT_LAYERS: Any = (layers.LogitsProcessorWithLoRA, ClassificationHead, TokenHead)
 
 
 class StockRows:
@@ -33,10 +34,10 @@ class StockRows:
         token_slots: Slots by token, which vLLM 0.33's heads for tokens read.
     """
 
-    def __init__(self, max_tokens: int, slots: int, device: torch.device | str) -> None:
-        self.embedding_offsets = StagedRows(max_tokens, device)
-        self.sampler_slots = StagedRows(max_tokens, device)
-        self.token_slots = StagedRows(max_tokens, device)
+    def __init__(self, max_tokens: int, slots: int, ring: StagingRing) -> None:
+        self.token_slots = StagedRows(max_tokens, ring)
+        self.sampler_slots = StagedRows(max_tokens, ring)
+        self.embedding_offsets = StagedRows(max_tokens, ring)
         self._has_embeddings = self._has_heads = self._has_token_heads = True
         self._vocab_size = 0
         self._first_rows = np.zeros(slots + 1, dtype=np.int64)
