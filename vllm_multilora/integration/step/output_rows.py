@@ -36,12 +36,10 @@ class OutputRows:
     Where its rows are not all tokens of the step, as in prefill, it is built with the plan over
     tokens. Rows that the step's mapping does not have cost a copy of their own when a layer asks
     for them: a prompt's with `prompt_logprobs`, and drafts in vLLM's second model runner.
-
-    Attributes:
-        are_read: Whether there are output layers with LoRA.
     """
 
-    are_read = True  # as long as nobody knows
+    are_read = True
+    """Whether there are output layers with LoRA, as far as is known."""
 
     def __init__(self, own_plan: BatchPlan) -> None:
         self._token_plan = self._own_plan = own_plan
