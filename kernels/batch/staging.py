@@ -20,6 +20,9 @@ BUFFERS = 3
 """Steps whose copies may be under way at once before the host waits. Engines that schedule
 asynchronously are one step ahead of the device; one buffer more is for a step that copies twice."""
 
+ALIGNMENT = 16
+"""Parts begin at a multiple of this many values, where wide loads may begin."""
+
 
 def copy_event(device: torch.device) -> Any:
     """Tells when a copy has left its buffer, as `torch.cuda.Event`; None: as soon as it is made."""
@@ -47,8 +50,9 @@ class StagingRing:
         self._sent: list[int] = []
 
     def take(self, size: int) -> StagedPart:
-        """The next part of the tensor, which takes `part_size(size)` of it."""
-        begin, self._taken = self._taken, self._taken + part_size(size)
+        """The next part of the tensor, with less than `ALIGNMENT` values unused before it."""
+        begin = -(-self._taken // ALIGNMENT) * ALIGNMENT
+        self._taken = begin + size
         return StagedPart(self, self._target[begin : begin + size], begin)
 
     def open(self) -> npt.NDArray[Any]:
@@ -101,8 +105,3 @@ class StagedPart:
 
     def send(self, count: int) -> None:
         self.ring.send(self.begin + count, self.begin)
-
-
-def part_size(size: int) -> int:
-    """Values that a part takes, so that the next one begins where a wide load may."""
-    return -(-size // 16) * 16

@@ -26,7 +26,7 @@ from vllm.lora.layers.utils import LoRAMappingType
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from multilora_kernels import BatchPlan, OutputFactors, PlanLayout, lora_shrink
-from multilora_kernels.batch.staging import StagingRing, part_size
+from multilora_kernels.batch.staging import ALIGNMENT, StagingRing
 from vllm_multilora.integration.step.mapping import BatchMapping
 from vllm_multilora.integration.step.output_rows import OutputRows
 from vllm_multilora.integration.step.punica_moe import ExpertLayers
@@ -54,7 +54,7 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
         self.backend = backend
         self.max_loras, self.max_batches = lora_config.max_loras, max_batches
         layout = PlanLayout(max_num_batched_tokens, self.max_loras, slot_runs=True)
-        size = 2 * part_size(layout.size) + 3 * part_size(2 * max_num_batched_tokens)
+        size = 2 * layout.size + 6 * max_num_batched_tokens + 5 * ALIGNMENT  # linear in slots
         self._ring = ring = StagingRing(torch.zeros(size, dtype=torch.int32, device=device))
         # In this order: a copy brings what lies between, too.
         self._stock_rows = StockRows(max_num_batched_tokens, self.max_loras, ring)
