@@ -18,6 +18,7 @@ class FailureKind(enum.Enum):
         NO_MEMORY: There was no memory for the adapter.
         TIMEOUT: The load did not end in time.
         QUARANTINED: Its numbers were not finite in use.
+        CONFLICT: Another version was served than its caller expected.
         INTERNAL: Anything else; a fault of the software.
     """
 
@@ -27,6 +28,7 @@ class FailureKind(enum.Enum):
     NO_MEMORY = "no_memory"
     TIMEOUT = "timeout"
     QUARANTINED = "quarantined"
+    CONFLICT = "conflict"
     INTERNAL = "internal"
 
 

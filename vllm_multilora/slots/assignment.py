@@ -103,6 +103,7 @@ class SlotAssignment(PolicyTier):
         self._brought: set[int] = set()  # into a slot, since they last joined the batch
         self._contents: list[int | None] = [None] * slots
         self._places: dict[int, _Place] = {}  # by adapter
+        self._successors: dict[int, _Place] = {}  # of adapters whose requests are to go on with it
         self._orders: dict[int, int] = {}  # adapters by unanswered orders
         self._numbers = itertools.count()  # of orders
         self._active: frozenset[int] = frozenset()  # of the batch, but for those that have left it
@@ -124,8 +125,8 @@ class SlotAssignment(PolicyTier):
         return None if place is None else place.order.slot
 
     def pack_in(self, adapter_id: int) -> int | None:
-        """The version that is in the adapter's slot, or on its way there; None without a slot."""
-        place = self._places.get(adapter_id)
+        """The newest version that is in a slot, or on its way there; None without a slot."""
+        place = self._successors.get(adapter_id) or self._places.get(adapter_id)
         return None if place is None else place.order.pack
 
     def is_filled(self, adapter_id: int, pack: int) -> bool:
@@ -136,7 +137,7 @@ class SlotAssignment(PolicyTier):
     def is_awaited(self, adapter_id: int) -> bool:
         """Whether the adapter has a slot that some rank has not filled."""
         place = self._places.get(adapter_id)
-        return place is not None and bool(place.missing_ranks)
+        return adapter_id in self._successors or bool(place and place.missing_ranks)
 
     def is_protected(self, adapter_id: int) -> bool:
         """Whether the adapter keeps its slot, should it have one."""
@@ -214,20 +215,63 @@ class SlotAssignment(PolicyTier):
         if place is not None:
             self._requested.add(adapter_id)
             is_used = adapter_id in self._active or adapter_id in self._admitted
-            if place.order.pack == pack or is_used:
+            if place.order.pack == pack or is_used or adapter_id in self._successors:
                 return None
-            slot = place.order.slot
+            slot: int | None = place.order.slot
             self._leave(adapter_id)
-        elif None in self._contents:
-            slot = self._contents.index(None)
         else:
-            idle = [i for i in sorted(self._places) if not self.is_protected(i)]
-            if not idle:
-                return None
-            displaced = self._choose(idle)
-            slot = self._leave(displaced)
-            self._events.evicted(Tier.GPU, displaced)
-        return self._take(slot, adapter_id, pack)
+            slot = self._spare()
+        return None if slot is None else self._take(slot, adapter_id, pack)
+
+    def assign_beside(self, adapter_id: int, pack: int) -> Assignment | None:
+        """Gives another version of an adapter a slot beside its own, which it goes on using.
+
+        Returns:
+            The copy to make, for `succeed`; None where it is on its way, or no slot can be spared.
+        """
+        if self.is_awaited(adapter_id):
+            return None
+        self._requested.add(adapter_id)  # its own is not the one to be spared
+        if (slot := self._spare()) is None:
+            return None
+        assignment = Assignment(next(self._numbers), slot, adapter_id, pack)
+        self._contents[slot] = adapter_id
+        self._successors[adapter_id] = _Place(assignment, set(range(self._ranks)))
+        self._orders[assignment.order] = adapter_id
+        self._events.assigned(adapter_id, slot)
+        return assignment
+
+    def succeed(self, adapter_id: int, pack: int) -> int | None:
+        """Frees an adapter's slot, if all ranks have this version in the one beside it: its slot.
+
+        Steps from the next one on use that.
+        """
+        place = self._successors.get(adapter_id)
+        if place is None or place.missing_ranks or place.order.pack != pack:
+            return None
+        before, self._places[adapter_id] = self._places[adapter_id], place
+        del self._successors[adapter_id]
+        self._contents[before.order.slot] = None
+        self._events.left(adapter_id, before.order.slot)
+        return place.order.slot
+
+    def give_up_successor(self, adapter_id: int) -> None:
+        """The version in the slot beside an adapter's own is not to be used."""
+        if (place := self._successors.pop(adapter_id, None)) is not None:
+            self._contents[place.order.slot] = None
+            self._orders.pop(place.order.order, None)
+            self._events.left(adapter_id, place.order.slot)
+
+    def _spare(self) -> int | None:
+        """A free slot, the lowest, or that of the policy's victim; None if there is none."""
+        if None in self._contents:
+            return self._contents.index(None)
+        idle = [i for i in sorted(self._places) if not self.is_protected(i)]
+        if not idle:
+            return None
+        displaced = self._choose(idle)
+        self._events.evicted(Tier.GPU, displaced)
+        return self._leave(displaced)
 
     def read_on_demand(self, adapter_id: int) -> None:
         """Notes that the adapter's files were read because a request waited: a CPU miss."""
@@ -242,7 +286,9 @@ class SlotAssignment(PolicyTier):
         adapter_id = self._orders.get(order)
         if adapter_id is None:
             return False
-        place = self._places[adapter_id]
+        place = self._successors.get(adapter_id)
+        if place is None or place.order.order != order:
+            place = self._places[adapter_id]
         place.missing_ranks.discard(rank)
         if place.missing_ranks:
             return False
@@ -253,7 +299,9 @@ class SlotAssignment(PolicyTier):
     def fill_failed(self, order: int) -> int | None:
         """A rank could not carry an order out: whose slot is free again; None: it is stale."""
         adapter_id = self._orders.get(order)
-        if adapter_id is not None:
+        if adapter_id in self._successors:
+            self.give_up_successor(adapter_id)
+        elif adapter_id is not None:
             self._leave(adapter_id)
         return adapter_id
 
@@ -295,6 +343,7 @@ class SlotAssignment(PolicyTier):
         return assignment
 
     def _leave(self, adapter_id: int) -> int:
+        self.give_up_successor(adapter_id)
         order = self._places.pop(adapter_id).order
         self._contents[order.slot] = None
         self._orders.pop(order.order, None)

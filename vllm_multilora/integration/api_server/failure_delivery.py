@@ -18,6 +18,7 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import FinishReason
 
 from vllm_multilora.failures import LoadFailure
+from vllm_multilora.integration.api_server import policy_spans
 from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.failed_requests import STATUS, from_stop_reason, without_folders
 
@@ -122,7 +123,9 @@ def process_outputs(
         failures, sessions = deliver_failures(
             engine_core_outputs, states, ON_FAILURE.get(processor), processor.tokenizer
         )
+        told = policy_spans.note(engine_core_outputs, states)
         processed = original(processor, engine_core_outputs, *args, **kwargs)
+        policy_spans.tell(told, processed.request_outputs)
     mark_failed(processed.request_outputs, failures)
     # What was on its way to the engine has begun them again there, and nobody would end that.
     processed.reqs_to_abort.extend(sessions)

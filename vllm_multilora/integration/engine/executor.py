@@ -23,7 +23,13 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_multilora.adapters.blend import is_blend
 from vllm_multilora.errors import MultiLoRAError
-from vllm_multilora.integration.engine.adapter_status import METHOD, REGISTER, Report, engine_report
+from vllm_multilora.integration.engine.adapter_status import (
+    IN_FLIGHT,
+    METHOD,
+    REGISTER,
+    Report,
+    engine_report,
+)
 from vllm_multilora.integration.engine.adapters.quarantine import RELOADS
 from vllm_multilora.integration.engine.core import make_adapters, starting_workers
 from vllm_multilora.integration.engine.requests.tenant_wall import TenantWallMixin, has_wall
@@ -229,8 +235,10 @@ class AdapterExecutorMixin:
             return self._with_pushed(all(loaded))
         return self._carry_out(adapters, partial(self._register, adapters, request))
 
-    def _register(self, adapters: EngineAdapters, request: LoRARequest) -> Future[bool]:
-        registered = adapters.register(request)
+    def _register(
+        self, adapters: EngineAdapters, request: LoRARequest, *, in_flight: bool = False
+    ) -> Future[bool]:
+        registered = adapters.register(request, in_flight=in_flight)
         if not (registered.done() and registered.exception()):
             # It may have been about to go, as one does whose folder is put back as it was.
             number = request.lora_int_id
@@ -244,12 +252,13 @@ class AdapterExecutorMixin:
             What `registered_version` reads, or `AdapterRefusedError.as_dict`; as a future as for
             `add_lora`.
         """
+        in_flight = fields.pop(IN_FLIGHT, False)
         adapters, request = self.connect(), LoRARequest(**fields)
         assert adapters is not None
 
         def register() -> Future[dict[str, Any]]:
             answer: Future[dict[str, Any]] = Future()
-            registered = self._register(adapters, as_sent(request))
+            registered = self._register(adapters, as_sent(request), in_flight=in_flight)
             registered.add_done_callback(partial(_answer, answer, adapters, request.lora_int_id))
             return answer
 
@@ -337,6 +346,7 @@ class AdapterExecutorMixin:
             adapters.yield_host_memory()
             time.sleep(_IDLE_S)
             adapters.poll()
+            self.scheduler.swap_in_flight()
         return answer.result()
 
 

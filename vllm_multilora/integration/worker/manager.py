@@ -37,12 +37,13 @@ from vllm_multilora.integration.worker.slots.slot_buffers import report_slots
 from vllm_multilora.integration.worker.slots.special import SpecialParts
 from vllm_multilora.integration.worker_link.fill_link import (
     Answer,
+    Filled,
     FillFailed,
     Missing,
     WorkerLink,
     attach_worker,
 )
-from vllm_multilora.integration.worker_link.orders import Order
+from vllm_multilora.integration.worker_link.orders import Order, Swap
 from vllm_multilora.integration.worker_link.remote_link import LinkAddress, dial
 from vllm_multilora.slots.budget import CpuBudget
 
@@ -246,14 +247,21 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         return True
 
     def begin(self, order: Order) -> None:
+        self._note(order)
+        if not isinstance(order, Swap):
+            self.filler.begin(order)
+
+    def _note(self, order: Order) -> None:
         self._end_warm_up()
         self._orders += 1
-        self.filler.begin(order)
+        if isinstance(order, Swap):
+            self._adapter_manager.give_slot(order.slot, order.request.lora_int_id)
 
     def carry_out_now(self, order: Order) -> Answer:
         """Carries out an order, from the worker's own store, with everybody waiting."""
-        self._end_warm_up()
-        self._orders += 1
+        self._note(order)
+        if isinstance(order, Swap):
+            return Filled(order.order, None)
         pack = self.own_store.pack(order.pack.pack)
         if pack is None:
             gone = "the store of this worker's machine was started again"

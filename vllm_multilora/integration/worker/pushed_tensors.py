@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 _CONFIGS = ("peft_config", "lora_config")
 """Fields of frameworks' requests that hold the adapter's configuration, beside `lora_tensors`."""
 
+SWAP = "in_flight"
+"""Field `swap` of requests after which running ones go on with the new weights."""
+
 
 @dataclass(frozen=True)
 class Push:
@@ -39,12 +42,16 @@ class Push:
     Attributes:
         number, name, path: As in the request that brought it.
         folder: Where it was written; None: this worker was told to forget the adapter.
+        in_flight: Whether running requests go on with it.
+        expected_version: The beginning of the digest of what it may replace; None: of anything.
     """
 
     number: int
     name: str = ""
     path: str = ""
     folder: str | None = None
+    in_flight: bool = False
+    expected_version: str | None = None
 
 
 class PushedTensors:
@@ -68,7 +75,10 @@ class PushedTensors:
         Raises:
             OSError: There is no room for it in memory.
         """
-        number = request.lora_int_id
+        number, swap = request.lora_int_id, getattr(request, "swap", None)
+        if swap not in (None, SWAP):
+            found = f"found swap {swap!r}, expected {SWAP!r} or none"
+            raise MultiLoRAError(f"adapter {request.lora_name!r}: {found}")
         if self._writes:
             folder = Path(tempfile.mkdtemp(prefix=f"{number}-", dir=own_folder()))
             try:
@@ -78,7 +88,9 @@ class PushedTensors:
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-            self._note(Push(number, request.lora_name, request.lora_path, str(folder)))
+            expected = getattr(request, "expected_version", None)
+            name, path = request.lora_name, request.lora_path
+            self._note(Push(number, name, path, str(folder), swap == SWAP, expected))
         self._numbers.add(number)
 
     def remove(self, number: int) -> bool:

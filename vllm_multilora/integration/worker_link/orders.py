@@ -39,6 +39,15 @@ class Fill(Order):
 
     Attributes:
         slot: The slot; no step uses it before the answer.
+        is_beside: Whether steps go on using the slot that the adapter has, until a `Swap`.
     """
+
+    slot: int
+    is_beside: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swap(Order):
+    """From the next step on, use the slot that a `Fill` beside the adapter's own has filled."""
 
     slot: int

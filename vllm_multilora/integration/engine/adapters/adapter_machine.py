@@ -32,7 +32,7 @@ from vllm_multilora.integration.engine.adapters.observer import AdapterObserver
 from vllm_multilora.integration.failed_requests import AdapterRefusedError
 from vllm_multilora.integration.worker_link.fill_link import Filled, FillFailed
 from vllm_multilora.integration.worker_link.orders import Fill
-from vllm_multilora.slots.assignment import SlotAssignment
+from vllm_multilora.slots.assignment import Assignment, SlotAssignment
 from vllm_multilora.states import AT_HAND, AdapterState
 from vllm_multilora.store.protocol.messages import Failed, Loaded, LoadRequest, PackInfo
 
@@ -55,6 +55,11 @@ _OUT_OF_REACH = (
     "says why"
 )
 
+ACTIVATED = (
+    "an activated adapter (aLoRA) cannot be swapped in flight: where it acts on a running request "
+    "was decided by the version before; load it without `swap`"
+)
+
 
 @dataclass(eq=False)
 class Surroundings:
@@ -69,6 +74,7 @@ class Surroundings:
         leased: Those whose newest version stays in host memory until it is given back.
         by_pack: Those whose newest version is a pack in host memory, by its number.
         by_part: Blends, by the numbers of their parts.
+        swapping: Those whose running requests are to go on with the newest version.
     """
 
     exchange: Exchange[AdapterMachine]
@@ -79,6 +85,7 @@ class Surroundings:
     leased: dict[AdapterFacts, None] = field(default_factory=dict)
     by_pack: dict[int, dict[AdapterFacts, None]] = field(default_factory=dict)
     by_part: dict[int, dict[AdapterMachine, None]] = field(default_factory=dict)
+    swapping: dict[AdapterFacts, None] = field(default_factory=dict)
 
 
 class AdapterFacts:
@@ -101,6 +108,8 @@ class AdapterFacts:
             to go on with; until the next one.
         is_reload_asked: Whether a request has asked for its files to be looked at again.
         registrations: Answered when it has been checked.
+        is_in_flight: Whether running requests go on with every new version.
+        updates: How many other versions it has had before this one.
     """
 
     def __init__(self, request: LoRARequest, around: Surroundings, *, on_request: bool) -> None:
@@ -116,6 +125,8 @@ class AdapterFacts:
         self.failure: LoadFailure | None = None
         self.reload_failure: LoadFailure | None = None
         self.registrations: list[Future[bool]] = []
+        self.is_in_flight = False
+        self.updates = -1  # before the first version
         self._around, self._exchange, self._slots = around, around.exchange, around.slots
         # Answered by the next check: the one that was under way when they came may have opened the
         # files before these were written again.
@@ -207,6 +218,7 @@ class AdapterFacts:
         self.leave_pack()
         if self.pack is None or self.pack.digest != pack.digest:
             self.loaded = time.time()
+            self.updates += 1
         self.pack, self.in_host, self._is_outdated = pack, pack.pack != 0, False
         if self.in_host:
             self._around.by_pack.setdefault(pack.pack, {})[self] = None
@@ -221,6 +233,8 @@ class AdapterFacts:
 
     def _refusal(self, pack: PackInfo) -> LoadFailure | None:
         """Why a version must not be served; None if it may."""
+        if self.is_in_flight and pack.invocation_tokens:
+            return LoadFailure(FailureKind.INVALID, ACTIVATED)
         required = self._around.required
         if required is None:
             return None
@@ -325,11 +339,16 @@ class AdapterMachine(AdapterFacts):
             return True
         assignment = self._slots.assign(self.number, pack.pack)
         if assignment is not None:
-            assert self.is_leased
-            self._around.leased.pop(self)  # the lease is the order's now
-            fill = Fill(assignment.order, self.request, pack, slot=assignment.slot)
-            self._exchange.order(self, fill)
+            self._order_fill(assignment)
         return False
+
+    def _order_fill(self, assignment: Assignment, *, is_beside: bool = False) -> None:
+        assert self.is_leased
+        assert self.pack is not None
+        self._around.leased.pop(self)  # the lease is the order's now
+        order, slot = assignment.order, assignment.slot
+        fill = Fill(order, self.request, self.pack, slot=slot, is_beside=is_beside)
+        self._exchange.order(self, fill)
 
     def dropped(self) -> None:
         """No request uses it any more."""
@@ -392,10 +411,35 @@ class AdapterMachine(AdapterFacts):
         self._refuse(LoadFailure(FailureKind.GONE, "it was removed meanwhile"), [])
         return gone
 
+    def swap(self) -> bool:
+        """Brings the newest version into a slot beside that of running requests.
+
+        Returns:
+            Whether it is there, and they go on with it from the next step on.
+        """
+        pack, slots, number = self.pack, self._slots, self.number
+        assert pack is not None
+        slot = slots.succeed(number, pack.pack)
+        if slot is not None:
+            self._exchange.swap(self.request, pack, slot)
+        has_slot = slots.slot_of(number) is not None and not slots.is_filled(number, pack.pack)
+        if not has_slot or not self.is_requested:
+            slots.give_up_successor(number)
+            del self._around.swapping[self]
+            self.settle()
+        elif slots.pack_in(number) != pack.pack:
+            slots.give_up_successor(number)  # an older one
+            if not self.is_leased:
+                self.needed()
+            elif (assignment := slots.assign_beside(number, pack.pack)) is not None:
+                self._order_fill(assignment, is_beside=True)
+        return slot is not None
+
     def settle(self) -> None:
         """Answers those who wait for it to be there, if it is."""
         is_there = self.failure is None and self.pack is not None
-        if not is_there or self.check is not None or self.load is not None:
+        is_pending = self.check is not None or self.load is not None
+        if not is_there or is_pending or self in self._around.swapping:
             return
         registrations = self._take_registrations()
         for future in registrations:
@@ -505,7 +549,8 @@ class AdapterMachine(AdapterFacts):
         registered: it would be read twice.
         """
         self._cancel_check()
-        self.check = self._request(keep=keep or self.is_read_on_request, fresh=fresh)
+        is_wanted = self.is_read_on_request or (self.is_in_flight and self.is_requested)
+        self.check = self._request(keep=keep or is_wanted, fresh=fresh)
 
     # What was loaded
 
@@ -532,6 +577,8 @@ class AdapterMachine(AdapterFacts):
             self._note_pack(pack)
             if has_lease:
                 self._around.leased[self] = None
+            if self.is_in_flight and self.is_requested and known is not None:
+                self._around.swapping[self] = None
 
     def part_changed(self, part: AdapterMachine, digest: str) -> None:
         """A part of this blend has other weights: the next requests' blend is of these."""
@@ -566,6 +613,7 @@ class AdapterMachine(AdapterFacts):
         """
         self.failure = failure
         self._around.observer.failed(self.request, failure)
+        self._around.swapping.pop(self, None)
         if not self.is_requested:
             self.release()
         # Registrations get the answer of a check that is under way.

@@ -18,14 +18,16 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from vllm.lora.request import LoRARequest
 
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.adapters.signing.required import RequiredDigests
 from vllm_multilora.failures import FailureKind, LoadFailure
-from vllm_multilora.integration.engine.adapters.adapter_machine import AdapterMachine
+from vllm_multilora.integration.engine.adapters.adapter_machine import ACTIVATED, AdapterMachine
 from vllm_multilora.integration.engine.adapters.exchange import Exchange, Store, Workers
 from vllm_multilora.integration.engine.adapters.known_adapters import KnownAdapters
 from vllm_multilora.integration.engine.adapters.observer import AdapterObserver
@@ -76,6 +78,7 @@ class EngineAdapters:
         required: Which versions may be served; None: all.
         signing_keys: File of keys by one of which adapters must be signed; None: none need be.
         most_blends: Blends of each tenant that there may be at a time.
+        no_swaps: Why running requests cannot go on with other weights; empty: they can.
 
     Attributes:
         slots, observer, asks_late, store_address: As above.
@@ -97,6 +100,7 @@ class EngineAdapters:
         required: RequiredDigests | None = None,
         signing_keys: str | None = None,
         most_blends: int = 0,
+        no_swaps: str = "",
     ) -> None:
         self.slots = slots
         self.asks_late = asks_late
@@ -107,7 +111,7 @@ class EngineAdapters:
         self._exchange: Exchange[AdapterMachine] = Exchange(store, workers, ranks, signing_keys)
         self._known = KnownAdapters(self._exchange, slots, observer, required, most_blends)
         self._running: frozenset[int] = frozenset()
-        self._copy_s = copy_s
+        self._copy_s, self._no_swaps = copy_s, no_swaps
         self._copies_until: float | None = None  # in this step; None: nothing is copied yet
         # Adapters that some worker was without in a step, and that as their failure.
         self._lost: dict[int, LoadFailure] = {}
@@ -117,6 +121,9 @@ class EngineAdapters:
     def request_load(self, request: LoRARequest, tenant: Seal | None = None) -> LoadFailure | None:
         """A request for an adapter has arrived; returns why it cannot be served, in any case."""
         request = self.pushed.resolve(request)
+        if (known := self._known.find(request.lora_int_id)) is not None and known.is_in_flight:
+            # Its name may have been looked up before the path became another one.
+            request = msgspec.structs.replace(request, lora_path=known.request.lora_path)
         owner = "" if tenant is None else tenant.tenant
         if (failure := self._known.refusal(request, owner)) is not None:
             return failure
@@ -143,6 +150,17 @@ class EngineAdapters:
         """The newest version of an adapter's weights, None before it was loaded; any thread."""
         adapter = self._known.find(adapter_id)
         return None if adapter is None else adapter.pack
+
+    def update(self, adapter_id: int) -> int | None:
+        """How many versions came before the newest; None where requests end on their first one."""
+        adapter = self._known.find(adapter_id)
+        return adapter.updates if adapter is not None and adapter.is_in_flight else None
+
+    def swap(self) -> list[AdapterMachine]:
+        """The adapters whose running requests go on with the newest version, from this step on."""
+        swapped = self._known.swap()
+        self._exchange.send()
+        return swapped
 
     def begin_step(self, active: frozenset[int]) -> None:
         """A step is being scheduled, when these adapters have running requests."""
@@ -251,32 +269,66 @@ class EngineAdapters:
         self._ask(adapter)
         return self._answered(adapter, future)
 
-    def register(self, request: LoRARequest) -> Future[bool]:
+    def register(self, request: LoRARequest, *, in_flight: bool = False) -> Future[bool]:
         """Has an adapter read and checked; holds an `AdapterRefusedError` if it cannot be served.
 
-        That lifts its weights' quarantine, unless it is known or a request's, of a directory.
+        That lifts its weights' quarantine, unless it is known or a request's, of a directory. With
+        `in_flight`, running requests go on with it, and it is done when they do.
         """
         request = self.pushed.resolve(request)
         known = self._known.find(request.lora_int_id)
+        if in_flight and (fault := self._swap_fault(known)):
+            return _refused(request, FailureKind.INVALID, fault)
+        undo = known and partial(self._undo, known, known.request.lora_path, known.is_in_flight)
+        if in_flight and known is not None:
+            self._known.move(known, request.lora_path)
         if (failure := self._known.refusal(request, "")) is not None:
-            return _done(error=AdapterRefusedError(request.lora_int_id, failure, []))
+            return _refused(request, failure.kind, failure.message)
         adapter = self._known.known_for(request)
+        if request.load_inplace:
+            adapter.is_in_flight = in_flight
         # A directory's number stands for one version of its files; others may have been read since.
         fresh = request.load_inplace or (
             adapter.number >= FIRST_NUMBER and adapter.pack is not None
         )
         future = adapter.registered(fresh=fresh)
+        if undo and in_flight:
+            future.add_done_callback(lambda done: undo() if done.exception() else None)
         if request.load_inplace or (adapter is not known and adapter.number < FIRST_NUMBER):  # anew
             future.add_done_callback(
                 lambda done: self.quarantine.lift(None if done.exception() else adapter.serving)
             )
         return self._answered(adapter, future)
 
+    def _swap_fault(self, adapter: AdapterMachine | None) -> str:
+        """Why requests with an adapter cannot go on with other weights; empty if they can."""
+        pins, slots = self.slots.pins, len(self.slots.contents)
+        places = pins.places - (adapter is not None and adapter.number in pins)
+        if not self._no_swaps and slots - places < 2:
+            return (
+                "a swap in flight needs a slot beside the adapter's own: found "
+                f"{slots} (--max-loras), {places} of them pinned for other adapters"
+            )
+        is_activated = adapter is not None and adapter.pack and adapter.pack.invocation_tokens
+        return ACTIVATED if is_activated else self._no_swaps
+
+    def _undo(self, adapter: AdapterMachine, path: str, was_in_flight: bool) -> None:
+        """A swap was refused: the version before serves on."""
+        if self._known.find(adapter.number) is adapter:
+            self._known.move(adapter, path)
+            adapter.is_in_flight = was_in_flight
+
     def push(self, push: Push) -> Future[bool]:
         """Registers what workers were given as tensors, in the place of the version before."""
         self.pushed.begin(push)
         request = LoRARequest(push.name, push.number, push.path, load_inplace=True)
-        future = self.register(request)
+        known, expected = self.version(push.number), push.expected_version
+        found = "none" if known is None else known.digest
+        if expected is not None and not found.startswith(expected):
+            what = f"found version {found}, expected {expected}: push what follows that one"
+            future = _refused(request, FailureKind.CONFLICT, what)
+        else:
+            future = self.register(request, in_flight=push.in_flight)
         future.add_done_callback(
             lambda done: self.pushed.end(push, is_accepted=done.exception() is None)
         )
@@ -357,6 +409,10 @@ class EngineAdapters:
             if self.asks_late:  # all wait for the store, and so what waits for slots makes room
                 self.yield_host_memory()
             adapter.needed()
+
+
+def _refused(request: LoRARequest, kind: FailureKind, message: str) -> Future[bool]:
+    return _done(error=AdapterRefusedError(request.lora_int_id, LoadFailure(kind, message), []))
 
 
 def _done(*, error: Exception | None = None) -> Future[bool]:

@@ -14,7 +14,7 @@ import msgspec
 
 from vllm_multilora.adapters.files.regular_file import Fingerprint
 from vllm_multilora.integration.worker_link.fill_link import Answer, Filled, FillFailed
-from vllm_multilora.integration.worker_link.orders import Check, Order
+from vllm_multilora.integration.worker_link.orders import Check, Order, Swap
 from vllm_multilora.store.protocol.messages import LoadRequest, PackInfo, ToUser
 
 if TYPE_CHECKING:
@@ -201,6 +201,10 @@ class Exchange(Generic[_A]):
         self._under_way[order.order] = under_way
         self._outbox.append(order)
         return under_way
+
+    def swap(self, request: LoRARequest, pack: PackInfo, slot: int) -> None:
+        """Has workers use the slot that was filled beside an adapter's own, without an answer."""
+        self._outbox.append(Swap(next(self._check_numbers), request, pack, slot=slot))
 
     def check(self, adapter: _A, request: LoRARequest, pack: PackInfo) -> UnderWay[_A]:
         """Has workers check a pack."""

@@ -7,6 +7,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from vllm_multilora.adapters.blend import is_blend
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.adapters.signing.required import RequiredDigests
@@ -140,6 +142,17 @@ class KnownAdapters:
         self._asked_for(known)
         return known
 
+    def move(self, adapter: AdapterMachine, path: str) -> None:
+        """Another path under an adapter's number is that of its next version."""
+        for place, count in (adapter.request.lora_path, -1), (path, 1):
+            self._at_path[place] += count
+        adapter.request = msgspec.structs.replace(adapter.request, lora_path=path)
+
+    def swap(self) -> list[AdapterMachine]:
+        """The adapters whose running requests go on with the newest version from now on."""
+        swapping = list(self._around.swapping)
+        return [each for each in swapping if isinstance(each, AdapterMachine) and each.swap()]
+
     def evict(self, pack: int) -> None:
         """A pack has left host memory."""
         for adapter in self._around.by_pack.pop(pack, ()):
@@ -186,6 +199,7 @@ class KnownAdapters:
                 if not others:
                     del around.by_part[part]
         adapter.leave_pack()
+        around.swapping.pop(adapter, None)
         pinned = around.slots.pins.adapters
         around.slots.clear(number)
         around.observer.forgotten(adapter.request)

@@ -15,6 +15,9 @@ adapters. The key of the block in which the adapter becomes active contains the 
 the digest, because the same tokens may invoke it at different positions, depending on what follows.
 All later blocks inherit that.
 
+A request that goes on with other weights (a swap in flight) has keys of its own from the first
+block on that they have computed a part of.
+
 The base model is not part of vLLM's keys; servers that share a KV store must serve the same one.
 """
 
@@ -39,6 +42,10 @@ VERSION: Attached[str | None] = Attached("version")
 None where vLLM loads the adapter, and has keys of its own.
 """
 
+MIXED: Attached[tuple[int, str | None, str] | None] = Attached("mixed")
+"""Of a `Request` that goes on with other weights: the first token that they compute, the digest of
+the weights before, and what stands in later keys in the place of a digest."""
+
 _newest: weakref.ref[Any] | None = None
 """The scheduler that was made last. Its `prepare_keys` learns, on any thread, what the keys of a
 request contain that arrives. A process that runs several engines computes some keys again."""
@@ -60,23 +67,47 @@ def learn_version(request: Request, adapters: Any) -> None:
         invocation.activate(request, version.digest)
 
 
-def set_version(request: Request, digest: str) -> bool:
+def set_version(request: Request, digest: str, *, goes_on: bool = False) -> bool:
     """Gives a request the keys of the weights that it is to run on.
+
+    Args:
+        request: It waits.
+        digest: The weights'.
+        goes_on: Whether the rest of its answer may be of other weights than the beginning.
 
     Returns:
         Whether it may run on them: not where other weights have computed a part of its prompt, or
         of its answer.
     """
     known = VERSION.get(request)
-    if known == digest:
+    is_new = not request.num_computed_tokens and MIXED.get(request) is not None
+    if known == digest and not is_new:
         return True
-    if known is not None and _holds_results(request, digest):
+    if known not in (None, digest) and not goes_on and _holds_results(request, digest):
         return False
+    MIXED.set(request, None)
     VERSION.set(request, digest)
     invocation.activate(request, digest)
     request.block_hashes.clear()
     request.update_block_hashes()
     return True
+
+
+def go_on(request: Request, digest: str) -> None:
+    """Gives the blocks that other weights of a request's adapter compute keys of their own.
+
+    They are those of all tokens that no step has been scheduled for. No other request has such a
+    key: what two versions have computed is never found again.
+    """
+    if MIXED.get(request) is not None:
+        return
+    first, hashes = min(request.num_computed_tokens, request.num_tokens - 1), request.block_hashes
+    MIXED.set(request, (first, VERSION.get(request), f"{digest} {request.request_id}"))
+    if hashes:
+        # Blocks may be shorter than that: some are then hashed again that need not be.
+        longest = request.num_tokens // len(hashes)
+        del hashes[first // longest :]
+    request.update_block_hashes()
 
 
 def use_stock_keys(request: Request) -> None:
@@ -108,6 +139,9 @@ def block_hash_keys(
         newest.prepare_keys(request)
     keys, next_mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
     digest = VERSION.get(request)
+    if (mixed := MIXED.get(request)) is not None:
+        first, before, mark = mixed
+        digest = before if end_token_idx <= first else mark
     if digest is None or keys is None:
         return keys, next_mm_idx
     _, *others = keys  # the adapter's is the first

@@ -126,7 +126,8 @@ class SlotFiller:
             queued = torch.cuda.current_stream(self._device).record_event()
         known = None
         if isinstance(order, Fill):
-            self._manager.give_slot(order.slot, order.request.lora_int_id)
+            owner = None if order.is_beside else order.request.lora_int_id
+            self._manager.give_slot(order.slot, owner)
             if self._manager.factors is not None:
                 digest = order.pack.digest if order.pack.dora else None
                 known = self._manager.factors.begin(order.slot, digest)
