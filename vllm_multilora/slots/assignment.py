@@ -270,8 +270,9 @@ class SlotAssignment(PolicyTier):
         if not idle:
             return None
         displaced = self._choose(idle)
+        slot = self._leave(displaced)
         self._events.evicted(Tier.GPU, displaced)
-        return self._leave(displaced)
+        return slot
 
     def read_on_demand(self, adapter_id: int) -> None:
         """Notes that the adapter's files were read because a request waited: a CPU miss."""

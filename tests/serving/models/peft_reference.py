@@ -6,12 +6,13 @@ that a serving engine does to be fast can be shared with it.
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora.variants import calculate_alora_offsets
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from .cases import Continuation, Key, Prompt
 
@@ -111,6 +112,23 @@ class PeftReference:
         with torch.inference_mode():
             scores = self.logits(adapter, torch.tensor([prompt]))[0, :-1].log_softmax(dim=-1)
         return scores[range(len(prompt) - 1), list(prompt[1:])]
+
+    @torch.inference_mode()
+    def likeliest_in_turn(self, tokens: Prompt, adapters: Sequence[str]) -> list[int]:
+        """Greedy decoding's choice after each token, where adapters take turns at one KV cache.
+
+        Args:
+            tokens: Token ids.
+            adapters: The adapter that computes each token, with what those before have left.
+        """
+        assert self._peft is not None
+        cache, chosen = DynamicCache(config=self._base.config), []
+        for adapter, positions in groupby(range(len(tokens)), adapters.__getitem__):
+            self._peft.set_adapter(adapter)
+            part = torch.tensor([[tokens[position] for position in positions]])
+            output = self._peft(input_ids=part, past_key_values=cache, use_cache=True)
+            chosen += output.logits[0].float().argmax(dim=-1).tolist()
+        return chosen
 
     def likeliest(self, adapter: str | None, prompt: Prompt) -> list[int]:
         """Greedy decoding's choice after each token of a prompt."""

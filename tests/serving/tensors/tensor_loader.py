@@ -19,6 +19,8 @@ class TensorLoRARequest(LoRARequest):
 
     peft_config: dict[str, Any] = msgspec.field(default_factory=dict)
     lora_tensors: dict[str, Any] = msgspec.field(default_factory=dict)
+    swap: str | None = None
+    expected_version: str | None = None
 
 
 def of_tensors(number: int, folder: Path, factor: float = 1.0) -> TensorLoRARequest:
@@ -70,6 +72,15 @@ class Extension:
         """Puts an adapter in the place of the one that has its number."""
         self.remove_lora(number)
         return bool(self.add_lora(of_tensors(number, folder, factor)))
+
+    def push_in_flight(
+        self: Any, number: int, folder: Path, expected: str | None = None, swap: str = "in_flight"
+    ) -> bool:
+        """As `push`; running requests go on with it."""
+        self.remove_lora(number)
+        request = of_tensors(number, folder)
+        request.swap, request.expected_version = swap, expected
+        return bool(self.add_lora(request))
 
     def push_all(self: Any, folders: dict[int, Path]) -> bool:
         """Gives the worker several adapters at once."""

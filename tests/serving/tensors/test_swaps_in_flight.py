@@ -1,0 +1,135 @@
+"""Versions of an adapter with which running requests go on, given as tensors."""
+
+import asyncio
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ..engine import greedy, running_async_engine
+from ..models.cases import Scenario
+from ..slots.test_offline_calls import case_of
+from .pushes import EXTENSION, NUMBER, folders_in_memory, pushed
+from .test_swaps_under_load import GROWTH, LIMIT_S, STREAMS, VERSIONS, memory
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from ..models.peft_reference import PeftReference
+
+pytestmark = pytest.mark.serving
+
+NEW_TOKENS = 60
+BLOCK_SIZE = 32
+MOST_CHECKED = 150
+"""Answers of more than one version that are compared with PEFT."""
+
+
+@pytest.fixture
+def engine(llama: Scenario, monkeypatch: pytest.MonkeyPatch) -> "Iterator[AsyncLLM]":
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    options = {"max_num_seqs": STREAMS, "block_size": BLOCK_SIZE, "worker_extension_cls": EXTENSION}
+    with running_async_engine(llama.base, max_loras=2, max_cpu_loras=6, **options) as running:
+        yield running
+
+
+@pytest.fixture
+def names(llama: Scenario) -> list[str]:
+    return [*llama.adapters][:VERSIONS]
+
+
+@pytest.fixture
+def peft(llama: Scenario, names: list[str]) -> "PeftReference":
+    from ..models.peft_reference import PeftReference
+
+    return PeftReference(llama.base, {name: llama.adapters[name] for name in names})
+
+
+async def answer(engine: "AsyncLLM", prompt: Sequence[int], name: str) -> "RequestOutput":
+    """The last output of a request for the adapter."""
+    tokens: dict[str, Any] = {"prompt_token_ids": list(prompt)}
+    options = greedy(max_tokens=NEW_TOKENS)
+    output = None
+    async for output in engine.generate(tokens, options, name, lora_request=pushed()):
+        pass
+    assert output is not None
+    return output
+
+
+def versions_of(output: "RequestOutput", names: Sequence[str]) -> list[str]:
+    """The version that has computed each token but the last, as the output's spans name it."""
+    completion: Any = output.outputs[0]
+    assert output.prompt_token_ids is not None
+    prompt, found, versions = len(output.prompt_token_ids), completion.token_ids, []
+    for spans, begin, end in (
+        (completion.prompt_policy_token_spans, 1, prompt),
+        (completion.policy_token_spans, 0, len(found)),
+    ):
+        assert spans[0]["start_token"] == begin
+        assert spans[-1]["end_token"] == end
+        for one, other in itertools.pairwise(spans):
+            assert one["end_token"] == other["start_token"]
+            assert one["update_seq"] < other["update_seq"]
+        for span in spans:
+            name = names[span["update_seq"] % len(names)]
+            versions += [name] * (span["end_token"] - span["start_token"])
+    return versions
+
+
+@pytest.mark.parametrize("swaps", [40, pytest.param(500, marks=pytest.mark.slow)])
+def test_running_answers_go_on_with_each_version_from_the_token_they_say(
+    engine: "AsyncLLM",
+    llama: Scenario,
+    names: list[str],
+    peft: "PeftReference",
+    swaps: int,
+) -> None:
+    prompt = list(case_of(llama, names[0]).prompt)
+    numbers, mixed, sizes = itertools.count(), list["RequestOutput"](), list[int]()
+    before_all, answers = {*folders_in_memory()}, 0
+
+    async def push(swap: int) -> None:
+        folder = llama.adapters[names[swap % VERSIONS]]
+        assert await engine.collective_rpc("push_in_flight", args=(NUMBER, folder)) == [True]
+
+    async def stream(ended: asyncio.Event) -> None:
+        nonlocal answers
+        while not ended.is_set():
+            output = await answer(engine, prompt, f"request {next(numbers)}")
+            answers += 1
+            if len({*versions_of(output, names)}) > 1:
+                mixed.append(output)
+
+    async def run() -> "RequestOutput":
+        ended = asyncio.Event()
+        await push(0)
+        streams = [asyncio.create_task(stream(ended)) for _ in range(STREAMS)]
+        for swap in range(1, swaps):
+            await push(swap)
+            await asyncio.sleep(0.01)
+            if swap % (swaps // 4) == 0:
+                sizes.append(memory())
+            assert not any(task.done() for task in streams), [
+                t.exception() for t in streams if t.done()
+            ]
+        ended.set()
+        await asyncio.gather(*streams)
+        # What two versions have computed is not found by a request that begins like it.
+        longer = [*prompt, *mixed[-1].outputs[0].token_ids[:20]]
+        return await answer(engine, longer, "longer")
+
+    longer = asyncio.run(asyncio.wait_for(run(), LIMIT_S))
+    assert len(mixed) >= STREAMS, "no swap has come while requests ran"
+    for output in [*mixed[:: len(mixed) // MOST_CHECKED + 1], longer]:
+        assert output.prompt_token_ids is not None
+        found = tuple(output.outputs[0].token_ids)
+        versions = versions_of(output, names)
+        tokens = (*output.prompt_token_ids, *found)[:-1]
+        chosen = peft.likeliest_in_turn(tokens, versions)
+        assert tuple(chosen[-len(found) :]) == found, versions
+    assert {*versions_of(longer, names)} == {names[(swaps - 1) % VERSIONS]}
+    assert len({*folders_in_memory()} - before_all) == 1
+    assert max(sizes) - sizes[0] < GROWTH, sizes
+    print(f"{answers} answers, {len(mixed)} of them mixed")
