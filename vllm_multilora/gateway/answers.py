@@ -3,6 +3,8 @@
 - The headers `x-multilora-adapter` and `x-multilora-version`. A stream's headers are sent before
   anything is computed. They name the version that the adapter's name stood for at that time, which
   the request is bound to.
+- The fields `policy_token_spans` and `prompt_policy_token_spans` of each choice, or of its last
+  event, where an adapter is swapped in flight.
 - The field `multilora` of the answer, or of a stream's first event once it is known. It names the
   version that computed the answer. The two differ if an adapter's files have changed without a
   registration, and its old version was no longer in memory.
@@ -34,6 +36,7 @@ from vllm_multilora.gateway.endpoints import (
     route_path,
 )
 from vllm_multilora.gateway.stopping import STOP
+from vllm_multilora.integration.api_server.policy_spans import fields_of
 from vllm_multilora.integration.server.requests.engine_calls import IS_STOPPING
 from vllm_multilora.integration.server.requests.http_calls import (
     SHOWN_DIGITS,
@@ -51,6 +54,7 @@ VERSION_HEADER = "x-multilora-version"
 """The adapter's version: the first digits of its digest."""
 
 _EVENT = b"data: {"
+_ENDED = b'"finish_reason":"'
 _RESPONSES = "/v1/responses"
 _WITHOUT_RESULT = (b"event: response.created", b"event: response.in_progress")
 
@@ -99,7 +103,7 @@ class _Answer:
         self._send = send
         self._start: Message | None = None  # held until the body is there
         self._is_complete = False  # nothing is to be added any more
-        self.has_begun = False
+        self.has_begun = self._is_named = False
 
     def send(self, message: Message) -> Awaitable[None]:
         """Takes a message; most are passed on without a coroutine of its own."""
@@ -110,7 +114,7 @@ class _Answer:
             if self._begin(message):
                 return
         elif message["type"] == "http.response.body":
-            message = self._named(message)
+            message = self._with_parts(message if self._is_named else self._named(message))
             if self._start is not None:
                 start, self._start = self._start, None
                 await self._send(start)
@@ -141,21 +145,43 @@ class _Answer:
         event = 0 if start is not None else body.find(_EVENT)
         at = event if start is not None else event + len(_EVENT) - 1
         if start is not None:
-            self._is_complete = True  # it is whole, or begins here
+            self._is_named = True  # it is whole, or begins here
         if ran is None or event < 0 or body[at : at + 1] != b"{":
             return message
-        self._is_complete = True
+        self._is_named = True
         assert self._call.lora is not None  # else it would be complete
         value = {"adapter": self._call.lora.lora_name, "version": ran[:SHOWN_DIGITS]}
         field = b'"multilora":' + json.dumps(value, separators=(",", ":")).encode()
         rest = body[at + 1 :]
         named = b"".join((body[: at + 1], field, b"" if rest[:1] == b"}" else b",", rest))
         if start is not None:
-            headers = MutableHeaders(scope=start)
-            headers[VERSION_HEADER] = ran[:SHOWN_DIGITS]
+            MutableHeaders(scope=start)[VERSION_HEADER] = ran[:SHOWN_DIGITS]
+        return self._with_body(message, named)
+
+    def _with_body(self, message: Message, body: bytes) -> Message:
+        """A part of the body, changed; the header that tells the length of a whole one, too."""
+        if self._start is not None:
+            headers = MutableHeaders(scope=self._start)
             if (length := headers.get("content-length")) is not None:
-                headers["content-length"] = str(int(length) + len(named) - len(body))
-        return {**message, "body": named}
+                more = len(body) - len(message.get("body", b""))
+                headers["content-length"] = str(int(length) + more)
+        return {**message, "body": body}
+
+    def _with_parts(self, message: Message) -> Message:
+        """A part of the body; the choices that end in it say which tokens are which version's."""
+        parts, body = self._call.parts, message.get("body", b"")
+        self._is_complete = self._is_named and (not parts or self._start is not None)
+        if not parts or _ENDED not in body:
+            return message
+        begin, _, text = body.partition(b"{")
+        text = f"{{{text.decode()}"
+        answer, end = json.JSONDecoder().raw_decode(text)
+        for choice in answer["choices"]:
+            state = parts.get(choice["index"])
+            if state is not None and choice["finish_reason"] is not None:
+                choice |= fields_of(state)
+        shown = json.dumps(answer, ensure_ascii=False, separators=(",", ":")) + text[end:]
+        return self._with_body(message, begin + shown.encode())
 
 
 @lru_cache(4_096)

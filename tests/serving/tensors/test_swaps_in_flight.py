@@ -51,11 +51,8 @@ async def answer(engine: "AsyncLLM", prompt: Sequence[int], name: str) -> "Reque
     """The last output of a request for the adapter."""
     tokens: dict[str, Any] = {"prompt_token_ids": list(prompt)}
     options = greedy(max_tokens=NEW_TOKENS)
-    output = None
-    async for output in engine.generate(tokens, options, name, lora_request=pushed()):
-        pass
-    assert output is not None
-    return output
+    outputs = engine.generate(tokens, options, name, lora_request=pushed())
+    return [output async for output in outputs][-1]
 
 
 def versions_of(output: "RequestOutput", names: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -17,14 +17,21 @@ from vllm_multilora.integration.server.names import registration
 _ALIAS = "x-amzn-sagemaker-adapter-alias"
 
 
-class _Registration(LoadLoRAAdapterRequest):
+class _Load(LoadLoRAAdapterRequest):
+    """The body of vLLM's `POST /v1/load_lora_adapter`, and which version it replaces, and how."""
+
+    swap: Literal["in_flight"] | None = None
+    expected_version: str | None = Field(default=None, pattern=r"^[0-9a-f]{8,64}$")
+
+
+class _Registration(_Load):
     """The body of SageMaker's `POST /adapters`."""
 
     lora_name: str = Field(min_length=1, alias="name")
     lora_path: str = Field(min_length=1, alias="src")
 
 
-async def _load(request: LoadLoRAAdapterRequest, raw_request: Request) -> Response:
+async def _load(request: _Load, raw_request: Request) -> Response:
     return _answer(await registration.load(_models(raw_request), request))
 
 

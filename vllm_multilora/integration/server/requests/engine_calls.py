@@ -14,7 +14,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_multilora.integration.api_server.registered_versions import Version, note
 from vllm_multilora.integration.blends import blend_of
-from vllm_multilora.integration.engine.adapter_status import METHOD, REGISTER, Report
+from vllm_multilora.integration.engine.adapter_status import IN_FLIGHT, METHOD, REGISTER, Report
 from vllm_multilora.integration.failed_requests import AdapterRefusedError
 
 if TYPE_CHECKING:
@@ -58,13 +58,18 @@ async def engine_reports(core: Any, asked: list[int]) -> list[Report]:
     return [report for answer in await _ask_all(core, METHOD, asked) for report in answer]
 
 
-async def register(client: Any, lora: LoRARequest) -> None:
+async def register(client: Any, lora: LoRARequest, *, in_flight: bool = False) -> None:
     """Has every engine behind a client read and check an adapter, and notes which version it is.
+
+    With `in_flight`, running requests of its number go on with it.
 
     Raises:
         AdapterRefusedError: An engine cannot serve it.
     """
-    answers = await _ask_all(client.engine_core, REGISTER, msgspec.structs.asdict(lora))
+    fields = msgspec.structs.asdict(lora) | {IN_FLIGHT: in_flight}
+    if in_flight:
+        fields["load_inplace"] = True
+    answers = await _ask_all(client.engine_core, REGISTER, fields)
     for answer in answers:
         if "problems" in answer:
             raise AdapterRefusedError.of_dict(lora.lora_int_id, answer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,7 @@ class HttpCall:
         digest: The digest of that version, if it is known.
         asked: The digits of the digest that the client asked for; empty for any version.
         ran: The digest of the weights that have computed the answer; None before that.
+        parts: The states of answers that tell which tokens are which version's, by their choices.
         path: Its path, without the server's root path.
         is_form: Whether its body is a form.
     """
@@ -98,6 +99,7 @@ class HttpCall:
     ran: str | None = None
     path: str = ""
     is_form: bool = False
+    parts: dict[int, Any] = field(default_factory=dict)
 
     @property
     def renders(self) -> bool:

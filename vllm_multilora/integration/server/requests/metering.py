@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm_multilora.adapters.blend import is_blend
 from vllm_multilora.integration.api_server.failure_delivery import ON_OUTPUTS
 from vllm_multilora.integration.attached import Attached
-from vllm_multilora.integration.engine.requests.weight_versions import version_in
+from vllm_multilora.integration.engine.requests.weight_versions import parts_in, version_in
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller
 from vllm_multilora.integration.server.requests.http_calls import (
@@ -49,6 +50,9 @@ METER: Attached[ServerMeter] = Attached("meter")
 PROMPT: Attached[Prompt | None] = Attached("prompt")
 """What the prompt of a `RequestState`, or of the `ParentRequest` of several, has used so far; None
 once it has ended."""
+
+_PROMPT_NUMBER = re.compile(r"-(\d+)$")
+"""At the end of the id of a request for completions, which may have several prompts."""
 
 _ENDS = {FinishReason.ABORT: Status.ABORTED, FinishReason.ERROR: Status.FAILED}
 
@@ -140,7 +144,7 @@ class ServerMeter:
             if prompt is None:
                 continue
             if (digest := version_in(output.trace_headers)) is not None:
-                self._ran(prompt, digest, state)
+                self._ran(prompt, digest, state, tells=bool(parts_in(output.trace_headers)))
             if prompt.caller is not None:
                 try:
                     _bound_scores(prompt.caller, output, state)
@@ -151,12 +155,18 @@ class ServerMeter:
             if (status := _ENDS.get(output.finish_reason)) is not None:
                 prompt.usage.status = status
 
-    def _ran(self, prompt: Prompt, digest: str, state: Any) -> None:
+    def _ran(self, prompt: Prompt, digest: str, state: Any, *, tells: bool) -> None:
         prompt.usage.version = digest
         call = prompt.call
         if call is None:
             return
         first = call.ran = call.ran or digest
+        if tells:
+            number = _PROMPT_NUMBER.search(prompt.usage.request_id)
+            prompts_before = (
+                int(number[1]) if number and call.path.endswith("/v1/completions") else 0
+            )
+            call.parts[prompts_before * (state.n or 1) + state.request_index] = state
         if state.queue is None:
             return
         if not digest.startswith(call.asked):
@@ -166,7 +176,7 @@ class ServerMeter:
                 HTTPStatus.CONFLICT,
             )
             _refuse(prompt, state, error)
-        elif digest != first:
+        elif digest != first and not tells:
             _refuse(prompt, state, replaced(str(prompt.usage.adapter)))
 
     def end(self, state: Any) -> None:
