@@ -21,9 +21,6 @@ METHOD = "multilora_adapter_status"
 REGISTER = "multilora_register"
 """Name under which it registers an adapter for an API server, and says what it has read."""
 
-IN_FLIGHT = "in_flight"
-"""Field of what is registered: whether running requests go on with it."""
-
 Report = dict[str, Any]
 Row = dict[str, Any]
 

@@ -178,23 +178,16 @@ def make_adapters(
         required=RequiredDigests(settings.require_digest) if settings.require_digest else None,
         signing_keys=settings.signing_keys,
         most_blends=settings.max_blends,
-        no_swaps=_no_swaps(vllm_config),
+        no_swaps=next((why for is_so, why in _no_swaps(vllm_config) if is_so), ""),
     )
 
 
-def _no_swaps(vllm_config: VllmConfig) -> str:
-    """Why running requests cannot go on with other weights; empty if they can."""
-    if vllm_config.kv_transfer_config is not None:
-        return (
-            "adapters cannot be swapped in flight with a KV connector: it may hand what two "
-            "versions have computed for one request to others; load it without `swap`"
-        )
-    if vllm_config.parallel_config.distributed_executor_backend == "ray":
-        return (
-            "adapters cannot be swapped in flight with the executor `ray`: its workers may carry "
-            "out the swap in different steps; use `mp`, or load it without `swap`"
-        )
-    return ""
+def _no_swaps(vllm_config: VllmConfig) -> Iterator[tuple[bool, str]]:
+    """Why running requests cannot go on with other weights, and whether that is so."""
+    has_connector = vllm_config.kv_transfer_config is not None
+    yield has_connector, "no swap in flight with a KV connector, which may share mixed KV blocks"
+    is_ray = vllm_config.parallel_config.distributed_executor_backend == "ray"
+    yield is_ray, "no swap in flight with Ray, whose workers may carry it out in different steps"
 
 
 def _connect(

@@ -23,13 +23,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_multilora.adapters.blend import is_blend
 from vllm_multilora.errors import MultiLoRAError
-from vllm_multilora.integration.engine.adapter_status import (
-    IN_FLIGHT,
-    METHOD,
-    REGISTER,
-    Report,
-    engine_report,
-)
+from vllm_multilora.integration.engine.adapter_status import METHOD, REGISTER, Report, engine_report
 from vllm_multilora.integration.engine.adapters.quarantine import RELOADS
 from vllm_multilora.integration.engine.core import make_adapters, starting_workers
 from vllm_multilora.integration.engine.requests.tenant_wall import TenantWallMixin, has_wall
@@ -252,8 +246,8 @@ class AdapterExecutorMixin:
             What `registered_version` reads, or `AdapterRefusedError.as_dict`; as a future as for
             `add_lora`.
         """
-        in_flight = fields.pop(IN_FLIGHT, False)
-        adapters, request = self.connect(), LoRARequest(**fields)
+        adapters, in_flight = self.connect(), fields.pop("in_flight")
+        request = LoRARequest(**fields)
         assert adapters is not None
 
         def register() -> Future[dict[str, Any]]:

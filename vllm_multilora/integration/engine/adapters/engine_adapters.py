@@ -151,10 +151,13 @@ class EngineAdapters:
         adapter = self._known.find(adapter_id)
         return None if adapter is None else adapter.pack
 
-    def update(self, adapter_id: int) -> int | None:
-        """How many versions came before the newest; None where requests end on their first one."""
-        adapter = self._known.find(adapter_id)
-        return adapter.updates if adapter is not None and adapter.is_in_flight else None
+    def part(self, adapter_id: int, request: Request) -> tuple[Any, ...]:
+        """What of a request that begins to run is the newest version's; see `Announcements`."""
+        adapter = self._known[adapter_id]
+        assert adapter.pack is not None
+        answered = request.num_prompt_tokens if request.num_output_tokens else 0
+        part = adapter.pack.digest, adapter.updates, answered
+        return part if adapter.is_in_flight else part[:1]
 
     def swap(self) -> list[AdapterMachine]:
         """The adapters whose running requests go on with the newest version, from this step on."""
@@ -285,16 +288,19 @@ class EngineAdapters:
         if (failure := self._known.refusal(request, "")) is not None:
             return _refused(request, failure.kind, failure.message)
         adapter = self._known.known_for(request)
-        if request.load_inplace:
+        if in_flight or request.load_inplace:
             adapter.is_in_flight = in_flight
         # A directory's number stands for one version of its files; others may have been read since.
-        fresh = request.load_inplace or (
-            adapter.number >= FIRST_NUMBER and adapter.pack is not None
+        fresh = (
+            in_flight
+            or request.load_inplace
+            or (adapter.number >= FIRST_NUMBER and adapter.pack is not None)
         )
         future = adapter.registered(fresh=fresh)
         if undo and in_flight:
             future.add_done_callback(lambda done: undo() if done.exception() else None)
-        if request.load_inplace or (adapter is not known and adapter.number < FIRST_NUMBER):  # anew
+        is_first = adapter is not known and adapter.number < FIRST_NUMBER
+        if in_flight or request.load_inplace or is_first:  # anew
             future.add_done_callback(
                 lambda done: self.quarantine.lift(None if done.exception() else adapter.serving)
             )

@@ -1,23 +1,26 @@
 """How an engine core tells API servers which version of an adapter a request runs on.
 
 The version is sent with the request's first output, in one of vLLM's fields that is passed on
-unread: an engine's outputs have no field for plugins. If a request goes on with another version,
-that is sent with the first output that has a token of it.
+unread: an engine's outputs have no field for plugins. If a request goes on with another version (a
+swap in flight), that is sent with the first output that has a token of it. Steps that were
+scheduled before the swap may still be computed after it, with the version before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vllm_multilora.integration.engine.requests import prefix_keys
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-KEY = "x-multilora-version"
-"""Under which an output tells the version."""
+    from vllm_multilora.integration.engine.adapters.adapter_machine import AdapterMachine
 
-PARTS = "x-multilora-parts"
-"""Under which it tells what each version since the last such output computes."""
+KEY, PARTS = "x-multilora-version", "x-multilora-parts"
+"""Under which an output tells the version, and which versions have computed which part."""
 
 
 class VersionPart(NamedTuple):
@@ -26,7 +29,7 @@ class VersionPart(NamedTuple):
     Attributes:
         digest: Its weights' digest.
         update: How many versions of the adapter came before it.
-        computed: Tokens of the prompt that earlier versions have computed.
+        computed: Tokens of the request that earlier versions have computed.
     """
 
     digest: str
@@ -39,28 +42,51 @@ class Announcements:
 
     def __init__(self) -> None:
         self._untold: list[tuple[Request, int]] = []  # with their output tokens until then
+        self._swaps: list[Callable[[], None]] = []  # of the step that is scheduled next
+        self._steps: list[tuple[Any, list[Callable[[], None]]]] = []  # by the scheduler's outputs
 
-    def announce(
-        self, request: Request, digest: str, update: int | None = None, computed: int | None = None
-    ) -> None:
-        """A request begins to run, or goes on, with a version of its adapter.
+    def announce(self, request: Request, *part: Any) -> None:
+        """A request begins to run on a version of its adapter, or goes on with one.
 
         Args:
             request: It is told with its next output.
-            digest: The version's.
-            update: How many versions came before; None where requests end on their first one.
-            computed: Tokens that versions before have computed; None: those that were answered.
+            part: A `VersionPart`; the digest alone where requests end on their first version.
         """
         headers = {**(request.trace_headers or {})}
         if KEY not in headers:
             self._untold.append((request, request.num_output_tokens))
-        headers[KEY] = digest
-        if update is not None:
-            if computed is None:
-                computed = request.num_prompt_tokens if request.num_output_tokens else 0
-            part = f"{digest}:{update}:{computed}"
-            headers[PARTS] = f"{headers[PARTS]},{part}" if PARTS in headers else part
+        headers[KEY] = part[0]
+        if len(part) > 1:
+            headers[PARTS] = f"{headers.get(PARTS, '')} {':'.join(map(str, part))}"
         request.trace_headers = headers
+
+    def swap(self, adapter: AdapterMachine, requests: Iterable[Request]) -> None:
+        """Those of the requests that an adapter's newest version computes from the next step on."""
+        assert adapter.pack is not None
+        for request in requests:
+            lora = request.lora_request
+            is_ours = lora is not None and lora.lora_int_id == adapter.number
+            if is_ours and request.num_computed_tokens:  # others begin with it
+                prefix_keys.go_on(request, adapter.pack.digest)
+                part = adapter.pack.digest, adapter.updates, request.num_computed_tokens
+                self._swaps.append(partial(self._swapped, request, *part))
+
+    def _swapped(self, request: Request, *part: Any) -> None:
+        if not request.is_finished():
+            prefix_keys.VERSION.set(request, part[0])
+            self.announce(request, *part)
+
+    def scheduled(self, output: Any) -> None:
+        """A step has been scheduled."""
+        if self._swaps:
+            self._steps.append((output, self._swaps))
+            self._swaps = []
+
+    def computed(self, output: Any) -> None:
+        """The outputs of a step are about to be made."""
+        while any(each is output for each, _ in self._steps):
+            for announce in self._steps.pop(0)[1]:
+                announce()
 
     def step(self) -> None:
         """A step's outputs have been made: what has had one is told."""
@@ -83,6 +109,5 @@ def version_in(headers: Mapping[str, str] | None) -> str | None:
 
 def parts_in(headers: Mapping[str, str] | None) -> list[VersionPart]:
     """What an output tells of versions that one request has had, in their order."""
-    told = (headers or {}).get(PARTS, "")
-    parts = (part.split(":") for part in told.split(",") if part)
+    parts = (part.split(":") for part in (headers or {}).get(PARTS, "").split())
     return [VersionPart(digest, int(update), int(done)) for digest, update, done in parts]

@@ -36,7 +36,6 @@ from vllm_multilora.integration.blends import label_of
 from vllm_multilora.integration.engine.adapters.users import AdapterUsers
 from vllm_multilora.integration.engine.requests import invocation, prefix_keys
 from vllm_multilora.integration.engine.requests.late_reloads import HAS_RUN, LateReloads
-from vllm_multilora.integration.engine.requests.swaps_in_flight import SwapsInFlight
 from vllm_multilora.integration.engine.requests.tenant_wall import tenant_of
 from vllm_multilora.integration.engine.requests.weight_versions import Announcements
 from vllm_multilora.integration.engine.scheduling.blocked import BlockedAdapters, FreedBlocks
@@ -142,7 +141,7 @@ class AdapterAwareMixin:
         if isinstance(self.waiting, FCFSRequestQueue | PriorityRequestQueue):
             self.waiting = queue_of(self, FairShares(), lambda request: None)
         self._freed, self._versions = FreedBlocks(), Announcements()
-        self._late_reloads, self._swaps = LateReloads(), SwapsInFlight(self._versions)
+        self._late_reloads = LateReloads()
         self.is_connected = False
         if self.executor is not None:
             self.executor.serve(self)
@@ -175,7 +174,7 @@ class AdapterAwareMixin:
         """Has requests go on with other weights of their adapters, from the next step on."""
         assert self.adapters is not None
         for adapter in self.adapters.swap():
-            self._swaps.begin(adapter, self.requests.values())
+            self._versions.swap(adapter, self.requests.values())
 
     # What vLLM calls
 
@@ -288,7 +287,7 @@ class AdapterAwareMixin:
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         computes = output.total_num_scheduled_tokens > 0
         adapters.running(_adapters_of(self.running), computes=computes)
-        self._swaps.scheduled(output)
+        self._versions.scheduled(output)
         if not computes and (self._is_holding or self._blocked.unready):
             self.deferred_calls.flush()
             time.sleep(_IDLE_S)  # else workers answer empty steps as fast as they can
@@ -332,9 +331,9 @@ class AdapterAwareMixin:
             if adapters.bring(lora_id):
                 version = adapters.version(lora_id)
                 assert version is not None
-                update = adapters.update(lora_id)
-                if prefix_keys.set_version(request, version.digest, goes_on=update is not None):
-                    self._versions.announce(request, version.digest, update)
+                part = adapters.part(lora_id, request)
+                if prefix_keys.set_version(request, version.digest, goes_on=len(part) > 1):
+                    self._versions.announce(request, *part)
                     return True
                 self._failing[request.request_id] = replaced_stop_reason(lora)
                 return False
@@ -369,7 +368,7 @@ class AdapterAwareMixin:
     ) -> Any:
         """Takes in a step's results; requests whose adapter has failed end without them."""
         self.deferred_calls.flush()  # of a step for which no bitmask was asked
-        self._swaps.computed(scheduler_output)
+        self._versions.computed(scheduler_output)
         failed = self._end_failed(model_runner_output)
         outputs = super().update_from_output(  # type: ignore[misc]
             scheduler_output, model_runner_output, *args, **kwargs

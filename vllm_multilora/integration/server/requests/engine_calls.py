@@ -14,7 +14,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_multilora.integration.api_server.registered_versions import Version, note
 from vllm_multilora.integration.blends import blend_of
-from vllm_multilora.integration.engine.adapter_status import IN_FLIGHT, METHOD, REGISTER, Report
+from vllm_multilora.integration.engine.adapter_status import METHOD, REGISTER, Report
 from vllm_multilora.integration.failed_requests import AdapterRefusedError
 
 if TYPE_CHECKING:
@@ -66,9 +66,7 @@ async def register(client: Any, lora: LoRARequest, *, in_flight: bool = False) -
     Raises:
         AdapterRefusedError: An engine cannot serve it.
     """
-    fields = msgspec.structs.asdict(lora) | {IN_FLIGHT: in_flight}
-    if in_flight:
-        fields["load_inplace"] = True
+    fields = msgspec.structs.asdict(lora) | {"in_flight": in_flight}
     answers = await _ask_all(client.engine_core, REGISTER, fields)
     for answer in answers:
         if "problems" in answer:
