@@ -6,6 +6,7 @@ import enum
 import errno
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 
 class FailureKind(enum.Enum):
@@ -42,6 +43,13 @@ class LoadFailure:
 
     kind: FailureKind
     message: str
+
+
+def unexpected(version: Any, expected: str | None) -> str:
+    """Why what follows another version must not replace one with a digest; empty if it may."""
+    found = "none" if version is None else version.digest
+    is_expected = not expected or found.startswith(expected)
+    return "" if is_expected else f"found version {found}, expected {expected}: load its successor"
 
 
 class RequestFailure(LoadFailure):

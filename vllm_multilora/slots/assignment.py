@@ -224,11 +224,7 @@ class SlotAssignment(PolicyTier):
         return None if slot is None else self._take(slot, adapter_id, pack)
 
     def assign_beside(self, adapter_id: int, pack: int) -> Assignment | None:
-        """Gives another version of an adapter a slot beside its own, which it goes on using.
-
-        Returns:
-            The copy to make, for `succeed`; None where it is on its way, or no slot can be spared.
-        """
+        """As `assign`, beside the slot that the adapter has, which it goes on using."""
         if self.is_awaited(adapter_id):
             return None
         self._requested.add(adapter_id)  # its own is not the one to be spared
@@ -242,10 +238,7 @@ class SlotAssignment(PolicyTier):
         return assignment
 
     def succeed(self, adapter_id: int, pack: int) -> int | None:
-        """Frees an adapter's slot, if all ranks have this version in the one beside it: its slot.
-
-        Steps from the next one on use that.
-        """
+        """Frees an adapter's slot, once all ranks have this version in the one beside: its slot."""
         place = self._successors.get(adapter_id)
         if place is None or place.missing_ranks or place.order.pack != pack:
             return None

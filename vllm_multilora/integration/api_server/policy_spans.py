@@ -11,20 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vllm_multilora.integration.attached import Attached
-from vllm_multilora.integration.engine.requests.weight_versions import (
-    VersionPart,
-    parts_in,
-    version_in,
-)
+from vllm_multilora.integration.engine.requests.weight_versions import Part, parts_in, version_in
 
 _FIRST: Attached[str] = Attached("first-version")
-"""The digest of the version that a `RequestState` began with."""
-
-_STARTS: Attached[list[tuple[int, VersionPart]]] = Attached("version-starts")
-"""Its versions, each with the number of tokens before its first, where there may be several."""
-
+_STARTS: Attached[list[tuple[int, Part]]] = Attached("version-starts")
+"""The versions of a `RequestState` that may have several, each with the tokens before its own."""
 _CHOICES: Attached[dict[int, Any]] = Attached("choices")
-"""The states with `_STARTS` of a `ParentRequest`, by their choices."""
+"""Such states of a `ParentRequest`, by their choices."""
 
 _SHOWN_DIGITS = 16
 
@@ -43,7 +36,7 @@ def note(outputs: Iterable[Any], states: Mapping[str, Any]) -> list[Any]:
         if not parts:
             continue
         if not (starts := _STARTS.get_or_make(state, list)) and first is not None:
-            starts.append((0, VersionPart(first, parts[0].update - 1, 0)))
+            starts.append((0, (first, parts[0][1] - 1, 0)))
         starts += ((state.detokenizer.num_output_tokens(), part) for part in parts)
         if state.parent_req is not None:
             _CHOICES.get_or_make(state.parent_req, dict)[state.request_index] = state
@@ -67,24 +60,21 @@ def tell(states: Iterable[Any], request_outputs: Iterable[Any]) -> None:
 def fields_of(state: Any) -> dict[str, list[dict[str, Any]]]:
     """The spans of a `RequestState`, by their field in an answer."""
     starts, name = _STARTS.get(state) or [], state.lora_request.lora_name
-    prompt = [(part.computed + 1, part) for _, part in starts]
-    tokens = state.detokenizer.num_output_tokens()
-    return {
-        "prompt_policy_token_spans": _spans(prompt, state.prompt_len, name),
-        "policy_token_spans": _spans(starts, tokens, name),
-    }
+    prompt = [(computed + 1, part) for _, part in starts for *_, computed in [part]]
+    prompt_spans = _spans(prompt, state.prompt_len, name)
+    spans = _spans(starts, state.detokenizer.num_output_tokens(), name)
+    return {"prompt_policy_token_spans": prompt_spans, "policy_token_spans": spans}
 
 
-def _spans(starts: Sequence[tuple[int, VersionPart]], end: int, name: str) -> list[dict[str, Any]]:
+def _spans(starts: Sequence[tuple[int, Part]], end: int, name: str) -> list[dict[str, Any]]:
     """The spans of versions that begin at these tokens, those without any left out."""
     spans: list[dict[str, Any]] = []
-    ends = [start for start, _ in starts[1:]] + [end]
-    for (start, part), until in zip(starts, ends, strict=True):
-        if spans and spans[-1]["update_seq"] == part.update:
-            spans[-1]["end_token"] = max(spans[-1]["end_token"], min(until, end))
-        elif start < min(until, end):
-            span = {"start_token": start, "end_token": min(until, end)}
-            identity = {"generation_id": part.digest[:_SHOWN_DIGITS], "lora_slot": name}
-            span |= {"policy_version": part.update, "update_seq": part.update}
-            spans.append(span | identity)
+    ends = [min(start, end) for start, _ in starts[1:]] + [end]
+    for (start, (digest, update, _)), until in zip(starts, ends, strict=True):
+        if spans and spans[-1]["update_seq"] == update:
+            spans[-1]["end_token"] = max(spans[-1]["end_token"], until)
+        elif start < until:
+            span = {"start_token": start, "end_token": until, "lora_slot": name}
+            span |= {"generation_id": digest[:_SHOWN_DIGITS], "policy_version": update}
+            spans.append(span | {"update_seq": update})
     return spans

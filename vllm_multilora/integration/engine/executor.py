@@ -246,12 +246,12 @@ class AdapterExecutorMixin:
             What `registered_version` reads, or `AdapterRefusedError.as_dict`; as a future as for
             `add_lora`.
         """
-        adapters, in_flight = self.connect(), fields.pop("in_flight")
-        request = LoRARequest(**fields)
+        adapters, request = self.connect(), LoRARequest(**fields)
         assert adapters is not None
 
         def register() -> Future[dict[str, Any]]:
             answer: Future[dict[str, Any]] = Future()
+            in_flight = request.load_inplace  # else each version has a number of its own
             registered = self._register(adapters, as_sent(request), in_flight=in_flight)
             registered.add_done_callback(partial(_answer, answer, adapters, request.lora_int_id))
             return answer

@@ -55,10 +55,7 @@ _OUT_OF_REACH = (
     "says why"
 )
 
-ACTIVATED = (
-    "an activated adapter (aLoRA) cannot be swapped in flight: where it acts on a running request "
-    "was decided by the version before; load it without `swap`"
-)
+ACTIVATED = "activated adapters (aLoRA) act from where a request's first version says: no `swap`"
 
 
 @dataclass(eq=False)
@@ -85,7 +82,7 @@ class Surroundings:
     leased: dict[AdapterFacts, None] = field(default_factory=dict)
     by_pack: dict[int, dict[AdapterFacts, None]] = field(default_factory=dict)
     by_part: dict[int, dict[AdapterMachine, None]] = field(default_factory=dict)
-    swapping: dict[AdapterFacts, None] = field(default_factory=dict)
+    swapping: dict[AdapterMachine, None] = field(default_factory=dict)
 
 
 class AdapterFacts:
@@ -343,7 +340,6 @@ class AdapterMachine(AdapterFacts):
         return False
 
     def _order_fill(self, assignment: Assignment, *, is_beside: bool = False) -> None:
-        assert self.is_leased
         assert self.pack is not None
         self._around.leased.pop(self)  # the lease is the order's now
         order, slot = assignment.order, assignment.slot

@@ -26,7 +26,7 @@ from vllm.lora.request import LoRARequest
 
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.adapters.signing.required import RequiredDigests
-from vllm_multilora.failures import FailureKind, LoadFailure
+from vllm_multilora.failures import FailureKind, LoadFailure, unexpected
 from vllm_multilora.integration.engine.adapters.adapter_machine import ACTIVATED, AdapterMachine
 from vllm_multilora.integration.engine.adapters.exchange import Exchange, Store, Workers
 from vllm_multilora.integration.engine.adapters.known_adapters import KnownAdapters
@@ -161,7 +161,7 @@ class EngineAdapters:
 
     def swap(self) -> list[AdapterMachine]:
         """The adapters whose running requests go on with the newest version, from this step on."""
-        swapped = self._known.swap()
+        swapped = [adapter for adapter in self._known.swapping() if adapter.swap()]
         self._exchange.send()
         return swapped
 
@@ -310,16 +310,13 @@ class EngineAdapters:
         """Why requests with an adapter cannot go on with other weights; empty if they can."""
         pins, slots = self.slots.pins, len(self.slots.contents)
         places = pins.places - (adapter is not None and adapter.number in pins)
-        if not self._no_swaps and slots - places < 2:
-            return (
-                "a swap in flight needs a slot beside the adapter's own: found "
-                f"{slots} (--max-loras), {places} of them pinned for other adapters"
-            )
+        if self._no_swaps or slots - places < 2:
+            found = f"found {slots} (--max-loras), {places} pinned for other adapters"
+            return self._no_swaps or f"a swap in flight needs a slot beside the own one: {found}"
         is_activated = adapter is not None and adapter.pack and adapter.pack.invocation_tokens
-        return ACTIVATED if is_activated else self._no_swaps
+        return ACTIVATED if is_activated else ""
 
     def _undo(self, adapter: AdapterMachine, path: str, was_in_flight: bool) -> None:
-        """A swap was refused: the version before serves on."""
         if self._known.find(adapter.number) is adapter:
             self._known.move(adapter, path)
             adapter.is_in_flight = was_in_flight
@@ -328,10 +325,7 @@ class EngineAdapters:
         """Registers what workers were given as tensors, in the place of the version before."""
         self.pushed.begin(push)
         request = LoRARequest(push.name, push.number, push.path, load_inplace=True)
-        known, expected = self.version(push.number), push.expected_version
-        found = "none" if known is None else known.digest
-        if expected is not None and not found.startswith(expected):
-            what = f"found version {found}, expected {expected}: push what follows that one"
+        if what := unexpected(self.version(push.number), push.expected_version):
             future = _refused(request, FailureKind.CONFLICT, what)
         else:
             future = self.register(request, in_flight=push.in_flight)

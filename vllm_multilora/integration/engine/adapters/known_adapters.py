@@ -148,10 +148,8 @@ class KnownAdapters:
             self._at_path[place] += count
         adapter.request = msgspec.structs.replace(adapter.request, lora_path=path)
 
-    def swap(self) -> list[AdapterMachine]:
-        """The adapters whose running requests go on with the newest version from now on."""
-        swapping = list(self._around.swapping)
-        return [each for each in swapping if isinstance(each, AdapterMachine) and each.swap()]
+    def swapping(self) -> list[AdapterMachine]:
+        return list(self._around.swapping)
 
     def evict(self, pack: int) -> None:
         """A pack has left host memory."""

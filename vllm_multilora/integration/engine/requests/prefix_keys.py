@@ -68,16 +68,11 @@ def learn_version(request: Request, adapters: Any) -> None:
 
 
 def set_version(request: Request, digest: str, *, goes_on: bool = False) -> bool:
-    """Gives a request the keys of the weights that it is to run on.
-
-    Args:
-        request: It waits.
-        digest: The weights'.
-        goes_on: Whether the rest of its answer may be of other weights than the beginning.
+    """Gives a waiting request the keys of the weights that it is to run on.
 
     Returns:
         Whether it may run on them: not where other weights have computed a part of its prompt, or
-        of its answer.
+        of its answer, unless it `goes_on` with these.
     """
     known = VERSION.get(request)
     is_new = not request.num_computed_tokens and MIXED.get(request) is not None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.integration.engine.requests import prefix_keys
 
@@ -23,18 +23,8 @@ KEY, PARTS = "x-multilora-version", "x-multilora-parts"
 """Under which an output tells the version, and which versions have computed which part."""
 
 
-class VersionPart(NamedTuple):
-    """A version, from some token of a request on.
-
-    Attributes:
-        digest: Its weights' digest.
-        update: How many versions of the adapter came before it.
-        computed: Tokens of the request that earlier versions have computed.
-    """
-
-    digest: str
-    update: int
-    computed: int
+Part = tuple[str, int, int]
+"""A version's digest, the number of versions before it, and of the tokens that these computed."""
 
 
 class Announcements:
@@ -46,12 +36,7 @@ class Announcements:
         self._steps: list[tuple[Any, list[Callable[[], None]]]] = []  # by the scheduler's outputs
 
     def announce(self, request: Request, *part: Any) -> None:
-        """A request begins to run on a version of its adapter, or goes on with one.
-
-        Args:
-            request: It is told with its next output.
-            part: A `VersionPart`; the digest alone where requests end on their first version.
-        """
+        """A request's next output is a version's: a `Part`, or its digest if it has no other."""
         headers = {**(request.trace_headers or {})}
         if KEY not in headers:
             self._untold.append((request, request.num_output_tokens))
@@ -65,10 +50,11 @@ class Announcements:
         assert adapter.pack is not None
         for request in requests:
             lora = request.lora_request
-            is_ours = lora is not None and lora.lora_int_id == adapter.number
-            if is_ours and request.num_computed_tokens:  # others begin with it
-                prefix_keys.go_on(request, adapter.pack.digest)
-                part = adapter.pack.digest, adapter.updates, request.num_computed_tokens
+            if lora is None or lora.lora_int_id != adapter.number:
+                continue
+            if (computed := request.num_computed_tokens) > 0:  # others begin with it
+                prefix_keys.go_on(request, digest := adapter.pack.digest)
+                part = digest, adapter.updates, computed
                 self._swaps.append(partial(self._swapped, request, *part))
 
     def _swapped(self, request: Request, *part: Any) -> None:
@@ -107,7 +93,7 @@ def version_in(headers: Mapping[str, str] | None) -> str | None:
     return None if headers is None else headers.get(KEY)
 
 
-def parts_in(headers: Mapping[str, str] | None) -> list[VersionPart]:
+def parts_in(headers: Mapping[str, str] | None) -> list[Part]:
     """What an output tells of versions that one request has had, in their order."""
     parts = (part.split(":") for part in (headers or {}).get(PARTS, "").split())
-    return [VersionPart(digest, int(update), int(done)) for digest, update, done in parts]
+    return [(digest, int(update), int(computed)) for digest, update, computed in parts]

@@ -23,6 +23,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.adapters.problems import Code, Problem, shown_name
 from vllm_multilora.adapters.served_names import name_fault, path_fault
+from vllm_multilora.failures import unexpected
 from vllm_multilora.integration.api_server import registered_versions
 from vllm_multilora.integration.api_server.equal_loads import was_loaded
 from vllm_multilora.integration.attached import Attached
@@ -148,16 +149,18 @@ async def load_adapter(models: Any, request: Any) -> ErrorResponse | str:
             return success
         if (refusal := _refuse_load(models, request)) is not None:
             return refusal
-        goes_on = public_names(models).get(name) if request.swap is not None else None
-        # Always a new number: what was computed with an older version is never taken for this.
-        # Requests that go on with it have the one that they began with.
+        goes_on = public_names(models).get(name) if request.swap else None
+        # A new number: what was computed with an older version is never taken for this. Requests
+        # that go on with it have the number that they began with.
         lora = LoRARequest(
             lora_name=name,
             lora_int_id=goes_on.lora_int_id if goes_on else models.lora_id_counter.inc(1),
             lora_path=path,
+            load_inplace=request.swap is not None,
             is_3d_lora_weight=request.is_3d_lora_weight,
         )
-        refusal = await admit(models, lora, in_flight=request.swap is not None)
+        refusal = await admit(models, lora)
+        lora.load_inplace = False  # it would be read again for each request
         if refusal is not None:
             if not goes_on:
                 without_waiting(remove(models, lora))  # another engine may have taken it
@@ -220,25 +223,18 @@ def _refuse_swap(
     models: Any, request: Any, previous: LoRARequest | None
 ) -> AdapterErrorResponse | None:
     """Why a load must not replace the version before, or not in flight; None if it may."""
-    expected, is_directorys = (
-        request.expected_version,
-        previous and previous.lora_int_id >= FIRST_NUMBER,
-    )
-    if expected is not None or request.swap is not None:
-        servers = models.engine_client.vllm_config.parallel_config._api_process_count
-        if servers > 1:
-            what = f"found {servers} API servers, expected one (--api-server-count 1)"
-            return _bad(f"adapter {request.lora_name!r}: {what} for this field", "swap")
-    version = None if previous is None else registered_versions.find(models.engine_client, previous)
-    found = "none" if version is None else version.digest
-    if expected is not None and not found.startswith(expected):
-        what = f"found version {found}, expected {expected}: load what follows that one"
+    version = previous and registered_versions.find(models.engine_client, previous)
+    if what := unexpected(version, request.expected_version):
         message = f"adapter {request.lora_name!r}: {what}"
         return error_response(HTTPStatus.CONFLICT, message, param="expected_version")
-    if request.swap is None or (request.load_inplace and not is_directorys):
-        return None
-    what = "is an adapter directory's" if is_directorys else "needs 'load_inplace': true"
-    return _bad(f"adapter {request.lora_name!r} cannot be swapped in flight: it {what}", "swap")
+    servers = models.engine_client.vllm_config.parallel_config._api_process_count
+    faults = {
+        "needs 'load_inplace': true": not request.load_inplace,
+        "is an adapter directory's": previous and previous.lora_int_id >= FIRST_NUMBER,
+        f"has {servers} API servers, which need --api-server-count 1": servers > 1,
+    }
+    fault = request.swap and next((fault for fault, is_so in faults.items() if is_so), None)
+    return _bad(f"no swap in flight: {request.lora_name!r} {fault}", "swap") if fault else None
 
 
 def name_refusal(models: Any, name: str) -> AdapterErrorResponse | None:
@@ -278,12 +274,10 @@ def no_such_model(models: Any, name: str | None) -> str:
     return f"The model `{name}` does not exist. Valid aliases: {served}."
 
 
-async def admit(
-    models: Any, lora: LoRARequest, *, in_flight: bool = False
-) -> AdapterErrorResponse | None:
+async def admit(models: Any, lora: LoRARequest) -> AdapterErrorResponse | None:
     """Has the engine read and check an adapter; returns why it cannot be served."""
     try:
-        await register(models.engine_client, lora, in_flight=in_flight)
+        await register(models.engine_client, lora)
     except Exception as error:
         return _refusal(lora, error)
     return None

@@ -58,16 +58,15 @@ async def engine_reports(core: Any, asked: list[int]) -> list[Report]:
     return [report for answer in await _ask_all(core, METHOD, asked) for report in answer]
 
 
-async def register(client: Any, lora: LoRARequest, *, in_flight: bool = False) -> None:
+async def register(client: Any, lora: LoRARequest) -> None:
     """Has every engine behind a client read and check an adapter, and notes which version it is.
 
-    With `in_flight`, running requests of its number go on with it.
+    With `load_inplace`, running requests go on with it.
 
     Raises:
         AdapterRefusedError: An engine cannot serve it.
     """
-    fields = msgspec.structs.asdict(lora) | {"in_flight": in_flight}
-    answers = await _ask_all(client.engine_core, REGISTER, fields)
+    answers = await _ask_all(client.engine_core, REGISTER, msgspec.structs.asdict(lora))
     for answer in answers:
         if "problems" in answer:
             raise AdapterRefusedError.of_dict(lora.lora_int_id, answer)
