@@ -12,6 +12,37 @@ NEW, OLD = 2, 1
 # Slots
 
 
+def test_a_version_beside_an_adapters_own_takes_over_once_it_is_there() -> None:
+    slots = make_slots(2)
+    run(slots, [1])
+    beside = slots.assign_beside(1, NEW)
+    assert beside is not None
+    assert slots.contents == (1, 1)
+    assert slots.assign(2, 1) is None, "the slot beside is nobody else's"
+    assert slots.succeed(1, NEW) is None, "it is being copied"
+    assert slots.filled(beside.order)
+    assert slots.is_filled(1, OLD)
+    assert slots.succeed(1, NEW) == beside.slot == 1
+    assert slots.is_filled(1, NEW)
+    assert slots.contents == (None, 1)
+
+
+@pytest.mark.parametrize("reason", ["failed", "cleared"])
+def test_a_version_beside_that_is_not_to_be_used_frees_its_slot(reason: str) -> None:
+    slots = make_slots(2)
+    run(slots, [1])
+    beside = slots.assign_beside(1, NEW)
+    assert beside is not None
+    if reason == "failed":
+        assert slots.fill_failed(beside.order) == 1
+        assert slots.contents == (1, None)
+    else:
+        slots.clear(1)
+        assert slots.contents == (None, None)
+    assert not slots.filled(beside.order)
+    assert slots.succeed(1, NEW) is None
+
+
 @pytest.mark.parametrize("policy", ["lru", "lfu", "slru", "gdsf"])
 def test_an_adapter_of_the_batch_is_no_victim_though_it_is_the_oldest(policy: str) -> None:
     """Two slots hold A, the oldest, and B; the batch {A, C} takes B's."""

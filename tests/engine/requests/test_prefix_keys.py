@@ -127,6 +127,22 @@ def test_an_answer_that_old_weights_have_begun_does_not_go_on_with_new_ones():
     assert prefix_keys.set_version(request, "old")
 
 
+def test_blocks_of_two_versions_have_keys_that_neither_version_has():
+    """A swap in flight after six tokens, in blocks of four."""
+    request = arrived(lora(), Digests(_1="old"))
+    old, new = (arrived(lora(), Digests(_1=each)).block_hashes for each in ("old", "new"))
+    request.num_computed_tokens = BLOCK + 2
+    prefix_keys.go_on(request, "new")
+    request.append_output_token_ids(list(range(BLOCK)))
+    kept, *mixed = request.block_hashes
+    assert kept == old[0]
+    assert len(mixed) == 3
+    assert not {*mixed} & {*old, *new}
+    request.num_computed_tokens, request.status = 0, RequestStatus.PREEMPTED
+    assert prefix_keys.set_version(request, "new", goes_on=True)
+    assert request.block_hashes[:3] == new
+
+
 def test_images_of_a_preempted_request_may_go_on_with_other_weights():
     request = arrived(lora(), Digests(_1="d"), [IMAGE])
     assert [f.identifier for f in request.mm_features] == ["image"]

@@ -85,17 +85,15 @@ def test_running_answers_go_on_with_each_version_from_the_token_they_say(
 ) -> None:
     prompt = list(case_of(llama, names[0]).prompt)
     numbers, mixed, sizes = itertools.count(), list["RequestOutput"](), list[int]()
-    before_all, answers = {*folders_in_memory()}, 0
+    before_all = {*folders_in_memory()}
 
     async def push(swap: int) -> None:
         folder = llama.adapters[names[swap % VERSIONS]]
         assert await engine.collective_rpc("push_in_flight", args=(NUMBER, folder)) == [True]
 
     async def stream(ended: asyncio.Event) -> None:
-        nonlocal answers
         while not ended.is_set():
             output = await answer(engine, prompt, f"request {next(numbers)}")
-            answers += 1
             if len({*versions_of(output, names)}) > 1:
                 mixed.append(output)
 
@@ -129,4 +127,21 @@ def test_running_answers_go_on_with_each_version_from_the_token_they_say(
     assert {*versions_of(longer, names)} == {names[(swaps - 1) % VERSIONS]}
     assert len({*folders_in_memory()} - before_all) == 1
     assert max(sizes) - sizes[0] < GROWTH, sizes
-    print(f"{answers} answers, {len(mixed)} of them mixed")
+
+
+def test_a_push_that_follows_another_version_is_refused(
+    engine: "AsyncLLM", llama: Scenario, names: list[str]
+) -> None:
+    first, second = (llama.adapters[name] for name in names[:2])
+    prompt = case_of(llama, names[0]).prompt
+
+    async def run() -> "RequestOutput":
+        await engine.collective_rpc("push_in_flight", args=(NUMBER, first))
+        with pytest.raises(Exception, match="found version .*, expected 00000000"):
+            await engine.collective_rpc("push_in_flight", args=(NUMBER, second, "00000000"))
+        return await answer(engine, prompt, "after")
+
+    output = asyncio.run(asyncio.wait_for(run(), LIMIT_S))
+    expected = case_of(llama, names[0]).expected.tokens
+    assert tuple(output.outputs[0].token_ids[: len(expected)]) == expected
+    assert {*versions_of(output, names)} == {names[0]}
