@@ -23,7 +23,7 @@ pytestmark = pytest.mark.serving
 
 NEW_TOKENS = 60
 BLOCK_SIZE = 32
-MOST_CHECKED = 150
+MAX_CHECKED = 150
 """Answers of more than one version that are compared with PEFT."""
 
 
@@ -117,7 +117,7 @@ def test_running_answers_go_on_with_each_version_from_the_token_they_say(
 
     longer = asyncio.run(asyncio.wait_for(run(), LIMIT_S))
     assert len(mixed) >= STREAMS, "no swap has come while requests ran"
-    for output in [*mixed[:: len(mixed) // MOST_CHECKED + 1], longer]:
+    for output in [*mixed[:: len(mixed) // MAX_CHECKED + 1], longer]:
         assert output.prompt_token_ids is not None
         found = tuple(output.outputs[0].token_ids)
         versions = versions_of(output, names)
@@ -137,7 +137,7 @@ def test_a_push_that_follows_another_version_is_refused(
 
     async def run() -> "RequestOutput":
         await engine.collective_rpc("push_in_flight", args=(NUMBER, first))
-        with pytest.raises(Exception, match="found version .*, expected 00000000"):
+        with pytest.raises(Exception, match=r"found version .*, expected 0{8}"):
             await engine.collective_rpc("push_in_flight", args=(NUMBER, second, "00000000"))
         return await answer(engine, prompt, "after")
 

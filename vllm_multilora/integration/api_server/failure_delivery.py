@@ -123,9 +123,9 @@ def process_outputs(
         failures, sessions = deliver_failures(
             engine_core_outputs, states, ON_FAILURE.get(processor), processor.tokenizer
         )
-        told = policy_spans.note(engine_core_outputs, states)
+        mixed = policy_spans.note(engine_core_outputs, states)
         processed = original(processor, engine_core_outputs, *args, **kwargs)
-        policy_spans.tell(told, processed.request_outputs)
+        policy_spans.tell(mixed, processed.request_outputs)
     mark_failed(processed.request_outputs, failures)
     # What was on its way to the engine has begun them again there, and nobody would end that.
     processed.reqs_to_abort.extend(sessions)

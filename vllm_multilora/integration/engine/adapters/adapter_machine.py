@@ -545,8 +545,8 @@ class AdapterMachine(AdapterFacts):
         registered: it would be read twice.
         """
         self._cancel_check()
-        is_wanted = self.is_read_on_request or (self.is_in_flight and self.is_requested)
-        self.check = self._request(keep=keep or is_wanted, fresh=fresh)
+        is_used = self.is_read_on_request or (self.is_in_flight and self.is_requested)
+        self.check = self._request(keep=keep or is_used, fresh=fresh)
 
     # What was loaded
 

@@ -43,8 +43,8 @@ None where vLLM loads the adapter, and has keys of its own.
 """
 
 MIXED: Attached[tuple[int, str | None, str] | None] = Attached("mixed")
-"""Of a `Request` that goes on with other weights: the first token that they compute, the digest of
-the weights before, and what stands in later keys in the place of a digest."""
+"""Where a `Request` goes on with other weights: their first token, the digest of the weights before,
+and what stands in later keys in the place of a digest."""
 
 _newest: weakref.ref[Any] | None = None
 """The scheduler that was made last. Its `prepare_keys` learns, on any thread, what the keys of a

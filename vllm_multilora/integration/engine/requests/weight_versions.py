@@ -46,7 +46,7 @@ class Announcements:
         request.trace_headers = headers
 
     def swap(self, adapter: AdapterMachine, requests: Iterable[Request]) -> None:
-        """Those of the requests that an adapter's newest version computes from the next step on."""
+        """Has an adapter's running requests go on with its newest version from the next step on."""
         assert adapter.pack is not None
         for request in requests:
             lora = request.lora_request
