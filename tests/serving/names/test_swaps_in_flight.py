@@ -39,7 +39,7 @@ def deployment(llama: Scenario, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 def version_of(deployment: Deployment, name: str) -> str:
     cards = deployment.server.get("/v1/models").json()["data"]
-    return next(card["digest"] for card in cards if card["id"] == name)
+    return str(next(card["digest"] for card in cards if card["id"] == name))
 
 
 def streamed(deployment: Deployment, case: Case, has_begun: threading.Event) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def streamed(deployment: Deployment, case: Case, has_begun: threading.Event) -> 
             prompt = prompt or choice.get("prompt_token_ids")
             if len(tokens) > 5:
                 has_begun.set()
-    return choice | {"token_ids": tokens}
+    return {**choice, "token_ids": tokens}
 
 
 def assert_by_spans(

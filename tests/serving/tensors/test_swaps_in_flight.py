@@ -49,7 +49,7 @@ def peft(llama: Scenario, names: list[str]) -> "PeftReference":
 
 async def answer(engine: "AsyncLLM", prompt: Sequence[int], name: str) -> "RequestOutput":
     """The last output of a request for the adapter."""
-    tokens: dict[str, Any] = {"prompt_token_ids": list(prompt)}
+    tokens: Any = {"prompt_token_ids": list(prompt)}
     options = greedy(max_tokens=NEW_TOKENS)
     outputs = engine.generate(tokens, options, name, lora_request=pushed())
     return [output async for output in outputs][-1]

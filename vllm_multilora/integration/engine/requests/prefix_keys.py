@@ -43,7 +43,7 @@ None where vLLM loads the adapter, and has keys of its own.
 """
 
 MIXED: Attached[tuple[int, str | None, str] | None] = Attached("mixed")
-"""Where a `Request` goes on with other weights: their first token, the digest of the weights before,
+"""Where a `Request` goes on with other weights: their first token, the digest of those before,
 and what stands in later keys in the place of a digest."""
 
 _newest: weakref.ref[Any] | None = None
