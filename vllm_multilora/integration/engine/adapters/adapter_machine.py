@@ -198,6 +198,44 @@ class AdapterFacts:
 
     # Without orders for others
 
+    def requested(self, tenant: Seal | None, *, reload: bool) -> None:
+        """A request has come."""
+        self.is_requested = True
+        if tenant is not None and tenant.tenant not in self.owners:
+            self.owners[tenant.tenant] = tenant.resident
+            if self.load is not None:  # its turn is as good
+                self._exchange.store.share(self.load.ticket, tenant.tenant)
+        self.failure = None  # a new request is a new try
+        if reload:
+            if not self.is_reload_asked:
+                self._cancel_load()  # it need not look at the files
+            self.is_reload_asked, self.reload_failure = True, None
+
+    def pinned(self) -> Future[bool]:
+        """Keeps it in its slot once it has one; done when it can be served.
+
+        It counts among the pinned ones at once, so that no more calls than can be kept succeed. If
+        it cannot be had, it is pinned no more, unless it was before.
+
+        Raises:
+            PinLimitError: All slots but one are pinned already.
+        """
+        pins, observer = self._slots.pins, self._around.observer
+
+        def unpin_what_failed(done: Future[bool]) -> None:
+            if done.exception() is not None:
+                pins.unpin(self.number)
+                observer.pinned(pins.adapters)
+
+        future: Future[bool] = Future()
+        if self.number not in pins:
+            pins.pin(self.number)
+            observer.pinned(pins.adapters)
+            future.add_done_callback(unpin_what_failed)
+        self.failure = None
+        self.registrations.append(future)
+        return future
+
     def release(self) -> None:
         """Gives its lease back, if it has one."""
         if self.is_leased and self.pack is not None:
@@ -306,19 +344,6 @@ class AdapterMachine(AdapterFacts):
 
     # Events: requests
 
-    def requested(self, tenant: Seal | None, *, reload: bool) -> None:
-        """A request has come."""
-        self.is_requested = True
-        if tenant is not None and tenant.tenant not in self.owners:
-            self.owners[tenant.tenant] = tenant.resident
-            if self.load is not None:  # its turn is as good
-                self._exchange.store.share(self.load.ticket, tenant.tenant)
-        self.failure = None  # a new request is a new try
-        if reload:
-            if not self.is_reload_asked:
-                self._cancel_load()  # it need not look at the files
-            self.is_reload_asked, self.reload_failure = True, None
-
     def needed(self) -> None:
         """A request, or a pin, needs it at hand."""
         if self.load is None and not self.is_at_hand:
@@ -369,31 +394,6 @@ class AdapterMachine(AdapterFacts):
         self.registrations.append(future)
         if self.check is None and (fresh or self.state not in AT_HAND):
             self._begin_check(fresh=fresh)
-        return future
-
-    def pinned(self) -> Future[bool]:
-        """Keeps it in its slot once it has one; done when it can be served.
-
-        It counts among the pinned ones at once, so that no more calls than can be kept succeed. If
-        it cannot be had, it is pinned no more, unless it was before.
-
-        Raises:
-            PinLimitError: All slots but one are pinned already.
-        """
-        pins, observer = self._slots.pins, self._around.observer
-
-        def unpin_what_failed(done: Future[bool]) -> None:
-            if done.exception() is not None:
-                pins.unpin(self.number)
-                observer.pinned(pins.adapters)
-
-        future: Future[bool] = Future()
-        if self.number not in pins:
-            pins.pin(self.number)
-            observer.pinned(pins.adapters)
-            future.add_done_callback(unpin_what_failed)
-        self.failure = None
-        self.registrations.append(future)
         return future
 
     def withdrawn(self) -> Future[bool]:

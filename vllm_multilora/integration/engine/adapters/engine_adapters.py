@@ -17,6 +17,7 @@ Everything that happens is an event of one adapter's `AdapterMachine`, which dec
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,81 @@ _NOT_IN_SLOT = LoadFailure(
 )
 
 
-class EngineAdapters:
+class Registrations:
+    """What registers an engine core's adapters: the part of `EngineAdapters` for operators."""
+
+    slots: SlotAssignment
+    quarantine: Quarantine
+    pushed: PushedFolders
+    version: Callable[[int], PackInfo | None]
+    _known: KnownAdapters
+    _no_swaps: str
+    _answered: Callable[[AdapterMachine, Future[bool]], Future[bool]]
+
+    def register(self, request: LoRARequest, *, in_flight: bool = False) -> Future[bool]:
+        """Has an adapter read and checked; holds an `AdapterRefusedError` if it cannot be served.
+
+        That lifts its weights' quarantine, unless it is known or a request's, of a directory. With
+        `in_flight`, running requests go on with it, and it is done when they do.
+        """
+        request = self.pushed.resolve(request)
+        known = self._known.find(request.lora_int_id)
+        if in_flight and (fault := self._swap_fault(known)):
+            return _refused(request, FailureKind.INVALID, fault)
+        undo = known and partial(self._undo, known, known.request.lora_path, known.is_in_flight)
+        if in_flight and known is not None:
+            self._known.move(known, request.lora_path)
+        if (failure := self._known.refusal(request, "")) is not None:
+            return _refused(request, failure.kind, failure.message)
+        adapter = self._known.known_for(request)
+        if in_flight or request.load_inplace:
+            adapter.is_in_flight = in_flight
+        # A directory's number stands for one version of its files; others may have been read since.
+        fresh = (
+            in_flight
+            or request.load_inplace
+            or (adapter.number >= FIRST_NUMBER and adapter.pack is not None)
+        )
+        future = adapter.registered(fresh=fresh)
+        if undo and in_flight:
+            future.add_done_callback(lambda done: undo() if done.exception() else None)
+        is_first = adapter is not known and adapter.number < FIRST_NUMBER
+        if in_flight or request.load_inplace or is_first:  # anew
+            future.add_done_callback(
+                lambda done: self.quarantine.lift(None if done.exception() else adapter.serving)
+            )
+        return self._answered(adapter, future)
+
+    def _swap_fault(self, adapter: AdapterMachine | None) -> str:
+        """Why requests with an adapter cannot go on with other weights; empty if they can."""
+        pins, slots = self.slots.pins, len(self.slots.contents)
+        places = pins.places - (adapter is not None and adapter.number in pins)
+        if self._no_swaps or slots - places < 2:
+            found = f"found {slots} (--max-loras), {places} pinned for other adapters"
+            return self._no_swaps or f"a swap in flight needs a slot beside the own one: {found}"
+        is_activated = adapter is not None and adapter.pack and adapter.pack.invocation_tokens
+        return ACTIVATED if is_activated else ""
+
+    def _undo(self, adapter: AdapterMachine, path: str, was_in_flight: bool) -> None:
+        if self._known.find(adapter.number) is adapter:
+            self._known.move(adapter, path)
+            adapter.is_in_flight = was_in_flight
+
+    def push(self, push: Push) -> Future[bool]:
+        """Registers what workers were given as tensors, in the place of the version before."""
+        self.pushed.begin(push)
+        request = LoRARequest(push.name, push.number, push.path, load_inplace=True)
+        if what := unexpected(self.version(push.number), push.expected_version):
+            future = _refused(request, FailureKind.CONFLICT, what)
+        else:
+            future = self.register(request, in_flight=push.in_flight)
+        future.add_done_callback(
+            lambda done: self.pushed.end(push, is_accepted=done.exception() is None)
+        )
+        return future
+
+
+class EngineAdapters(Registrations):
     """An engine core's adapters; for its main thread only.
 
     Args:
@@ -155,9 +230,10 @@ class EngineAdapters:
         """What of a request that begins to run is the newest version's; see `Announcements`."""
         adapter = self._known[adapter_id]
         assert adapter.pack is not None
+        if not adapter.is_in_flight:
+            return (adapter.pack.digest,)
         answered = request.num_prompt_tokens if request.num_output_tokens else 0
-        part = adapter.pack.digest, adapter.updates, answered
-        return part if adapter.is_in_flight else part[:1]
+        return adapter.pack.digest, adapter.updates, answered
 
     def swap(self) -> list[AdapterMachine]:
         """The adapters whose running requests go on with the newest version, from this step on."""
@@ -271,68 +347,6 @@ class EngineAdapters:
         future = adapter.pinned()
         self._ask(adapter)
         return self._answered(adapter, future)
-
-    def register(self, request: LoRARequest, *, in_flight: bool = False) -> Future[bool]:
-        """Has an adapter read and checked; holds an `AdapterRefusedError` if it cannot be served.
-
-        That lifts its weights' quarantine, unless it is known or a request's, of a directory. With
-        `in_flight`, running requests go on with it, and it is done when they do.
-        """
-        request = self.pushed.resolve(request)
-        known = self._known.find(request.lora_int_id)
-        if in_flight and (fault := self._swap_fault(known)):
-            return _refused(request, FailureKind.INVALID, fault)
-        undo = known and partial(self._undo, known, known.request.lora_path, known.is_in_flight)
-        if in_flight and known is not None:
-            self._known.move(known, request.lora_path)
-        if (failure := self._known.refusal(request, "")) is not None:
-            return _refused(request, failure.kind, failure.message)
-        adapter = self._known.known_for(request)
-        if in_flight or request.load_inplace:
-            adapter.is_in_flight = in_flight
-        # A directory's number stands for one version of its files; others may have been read since.
-        fresh = (
-            in_flight
-            or request.load_inplace
-            or (adapter.number >= FIRST_NUMBER and adapter.pack is not None)
-        )
-        future = adapter.registered(fresh=fresh)
-        if undo and in_flight:
-            future.add_done_callback(lambda done: undo() if done.exception() else None)
-        is_first = adapter is not known and adapter.number < FIRST_NUMBER
-        if in_flight or request.load_inplace or is_first:  # anew
-            future.add_done_callback(
-                lambda done: self.quarantine.lift(None if done.exception() else adapter.serving)
-            )
-        return self._answered(adapter, future)
-
-    def _swap_fault(self, adapter: AdapterMachine | None) -> str:
-        """Why requests with an adapter cannot go on with other weights; empty if they can."""
-        pins, slots = self.slots.pins, len(self.slots.contents)
-        places = pins.places - (adapter is not None and adapter.number in pins)
-        if self._no_swaps or slots - places < 2:
-            found = f"found {slots} (--max-loras), {places} pinned for other adapters"
-            return self._no_swaps or f"a swap in flight needs a slot beside the own one: {found}"
-        is_activated = adapter is not None and adapter.pack and adapter.pack.invocation_tokens
-        return ACTIVATED if is_activated else ""
-
-    def _undo(self, adapter: AdapterMachine, path: str, was_in_flight: bool) -> None:
-        if self._known.find(adapter.number) is adapter:
-            self._known.move(adapter, path)
-            adapter.is_in_flight = was_in_flight
-
-    def push(self, push: Push) -> Future[bool]:
-        """Registers what workers were given as tensors, in the place of the version before."""
-        self.pushed.begin(push)
-        request = LoRARequest(push.name, push.number, push.path, load_inplace=True)
-        if what := unexpected(self.version(push.number), push.expected_version):
-            future = _refused(request, FailureKind.CONFLICT, what)
-        else:
-            future = self.register(request, in_flight=push.in_flight)
-        future.add_done_callback(
-            lambda done: self.pushed.end(push, is_accepted=done.exception() is None)
-        )
-        return future
 
     def remove(self, adapter_id: int) -> Future[bool]:
         """Forgets an adapter that no request uses: if it was known, once its memory is free."""

@@ -17,8 +17,6 @@ from vllm_multilora.integration.engine.requests import prefix_keys
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-    from vllm_multilora.integration.engine.adapters.adapter_machine import AdapterMachine
-
 KEY, PARTS = "x-multilora-version", "x-multilora-parts"
 """Under which an output tells the version, and which versions have computed which part."""
 
@@ -45,17 +43,15 @@ class Announcements:
             headers[PARTS] = f"{headers.get(PARTS, '')} {':'.join(map(str, part))}"
         request.trace_headers = headers
 
-    def swap(self, adapter: AdapterMachine, requests: Iterable[Request]) -> None:
+    def swap(self, number: int, digest: str, update: int, requests: Iterable[Request]) -> None:
         """Has an adapter's running requests go on with its newest version from the next step on."""
-        assert adapter.pack is not None
         for request in requests:
             lora = request.lora_request
-            if lora is None or lora.lora_int_id != adapter.number:
+            if lora is None or lora.lora_int_id != number:
                 continue
             if (computed := request.num_computed_tokens) > 0:  # others begin with it
-                prefix_keys.go_on(request, digest := adapter.pack.digest)
-                part = digest, adapter.updates, computed
-                self._swaps.append(partial(self._swapped, request, *part))
+                prefix_keys.go_on(request, digest)
+                self._swaps.append(partial(self._swapped, request, digest, update, computed))
 
     def _swapped(self, request: Request, *part: Any) -> None:
         if not request.is_finished():

@@ -102,7 +102,39 @@ class DeferredCalls:
             self._calls.popleft()()
 
 
-class AdapterAwareMixin:
+class SwappingMixin:
+    """What a scheduler of `AdapterAwareMixin` knows of requests' versions, and shows."""
+
+    adapters: EngineAdapters | None
+    users: AdapterUsers
+    _versions: Announcements
+    _lists: Any
+
+    if TYPE_CHECKING:
+        requests: dict[str, Request]
+        running: list[Request]
+
+    def prepare_keys(self, request: Request) -> None:
+        """Learns what the keys of a request's blocks contain; any thread."""
+        prefix_keys.learn_version(request, self.adapters)
+
+    def swap_in_flight(self) -> None:
+        """Has requests go on with other weights of their adapters, from the next step on."""
+        assert self.adapters is not None
+        for adapter in self.adapters.swap():
+            assert adapter.pack is not None
+            version = adapter.pack.digest, adapter.updates
+            self._versions.swap(adapter.number, *version, self.requests.values())
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        """VLLM's statistics; says besides which adapters' requests run and wait."""
+        if self._lists is not None:
+            with suppress(OSError):  # an engine must not fail for what it shows
+                self._lists.say(*self.users.lists(self.running))
+        return super().make_stats(*args, **kwargs)  # type: ignore[misc]
+
+
+class AdapterAwareMixin(SwappingMixin):
     """A scheduler that knows which adapters are ready and who has slots.
 
     Attributes:
@@ -161,20 +193,10 @@ class AdapterAwareMixin:
         self._let_go()
         return self.users[lora_id] > 0
 
-    def prepare_keys(self, request: Request) -> None:
-        """Learns what the keys of a request's blocks contain; any thread."""
-        prefix_keys.learn_version(request, self.adapters)
-
     def _let_go(self) -> None:
         for each in self.users.let_go():
             for request, lora in _requests_of(each.number, self.requests.values()):
                 self._failing[request.request_id] = unloaded_stop_reason(lora, each.limit_s)
-
-    def swap_in_flight(self) -> None:
-        """Has requests go on with other weights of their adapters, from the next step on."""
-        assert self.adapters is not None
-        for adapter in self.adapters.swap():
-            self._versions.swap(adapter, self.requests.values())
 
     # What vLLM calls
 
@@ -378,13 +400,6 @@ class AdapterAwareMixin:
             outputs.setdefault(client, EngineCoreOutputs()).outputs.append(output)
         self._let_go()  # the engine may be idle from now on
         return outputs
-
-    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
-        """VLLM's statistics; says besides which adapters' requests run and wait."""
-        if self._lists is not None:
-            with suppress(OSError):  # an engine must not fail for what it shows
-                self._lists.say(*self.users.lists(self.running))
-        return super().make_stats(*args, **kwargs)  # type: ignore[misc]
 
     def _end_failed(self, output: Any) -> list[tuple[int, EngineCoreOutput]]:
         """Ends requests whose adapter cannot be had, waiting ones and running ones."""
