@@ -285,7 +285,7 @@ class MultiLoRAModelManager(LoRAModelManager):
         return sum(layer_bytes(layer, dtype) for layer in layers) // self.lora_slots
 
     def give_slot(self, slot: int, lora_id: int | None) -> None:
-        """From now on the slot is the adapter's, or nobody's; another one that it had is nobody's."""
+        """From now on the slot is the adapter's, or nobody's; another that it had is nobody's."""
         owners = self.lora_index_to_id
         owners[:] = [None if owner == lora_id else owner for owner in owners]
         owners[slot] = lora_id
