@@ -136,7 +136,7 @@ def test_what_is_loaded_is_what_was_put_there_and_then_what_replaced_it(cloud, e
         assert loaded.pack.digest == local.load(number, str(folder)).pack.digest
 
 
-def test_a_missing_adapter_is_told_apart_from_a_cloud_that_cannot_be_read(
+def test_a_missing_adapter_and_an_unreachable_cloud_give_different_errors(
     cloud, engines, tmp_path, cache
 ):
     cloud.put_adapter("acme/a", adapter(tmp_path / "a"))
