@@ -3,14 +3,20 @@
 import multiprocessing
 import os
 import random
+import subprocess
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from tests.sources.conftest import adapter
+from tests.sources.web_server import Fault
+from vllm_multilora.failures import FailureKind
 from vllm_multilora.sources.disk_tier import LEASE, DiskTier, lease_of
 from vllm_multilora.sources.source_errors import SourceError
+from vllm_multilora.store.protocol.messages import Loaded, LoadRequest
 
 NBYTES = 100_000
 LIMIT = 5 * NBYTES + NBYTES // 2
@@ -108,3 +114,35 @@ def test_an_adapter_that_no_disk_has_room_for_is_refused(tmp_path: Path) -> None
     tier = DiskTier(tmp_path, 1 << 60)
     with pytest.raises(SourceError, match="bytes free on its disk"):
         put(tier, "a", 1 << 59)
+
+
+@pytest.fixture
+def small_disk(cache: Path) -> Iterator[Path]:
+    """A disk of 1 MiB, on which the disk cache is."""
+    cache.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(cache)]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("to mount a small disk one must be root")
+    yield cache
+    subprocess.run(["umount", "--lazy", str(cache)], check=True)
+
+
+def test_a_full_disk_hurts_only_new_fetches(small_disk, engines, web, tmp_path):
+    for name in "ab":
+        web.put(f"/loras/{name}", adapter(tmp_path / name))
+    url, full = f"{web.address}/loras", small_disk / "others"
+    engine = engines(url)
+    assert isinstance(engine.load(1, f"{url}/a"), Loaded)
+    engine.client.forget(1)
+    web.faults = [Fault("GET", "adapter_model.safetensors", "delay", 1)]
+    ticket = engine.client.request_load(LoadRequest(2, "b", f"{url}/b"))
+    engine.until(lambda: web.served[-1].path == "/loras/b/adapter_model.safetensors")
+    with full.open("wb", buffering=0) as file, suppress(OSError):
+        while True:  # somebody else's
+            file.write(bytes(4096))
+    failed = engine.answer(ticket)
+    assert failed.kind is FailureKind.NO_MEMORY
+    assert "--multilora-disk-cache" in failed.message
+    assert isinstance(engine.load(1, f"{url}/a", fresh=True), Loaded)
+    full.unlink()
+    assert isinstance(engine.load(3, f"{url}/b", fresh=True), Loaded)
