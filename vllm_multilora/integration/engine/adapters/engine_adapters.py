@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from vllm_multilora.integration.worker.pushed_tensors import Push
 
 
+_IDLE_S = 0.001
 _NOT_IN_SLOT = LoadFailure(
     FailureKind.INTERNAL, "its weights were not in their slot when a step needed them"
 )
@@ -68,8 +69,8 @@ class EngineAdapters:
         slots: Decides who has which.
         ranks: Number of workers.
         observer: Told of everything that is counted or shown.
-        asks_late: Whether the store keeps everybody waiting, so that it is asked only for a
-            request that is about to run.
+        wait_s: Seconds that everybody waits for an adapter, which is then asked for only by a
+            request that is about to run; 0: adapters are loaded beside steps.
         copy_s: Seconds that a step waits for copies of small adapters, from the first one on; 0
             where workers may still have a step when the next is scheduled.
         store_address: Tells stores apart.
@@ -78,7 +79,8 @@ class EngineAdapters:
         most_blends: Blends of each tenant that there may be at a time.
 
     Attributes:
-        slots, observer, asks_late, store_address: As above.
+        slots, observer, store_address: As above.
+        asks_late: Whether everybody waits for loads.
         quarantine: Weights that must not be used.
         pushed: The folders of adapters that workers were given as tensors.
     """
@@ -91,7 +93,7 @@ class EngineAdapters:
         ranks: int,
         observer: AdapterObserver,
         *,
-        asks_late: bool = False,
+        wait_s: float = 0.0,
         copy_s: float = 0.0,
         store_address: str = "",
         required: RequiredDigests | None = None,
@@ -99,7 +101,7 @@ class EngineAdapters:
         most_blends: int = 0,
     ) -> None:
         self.slots = slots
-        self.asks_late = asks_late
+        self.asks_late, self._wait_s = wait_s > 0, wait_s
         self.store_address = store_address
         self.observer = observer
         self.quarantine = Quarantine()
@@ -159,8 +161,8 @@ class EngineAdapters:
             return False
         adapter = self._known[adapter_id]
         self._ask(adapter)
-        if self.asks_late and adapter.load is not None:  # the answer is there already
-            self.poll()
+        if self.asks_late:
+            self._await_load(adapter)
         return self.failure(adapter_id, reload=reload) is None and adapter.is_at_hand
 
     def is_at_hand(self, adapter_id: int) -> bool:
@@ -199,7 +201,7 @@ class EngineAdapters:
         self.slots.running(adapters)
         if computes:
             self.observer.step(adapters)
-        self._exchange.send()
+        self._send()
 
     def failure(self, adapter_id: int, *, reload: bool = False) -> LoadFailure | None:
         """Why an adapter cannot be had, None unless its state is FAILED or QUARANTINED.
@@ -308,7 +310,7 @@ class EngineAdapters:
     def poll(self, lease_s: float = 0.0) -> None:
         """Takes in what has happened since, and sends what is due; see `Exchange.hear`."""
         self._poll(lease_s)
-        self._exchange.send()
+        self._send()
         self.observer.settle(self.state, self.slots.contents)
 
     def _poll(self, lease_s: float = 0.0, copy_s: float = 0.0) -> None:
@@ -320,6 +322,25 @@ class EngineAdapters:
                 self._lost[answer.adapter_id] = _NOT_IN_SLOT
             elif (under_way := self._exchange.answered(rank, answer)) is not None:
                 under_way.adapter.order_answered(under_way, rank, answer)
+
+    def _send(self) -> None:
+        """Sends what is due; where everybody waits, until workers have answered."""
+        self._exchange.send()
+        until = time.monotonic() + self._wait_s
+        while self._exchange.has_orders and (left := until - time.monotonic()) > 0:
+            self._poll(copy_s=left)
+
+    def _await_load(self, adapter: AdapterMachine) -> None:
+        """Waits until a load has ended; one that takes longer than a store allows it has failed."""
+        until = time.monotonic() + self._wait_s
+        while (load := adapter.load) is not None:
+            if time.monotonic() > until:
+                self._exchange.store.cancel(load.ticket)
+                late = f"the store of adapters has not answered within {self._wait_s:g} s"
+                self._take(Failed(load.ticket, FailureKind.TIMEOUT, late, []))
+            self.poll()
+            if adapter.load is not None:
+                time.sleep(_IDLE_S)
 
     def _take(self, message: ToUser) -> None:
         """Takes in what the store says."""

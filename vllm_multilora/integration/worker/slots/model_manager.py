@@ -184,7 +184,8 @@ class MultiLoRAModelManager(LoRAModelManager):
         layers = self._ranked_layers(packed)
         self._make_rank_tables([layer for layer, _ in layers])
         for shared in self._wrappers():
-            shared.adopt_layers(m for m in self.modules.values() if m.punica_wrapper is shared)
+            layers_of = (m for m in self.modules.values() if id(m.punica_wrapper) == id(shared))
+            shared.adopt_layers(layers_of)
         self.factors = SlotFactors(packed, self.lora_slots, self.device) if dora else None
         for number, (layer, own) in enumerate(layers):  # those of packed adapters first
             wrapper = layer.punica_wrapper
