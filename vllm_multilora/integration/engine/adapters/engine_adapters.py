@@ -17,6 +17,7 @@ Everything that happens is an event of one adapter's `AdapterMachine`, which dec
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -162,7 +163,7 @@ class EngineAdapters:
         adapter = self._known[adapter_id]
         self._ask(adapter)
         if self.asks_late:
-            self._await_load(adapter)
+            _await_load(adapter, self._exchange, self._wait_s, self.poll)
         return self.failure(adapter_id, reload=reload) is None and adapter.is_at_hand
 
     def is_at_hand(self, adapter_id: int) -> bool:
@@ -201,7 +202,7 @@ class EngineAdapters:
         self.slots.running(adapters)
         if computes:
             self.observer.step(adapters)
-        self._send()
+        _send(self._exchange, self._wait_s, self._poll)
 
     def failure(self, adapter_id: int, *, reload: bool = False) -> LoadFailure | None:
         """Why an adapter cannot be had, None unless its state is FAILED or QUARANTINED.
@@ -310,7 +311,7 @@ class EngineAdapters:
     def poll(self, lease_s: float = 0.0) -> None:
         """Takes in what has happened since, and sends what is due; see `Exchange.hear`."""
         self._poll(lease_s)
-        self._send()
+        _send(self._exchange, self._wait_s, self._poll)
         self.observer.settle(self.state, self.slots.contents)
 
     def _poll(self, lease_s: float = 0.0, copy_s: float = 0.0) -> None:
@@ -322,25 +323,6 @@ class EngineAdapters:
                 self._lost[answer.adapter_id] = _NOT_IN_SLOT
             elif (under_way := self._exchange.answered(rank, answer)) is not None:
                 under_way.adapter.order_answered(under_way, rank, answer)
-
-    def _send(self) -> None:
-        """Sends what is due; where everybody waits, until workers have answered."""
-        self._exchange.send()
-        until = time.monotonic() + self._wait_s
-        while self._exchange.has_orders and (left := until - time.monotonic()) > 0:
-            self._poll(copy_s=left)
-
-    def _await_load(self, adapter: AdapterMachine) -> None:
-        """Waits until a load has ended; one that takes longer than a store allows it has failed."""
-        until = time.monotonic() + self._wait_s
-        while (load := adapter.load) is not None:
-            if time.monotonic() > until:
-                self._exchange.store.cancel(load.ticket)
-                late = f"the store of adapters has not answered within {self._wait_s:g} s"
-                self._take(Failed(load.ticket, FailureKind.TIMEOUT, late, []))
-            self.poll()
-            if adapter.load is not None:
-                time.sleep(_IDLE_S)
 
     def _take(self, message: ToUser) -> None:
         """Takes in what the store says."""
@@ -378,6 +360,34 @@ class EngineAdapters:
             if self.asks_late:  # all wait for the store, and so what waits for slots makes room
                 self.yield_host_memory()
             adapter.needed()
+
+
+def _send(
+    exchange: Exchange[AdapterMachine], wait_s: float, poll: Callable[[float, float], None]
+) -> None:
+    """Sends what is due; where everybody waits, until workers have answered."""
+    exchange.send()
+    until = time.monotonic() + wait_s
+    while exchange.has_orders and (left := until - time.monotonic()) > 0:
+        poll(0.0, left)
+
+
+def _await_load(
+    adapter: AdapterMachine,
+    exchange: Exchange[AdapterMachine],
+    wait_s: float,
+    poll: Callable[[], None],
+) -> None:
+    """Waits until a load has ended; one that takes longer than a store allows it has failed."""
+    until = time.monotonic() + wait_s
+    while (load := adapter.load) is not None:
+        if time.monotonic() > until:
+            exchange.cancel(load)
+            late = f"the store of adapters has not answered within {wait_s:g} s"
+            adapter.store_failed(load, Failed(load.ticket, FailureKind.TIMEOUT, late, []))
+        poll()
+        if adapter.load is not None:
+            time.sleep(_IDLE_S)
 
 
 def _done(*, error: Exception | None = None) -> Future[bool]:

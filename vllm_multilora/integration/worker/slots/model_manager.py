@@ -184,8 +184,7 @@ class MultiLoRAModelManager(LoRAModelManager):
         layers = self._ranked_layers(packed)
         self._make_rank_tables([layer for layer, _ in layers])
         for shared in self._wrappers():
-            layers_of = (m for m in self.modules.values() if id(m.punica_wrapper) == id(shared))
-            shared.adopt_layers(layers_of)
+            shared.adopt_layers(m for m in self.modules.values() if m.punica_wrapper is shared)
         self.factors = SlotFactors(packed, self.lora_slots, self.device) if dora else None
         for number, (layer, own) in enumerate(layers):  # those of packed adapters first
             wrapper = layer.punica_wrapper
@@ -263,7 +262,7 @@ class MultiLoRAModelManager(LoRAModelManager):
         self._expand_ranks = torch.zeros(shape, dtype=torch.int32, device=self.device)
         self._rank_columns = SlotColumns((self._shrink_ranks, self._expand_ranks))
 
-    def _wrappers(self) -> Iterable[MultiLoRAPunicaWrapper]:
+    def _wrappers(self) -> Iterable[Any]:  # of MultiLoRAPunicaWrapper
         """Each once, however many of the model's parts have it."""
         return {id(wrapper): wrapper for wrapper in self.punica_wrapper_mapping.values()}.values()
 
