@@ -15,11 +15,10 @@ from vllm.entrypoints.serve.engine.protocol import ModelCard
 from vllm.lora.request import LoRARequest
 
 from vllm_multilora.gateway.names.models_list import card_for, models_for
-from vllm_multilora.integration.api_server import registered_versions
-from vllm_multilora.integration.api_server.registered_versions import Version
 from vllm_multilora.integration.server.names import adapter_directory, blend_names, registration
 from vllm_multilora.integration.server.names.model_names import Chosen, choose
 from vllm_multilora.integration.server.names.routes import ROUTES, ServerRoutes
+from vllm_multilora.integration.server.requests import registered_versions
 from vllm_multilora.integration.server.requests.callers import (
     Caller,
     current_caller,
@@ -27,6 +26,7 @@ from vllm_multilora.integration.server.requests.callers import (
 )
 from vllm_multilora.integration.server.requests.http_calls import HttpCall, current_call
 from vllm_multilora.integration.server.requests.metering import METER, ServerMeter
+from vllm_multilora.integration.server.requests.registered_versions import Version
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import AllowedNames, Tenant

@@ -365,14 +365,10 @@ class AdapterAwareMixin:
         for client, output in failed:
             outputs.setdefault(client, EngineCoreOutputs()).outputs.append(output)
         self._let_go()  # the engine may be idle from now on
-        return outputs
-
-    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
-        """VLLM's statistics; says besides which adapters' requests run and wait."""
         if self._lists is not None:
             with suppress(OSError):  # an engine must not fail for what it shows
                 self._lists.say(*self.users.lists(self.running))
-        return super().make_stats(*args, **kwargs)  # type: ignore[misc]
+        return outputs
 
     def _end_failed(self, output: Any) -> list[tuple[int, EngineCoreOutput]]:
         """Ends requests whose adapter cannot be had, waiting ones and running ones."""

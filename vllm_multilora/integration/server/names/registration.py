@@ -22,14 +22,13 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_multilora.adapters.problems import Code, Problem, shown_name
 from vllm_multilora.adapters.served_names import name_fault, path_fault
-from vllm_multilora.integration.api_server import registered_versions
 from vllm_multilora.integration.api_server.equal_loads import was_loaded
 from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.integration.failed_requests import STATUS, AdapterRefusedError, without_folder
 from vllm_multilora.integration.server.names import shared_names
 from vllm_multilora.integration.server.names.public_names import is_reserved, public_names
-from vllm_multilora.integration.server.requests import metering
+from vllm_multilora.integration.server.requests import metering, registered_versions
 from vllm_multilora.integration.server.requests.callers import TYPES
 from vllm_multilora.integration.server.requests.engine_admission import SEE_OFF
 from vllm_multilora.integration.server.requests.engine_calls import answer_of, register

@@ -12,10 +12,10 @@ import msgspec
 from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from vllm_multilora.integration.api_server.registered_versions import Version, note
 from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.integration.engine.adapter_status import METHOD, REGISTER, Report
 from vllm_multilora.integration.failed_requests import AdapterRefusedError
+from vllm_multilora.integration.server.requests.registered_versions import Version, note
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
