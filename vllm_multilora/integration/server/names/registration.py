@@ -27,6 +27,7 @@ from vllm_multilora.integration.api_server.equal_loads import was_loaded
 from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.integration.failed_requests import STATUS, AdapterRefusedError, without_folder
+from vllm_multilora.integration.server.chat_templates.own_templates import OWN_TEMPLATES
 from vllm_multilora.integration.server.names import shared_names
 from vllm_multilora.integration.server.names.public_names import is_reserved, public_names
 from vllm_multilora.integration.server.requests import metering
@@ -280,6 +281,8 @@ async def serve(models: Any, lora: LoRARequest) -> None:
 async def remove(models: Any, lora: LoRARequest) -> None:
     """Frees an adapter's slot and host memory; returns when its running requests have ended."""
     registered_versions.forget(models.engine_client, lora.lora_int_id)
+    if (templates := OWN_TEMPLATES.get(models.engine_client)) is not None:
+        templates.known.pop(lora.lora_int_id, None)
     core = models.engine_client.engine_core
     await answer_of(core, core.remove_lora_async(lora.lora_int_id))
 

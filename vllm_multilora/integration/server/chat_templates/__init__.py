@@ -1,0 +1,1 @@
+"""Adapters' own chat templates, those that the operator has allowed."""
