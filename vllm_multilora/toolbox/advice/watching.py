@@ -113,9 +113,8 @@ def _growth(watched: Sequence[Snapshot]) -> Samples:
 
 def rates(before: Snapshot, now: Snapshot) -> dict[str, float]:
     """What a server has done per second between two snapshots; copies into slots are no loads."""
-    grown = {
-        series: n for series, n in _growth((before, now)).items() if series.label("source") != "cpu"
-    }
+    growth = _growth((before, now)).items()
+    grown = {series: n for series, n in growth if series.label("source") != "cpu"}
     names = {"tokens": GENERATED, "requests": FINISHED, "loads": metrics.LOADS.name}
     names["refusals"] = metrics.REFUSED.name
     return {what: _total(grown, name) / (now.at - before.at) for what, name in names.items()}

@@ -42,8 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.watch is not None:
                 with suppress(UnreachableError):  # metrics are not for tenants
                     now = scrape(url, api_key=arguments.api_key)
-            if now is not None and before is not None:
-                listing["rates"] = rates(before, now)
+            listing |= {"rates": rates(before, now)} if now and before else {}
             _show(arguments, url, listing)
             if arguments.watch is None:
                 return 0
