@@ -77,8 +77,7 @@ class OwnTemplates:
         in_more = more.get("chat_template") if isinstance(more, dict) else None
         if self._trusts_clients or (fields.get("chat_template") is None and in_more is None):
             return None
-        expected = "expected none without --trust-request-chat-template"
-        return f"Found a chat template in the request, {expected}."
+        return "Found a chat template, expected none without --trust-request-chat-template."
 
     async def of(self, lora: LoRARequest) -> str | None:
         """The template of an adapter's version, or None; raises `AdapterRefusedError`."""
@@ -99,11 +98,10 @@ class OwnTemplates:
 
     async def _read(self, lora: LoRARequest) -> str | None:
         command = [sys.executable, "-P", "-m", _READER, json.dumps([lora.lora_path, *self._roots])]
-        start = partial(subprocess.run, command, timeout=_WAIT_S, env=environment())
+        start = partial(subprocess.check_output, command, timeout=_WAIT_S, env=environment())
         try:
-            done = await asyncio.to_thread(start, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
-            read = json.loads(done.stdout)
-        except (subprocess.TimeoutExpired, ValueError):
+            read = json.loads(await asyncio.to_thread(start, stdin=subprocess.DEVNULL))
+        except (subprocess.SubprocessError, ValueError):
             read = {"error": "it takes too much time or memory to read"}
         if "error" in read:
             raise _refused(lora, read["error"])

@@ -31,7 +31,7 @@ from vllm_multilora.integration.server.chat_templates.own_templates import OWN_T
 from vllm_multilora.integration.server.names import shared_names
 from vllm_multilora.integration.server.names.public_names import is_reserved, public_names
 from vllm_multilora.integration.server.requests import metering
-from vllm_multilora.integration.server.requests.callers import TYPES
+from vllm_multilora.integration.server.requests.callers import TYPES, current_caller
 from vllm_multilora.integration.server.requests.engine_admission import SEE_OFF
 from vllm_multilora.integration.server.requests.engine_calls import answer_of, register
 from vllm_multilora.integration.server.requests.http_calls import GRACE_S, current_call
@@ -244,9 +244,10 @@ def no_such_name(name: str, fault: str, param: str) -> AdapterErrorResponse:
 
 
 def no_such_model(models: Any, name: str | None) -> str:
-    """What vLLM says to a request for a model that does not exist."""
-    served = ", ".join(model.name for model in models.base_model_paths)
-    return f"The model `{name}` does not exist. Valid aliases: {served}."
+    """What vLLM says to a request for a model that does not exist; tenants see no other names."""
+    caller, served = current_caller.get(), ", ".join(m.name for m in models.base_model_paths)
+    aliases = "" if caller is not None and caller.tenant else f" Valid aliases: {served}."
+    return f"The model `{name}` does not exist.{aliases}"
 
 
 async def admit(models: Any, lora: LoRARequest) -> AdapterErrorResponse | None:
