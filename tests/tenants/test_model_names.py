@@ -15,10 +15,12 @@ from vllm.entrypoints.serve.engine.protocol import ModelCard
 from vllm.lora.request import LoRARequest
 
 from vllm_multilora.gateway.names.models_list import card_for, models_for
+from vllm_multilora.integration.api_server import registered_versions
+from vllm_multilora.integration.api_server.registered_versions import Version
 from vllm_multilora.integration.server.names import adapter_directory, blend_names, registration
 from vllm_multilora.integration.server.names.model_names import Chosen, choose
+from vllm_multilora.integration.server.names.registration import no_such_model
 from vllm_multilora.integration.server.names.routes import ROUTES, ServerRoutes
-from vllm_multilora.integration.server.requests import registered_versions
 from vllm_multilora.integration.server.requests.callers import (
     Caller,
     current_caller,
@@ -26,7 +28,6 @@ from vllm_multilora.integration.server.requests.callers import (
 )
 from vllm_multilora.integration.server.requests.http_calls import HttpCall, current_call
 from vllm_multilora.integration.server.requests.metering import METER, ServerMeter
-from vllm_multilora.integration.server.requests.registered_versions import Version
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import AllowedNames, Tenant
@@ -283,3 +284,10 @@ def test_only_a_recording_has_its_language_found_by_the_base_model(models):
     assert granted(is_form=False, language=None) == {"acme-a"}
     assert granted(is_form=True) == {"acme-a", None}
     assert granted(is_form=True, language="en") == {"acme-a"}
+
+
+def test_no_other_name_is_recommended_to_a_tenant_that_asks_for_an_unknown_one(models):
+    refusal, _ = choose_for(models, tenant(adapters=("acme-*",)), "zen-a")
+    assert refusal.error.message == "The model `zen-a` does not exist."
+    known = "The model `nothing` does not exist. Valid aliases: base."
+    assert no_such_model(models, "nothing") == known

@@ -26,6 +26,7 @@ from vllm_multilora.integration.logs import join_vllm_logging
 from vllm_multilora.integration.server.names import registration_routes
 from vllm_multilora.integration.server.requests import metrics_route
 from vllm_multilora.integration.server.requests.engine_calls import IS_STOPPING
+from vllm_multilora.integration.server.requests.own_templates import allow_templates
 from vllm_multilora.integration.server.start import start
 from vllm_multilora.wording import CONTROLS
 
@@ -82,6 +83,7 @@ class Gateway:
         if self._inner is None:
             inner = self._app
             if (models := getattr(server.state, "openai_serving_models", None)) is not None:
+                allow_templates(models.engine_client, server.state.args)
                 inner = NamesMiddleware(inner, models)
             inner = HttpCallMiddleware(inner)
             access = access_for(server.state.args)

@@ -57,10 +57,9 @@ class FirstErrors:
             validator.validate_python(json.loads(body))
         except ValidationError as error:
             found = error.errors(include_url=False, include_context=False, include_input=False)
-            where = ".".join(map(str, found[0]["loc"]))
-            count = f"{len(found)} validation error{'s' if len(found) > 1 else ''}"
-            what = f"{count} in the body, the first at `{where}`: {found[0]['msg']}."
-            raise FieldError(what) from None
+            where, what = ".".join(map(str, found[0]["loc"])), found[0]["msg"]
+            count = f"{len(found)} validation errors in the body, the first"
+            raise FieldError(f"{count} at `{where}`: {what}.") from None
         except Exception:  # vLLM's own, which its answer says more about
             logger.debug("A body is left to vLLM's own checks.", exc_info=True)
 

@@ -15,14 +15,14 @@ import pytest
 from tests.attacks.poison import poisoned
 from tests.tenants.callers import as_caller
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.integration.api_server import registered_versions
+from vllm_multilora.integration.api_server.registered_versions import Version
 from vllm_multilora.integration.server.names import registration
 from vllm_multilora.integration.server.names.model_names import Chosen, choose
 from vllm_multilora.integration.server.names.public_names import PART_KINDS, public_names, separate
-from vllm_multilora.integration.server.requests import registered_versions
 from vllm_multilora.integration.server.requests.callers import Caller
 from vllm_multilora.integration.server.requests.http_calls import HttpCall
 from vllm_multilora.integration.server.requests.metering import METER, ServerMeter
-from vllm_multilora.integration.server.requests.registered_versions import Version
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Role
 from vllm_multilora.tenants.tenant import Tenant

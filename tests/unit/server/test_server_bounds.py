@@ -19,6 +19,8 @@ from vllm.utils.counter import AtomicCounter
 from tests.event_loop import in_event_loop
 from vllm_multilora.failures import FailureKind, LoadFailure, RequestFailure
 from vllm_multilora.gateway.status.status_route import MAX_SHARE, NEW_S, RecentListing
+from vllm_multilora.integration.api_server import registered_versions
+from vllm_multilora.integration.api_server.registered_versions import Version
 from vllm_multilora.integration.blends import blended
 from vllm_multilora.integration.failed_requests import from_stop_reason, to_stop_reason
 from vllm_multilora.integration.server.names import registration, routes, shared_names
@@ -28,13 +30,8 @@ from vllm_multilora.integration.server.names.refusals import (
     LONGEST_PAUSE_S,
     Refusals,
 )
-from vllm_multilora.integration.server.requests import (
-    engine_admission,
-    http_calls,
-    registered_versions,
-)
+from vllm_multilora.integration.server.requests import engine_admission, http_calls
 from vllm_multilora.integration.server.requests.http_calls import HttpCall, current_call
-from vllm_multilora.integration.server.requests.registered_versions import Version
 
 ANSWER: Any = SimpleNamespace()
 

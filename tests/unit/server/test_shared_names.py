@@ -12,10 +12,11 @@ from vllm.utils.counter import AtomicCounter
 
 from tests.store.names_only import Stores
 from vllm_multilora.adapters.directory import FIRST_NUMBER
+from vllm_multilora.integration.api_server import registered_versions
+from vllm_multilora.integration.api_server.registered_versions import Version
 from vllm_multilora.integration.server.names import registration, shared_names
 from vllm_multilora.integration.server.names.shared_names import NAMES, SharedNames
-from vllm_multilora.integration.server.requests import http_calls, registered_versions
-from vllm_multilora.integration.server.requests.registered_versions import Version
+from vllm_multilora.integration.server.requests import http_calls
 from vllm_multilora.integration.updating import SERVER_VARIABLE, UPDATING_VARIABLE
 from vllm_multilora.store.clients.names_client import NamesClient
 from vllm_multilora.store.protocol.store_folder import StoreUnavailableError

@@ -17,9 +17,9 @@ from starlette.responses import Response
 
 from vllm_multilora.adapters.problems import shown_name
 from vllm_multilora.gateway.endpoints import error_answer
+from vllm_multilora.integration.api_server import registered_versions
 from vllm_multilora.integration.server.names.public_names import public_names
 from vllm_multilora.integration.server.names.routes import ROUTES
-from vllm_multilora.integration.server.requests import registered_versions
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller
 
 MODELS = "/v1/models"

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from vllm.lora.request import LoRARequest
 
 from vllm_multilora.adapters.directory import FIRST_NUMBER
+from vllm_multilora.integration.api_server import registered_versions
 from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.server.names.public_names import public_names
-from vllm_multilora.integration.server.requests import registered_versions
 from vllm_multilora.integration.server.requests.http_calls import GRACE_S
 from vllm_multilora.integration.updating import SERVER_VARIABLE, UPDATING_VARIABLE
 from vllm_multilora.store.clients.names_client import NamesClient

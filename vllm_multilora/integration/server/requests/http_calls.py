@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from vllm_multilora.adapters.served_names import MAX_NAME_BYTES
+from vllm_multilora.integration.api_server.registered_versions import find
 from vllm_multilora.integration.server.requests.callers import error_response
-from vllm_multilora.integration.server.requests.registered_versions import find
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest

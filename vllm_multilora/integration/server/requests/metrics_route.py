@@ -10,21 +10,19 @@ import contextlib
 import logging
 import os
 import weakref
-from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Gauge, generate_latest
-from prometheus_client.core import CollectorRegistry, Metric
 from starlette.responses import Response
 from starlette.routing import Route
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from vllm_multilora.integration.api_server.failure_delivery import ON_OUTPUTS
+from vllm_multilora.integration.api_server.failure_delivery import AFTER_OUTPUTS
 from vllm_multilora.integration.recording import FOLDER_VARIABLE, folder_of, recorder
 from vllm_multilora.integration.server.settings.gateway_activation import manages_adapters
-from vllm_multilora.metrics.collector import LoRACollector
+from vllm_multilora.metrics.collector import Beside, LoRACollector
 from vllm_multilora.metrics.recorder import Recorder
 from vllm_multilora.metrics.server_counts import COUNTS
 
@@ -71,26 +69,13 @@ def add_routes(app: FastAPI) -> None:
     """
     if _MULTIPROCESS not in os.environ:
         return  # vLLM shows the registry that the metrics are in
-    shown: Any = _WithOurs(get_prometheus_registry())
+    shown: Any = Beside(_COLLECTOR, get_prometheus_registry())
 
     def show_all(_: Request) -> Response:
         return Response(generate_latest(shown), media_type=CONTENT_TYPE_LATEST)
 
     paths = "/metrics", "/metrics/"
     app.routes[:0] = [Route(path, show_all, include_in_schema=False) for path in paths]
-
-
-class _WithOurs:
-    """The LoRA metrics beside those of a registry, and in the place of those of the same name."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
-
-    def collect(self) -> Iterator[Metric]:
-        ours = list(_COLLECTOR.collect())
-        names = {metric.name for metric in ours}
-        yield from (metric for metric in self._registry.collect() if metric.name not in names)
-        yield from ours
 
 
 def hide_stock_lists(client: Any) -> None:
@@ -105,17 +90,5 @@ def hide_stock_lists(client: Any) -> None:
             with contextlib.suppress(KeyError):  # values in files are shown by another registry
                 REGISTRY.unregister(gauge)
             _COLLECTOR.show_lists()
-            _keep_empty(client.output_processor)
-
-
-def _keep_empty(processor: Any) -> None:
-    """Empties vLLM's lists after each step's outputs, from which alone it learns of requests."""
-    look, lists = ON_OUTPUTS.get(processor), processor.lora_states.requests
-
-    @contextlib.contextmanager
-    def look_and_empty(outputs: Iterable[Any], states: dict[str, Any]) -> Iterator[None]:
-        with contextlib.nullcontext() if look is None else look(outputs, states):
-            yield
-        lists.clear()
-
-    ON_OUTPUTS.set(processor, look_and_empty)
+            processor = client.output_processor
+            AFTER_OUTPUTS.set(processor, processor.lora_states.requests.clear)
