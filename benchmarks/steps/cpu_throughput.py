@@ -56,7 +56,7 @@ MAX_RANK = 64
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def _shapes(model_config: dict) -> dict[str, tuple[int, int]]:
+def shapes_of(model_config: dict) -> dict[str, tuple[int, int]]:
     """Columns and rows of a layer's projections, by name."""
     hidden, inner = model_config["hidden_size"], model_config["intermediate_size"]
     head = hidden // model_config["num_attention_heads"]
@@ -81,7 +81,7 @@ def write_random_adapter(
     projections: Sequence[str] = PROJECTIONS,
 ) -> Path:
     """Writes a PEFT checkpoint of a random adapter on projections of a Llama-like model."""
-    shapes, sizes = _shapes(model_config), {}
+    shapes, sizes = shapes_of(model_config), {}
     for layer in range(model_config["num_hidden_layers"]):
         for name in projections:
             block = "mlp" if name in PROJECTIONS[4:] else "self_attn"
@@ -220,7 +220,7 @@ def _computing_on(threads: int) -> Iterator[None]:
 
 
 def _numbers_of_a_rank(model_config: dict) -> int:
-    sides = sum(map(sum, _shapes(model_config).values()))
+    sides = sum(map(sum, shapes_of(model_config).values()))
     return int(sides * model_config["num_hidden_layers"])
 
 
