@@ -134,9 +134,11 @@ def test_a_full_disk_hurts_only_new_fetches(small_disk, engines, web, tmp_path):
     engine = engines(url)
     assert isinstance(engine.load(1, f"{url}/a"), Loaded)
     engine.client.forget(1)
-    web.faults = [Fault("GET", "adapter_model.safetensors", "delay", 1)]
+    weights = "adapter_model.safetensors"
+    web.faults = [Fault("GET", weights, "cut", 2000), Fault("GET", weights, "delay", 3)]
     ticket = engine.client.request_load(LoadRequest(2, "b", f"{url}/b"))
-    engine.until(lambda: web.served[-1].path == "/loras/b/adapter_model.safetensors")
+    incoming = small_disk / "incoming"
+    engine.until(lambda: any(f.stat().st_size >= 2000 for f in incoming.rglob(weights)))
     with full.open("wb", buffering=0) as file, suppress(OSError):
         while True:  # somebody else's
             file.write(bytes(4096))
