@@ -9,60 +9,20 @@ keeping the files in the disk cache, and loading them from there.
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from unittest.mock import patch
 
 from benchmarks.cold.intake_cost import layout_of
 from benchmarks.harness.registry import Figure, benchmark
 from benchmarks.loads.smollm2 import model_config
-from benchmarks.steps.cpu_throughput import PROJECTIONS, shapes_of, write_random_adapter
+from benchmarks.steps.cpu_throughput import sizes_of, write_random_adapter
 
 RANK = 8
 FILES = "adapter_config.json", "adapter_model.safetensors"
 WAIT_S = 60.0
-
-
-@contextmanager
-def bucket() -> Iterator[str]:
-    """An S3 server with a public bucket `loras`; its address."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    program = Path(sys.executable).with_name("moto_server")
-    process = subprocess.Popen(
-        [program, "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + WAIT_S
-    try:
-        while True:
-            try:
-                urllib.request.urlopen(f"{address}/moto-api/", timeout=5).close()
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.1)
-        put(f"{address}/loras", b"")
-        yield address
-    finally:
-        process.kill()
-        process.wait()
-
-
-def put(address: str, content: bytes) -> None:
-    headers = {"x-amz-acl": "public-read", "content-type": "application/octet-stream"}
-    request = urllib.request.Request(address, content, headers, method="PUT")
-    urllib.request.urlopen(request, timeout=WAIT_S).close()
 
 
 def first_loads(paths: Iterable[str], layout: object, **settings: object) -> list[float]:
@@ -122,21 +82,20 @@ def bucket_loads(adapters: int = 200, rounds: int = 3) -> Iterable[Figure]:
         adapters: How many.
         rounds: Of all; the figures are each round's medians.
     """
+    from tests.sources.emulators import put_publicly, s3_server
+
     config = model_config()
-    sizes = {
-        f"model.layers.{layer}.{'mlp' if name in PROJECTIONS[4:] else 'self_attn'}.{name}": shape
-        for layer in range(config["num_hidden_layers"])
-        for name, shape in shapes_of(config).items()
-    }
+    sizes = {f"model.{name}": size for name, size in sizes_of(config).items()}
     layout = layout_of(sizes, RANK, columns_first=True)
     names = [f"tenant{number}" for number in range(adapters)]
     columns: dict[str, list[float]] = {"folder, ms": [], "bucket, ms": [], "transfer, ms": []}
-    with tempfile.TemporaryDirectory() as text, bucket() as address:
+    with tempfile.TemporaryDirectory() as text, s3_server() as address:
+        put_publicly(f"{address}/loras")
         folder, access = Path(text), {"AWS_ENDPOINT_URL": address, "AWS_SKIP_SIGNATURE": "true"}
         for number, name in enumerate(names):
             write_random_adapter(folder / name, config, RANK, seed=number)
             for file in FILES:
-                put(f"{address}/loras/{name}/{file}", (folder / name / file).read_bytes())
+                put_publicly(f"{address}/loras/{name}/{file}", (folder / name / file).read_bytes())
         for turn in range(rounds):
             cache = str(folder / f"cache{turn}")
             with patch.dict(os.environ, access | {"AWS_DEFAULT_REGION": "us-east-1"}):
