@@ -23,16 +23,20 @@ LIMIT = 5 * NBYTES + NBYTES // 2
 
 
 def put(tier: DiskTier, key: str, nbytes: int = NBYTES) -> Path:
-    with tier.fetching(key, nbytes, 20) as folder:
-        if folder is None:
+    with tier.fetching(key, nbytes, 20) as incoming:
+        if incoming is None:
             found = tier.find(key, nbytes)
             assert found is not None
             return found
         for part in range(10):
-            with (folder / "weights").open("ab") as file:
+            with (incoming.folder / "weights").open("ab") as file:
                 file.write(os.urandom(nbytes // 10))
             time.sleep(0.001 * part)
-        return tier.publish(folder, key, nbytes)
+        adapter = tier.publish(incoming, key, nbytes)
+        lease = lease_of(adapter)
+        assert lease is not None, "others cannot use it yet"
+        os.close(lease)
+        return adapter
 
 
 def used_by(tier: DiskTier) -> int:
@@ -96,15 +100,15 @@ def test_what_is_in_use_stays_and_the_new_one_is_refused(tmp_path: Path) -> None
 
 def test_what_an_ended_process_left_is_resumed_or_makes_room(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path, 2 * NBYTES)
-    with tier.fetching("a", NBYTES, 1) as folder:
-        assert folder is not None
-        (folder / "weights").write_bytes(b"some")
+    with tier.fetching("a", NBYTES, 1) as incoming:
+        assert incoming is not None
+        (incoming.folder / "weights").write_bytes(b"some")
         # Its whole size counts, though it has a part of it.
         with pytest.raises(SourceError), tier.fetching("b", NBYTES + 1, 1):
             pass
-    with tier.fetching("a", NBYTES, 1) as folder:
-        assert folder is not None
-        assert (folder / "weights").read_bytes() == b"some"
+    with tier.fetching("a", NBYTES, 1) as incoming:
+        assert incoming is not None
+        assert (incoming.folder / "weights").read_bytes() == b"some"
     assert tier.find("a", NBYTES) is None
     put(tier, "b", 2 * NBYTES)
     assert list((tmp_path / "incoming").iterdir()) == []
