@@ -23,16 +23,20 @@ LIMIT = 5 * NBYTES + NBYTES // 2
 
 
 def put(tier: DiskTier, key: str, nbytes: int = NBYTES) -> Path:
-    with tier.fetching(key, nbytes, 20) as folder:
-        if folder is None:
+    with tier.fetching(key, nbytes, 20) as incoming:
+        if incoming is None:
             found = tier.find(key, nbytes)
             assert found is not None
             return found
         for part in range(10):
-            with (folder / "weights").open("ab") as file:
+            with (incoming.folder / "weights").open("ab") as file:
                 file.write(os.urandom(nbytes // 10))
             time.sleep(0.001 * part)
-        return tier.publish(folder, key, nbytes)
+        adapter = tier.publish(incoming, key, nbytes)
+        lease = lease_of(adapter)
+        assert lease is not None, "others cannot use it yet"
+        os.close(lease)
+        return adapter
 
 
 def used_by(tier: DiskTier) -> int:
@@ -96,15 +100,15 @@ def test_what_is_in_use_stays_and_the_new_one_is_refused(tmp_path: Path) -> None
 
 def test_what_an_ended_process_left_is_resumed_or_makes_room(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path, 2 * NBYTES)
-    with tier.fetching("a", NBYTES, 1) as folder:
-        assert folder is not None
-        (folder / "weights").write_bytes(b"some")
+    with tier.fetching("a", NBYTES, 1) as incoming:
+        assert incoming is not None
+        (incoming.folder / "weights").write_bytes(b"some")
         # Its whole size counts, though it has a part of it.
         with pytest.raises(SourceError), tier.fetching("b", NBYTES + 1, 1):
             pass
-    with tier.fetching("a", NBYTES, 1) as folder:
-        assert folder is not None
-        assert (folder / "weights").read_bytes() == b"some"
+    with tier.fetching("a", NBYTES, 1) as incoming:
+        assert incoming is not None
+        assert (incoming.folder / "weights").read_bytes() == b"some"
     assert tier.find("a", NBYTES) is None
     put(tier, "b", 2 * NBYTES)
     assert list((tmp_path / "incoming").iterdir()) == []
@@ -134,9 +138,11 @@ def test_a_full_disk_hurts_only_new_fetches(small_disk, engines, web, tmp_path):
     engine = engines(url)
     assert isinstance(engine.load(1, f"{url}/a"), Loaded)
     engine.client.forget(1)
-    web.faults = [Fault("GET", "adapter_model.safetensors", "delay", 1)]
+    weights = "adapter_model.safetensors"
+    web.faults = [Fault("GET", weights, "cut", 2000), Fault("GET", weights, "delay", 3)]
     ticket = engine.client.request_load(LoadRequest(2, "b", f"{url}/b"))
-    engine.until(lambda: web.served[-1].path == "/loras/b/adapter_model.safetensors")
+    incoming = small_disk / "incoming"
+    engine.until(lambda: any(f.stat().st_size >= 2000 for f in incoming.rglob(weights)))
     with full.open("wb", buffering=0) as file, suppress(OSError):
         while True:  # somebody else's
             file.write(bytes(4096))

@@ -9,8 +9,6 @@ import email.utils
 import hashlib
 import hmac
 import socket
-import subprocess
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,13 +17,14 @@ from pathlib import Path
 import pytest
 
 from tests.clients.programs import ENVIRONMENT
+from tests.serving.server import free_port
 from tests.sources.conftest import adapter, files_in
+from tests.sources.emulators import put_publicly, running
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.protocol.messages import Loaded
 
 ACCOUNT = "devstoreaccount1"  # Azurite's, whose key is in its documentation
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
-WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,7 @@ class Cloud:
 def google(bucket_address: str, monkeypatch: pytest.MonkeyPatch) -> Cloud:
     def put(path: str, content: bytes) -> None:
         # Public, because moto does not know Google's tokens.
-        headers = {"x-amz-acl": "public-read", "content-type": "application/octet-stream"}
-        address = f"{bucket_address}/google/{path}"
-        urllib.request.urlopen(
-            urllib.request.Request(address, content, headers, method="PUT"), timeout=10
-        ).close()
+        put_publicly(f"{bucket_address}/google/{path}", content)
 
     put("", b"")
     monkeypatch.setenv("GOOGLE_BASE_URL", bucket_address)
@@ -68,26 +63,21 @@ def google(bucket_address: str, monkeypatch: pytest.MonkeyPatch) -> Cloud:
 @pytest.fixture(scope="module")
 def azurite() -> Iterator[str]:
     """The address of an account in Azurite, with a container `azure`."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
+    port = free_port()
     program = [ENVIRONMENT / "node/node_modules/.bin/azurite-blob", "--silent"]
     where = ["--blobHost", "127.0.0.1", "--blobPort", str(port), "--inMemoryPersistence"]
-    process = subprocess.Popen(
+    with running(
         [*program, *where, "--skipApiVersionCheck", "--disableTelemetry"],
-        stdout=subprocess.DEVNULL,
-        env={"PATH": f"{ENVIRONMENT}/bin:/usr/local/bin:/usr/bin:/bin"},
-    )
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            break
-        except OSError:
-            assert process.poll() is None, "Azurite has ended"
-            assert time.monotonic() < deadline, "Azurite does not answer"
-            time.sleep(0.1)
-    address = f"http://127.0.0.1:{port}/{ACCOUNT}"
+        lambda: socket.create_connection(("127.0.0.1", port), 1).close(),
+        f"{ENVIRONMENT}/bin:/usr/local/bin:/usr/bin:/bin",
+    ):
+        address = f"http://127.0.0.1:{port}/{ACCOUNT}"
+        _make_container(address)
+        yield address
+
+
+def _make_container(address: str) -> None:
+    """Makes the container `azure`, which obstore cannot."""
     date = email.utils.formatdate(usegmt=True)
     named = f"x-ms-date:{date}\nx-ms-version:2021-08-06"
     signed = f"PUT{chr(10) * 12}{named}\n/{ACCOUNT}/{ACCOUNT}/azure\nrestype:container"
@@ -100,9 +90,6 @@ def azurite() -> Iterator[str]:
         f"{address}/azure?restype=container", b"", headers, method="PUT"
     )
     urllib.request.urlopen(request, timeout=10).close()
-    yield address
-    process.kill()
-    process.wait()
 
 
 @pytest.fixture

@@ -53,10 +53,10 @@ def _make(file: Path, settings: StoreSettings) -> None:
     elif fault == "disk error":
         raise OSError(5, "Input/output error")
     elif fault == "two at a time":
-        lock = os.open(file, os.O_RDONLY)  # until this job ends
+        lock = os.open(file, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # when the other one is done
-            raise AdapterFormatError("another job has read it") from None
+            raise AdapterFormatError("another job is reading it") from None
         time.sleep(TOGETHER_S)
+        os.close(lock)  # not at this job's end, which may come after the next one's beginning
