@@ -1,8 +1,8 @@
 """A store's reader with faults that no file can cause, in adapters that ask for them.
 
 An adapter's folder may hold a file `fault` with one of these words: `hang`, `slow`, `die`,
-`no memory`, `disk error` and `two at a time`: of two jobs for the adapter, the first one reads it
-and the second one then finds it bad.
+`no memory`, `disk error` and `two at a time`: of two jobs that read the adapter at the same time,
+the second one finds it bad.
 """
 
 import contextlib
