@@ -120,8 +120,8 @@ $(VENV)-clients/.clients: $(addprefix tests/clients/,requirements.txt verl.txt p
 	PATH="$(abspath $(@D))/bin:$$PATH" npm ci --silent --ignore-scripts --no-audit --no-fund --prefix $(@D)/node
 	@touch $@
 
-test-clients: $(STAMP) $(VENV)-clients/.clients ## openai, anthropic, litellm, ... ask a server
-	MULTILORA_CLIENTS=$(VENV)-clients $(BIN)/python -m pytest -m clients tests/clients
+test-clients: $(STAMP) $(VENV)-clients/.clients ## openai, anthropic, litellm, ... ask a server; adapters from Azure's emulator
+	MULTILORA_CLIENTS=$(VENV)-clients $(BIN)/python -m pytest -m clients tests/clients tests/sources
 
 test-all: test ## all tests, and the smoke tests with every vLLM and both model runners
 	for vllm in 0.29 0.30 0.31 0.32 0.33; do for runner in 1 2; do \

@@ -37,6 +37,9 @@ class Command:
     module: str = ""
 
 
+_EXTRAS = {"vllm": "cuda]' or '[cpu", "shtab": "completion", "model_signing": "signing"}
+"""Modules that commands need, and the extra that installs each."""
+
 COMPLETION = "completion"
 """The command that knows the arguments of all others."""
 
@@ -240,9 +243,9 @@ def status_of(
     except Exception as error:  # which would end with 1 otherwise, and that is an answer
         if status := unwritten():
             return status
-        if isinstance(error, ModuleNotFoundError) and error.name == "vllm":
-            install = "pip install 'vllm-multilora[cuda]' or '[cpu]'"
-            return _no_answer(f"{name}: error: vLLM is not installed: {install}")
+        if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
+            install = f"is not installed: pip install 'vllm-multilora[{_EXTRAS[error.name]}]'"
+            return _no_answer(f"{name}: error: {error.name} {install}")
         said, hint = " ".join(f"{type(error).__name__}: {error}".split()), ""
         if os.environ.get(TRACEBACK):
             traceback.print_exc()

@@ -213,6 +213,11 @@ class MultiLoRAConfig:
         "when it is first used; new, changed and removed ones are noticed. May be given several "
         "times.",
     )
+    adapter_chat_templates: str | None = _file(
+        "Folder of the chat templates (*.jinja) that adapters may bring for their chats; an "
+        "adapter with another one is refused. Without it, chats have the base model's template.",
+        *("folder", "DIR"),
+    )
     preload: str | None = _setting(
         None,
         "Read these adapters when the server has started, behind what requests wait for: names "

@@ -73,6 +73,18 @@ def _shapes(model_config: dict) -> dict[str, tuple[int, int]]:
     )
 
 
+def sizes_of(
+    model_config: dict, projections: Sequence[str] = PROJECTIONS
+) -> dict[str, tuple[int, int]]:
+    """Columns and rows of a model's projections, by name: `layers.0.mlp.up_proj`."""
+    shapes = _shapes(model_config)
+    return {
+        f"layers.{layer}.{'mlp' if name in PROJECTIONS[4:] else 'self_attn'}.{name}": shapes[name]
+        for layer in range(model_config["num_hidden_layers"])
+        for name in projections
+    }
+
+
 def write_random_adapter(
     folder: Path,
     model_config: dict,
@@ -81,11 +93,7 @@ def write_random_adapter(
     projections: Sequence[str] = PROJECTIONS,
 ) -> Path:
     """Writes a PEFT checkpoint of a random adapter on projections of a Llama-like model."""
-    shapes, sizes = _shapes(model_config), {}
-    for layer in range(model_config["num_hidden_layers"]):
-        for name in projections:
-            block = "mlp" if name in PROJECTIONS[4:] else "self_attn"
-            sizes[f"layers.{layer}.{block}.{name}"] = shapes[name]
+    sizes = sizes_of(model_config, projections)
     return write_random_lora(folder, sizes, rank, seed)
 
 
@@ -220,8 +228,7 @@ def _computing_on(threads: int) -> Iterator[None]:
 
 
 def _numbers_of_a_rank(model_config: dict) -> int:
-    sides = sum(map(sum, _shapes(model_config).values()))
-    return int(sides * model_config["num_hidden_layers"])
+    return sum(map(sum, sizes_of(model_config).values()))
 
 
 def _fastest(work: Callable[[], object]) -> float:

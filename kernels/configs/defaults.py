@@ -166,7 +166,8 @@ def _per_processor(workload: Workload, *, is_short: bool) -> int:
         # Blocks of 32 ranks are the longest, and take most shared memory.
         return _PER_SMALL_PROCESSOR if is_short and _block_r(workload.max_rank) != 32 else 1
     # A rank of more than one block takes more registers, as do products without tensor cores.
-    is_large = not is_short and workload.max_rank > _LARGEST_BLOCK_R
+    is_large = workload.max_rank > _LARGEST_BLOCK_R
+    is_large &= not is_short or workload.architecture == "sm_80"
     return 2 if is_large or workload.item_size == 4 else _PER_PROCESSOR
 
 

@@ -185,6 +185,8 @@ def expand_kernel(
     parts, header = load_header(plan, tl.program_id(0) // pieces, BLOCK_M)
     first, end = take_share(parts * pieces)
     y += offset
+    # One pointer less for each slice, which cards before sm_90 have no register for.
+    APART: tl.constexpr = BLOCK_M > _MIN_BLOCK and not PDL
     for part in tl.range(first // pieces, tl.cdiv(end, pieces), num_stages=1):
         slot, start, rows = load_part(plan, part, header, BLOCK_M)
         token, live = load_tokens(plan, order, start, rows, tokens, BLOCK_M)
@@ -222,7 +224,8 @@ def expand_kernel(
                             _MIN_BLOCK << (11 - halvings) < 2 * R and BLOCK_R > _MIN_BLOCK
                         ):
                             _expand_blocks(
-                                y_rows + before,
+                                y_rows + (0 if APART else before),
+                                before if APART else 0,
                                 planes + (slice_id.to(tl.int64) * tokens + token) * R,
                                 b,
                                 b_row,
@@ -275,7 +278,8 @@ def expand_kernel(
 
 @triton.jit
 def _expand_blocks(
-    y,  # pointers to the rows' first column in this slice, [BLOCK_M]
+    y,  # pointers to columns of the rows, [BLOCK_M]
+    start,  # columns from there to this slice
     h,  # pointers to the rows in the first plane, [BLOCK_M]
     b,  # pointer to the first row
     b_row,
@@ -318,8 +322,13 @@ def _expand_blocks(
     STEPS: tl.constexpr = _steps_in_a_pass(BLOCK_M, BLOCK_R, R, b.dtype.element_ty, PDL)
     if (rank > HALF) & (LOOPED or rank <= BODY):
         lane = tl.arange(0, COLUMNS)
-        end = tl.minimum(to * BLOCK_N, width)
-        weights = _load_b(b, b_row, b_column, first * BLOCK_N, end, rank, GRAIN, COLUMNS, BLOCK)
+        begin, end = first * BLOCK_N, tl.minimum(to * BLOCK_N, width)
+        # Pointers go on with the loop, for fewer registers. Not y's where ranks are one block: by
+        # the compiler's schedule a pass would take a tenth more cycles.
+        CARRIED: tl.constexpr = R > BLOCK_R
+        b += begin.to(tl.int64) * b_row
+        y += begin if CARRIED else 0
+        weights = _load_b(b, b_row, b_column, end - begin, rank, GRAIN, COLUMNS, BLOCK)
         if PDL:
             # Returns when the first half has ended and its stores are visible. All that came
             # before, the weights included, was loaded while it still ran.
@@ -331,32 +340,32 @@ def _expand_blocks(
             total = _as_factor(totals[i], rank - i * BLOCK, b, OUT, BLOCK)
             sums = sums + (total,)  # type: ignore[assignment]
         block = tl.cast(b_column, tl.int64) * BLOCK  # elements from block to block
-        for done in tl.range(first * BLOCK_N, end, COLUMNS, num_stages=1, loop_unroll_factor=STEPS):
-            column = done + lane
-            inside = column < end
-            at = y[:, None] + column[None, :]
+        for done in tl.range(begin, end, COLUMNS, num_stages=1, loop_unroll_factor=STEPS):
+            left = end - done
+            column, inside = done + lane, lane < left
+            at = y[:, None] + ((lane if CARRIED else column) + start)[None, :]
             mask = live[:, None] & inside[None, :]
-            begin = done + COLUMNS
-            following = _load_b(b, b_row, b_column, begin, end, rank, GRAIN, COLUMNS, BLOCK)
+            ahead = b + tl.cast(b_row, tl.int64) * COLUMNS
+            following = _load_b(ahead, b_row, b_column, left - COLUMNS, rank, GRAIN, COLUMNS, BLOCK)
             product = tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32)
             loaded = (weights,)
             for i in tl.static_range(1, BLOCKS + _AHEAD):
                 if i < BLOCKS:
-                    own, left = b + i * block, rank - i * BLOCK
-                    more = _load_b(own, b_row, b_column, done, end, left, GRAIN, COLUMNS, BLOCK)
+                    own, ranks = b + i * block, rank - i * BLOCK
+                    more = _load_b(own, b_row, b_column, left, ranks, GRAIN, COLUMNS, BLOCK)
                     loaded = loaded + (more,)  # type: ignore[assignment]
                 if i >= _AHEAD:
-                    left = rank - (i - _AHEAD) * BLOCK
+                    ranks = rank - (i - _AHEAD) * BLOCK
                     product = _add_product(
-                        product, sums[i - _AHEAD], loaded[i - _AHEAD], left, GRAIN, BLOCK
+                        product, sums[i - _AHEAD], loaded[i - _AHEAD], ranks, GRAIN, BLOCK
                     )
             if LOOPED:
                 for r in range(BLOCK, rank, BLOCK):
-                    own, left = b + tl.cast(b_column, tl.int64) * r, rank - r
-                    more = _load_b(own, b_row, b_column, done, end, left, GRAIN, COLUMNS, BLOCK)
-                    total = sum_planes(h + r, live, left, tokens, SLICES, R, SPLIT_K, BLOCK, 1)[0]
-                    total = _as_factor(total, left, b, OUT, BLOCK)
-                    product = _add_product(product, total, more, left, GRAIN, BLOCK)
+                    own, ranks = b + tl.cast(b_column, tl.int64) * r, rank - r
+                    more = _load_b(own, b_row, b_column, left, ranks, GRAIN, COLUMNS, BLOCK)
+                    total = sum_planes(h + r, live, ranks, tokens, SLICES, R, SPLIT_K, BLOCK, 1)[0]
+                    total = _as_factor(total, ranks, b, OUT, BLOCK)
+                    product = _add_product(product, total, more, ranks, GRAIN, BLOCK)
             if not OVERWRITE:
                 product += tl.load(at, mask=mask, other=0.0).to(tl.float32)
             if factor is not None:  # noqa: SIM102 (known when it is compiled)
@@ -367,6 +376,8 @@ def _expand_blocks(
                     product += tl.load(factor + column, mask=inside, other=0.0)[None, :] * grown
             tl.store(at, product.to(OUT), mask=mask)
             weights = following
+            b = ahead
+            y += COLUMNS if CARRIED else 0
 
 
 @triton.constexpr_function
@@ -386,24 +397,15 @@ def _steps_in_a_pass(rows, widest_block, max_rank, kind, pdl):
 
 @triton.jit
 def _load_b(
-    b,  # pointer to the first rank
-    b_row,
-    b_column,
-    first_column,
-    end,
-    rank,
-    GRAIN: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    b, b_row, b_column, left, rank, GRAIN: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """`b[first_column:].T`, [BLOCK, COLUMNS].
+    """`b[:left].T`, [BLOCK, COLUMNS], to the end of the 16 bytes in which the rank ends.
 
-    Of the columns below `end`, and to the end of the 16 bytes in which the rank ends.
+    b: Pointer to the first rank of the first column.
     """
-    column = first_column + tl.arange(0, COLUMNS)
-    r = tl.arange(0, BLOCK)
+    column, r = tl.arange(0, COLUMNS), tl.arange(0, BLOCK)
     at = b + (column.to(tl.int64) * b_row)[None, :] + r[:, None] * b_column
-    mask = (column < end)[None, :] & (r < round_up(rank, GRAIN))[:, None]
+    mask = (column < left)[None, :] & (r < round_up(rank, GRAIN))[:, None]
     return tl.load(at, mask=mask, other=0.0)
 
 

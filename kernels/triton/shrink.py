@@ -286,7 +286,9 @@ def _shrink_block(
                 ends = (reached % CHUNK == 0) | (reached >= end_k)
                 stored = tl.where(ends, round_up(width, GRAIN), 0)
                 mask = live[:, None] & (r < stored)[None, :]
-                tl.store(h_block, (product * scale).to(h.dtype.element_ty), mask=mask)
+                at = h[:, None] + r[None, :] if BLOCK_M > _MIN_BLOCK else h_block
+                tl.store(at, (product * scale).to(h.dtype.element_ty), mask=mask)
+                h += tl.where(ends, plane, 0)
                 h_block += tl.where(ends, plane, 0)
                 product = tl.where(ends, 0.0, product)
         else:

@@ -177,8 +177,9 @@ def sum_planes(
     else:
         GROUP: tl.constexpr = _group(GRAIN, h.shape[0], BLOCKS)
         end = rank * 0 + SPLIT_K  # a tensor in the interpreter, too
-        if BLOCKS > _FEW_BLOCKS:
-            # The compiler must not see how many groups there are, or it asks for all planes at
+        FEW: tl.constexpr = SPLIT_K <= _PLANES and h.shape[0] <= 16
+        if BLOCKS > _FEW_BLOCKS or (FEW and BLOCKS == _FEW_BLOCKS):
+            # The compiler must not see how few groups there are, or it asks for all planes at
             # once and has no registers for them. It does not know that there are tokens.
             end = tl.minimum(tokens, 1) * SPLIT_K
         for first in tl.range(1, end, GROUP, num_stages=1):

@@ -186,7 +186,7 @@ def test_without_vllm_a_command_says_how_to_install_it(monkeypatch, capsys):
 
     monkeypatch.setattr("vllm_multilora.toolbox.commands.simulate.run", run)
     assert main(["simulate"]) == 2
-    assert "error: vLLM is not installed: pip install" in capsys.readouterr().err
+    assert "error: vllm is not installed: pip install" in capsys.readouterr().err
 
 
 def running(*arguments: str, encoding: str = "utf-8", **options) -> subprocess.Popen:

@@ -1,5 +1,7 @@
 """What an engine core knows of its adapters, and asks of the store and the workers."""
 
+import time
+
 import pytest
 from vllm.lora.request import LoRARequest
 
@@ -997,7 +999,7 @@ def test_an_eviction_is_that_of_all_adapters_that_are_the_pack(engine):
 @pytest.fixture
 def waiting(engines) -> Engine:
     """One whose store has what is wanted, and makes everybody wait until then."""
-    engine = engines(asks_late=True)
+    engine = engines(wait_s=0.02)
     request_load = engine.store.request_load
 
     def request_and_load(asked):
@@ -1011,7 +1013,7 @@ def waiting(engines) -> Engine:
 
 def test_nobody_keeps_room_that_a_store_needs_while_it_makes_everybody_wait(engines):
     """Adapters that wait for a slot would never get one: the engine would wait for the store."""
-    engine = engines(asks_late=True)
+    engine = engines(wait_s=0.02)
     request_load, asked_with = engine.store.request_load, []
 
     def request_and_load(asked):
@@ -1041,6 +1043,27 @@ def test_operators_have_the_answer_at_once_of_a_store_that_makes_everybody_wait(
     assert waiting.adapters.register(lora(1)).result(0) is True
     assert waiting.adapters.pin(1).result(0) is True
     assert waiting.workers.only().pack.pack == 7
+
+
+def test_step_with_copies_takes_until_workers_have_answered(waiting):
+    waiting.workers.answers = waiting.filled
+    waiting.adapters.request_load(lora(1))
+    assert waiting.store.leased == {}
+    assert waiting.adapters.is_ready(1)
+    assert not waiting.bring(1)
+    waiting.step()
+    assert waiting.workers.waited == 1
+    assert waiting.bring(1)
+
+
+def test_load_that_takes_too_long_fails_where_everybody_waits(engines):
+    engine = engines(wait_s=0.02)
+    engine.adapters.request_load(lora(1))
+    begun = time.monotonic()
+    assert not engine.adapters.is_ready(1)
+    assert time.monotonic() - begun >= 0.02
+    assert engine.adapters.failure(1).kind is FailureKind.TIMEOUT
+    assert engine.store.load_requests == {}
 
 
 class Only:

@@ -13,7 +13,8 @@ pytest.importorskip("vllm")
 
 from fastapi.testclient import TestClient
 
-from vllm_multilora.gateway.app import stop_at_first_errors
+from vllm_multilora.gateway.fields import FieldError
+from vllm_multilora.gateway.first_errors import FirstErrors
 from vllm_multilora.integration.server.settings.gateway_activation import GATEWAY, mount_gateway
 from vllm_multilora.integration.settings.flags import merge_flags
 from vllm_multilora.tenants.keys import stored
@@ -85,10 +86,21 @@ def test_server_whose_keys_cannot_be_read_does_not_start(tmp_path):
 
 
 def test_unknown_fastapi_is_reported_once_and_left_alone(caplog):
-    """vLLM's own bodies are read to their first errors in the tests of attacks."""
-    route = SimpleNamespace(dependant=SimpleNamespace(body_params=[object()]))
-    stop_at_first_errors(SimpleNamespace(routes=[object(), route, route]))
+    route = SimpleNamespace(path="/v1/a", dependant=SimpleNamespace(body_params=[object()]))
+    errors = FirstErrors([object(), route, route])
+    errors.check("/v1/a", b"[" + b"{}," * 100 + b"{}]")
     assert caplog.text.count("FastAPI") == 1
+
+
+def test_long_body_is_validated_up_to_first_error_of_its_lists():
+    errors = FirstErrors(application(arguments("--enable-lora")).routes)
+    path, message = "/v1/chat/completions", {"role": "user", "content": "hello"}
+    right = {"model": "a", "messages": [message] * 100}
+    errors.check(path, json.dumps(right).encode())
+    wrong = {"model": "a", "messages": [message] * 100 + [{}] * 1000}
+    with pytest.raises(FieldError, match=r"validation errors? .*`messages\.100\."):
+        errors.check(path, json.dumps(wrong).encode())
+    errors.check("/v1/unknown", json.dumps(wrong).encode())  # nothing is known of it
 
 
 @pytest.mark.parametrize(

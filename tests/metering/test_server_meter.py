@@ -146,7 +146,7 @@ def test_what_runs_when_the_server_is_stopped_is_ended_and_counted_as_far_as_it_
         handler.cancel()
         ask(1)  # vLLM takes requests still
         for each in answers:
-            with pytest.raises(EngineDeadError):
+            with pytest.raises(EngineDeadError, match=r"^the server is being stopped"):
                 await asyncio.wait_for(each.get(), 10)
 
     asyncio.run(scenario())

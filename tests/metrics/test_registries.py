@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ pytest.importorskip("vllm")
 
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from prometheus_client import CollectorRegistry, Gauge
 from vllm.entrypoints.serve.instrumentator import register_instrumentator_api_routers
 
 from vllm_multilora.gateway.app import add_routes
+from vllm_multilora.integration.api_server.failure_delivery import AFTER_OUTPUTS
 from vllm_multilora.integration.server.requests import metrics_route
 from vllm_multilora.metrics import definitions as defined
 
@@ -80,3 +83,37 @@ def test_one_of_several_api_servers_shows_each_series_once(
     add_routes(app, access=None)
     answer = TestClient(app).get(path)
     assert list(series(answer.text).values()) == [1]
+
+
+def test_one_of_several_api_servers_shows_ours_in_the_place_of_a_metric_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MULTIPROCESS, str(tmp_path))
+    stock = CollectorRegistry()
+    Gauge(SLOTS, "vLLM's own", ["engine"], registry=stock).labels("7").set(1)
+    Gauge("vllm:another", "vLLM's own", registry=stock).set(3)
+    monkeypatch.setattr(metrics_route, "get_prometheus_registry", lambda: stock)
+    show_slots(str(tmp_path))
+    app = FastAPI()
+    add_routes(app, access=None)
+    text = TestClient(app).get("/metrics").text
+    assert 'engine="7"' not in text
+    assert list(series(text).values()) == [1]
+    assert "vllm:another 3.0" in text
+
+
+def test_vllms_lists_of_adapters_are_emptied_after_each_step(tmp_path: Path) -> None:
+    show_slots(str(tmp_path))
+    lists = {"acme": 1}
+    processor = SimpleNamespace(lora_states=SimpleNamespace(requests=lists))
+    gauge = Gauge("vllm:lists", "vLLM's own", registry=CollectorRegistry())
+    stats = [SimpleNamespace(gauge_lora_info=gauge), SimpleNamespace()]
+    client = SimpleNamespace(
+        logger_manager=SimpleNamespace(stat_loggers=stats), output_processor=processor
+    )
+
+    metrics_route.hide_stock_lists(client)
+    empty = AFTER_OUTPUTS.get(processor)
+    assert empty is not None
+    empty()
+    assert lists == {}

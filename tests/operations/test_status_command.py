@@ -195,6 +195,38 @@ def test_watching_goes_on_until_the_server_is_gone(site, capsys):
     assert "answers 503: shutting down" in captured.err
 
 
+def test_a_watch_tells_rates_from_its_second_refresh_on_over_a_restart_too(
+    site, capsys, monkeypatch
+):
+    def metrics(tokens, requests, loads, refused):
+        return "\n".join(
+            (
+                f'vllm:generation_tokens_total{{model_name="base"}} {tokens}',
+                f'vllm:request_success_total{{finished_reason="stop"}} {requests}',
+                f'vllm:lora_adapter_load_total{{source="disk",lora_name="a"}} {loads}',
+                f'vllm:lora_adapter_load_total{{source="cpu",lora_name="a"}} {7 * loads}',
+                f'vllm:lora_refused_requests_total{{status="429"}} {refused}\n',
+            )
+        )
+
+    scrapes = [(900, 90, 9, 9), (1900, 100, 11, 9), (30, 3, 1, 2)]  # the last after a restart
+    answers = [*(200,) * len(scrapes), 503]
+    site.answers["/v1/lora_adapters"] = lambda *_: (answers.pop(0), json.dumps(LISTING))
+    site.answers["/metrics"] = lambda *_: (200, metrics(*scrapes.pop(0)))
+    moments = iter((100.0, 110.0, 120.0))
+    snapshots = "vllm_multilora.toolbox.advice.snapshots"
+    monkeypatch.setattr(f"{snapshots}.time.monotonic", lambda: next(moments, 200.0))
+    assert main(["status", "--url", site.url, "--watch", "0.01", "--json"]) == 2
+    seen = [json.loads(line).get("rates") for line in capsys.readouterr().out.splitlines()]
+    assert seen == [
+        None,
+        {"tokens": 100.0, "requests": 1.0, "loads": 0.2, "refusals": 0.0},
+        {"tokens": 3.0, "requests": 0.3, "loads": 0.1, "refusals": 0.2},
+    ]
+    lines = table({**LISTING, "rates": seen[1]}, now=NOW)
+    assert "per second   100.0 tokens, 1.0 requests, 0.2 loads, 0.0 refusals" in lines
+
+
 def test_ctrl_c_ends_a_watch_and_all_is_well(site, capsys, monkeypatch):
     def interrupted(_: float) -> None:
         raise KeyboardInterrupt

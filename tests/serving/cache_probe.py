@@ -74,7 +74,7 @@ def _overwrite_slots(worker: Any) -> None:
     model = manager.model_manager
     buffers = [model._shrink_ranks, model._expand_ranks]
     for wrapper in model.punica_wrapper_mapping.values():
-        rows = vars(wrapper._stock_rows).values()
+        rows = vars(wrapper.stock_rows).values()
         buffers += [wrapper.plan.buffer, wrapper.output_rows.buffer]
         buffers += [staged.buffer for staged in rows if isinstance(staged, StagedRows)]
     for buffer in buffers:

@@ -1,17 +1,13 @@
 """Sources of the tests' own: a bucket (moto), a web server, a store that fetches from them."""
 
 import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.adapters.checkpoints import MODULES, layout, weights, write
+from tests.sources.emulators import s3_server
 from tests.sources.web_server import WebServer, web_server
 from tests.store.conftest import Engine, store_folder  # noqa: F401 (a fixture)
 from vllm_multilora.store.clients.client import StoreClient
@@ -39,29 +35,10 @@ def web() -> Iterator[WebServer]:
 
 @pytest.fixture(scope="session")
 def bucket_address() -> Iterator[str]:
-    """The address of a real implementation of S3, with a bucket `loras`."""
+    """The address of a real implementation of S3."""
     pytest.importorskip("moto")
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    program = str(Path(sys.executable).with_name("moto_server"))
-    process = subprocess.Popen(
-        [program, "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    address = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            urllib.request.urlopen(f"{address}/moto-api/", timeout=5).close()
-            break
-        except OSError:
-            assert time.monotonic() < deadline, "moto does not answer"
-            time.sleep(0.1)
-    yield address
-    process.kill()
-    process.wait()
+    with s3_server() as address:
+        yield address
 
 
 class Bucket:

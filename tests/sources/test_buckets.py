@@ -73,6 +73,7 @@ def test_two_stores_and_many_requests_download_once(
         for number in range(1, 6)
     ]
     answers = [engine.answer(ticket) for engine, ticket in tickets]
+    assert all(isinstance(answer, Loaded) for answer in answers), answers
     assert len({answer.pack.digest for answer in answers}) == 1
     assert len(list((cache / "entries").iterdir())) == 1
     assert list((cache / "incoming").iterdir()) == []

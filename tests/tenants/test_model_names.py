@@ -19,6 +19,7 @@ from vllm_multilora.integration.api_server import registered_versions
 from vllm_multilora.integration.api_server.registered_versions import Version
 from vllm_multilora.integration.server.names import adapter_directory, blend_names, registration
 from vllm_multilora.integration.server.names.model_names import Chosen, choose
+from vllm_multilora.integration.server.names.registration import no_such_model
 from vllm_multilora.integration.server.names.routes import ROUTES, ServerRoutes
 from vllm_multilora.integration.server.requests.callers import (
     Caller,
@@ -283,3 +284,10 @@ def test_only_a_recording_has_its_language_found_by_the_base_model(models):
     assert granted(is_form=False, language=None) == {"acme-a"}
     assert granted(is_form=True) == {"acme-a", None}
     assert granted(is_form=True, language="en") == {"acme-a"}
+
+
+def test_no_other_name_is_recommended_to_a_tenant_that_asks_for_an_unknown_one(models):
+    refusal, _ = choose_for(models, tenant(adapters=("acme-*",)), "zen-a")
+    assert refusal.error.message == "The model `zen-a` does not exist."
+    known = "The model `nothing` does not exist. Valid aliases: base."
+    assert no_such_model(models, "nothing") == known

@@ -10,11 +10,10 @@ import logging
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from pydantic_core import SchemaValidator
-
 from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.gateway.answers import HttpCallMiddleware
 from vllm_multilora.gateway.endpoints import HEALTH, error_answer, route_path
+from vllm_multilora.gateway.first_errors import FirstErrors
 from vllm_multilora.gateway.keys.access import Access, access_for
 from vllm_multilora.gateway.keys.middleware import AccessMiddleware
 from vllm_multilora.gateway.names import models_list
@@ -27,6 +26,7 @@ from vllm_multilora.integration.logs import join_vllm_logging
 from vllm_multilora.integration.server.names import registration_routes
 from vllm_multilora.integration.server.requests import metrics_route
 from vllm_multilora.integration.server.requests.engine_calls import IS_STOPPING
+from vllm_multilora.integration.server.requests.own_templates import allow_templates
 from vllm_multilora.integration.server.start import start
 from vllm_multilora.wording import CONTROLS
 
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
-
-_OF_MANY = ("list", "tuple", "set", "frozenset", "dict")
-_NOT_OF_SCHEMA = ("default", "metadata")
 
 
 class Gateway:
@@ -86,14 +83,14 @@ class Gateway:
         if self._inner is None:
             inner = self._app
             if (models := getattr(server.state, "openai_serving_models", None)) is not None:
+                allow_templates(models.engine_client, server.state.args)
                 inner = NamesMiddleware(inner, models)
             inner = HttpCallMiddleware(inner)
             access = access_for(server.state.args)
             add_routes(server, access)
             if access is not None:
-                inner = AccessMiddleware(inner, access)
-                if access.locks.tenants:
-                    stop_at_first_errors(server)
+                errors = FirstErrors(server.routes) if access.locks.tenants else None
+                inner = AccessMiddleware(inner, access, errors)
             self._inner = inner
         return self._inner
 
@@ -105,32 +102,3 @@ def add_routes(server: FastAPI, access: Access | None) -> None:
     models_list.add_routes(server)
     metrics_route.add_routes(server)
     registration_routes.add_routes(server)
-
-
-def stop_at_first_errors(app: Any) -> None:
-    """Has a server look no further in a list or an object of any fields that holds something wrong.
-
-    vLLM says of each item of a list what is wrong with it, for each kind of item that there might
-    be: of five thousand in `/v1/responses`, which are fifteen kilobytes, it takes seconds for that,
-    in which nobody is answered, and six gigabytes of memory.
-    """
-    for route in app.routes:
-        dependant = getattr(route, "dependant", None)
-        for field in [] if dependant is None else dependant.body_params:
-            if (adapter := getattr(field, "_type_adapter", None)) is None:
-                logger.warning("vLLM says of all in a list what is wrong: FastAPI is not as known.")
-                return
-            schema = _failing_fast(adapter.core_schema)
-            adapter.validator = SchemaValidator(schema, _use_prebuilt=False)
-
-
-def _failing_fast(schema: Any) -> Any:
-    if isinstance(schema, list):
-        return [_failing_fast(each) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    made = {
-        key: value if key in _NOT_OF_SCHEMA else _failing_fast(value)
-        for key, value in schema.items()
-    }
-    return {**made, "fail_fast": True} if made.get("type") in _OF_MANY else made

@@ -13,6 +13,8 @@ from vllm_multilora.gateway.table import Route
 from vllm_multilora.tenants.tenant import MEDIA
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from starlette.types import Message, Receive
 
     from vllm_multilora.integration.server.requests.callers import Caller
@@ -49,10 +51,13 @@ class LargeBodyError(MultiLoRAError):
     """A call's body is too large, or has too many values."""
 
 
-async def read_body(receive: Receive, route: Route, caller: Caller) -> Receive:
+async def read_body(
+    receive: Receive, route: Route, caller: Caller, check: Callable[[bytes], None]
+) -> Receive:
     """Reads a tenant's call whole, as vLLM would, and checks it before vLLM does.
 
-    A form is not checked, and is passed on in the parts in which it came.
+    A form is not checked, and is passed on in the parts in which it came. Any other body is passed
+    to `check` besides, which raises `FieldError`, once it is known to be allowed.
 
     Returns:
         What vLLM receives from: the body, and then whatever the client still sends.
@@ -70,7 +75,9 @@ async def read_body(receive: Receive, route: Route, caller: Caller) -> Receive:
         caller.body_bytes = len(body)
         max_numbers = MAX_TOKENS_REPORTED if route.is_decoding else MAX_NUMBERS
         _require_few_values(body, max_numbers, counts_numbers=route.is_of_any_kind)
-        parts = [{**last, "body": _checked(body, route, caller, allow)}]
+        checked = _checked(body, route, caller, allow)
+        check(body)
+        parts = [{**last, "body": checked}]
     return again(parts, receive)
 
 

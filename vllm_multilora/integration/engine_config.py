@@ -58,9 +58,8 @@ def check_access(
         ConfigError: The keys cannot be used, or nothing would guard the server with them.
     """
     # All servers of a machine may have the variable, also those without adapters.
-    serves_adapters = vllm_config.lora_config is not None
     is_server = usage_context is UsageContext.OPENAI_API_SERVER
-    is_in_environment = serves_adapters and is_server and key_in(os.environ)
+    is_in_environment = vllm_config.lora_config is not None and is_server and key_in(os.environ)
     if not has_keys(settings_of(vllm_config)) and not is_in_environment:
         return
     if usage_context in (UsageContext.LLM_CLASS, UsageContext.OPENAI_BATCH_RUNNER):

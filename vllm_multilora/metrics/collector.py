@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from prometheus_client.core import Metric
-from prometheus_client.registry import Collector
+from prometheus_client.registry import Collector, CollectorRegistry
 from prometheus_client.utils import floatToGoString
 
 from vllm_multilora.metrics import router_names
@@ -152,3 +152,16 @@ def _add_histograms(metric: Metric, definition: Definition, values: _Values) -> 
             metric.add_sample(f"{definition.name}_bucket", bucket, count)
         metric.add_sample(f"{definition.name}_count", labels, count)
         metric.add_sample(f"{definition.name}_sum", labels, parts.get("sum", 0.0))
+
+
+class Beside:
+    """The LoRA metrics beside those of a registry, and in the place of those of the same name."""
+
+    def __init__(self, collector: LoRACollector, registry: CollectorRegistry) -> None:
+        self._collector, self._registry = collector, registry
+
+    def collect(self) -> Iterator[Metric]:
+        ours = list(self._collector.collect())
+        names = {metric.name for metric in ours}
+        yield from (metric for metric in self._registry.collect() if metric.name not in names)
+        yield from ours

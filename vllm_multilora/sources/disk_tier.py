@@ -38,6 +38,13 @@ class _Kept(NamedTuple):
     folder: Path
 
 
+class Incoming(NamedTuple):
+    """A folder that an adapter is fetched into, and the descriptor that holds its lock."""
+
+    folder: Path
+    lease: int
+
+
 class DiskTier:
     """The adapters in a folder; several processes may have one on the same folder.
 
@@ -66,7 +73,7 @@ class DiskTier:
         return entry / ADAPTER
 
     @contextmanager
-    def fetching(self, key: str, nbytes: int, wait_s: float) -> Iterator[Path | None]:
+    def fetching(self, key: str, nbytes: int, wait_s: float) -> Iterator[Incoming | None]:
         """A folder to fetch an adapter into, with what an earlier attempt has left there.
 
         Room is made for it. None: another process has fetched it meanwhile, so that `find` has it;
@@ -92,19 +99,20 @@ class DiskTier:
                 )
             time.sleep(_LOOK_S)
         try:
-            yield folder / ADAPTER
+            yield Incoming(folder / ADAPTER, lease)
         finally:
             os.close(lease)
 
-    def publish(self, adapter: Path, key: str, nbytes: int) -> Path:
-        """Makes a whole adapter an entry; its files are on the disk by then."""
-        _sync(adapter)
+    def publish(self, incoming: Incoming, key: str, nbytes: int) -> Path:
+        """Makes a whole adapter an entry, which all may use; its files are on the disk by then."""
+        _sync(incoming.folder)
         entry = self._entries / f"{key}-{nbytes}"
         with self._locked():
             if entry.exists():
-                shutil.rmtree(adapter.parent)
+                shutil.rmtree(incoming.folder.parent)
             else:
-                adapter.parent.rename(entry)
+                fcntl.flock(incoming.lease, fcntl.LOCK_SH)  # of the same file as the entry's
+                incoming.folder.parent.rename(entry)
                 _sync(self._entries)
         return entry / ADAPTER
 
@@ -181,7 +189,8 @@ def lease_of(adapter: str | Path) -> int | None:
         lease = os.open(Path(adapter).parent / LEASE, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
-    if _has_lock(lease, fcntl.LOCK_SH) and Path(adapter).exists():
+    # One that is being removed has lost its file's name first.
+    if _has_lock(lease, fcntl.LOCK_SH) and os.fstat(lease).st_nlink and Path(adapter).exists():
         with suppress(OSError):
             os.utime(lease)
         return lease

@@ -93,7 +93,9 @@ def download(url: SourceUrl, remote: RemoteFolder, tier: DiskTier, bounds: Bound
                 folder = tier.find(key, nbytes)
                 assert folder is not None
                 return Fetched(folder, 0)
-            count = sum(_get(url, remote, file, incoming, bounds.patience_s) for file in files)
+            count = sum(
+                _get(url, remote, file, incoming.folder, bounds.patience_s) for file in files
+            )
             return Fetched(tier.publish(incoming, key, nbytes), count)
     except OSError as error:
         if isinstance(error, SourceError):

@@ -15,7 +15,7 @@ from vllm_multilora.sources.source_url import OBJECT_STORES, SourceUrl
 
 _STATUS = re.compile(r"status code: (\d{3})|\((\d{3}) [A-Z]")
 _CLOUDS = ("AWS_", "AZURE_", "GOOGLE_")
-_TIMEOUT = re.compile(r"timed? ?out", re.I)
+_TIMEOUT = re.compile(r"timed out|kind: Time")  # and not its settings, which it prints as well
 
 
 class ObjectFolder:

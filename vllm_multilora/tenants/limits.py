@@ -30,9 +30,6 @@ class LimitReachedError(MultiLoRAError):
 class ServerStoppedError(MultiLoRAError):
     """A call that would have to wait for its turn, in a server that is being stopped."""
 
-    def __init__(self) -> None:
-        super().__init__("the server is being stopped")
-
 
 class TokenBucket:
     """A rate that may be exceeded for a while: a minute's worth at once after a pause.
@@ -54,11 +51,6 @@ class TokenBucket:
     def charge(self, tokens: int) -> None:
         self._fill()
         self._level -= tokens
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it is as one that nothing was taken out of."""
-        return self.used <= 0
 
     @property
     def used(self) -> float:
@@ -124,6 +116,7 @@ One thread of an API server makes tokens of all texts in their order, a megabyte
 SETTLING_SHARE = 0.02
 """Share of the time for reading what a tenant's requests have generated."""
 
+_STOPPED = "the server is being stopped"
 
 _ACCOUNTS: WeakSet[Account] = WeakSet()
 
@@ -187,7 +180,7 @@ class Account:
         """Whether it is as one of a tenant that has never come."""
         self.settle()
         uses = self.running or self._waiting or self._adapters or self._meters
-        return not uses and (self._bucket is None or self._bucket.is_full)
+        return not uses and (self._bucket is None or self._bucket.used <= 0)
 
     def update(self, tenant: Tenant) -> None:
         """Puts what a newer file says in force; what runs and what was used stays counted."""
@@ -230,7 +223,7 @@ class Account:
                 f"({self.tenant.limits.waiting}) are reached"
             )
         elif self._is_stopped:
-            raise ServerStoppedError
+            raise ServerStoppedError(_STOPPED)
         else:
             self._waiting.append(turn)
         return turn
@@ -238,7 +231,7 @@ class Account:
     def stop(self) -> None:
         self._is_stopped = True
         while self._waiting:
-            self._waiting.popleft().set_exception(ServerStoppedError())
+            self._waiting.popleft().set_exception(ServerStoppedError(_STOPPED))
 
     def give_up(self, turn: asyncio.Future[None]) -> None:
         """Takes a call back that has not begun; gives its turn to the next where it had one."""

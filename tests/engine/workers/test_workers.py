@@ -1,6 +1,5 @@
-"""How an engine core reaches its workers, and the stores of workers that it waits for."""
+"""How an engine core reaches its workers, and what these do with its orders."""
 
-import time
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -12,34 +11,14 @@ from vllm.lora.request import LoRARequest
 
 from tests.engine.executors import SchedulerStub, StartedExecutor
 from tests.engine.fake_engine import lora, pack_info
-from tests.store.fake_reader import FakeReader
 from vllm_multilora.errors import MultiLoRAError
-from vllm_multilora.failures import FailureKind
-from vllm_multilora.integration.engine.workers.workers import (
-    LinkedWorkers,
-    WaitingStore,
-    WaitingWorkers,
-)
+from vllm_multilora.integration.engine.workers.workers import LinkedWorkers
 from vllm_multilora.integration.step.mapping import BatchMapping
 from vllm_multilora.integration.worker import worker_calls
 from vllm_multilora.integration.worker.manager import MultiLoRAWorkerManager
-from vllm_multilora.integration.worker.slots import own_store
 from vllm_multilora.integration.worker.slots.model_manager import MultiLoRAModelManager
-from vllm_multilora.integration.worker.slots.own_store import OwnStore
-from vllm_multilora.integration.worker_link.fill_link import Filled, FillFailed, Missing
+from vllm_multilora.integration.worker_link.fill_link import Filled, Missing
 from vllm_multilora.integration.worker_link.orders import Fill
-from vllm_multilora.store.clients.client import StoreClient
-from vllm_multilora.store.protocol.channel import ChannelClosedError
-from vllm_multilora.store.protocol.messages import (
-    Evicted,
-    Failed,
-    Forgotten,
-    Loaded,
-    LoadRequest,
-    StoreSettings,
-)
-from vllm_multilora.store.protocol.store_folder import FOLDER_VARIABLE
-from vllm_multilora.store.store_launch import StoreThread
 
 ORDER = Fill(0, lora(1), pack_info(1), slot=1)
 
@@ -47,8 +26,7 @@ ORDER = Fill(0, lora(1), pack_info(1), slot=1)
 class Stub:
     """A worker's manager."""
 
-    def __init__(self, store: OwnStore | None = None) -> None:
-        self.own_store = store
+    def __init__(self) -> None:
         self.begun: list = []
 
     @property
@@ -61,10 +39,6 @@ class Stub:
 
     def begin(self, order) -> None:
         self.begun.append(order)
-
-    def carry_out_now(self, order) -> Filled:
-        self.begun.append(order)
-        return Filled(order.order, 0.1)
 
 
 class Reply(Future):
@@ -125,139 +99,6 @@ def test_few_replies_are_left_unread_and_nobody_waits_for_these():
         assert sum(not reply.done() for reply in executor.replies) <= 4
 
 
-def test_waiting_workers_answer_what_was_sent_once():
-    workers = WaitingWorkers(Executor([Stub(), Stub()]).collective_rpc)
-    workers.send([ORDER])
-    assert workers.poll() == [(0, Filled(0, 0.1)), (1, Filled(0, 0.1))]
-    assert workers.poll() == []
-
-
-@pytest.fixture
-def stubs(tmp_path, monkeypatch):
-    """Two workers with stores of their own, which are threads."""
-    folder = tmp_path / "store"
-    folder.mkdir(mode=0o700)
-    monkeypatch.setenv(FOLDER_VARIABLE, str(folder))
-
-    def connect(mode, server):
-        return StoreClient(StoreThread(FakeReader()), server)
-
-    monkeypatch.setattr(own_store.StoreClient, "connect", staticmethod(connect))
-    made = [
-        OwnStore("thread", f"server-{rank}", rank, StoreSettings(budget_bytes=8192))
-        for rank in range(2)
-    ]
-    yield [Stub(store) for store in made]
-    for store in made:
-        store._client.close()
-
-
-@pytest.fixture
-def store(stubs) -> WaitingStore:
-    return WaitingStore(Executor(stubs).collective_rpc)
-
-
-def leases(stub: Stub) -> int:
-    """Leases of a worker, as its store knows them."""
-    client = stub.own_store._client
-    client.describe()
-    while True:
-        for message in client.poll(5.0):
-            if hasattr(message, "clients"):
-                return sum(
-                    row.leases for row in message.clients if row.server == client._hello.server
-                )
-
-
-def test_a_load_request_is_answered_at_once_with_the_engines_own_numbers(store, stubs):
-    ticket = store.request_load(LoadRequest(1, "one", "/fake/one"))
-    (answer,) = store.poll()
-    assert isinstance(answer, Loaded)
-    assert (answer.ticket, answer.pack.pack, answer.leased) == (ticket, ticket, True)
-    assert [leases(stub) for stub in stubs] == [1, 1]
-    assert {stub.own_store.pack(ticket).digest for stub in stubs} == {answer.pack.digest}
-    store.release(ticket)
-    assert [leases(stub) for stub in stubs] == [0, 0]
-    assert store.poll() == []
-
-
-def test_what_is_only_checked_is_no_pack(store):
-    store.request_load(LoadRequest(1, "one", "/fake/one", keep=False))
-    (answer,) = store.poll()
-    assert (answer.pack.pack, answer.leased) == (0, False)
-
-
-def test_a_failure_is_an_answer(store):
-    ticket = store.request_load(LoadRequest(1, "one", "/fake/one?fail=bad"))
-    (answer,) = store.poll()
-    assert isinstance(answer, Failed)
-    assert (answer.ticket, "bad" in answer.message) == (ticket, True)
-
-
-def test_a_failure_of_one_worker_leaves_nothing_on_lease_at_the_others(store, stubs, monkeypatch):
-    def fail(load_request):
-        return Failed(load_request.ticket, FailureKind.UNREADABLE, "no such disk", [])
-
-    monkeypatch.setattr(stubs[1].own_store, "load", fail)
-    store.request_load(LoadRequest(1, "one", "/fake/one"))
-    (answer,) = store.poll()
-    assert isinstance(answer, Failed)
-    assert leases(stubs[0]) == 0
-
-
-def test_a_load_request_taken_back_gives_its_lease_back(store, stubs):
-    store.cancel(store.request_load(LoadRequest(1, "one", "/fake/one")))
-    assert store.poll() == []
-    assert [leases(stub) for stub in stubs] == [0, 0]
-
-
-def test_a_store_that_does_not_answer_is_a_failure(store, stubs, monkeypatch):
-    for stub in stubs:
-        monkeypatch.setattr(stub.own_store, "_limit_s", 0.2)
-    store.request_load(LoadRequest(1, "one", "/fake/one?hang=1"))
-    (answer,) = store.poll()
-    assert isinstance(answer, Failed)
-    assert answer.kind is FailureKind.TIMEOUT
-
-
-def test_a_store_that_hears_of_others_only_is_a_failure_in_time(stubs, monkeypatch):
-    """What comes meanwhile, such as totals, does not begin the time anew."""
-    own = stubs[0].own_store
-    monkeypatch.setattr(own, "_limit_s", 0.3)
-    poll = own._client.poll
-    monkeypatch.setattr(
-        own._client, "poll", lambda seconds: [*poll(min(seconds, 0.02)), Evicted(99)]
-    )
-    begin = time.monotonic()
-    answer = own.load(LoadRequest(1, "one", "/fake/one?hang=2", ticket=1))
-    assert isinstance(answer, Failed)
-    assert time.monotonic() - begin < 1.5
-
-
-@pytest.mark.parametrize("heard", ["by a load", "by a withdrawal", "by a fill"])
-def test_packs_of_a_store_that_was_started_again_are_gone(stubs, heard):
-    own = stubs[0].own_store
-    own.load(LoadRequest(1, "one", "/fake/one", ticket=1))
-    assert own.pack(1) is not None
-    own._client._lose(ChannelClosedError("it ended"))
-    if heard == "by a load":
-        answer = own.load(LoadRequest(2, "two", "/fake/two", ticket=2))
-        assert isinstance(answer, Loaded)
-        assert own.pack(2) is not None
-    elif heard == "by a withdrawal":
-        own.forget(2)
-    assert own.pack(1) is None
-    own.release(1)
-
-
-def test_a_fill_from_a_pack_that_nobody_has_any_more_is_made_again_from_another(stubs):
-    manager = MultiLoRAWorkerManager.__new__(MultiLoRAWorkerManager)
-    manager.own_store, manager._orders, manager._is_warming_up = stubs[0].own_store, 0, False
-    answer = manager.carry_out_now(ORDER)
-    assert isinstance(answer, FillFailed)
-    assert answer.is_gone
-
-
 class Slots:
     """Stands in for the model manager and the filler of a worker, and notes what they are told."""
 
@@ -291,9 +132,6 @@ class Slots:
 
     def begin(self, order) -> None:
         self.lora_index_to_id[order.slot] = order.request.lora_int_id
-
-    def fill_now(self, order) -> None:
-        self.begin(order)
 
     def fill_with_dummy(self, slot, lora_id, rank) -> None:
         self.lora_index_to_id[slot] = lora_id
@@ -349,22 +187,17 @@ def test_rows_of_an_adapter_that_is_in_no_slot_are_computed_without_it_until_it_
     assert len(slots.reported) == 2
 
 
-@pytest.mark.parametrize(
-    "after", ["an order", "an order that is waited for", "other base weights", "a sleep"]
-)
+@pytest.mark.parametrize("after", ["an order", "other base weights", "a sleep"])
 def test_a_step_of_the_same_adapters_looks_at_their_slots_again(after):
     """As one of other adapters does."""
     slots = Slots(None, 1)
     manager = slots.worker()
-    manager.own_store = SimpleNamespace(pack=pack_info)
     batch = {lora(1)}, LoRAMapping((1,), (1,))
     for _ in range(3):
         manager.set_active_adapters(*batch)
     assert slots.looked_at == [[1]]
     if after == "an order":
         manager.begin(ORDER)
-    elif after == "an order that is waited for":
-        manager.carry_out_now(ORDER)
     elif after == "other base weights":
         manager.remove_all_adapters()
     else:
@@ -377,18 +210,16 @@ def test_a_step_of_the_same_adapters_looks_at_their_slots_again(after):
     assert Missing(2) in slots.reported
 
 
-@pytest.mark.parametrize("waits", [True, False], ids=["waited-for", "beside-steps"])
-def test_an_order_ends_a_warm_up_and_has_its_slot_afterwards(waits):
+def test_an_order_ends_a_warm_up_and_has_its_slot_afterwards():
     """Graphs are captured with adapters that nobody removes."""
     slots = Slots(None, None)
     manager = slots.worker()
-    manager.own_store = SimpleNamespace(pack=pack_info)
     dummies = [LoRARequest(f"warmup_{i}", i, "/not/a/real/path") for i in (1, 2)]
     for dummy in dummies:
         manager.add_dummy_lora(dummy, 8)
     manager.set_active_adapters(set(dummies), LoRAMapping((1, 2), (1, 2)))
     assert slots.lora_index_to_id == [1, 2]
-    (manager.carry_out_now if waits else manager.begin)(ORDER)
+    manager.begin(ORDER)
     manager.set_active_adapters({lora(1)}, LoRAMapping((1,), (1,)))
     assert slots.lora_index_to_id == [None, 1]
     assert slots.reported == []
@@ -434,16 +265,3 @@ def test_a_worker_copies_nothing_into_slots_before_it_sleeps():
     executor = StartedExecutor(SchedulerStub(), None)
     executor.collective_rpc("sleep", kwargs={"level": 1})
     assert executor.called == [worker_calls.slots_away, "sleep"]
-
-
-def test_a_withdrawn_adapter_is_forgotten_at_once(store):
-    store.request_load(LoadRequest(1, "one", "/fake/one", keep=False))
-    store.poll()
-    store.forget(1)
-    assert store.poll() == [Forgotten(1)]
-
-
-def test_workers_know_what_the_engine_asks_of_them(stubs):
-    assert worker_calls.load_now(stubs[0], LoadRequest(1, "one", "/fake/one", ticket=5)).ticket == 5
-    worker_calls.release_now(stubs[0], 5)
-    assert leases(stubs[0]) == 0

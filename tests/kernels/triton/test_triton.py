@@ -146,6 +146,19 @@ def test_offsets_past_2_to_the_31_elements():
     assert_close(y.contiguous(), expected, magnitude)
 
 
+def test_rows_of_b_past_2_to_the_31_elements():
+    """Within one slot and one block of columns; the memory between them is never touched."""
+    problem = problem_here([1, 0, 1], slots=2, widths=(40,), dtype=torch.bfloat16, ranks=[[16, 11]])
+    far, (weights,) = 2**26, problem.lora_b
+    slots, ones, width, rank = weights.shape
+    assert (width - 1) * far > 2**31
+    allocated = torch._C._VariableFunctions.empty
+    storage = allocated((width - 1) * far + slots * rank, dtype=weights.dtype, device=DEVICE)
+    apart = storage.as_strided((slots, ones, width, rank), (rank, rank, far, 1))
+    problem.lora_b = [apart.copy_(weights)]
+    assert_matches(run(problem), problem)
+
+
 @pytest.fixture(params=[False, True], ids=["sum-in-expand", "sum-before"])
 def sum_before(request, monkeypatch) -> bool:
     """Where the planes are added up, whatever pays."""

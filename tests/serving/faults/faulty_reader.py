@@ -1,8 +1,8 @@
 """A store's reader with faults that no file can cause, in adapters that ask for them.
 
 An adapter's folder may hold a file `fault` with one of these words: `hang`, `slow`, `die`,
-`no memory`, `disk error` and `two at a time`: of two jobs for the adapter, the first one reads it
-and the second one then finds it bad.
+`no memory`, `disk error` and `two at a time`: of two jobs that read the adapter at the same time,
+the second one finds it bad.
 """
 
 import contextlib
@@ -53,10 +53,10 @@ def _make(file: Path, settings: StoreSettings) -> None:
     elif fault == "disk error":
         raise OSError(5, "Input/output error")
     elif fault == "two at a time":
-        lock = os.open(file, os.O_RDONLY)  # until this job ends
+        lock = os.open(file, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # when the other one is done
-            raise AdapterFormatError("another job has read it") from None
+            raise AdapterFormatError("another job is reading it") from None
         time.sleep(TOGETHER_S)
+        os.close(lock)  # not at this job's end, which may come after the next one's beginning

@@ -3,6 +3,7 @@
 There are fewer slots than adapters, and requests of adapters that fail are in the same batches.
 """
 
+import contextlib
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,7 +56,10 @@ def cases(llama: Scenario) -> list[Case]:
 
 
 def forbidding() -> type:
-    """A logits processor of a user's own; few requests ask for it."""
+    """A logits processor of a user's own, of the running model runner's kind; few ask for it."""
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        with contextlib.suppress(ImportError):  # before vLLM 0.33, both runners take one kind
+            return _forbidding_of_the_second_runner()
     from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
     class Forbidding(AdapterLogitsProcessor):
@@ -67,6 +71,27 @@ def forbidding() -> type:
             if token is None:
                 return None
             return lambda output, logits: logits.index_fill(0, torch.tensor([token]), float("-inf"))
+
+    return Forbidding
+
+
+def _forbidding_of_the_second_runner() -> type:
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
+
+    class Forbidding(LogitsProcessor):
+        def __init__(self, vllm_config: Any, req_states: Any) -> None:
+            self._tokens: dict[int, int | None] = {}
+
+        def add_request(self, req_idx: int, sampling_params: "SamplingParams") -> bool:
+            token = (sampling_params.extra_args or {}).get("forbidden")
+            self._tokens[req_idx] = token
+            return token is not None
+
+        def apply(self, logits: torch.Tensor, ctx: Any) -> torch.Tensor:
+            for row, request in enumerate(ctx.expanded_idx_mapping.tolist()):
+                if (token := self._tokens.get(request)) is not None:
+                    logits[row, token] = float("-inf")
+            return logits
 
     return Forbidding
 

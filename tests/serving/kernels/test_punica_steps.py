@@ -65,7 +65,7 @@ def test_what_vllms_layers_read_of_a_step(mapping):
     assert (wrapper.plan.tokens, wrapper.plan.rows, wrapper.plan.runs) == (6, 5, 2)
     offsets = [max(slot, 0) * VOCABULARY for slot in slots]
     assert wrapper._embeddings_indices[:6].tolist() == offsets
-    assert wrapper.sampler_indices.tolist() == [2, -1, 0]
+    assert wrapper.stock_rows.sampler_slots.rows.tolist() == [2, -1, 0]
     assert wrapper.token_lora_indices.tolist() == slots
 
 
@@ -141,8 +141,8 @@ def test_what_steps_read_is_valid_again_after_memory_was_lost():
         heads.zero_()
     buffers = [
         wrapper._embeddings_indices,
-        wrapper._sampler_indices,
-        wrapper._token_lora_indices,
+        wrapper.stock_rows.sampler_slots.buffer,
+        wrapper.stock_rows.token_slots.buffer,
     ]
     plans = [wrapper.plan.buffer, wrapper.output_rows.buffer]
     for buffer in (*buffers, *plans):
@@ -233,12 +233,12 @@ def test_a_steps_copy_brings_whatever_its_layers_read(monkeypatch: pytest.Monkey
             tiles = arrived(found.buffer, order)[layout.tile_slot][: other.tiles]
             assert tiles.equal(other.buffer[layout.tile_slot][: other.tiles])
         for name, count in (
-            ("_embeddings_indices", tokens),
-            ("_sampler_indices", rows),
-            ("_token_lora_indices", tokens),
+            ("embedding_offsets", tokens),
+            ("sampler_slots", rows),
+            ("token_slots", tokens),
         ):
-            found = arrived(getattr(wrapper, name), count)
-            assert found.equal(getattr(expected, name)[:count]), name
+            found = arrived(getattr(wrapper.stock_rows, name).buffer, count)
+            assert found.equal(getattr(expected.stock_rows, name).rows), name
 
 
 @pytest.mark.parametrize("how", ["prompt", "drafts"])
@@ -280,7 +280,8 @@ def test_buffers_keep_their_addresses_for_captured_graphs():
     own = wrapper.for_layer(torch.zeros(1, 4).int(), torch.zeros(1, 4).int())
 
     def addresses() -> list[int]:
-        buffers = wrapper.plan.buffer, wrapper._embeddings_indices, wrapper._sampler_indices
+        rows = wrapper.stock_rows.sampler_slots.buffer
+        buffers = wrapper.plan.buffer, wrapper._embeddings_indices, rows
         return [buffer.data_ptr() for buffer in buffers]
 
     before = addresses()
@@ -386,13 +387,13 @@ class TestExpertLayers:
     @pytest.mark.parametrize("adapters", [[9, 0, 5], [0, 0, 0], [3, 3, 3]], ids=str)
     def test_the_metadata_is_what_vllm_prepares(self, vllms_gpu_wrapper, kind, adapters):
         ours = make_wrapper()
-        ours.adopt_layers([layer(LINEAR), layer(kind)])
+        metadata = adopt_experts(ours, kind, LINEAR).token_mapping_meta
         lora_config = SimpleNamespace(max_loras=len(SLOTS), specialize_active_lora=False)
         stock = vllms_gpu_wrapper(MAX_TOKENS, 8, "cpu", lora_config=lora_config)
         for lengths in ([30, 1, 1], [2, 1, 3]):
             step(ours, lengths, adapters)
             step(stock, lengths, adapters)
-            found = ours.token_mapping_meta.meta_args(sum(lengths), False)
+            found = metadata.meta_args(sum(lengths), False)
             expected = stock.token_mapping_meta.meta_args(sum(lengths), False)
             if stock.token_mapping_meta.no_lora_flag_cpu:
                 found, expected = found[2:], expected[2:]  # vLLM leaves the tokens' part as it is
@@ -413,20 +414,19 @@ class TestExpertLayers:
         state.add_request("2", 2, None)
         captured = get_num_active_loras_for_dispatch(object(), state, ["0", "1", "2"], False)
         wrapper = make_wrapper(specialize_active_lora=specialize)
-        wrapper.adopt_layers([layer("FusedMoEWithLoRA")])
+        stock = adopt_experts(wrapper)
         step(wrapper, [1] * captured, [5, 9, 3][:captured])
-        stock = wrapper._stock_wrapper()
         *_, launched = stock.token_mapping_meta.meta_args(
             captured, stock.lora_config.specialize_active_lora
         )
         launched = int(launched)  # of a graph, from now on
         step(wrapper, [1, 1, 1], [5, 9, 0])
-        present = wrapper.token_mapping_meta.active_lora_ids.tolist().index(-1, 1)
+        present = stock.token_mapping_meta.active_lora_ids.tolist().index(-1, 1)
         assert launched >= present == 3
 
     def test_the_metadata_comes_with_the_plan_in_one_copy(self, vllms_gpu_wrapper):
         wrapper = make_wrapper("meta", "triton")
-        wrapper.adopt_layers([layer("FusedMoEWithLoRA")])
+        adopt_experts(wrapper)
         for lengths, adapters in ([2, 1, 3], [9, 0, 5]), ([4], [0]):
             with Traffic() as traffic:
                 step(wrapper, lengths, adapters)
@@ -435,35 +435,38 @@ class TestExpertLayers:
     def test_padding_rows_are_of_valid_slots_after_memory_was_lost(self, vllms_gpu_wrapper):
         """A captured graph's kernels look up whose they are, and then what that slot has."""
         wrapper = make_wrapper()
-        wrapper.adopt_layers([layer("FusedMoEWithLoRA")])
+        stock = adopt_experts(wrapper)
         step(wrapper, [30, 30], [3, 9])
-        slots = wrapper.token_mapping_meta.token_lora_mapping
+        slots = stock.token_mapping_meta.token_lora_mapping
         slots.fill_(2**30)
         wrapper.memory_lost()
         step(wrapper, [1], [5])
         assert slots.tolist() == [0] + [-1] * (MAX_TOKENS - 1)
 
-    @pytest.mark.parametrize(
-        "method",
-        ["moe_lora_align_block_size", "add_lora_fused_moe", "add_lora_w13", "add_lora_w2"],
-    )
-    def test_calls_reach_vllms_wrapper(self, vllms_gpu_wrapper, monkeypatch, method):
+    def test_expert_layers_have_vllms_wrapper_and_others_ours(self, vllms_gpu_wrapper):
         wrapper = make_wrapper()
-        wrapper.adopt_layers([layer("FusedMoEWithLoRA")])
-        calls = []
+        linear = layer(LINEAR)
+        linear.set_mapping(wrapper)
+        stock = adopt_experts(wrapper, "FusedMoEWithLoRA", linear)
+        assert isinstance(stock, vllms_gpu_wrapper)
+        assert linear.punica_wrapper is wrapper
 
-        def record(self, *args, **kwargs):
-            calls.append((type(self), args, kwargs))
-            return "result"
+    def test_a_model_without_expert_layers_makes_no_such_wrapper(self, monkeypatch):
+        from vllm_multilora.integration.step import punica_moe
 
-        monkeypatch.setattr(vllms_gpu_wrapper, method, record)
-        assert getattr(wrapper, method)(1, 2, add_inputs=False) == "result"
-        assert calls == [(vllms_gpu_wrapper, (1, 2), {"add_inputs": False})]
-
-    def test_a_model_without_expert_layers_has_no_such_wrapper(self, vllms_gpu_wrapper):
+        made = []
+        monkeypatch.setattr(punica_moe, "get_punica_wrapper", lambda *_, **__: made.append(1))
         wrapper = make_wrapper()
         wrapper.adopt_layers([layer(LINEAR)])
         step(wrapper, [2], [9])
-        assert getattr(wrapper, "token_mapping_meta", None) is None
-        with pytest.raises(AttributeError, match="was given no expert layers"):
-            wrapper.add_lora_w13()
+        assert not made
+
+
+def adopt_experts(ours: Any, kind: str = "FusedMoEWithLoRA", other: Any = None) -> Any:
+    """Has a wrapper adopt a layer of experts, and perhaps another; returns what the first calls."""
+    experts, mapped = layer(kind), []
+    experts.__dict__["set_mapping"] = mapped.append
+    others = [layer(other) if isinstance(other, str) else other] if other else []
+    ours.adopt_layers([*others, experts])
+    (stock,) = mapped
+    return stock

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from tests.engine.fake_engine import lora, pack_info
 from vllm_multilora.integration.worker.slots.filler import NICENESS, yield_processor
+from vllm_multilora.integration.worker_link.fill_link import Answer
 from vllm_multilora.integration.worker_link.orders import Check, Order
 
 pytestmark = pytest.mark.skipif(
@@ -34,9 +36,12 @@ def test_slots_are_filled_where_the_process_is_not_bound_to() -> None:
 
     try:
         model = SimpleNamespace(device=torch.device("cpu"))
-        filler = Filler(model, special=None, link=None)  # type: ignore[arg-type]
+        answers: SimpleQueue[Answer] = SimpleQueue()
+        link = SimpleNamespace(tell=answers.put)
+        filler = Filler(model, special=None, link=link)  # type: ignore[arg-type]
         for order in (1, 2):
-            filler.fill_now(Check(order, lora(1), pack_info(1)))
+            filler.begin(Check(order, lora(1), pack_info(1)))
+            answers.get(timeout=60)
         assert os.sched_getaffinity(0) == {min(allowed)}
     finally:
         os.sched_setaffinity(0, allowed)

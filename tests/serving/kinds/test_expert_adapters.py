@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
@@ -100,7 +101,9 @@ def filler(manager: Any) -> Iterator[Any]:
     client = StoreClient(StoreThread(), "server")
     try:
         client.configure([manager.layout], StoreSettings())
-        filler = SlotFiller(manager, SpecialParts(manager, None), None)
+        answers: SimpleQueue[Answer] = SimpleQueue()
+        link: Any = SimpleNamespace(tell=answers.put)
+        filler = SlotFiller(manager, SpecialParts(manager, None), link)
         filler.open_memory(client.address, "server")
 
         def fill(folder: Path) -> Answer:
@@ -110,7 +113,8 @@ def filler(manager: Any) -> Iterator[Any]:
                     assert not isinstance(message, Failed), message
                     if isinstance(message, Loaded):
                         lora = LoRARequest("experts", 7, str(folder))
-                        return filler.fill_now(Fill(1, lora, message.pack, slot=SLOT))
+                        filler.begin(Fill(1, lora, message.pack, slot=SLOT))
+                        return answers.get(timeout=LIMIT_S)
 
         yield fill
     finally:

@@ -126,6 +126,11 @@ class Rig:
     def fill(self, order: int, slot: int, adapter: int, pack: PackInfo) -> Fill:
         return Fill(order, request(adapter), pack, slot=slot)
 
+    def fill_now(self, order: Fill) -> Answer:
+        """Has an order carried out; returns its answer."""
+        self.filler.begin(order)
+        return self.link.next()
+
     def in_slot(self, slot: int, row: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.model.lora_a[row][slot, :rank], self.model.lora_b[row][slot, :, :rank]
 
@@ -160,9 +165,9 @@ def assert_holds(rig: Rig, slot: int, adapter: int, rank: int) -> None:
 def test_nothing_is_copied_while_the_slots_memory_is_not_there(rig: Rig) -> None:
     pack = rig.load(7, rank=4)
     rig.filler.slots_away()
-    assert rig.filler.fill_now(rig.fill(0, 1, 7, pack)) == Filled(0, None)
+    assert rig.fill_now(rig.fill(0, 1, 7, pack)) == Filled(0, None)
     rig.filler.slots_back()
-    answer = rig.filler.fill_now(rig.fill(1, 1, 7, pack))
+    answer = rig.fill_now(rig.fill(1, 1, 7, pack))
     assert isinstance(answer, Filled)
     assert answer.seconds
 
@@ -242,18 +247,12 @@ def test_a_copy_that_fails_is_reported_and_the_next_one_is_made(
     assert_holds(rig, 0, 7, rank=4)
 
 
-@pytest.mark.parametrize("waits", [True, False], ids=["waited-for", "beside-steps"])
 def test_an_order_that_cannot_be_begun_is_reported_and_the_next_one_is_carried_out(
-    rig: Rig, waits: bool
+    rig: Rig,
 ) -> None:
     """Raised here it would end the engine, some calls later."""
     pack = rig.load(7, rank=4)
-    begun = rig.fill(0, SLOTS + 1, 7, pack)  # there is no such slot
-    if waits:
-        answer: Answer = rig.filler.fill_now(begun)
-    else:
-        rig.filler.begin(begun)
-        answer = rig.link.next()
+    answer = rig.fill_now(rig.fill(0, SLOTS + 1, 7, pack))  # there is no such slot
     assert isinstance(answer, FillFailed)
     assert (answer.order, answer.kind) == (0, FailureKind.INTERNAL)
     rig.filler.begin(rig.fill(1, 0, 7, pack))
@@ -362,7 +361,7 @@ def test_a_segment_is_page_locked_once_in_parts_and_released_before_it_is_unmapp
     memory = open_as_for_a_gpu(rig, monkeypatch, runtime)
     packs = {adapter: rig.load(adapter, rank=4) for adapter in (7, 8)}
     for order, adapter in enumerate((7, 8, 7)):
-        assert isinstance(rig.filler.fill_now(rig.fill(order, 0, adapter, packs[adapter])), Filled)
+        assert isinstance(rig.fill_now(rig.fill(order, 0, adapter, packs[adapter])), Filled)
     mapped = {each.address: len(each._map) for each in memory._segments.values()}
     expected, calls = [], list(runtime.calls)
     for address, size in mapped.items():
@@ -397,7 +396,7 @@ def test_a_segment_is_page_locked_when_the_store_makes_it_and_not_by_an_order(
     _, pack = map_ahead(rig, monkeypatch, runtime)
     before = len(runtime.calls)
     assert before
-    assert isinstance(rig.filler.fill_now(rig.fill(0, 0, 7, pack)), Filled)
+    assert isinstance(rig.fill_now(rig.fill(0, 0, 7, pack)), Filled)
     assert len(runtime.calls) == before
     # Slots are filled there too; whoever runs the steps never waits for the driver.
     assert all(name.startswith("multilora-fill") for name in runtime.threads)
@@ -433,7 +432,7 @@ def test_memory_that_cannot_be_page_locked_whole_serves_and_what_was_is_released
     runtime = Runtime(most=1)
     memory = open_as_for_a_gpu(rig, monkeypatch, runtime)
     pack = rig.load(7, rank=4)
-    assert isinstance(rig.filler.fill_now(rig.fill(0, 0, 7, pack)), Filled)
+    assert isinstance(rig.fill_now(rig.fill(0, 0, 7, pack)), Filled)
     assert "cannot be page-locked (CUDA error 2 after" in caplog.text
     memory.close()
     (registered, released) = runtime.calls
@@ -470,7 +469,7 @@ def test_the_kernels_that_fill_a_slot_are_not_taken_for_what_could_not_be_page_l
         scatter(*args, **kwargs)
 
     monkeypatch.setattr(rig.model.slot_table, "scatter", noting)
-    assert isinstance(rig.filler.fill_now(rig.fill(0, 0, 7, rig.load(7, rank=4))), Filled)
+    assert isinstance(rig.fill_now(rig.fill(0, 0, 7, rig.load(7, rank=4))), Filled)
     assert runtime.threads
     assert errors == [0]
 

@@ -209,9 +209,5 @@ def access_for(args: Namespace) -> Access | None:
 def _as_named(*roots: str) -> tuple[str, ...]:
     """Folders as messages name them: by their absolute paths, and by where links lead; and URLs."""
     folders = [root for root in roots if not is_url(root)]
-    paths = (
-        *map(os.path.abspath, folders),
-        *map(os.path.realpath, folders),
-        *filter(is_url, roots),
-    )
-    return tuple(dict.fromkeys(paths))
+    paths = (*map(os.path.abspath, folders), *map(os.path.realpath, folders))
+    return tuple(dict.fromkeys((*paths, *filter(is_url, roots))))

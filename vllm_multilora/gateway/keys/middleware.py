@@ -7,6 +7,7 @@ from here, so that check lets them pass.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from vllm_multilora.adapters.problems import shown_name
 from vllm_multilora.gateway.body import LargeBodyError, read_body
 from vllm_multilora.gateway.endpoints import endpoint_of, error_answer, route_path
 from vllm_multilora.gateway.fields import MAX_SHORT_TEXT, FieldError, needs
+from vllm_multilora.gateway.first_errors import FirstErrors
 from vllm_multilora.gateway.limits.tenant_turns import (
     STRANGERS_PER_MINUTE,
     ClientGoneError,
@@ -67,10 +69,16 @@ class AccessMiddleware:
     """Refuses what a caller may not ask, and passes the rest on with its caller known."""
 
     def __init__(
-        self, app: ASGIApp, access: Access, strangers_per_minute: float = STRANGERS_PER_MINUTE
+        self,
+        app: ASGIApp,
+        access: Access,
+        errors: FirstErrors | None = None,
+        *,
+        strangers_per_minute: float = STRANGERS_PER_MINUTE,
     ) -> None:
         self._app = app
         self._access = access
+        self._errors = errors or FirstErrors([])
         self._strangers = TokenBucket(strangers_per_minute)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -178,7 +186,9 @@ class AccessMiddleware:
             if endpoint is Endpoint.CALL:
                 receive = await turn_of(account, receive)
                 caller.has_turn = True
-                receive = await read_body(receive, TENANT_ROUTES[path.rstrip("/")], caller)
+                path = path.rstrip("/")
+                check = partial(self._errors.check, path)
+                receive = await read_body(receive, TENANT_ROUTES[path], caller, check)
                 if is_known_by_id(path):
                     scope, send_on = sealed_by_id(scope, send_on, caller)
             if endpoint in _PACED:

@@ -30,6 +30,7 @@ from vllm_multilora.gateway.names.bodies import (
     read_body,
 )
 from vllm_multilora.gateway.request_ids import for_vllm
+from vllm_multilora.integration.failed_requests import AdapterRefusedError
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server.names.model_names import (
     TAKE_DEFAULTS,
@@ -46,6 +47,7 @@ from vllm_multilora.integration.server.requests.callers import (
     current_caller,
 )
 from vllm_multilora.integration.server.requests.http_calls import HttpCall, current_call
+from vllm_multilora.integration.server.requests.own_templates import OWN_TEMPLATES
 from vllm_multilora.tenants.rules import INVOCATIONS, Endpoint
 
 if TYPE_CHECKING:
@@ -149,6 +151,9 @@ class NamesMiddleware:
         if "request_id" not in fields:
             scope = for_vllm(scope)
         call.is_form, caller = isinstance(body, FormBody), current_caller.get()
+        templates = OWN_TEMPLATES.get(self._models.engine_client)
+        if templates is not None and (fault := templates.fault_in(fields)) is not None:
+            return error_answer(HTTPStatus.BAD_REQUEST, fault, path=call.path)
         model = fields.get(MODEL)
         if call.path == INVOCATIONS:
             scope, named = without_sagemakers(scope)
@@ -171,6 +176,11 @@ class NamesMiddleware:
         is_invoked, is_base = call.path == INVOCATIONS, self._models.is_base_model(name)
         if not name or not (chosen.lora or chosen.name or (is_invoked and not is_base)):
             return unchanged
+        if templates is not None and chosen.lora is not None:
+            try:
+                await templates.apply(call.path, chosen.lora, fields)
+            except AdapterRefusedError as error:
+                return error_answer(HTTPStatus.BAD_REQUEST, str(error), path=call.path)
         # The name is the body's `model` and, where SageMaker reads it, in its header.
         content, kind = await body.written(name, BLEND_FIELD)
         changed = {b"content-length": str(len(content)).encode()}

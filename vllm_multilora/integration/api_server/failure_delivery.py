@@ -33,6 +33,9 @@ ON_OUTPUTS: Attached[Callable[[Iterable[Any], dict[str, Any]], AbstractContextMa
 )
 """Given a step's outputs and all requests' states, what an `OutputProcessor` works in."""
 
+AFTER_OUTPUTS: Attached[Callable[[], object]] = Attached("after-outputs")
+"""Called by an `OutputProcessor` after each step's outputs."""
+
 ANSWER_CHECKS: list[Callable[[], None]] = []
 """Called before a step's outputs are handed out; each raises where this process answers nobody."""
 
@@ -126,6 +129,8 @@ def process_outputs(
         mixed = policy_spans.note(engine_core_outputs, states)
         processed = original(processor, engine_core_outputs, *args, **kwargs)
         policy_spans.tell(mixed, processed.request_outputs)
+    if (act := AFTER_OUTPUTS.get(processor)) is not None:
+        act()
     mark_failed(processed.request_outputs, failures)
     # What was on its way to the engine has begun them again there, and nobody would end that.
     processed.reqs_to_abort.extend(sessions)

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from multiprocessing.util import register_after_fork
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +15,15 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from vllm_multilora.adapters.model.layout import ModelLayout
 from vllm_multilora.adapters.signing.required import RequiredDigests
+from vllm_multilora.errors import MultiLoRAError
 from vllm_multilora.integration import kv_blocks
 from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.engine.adapters.engine_adapters import EngineAdapters
-from vllm_multilora.integration.engine.adapters.exchange import Store, Workers
 from vllm_multilora.integration.engine.adapters.observer import AdapterObserver
 from vllm_multilora.integration.engine.scheduling.scheduler import AdapterAwareMixin
 from vllm_multilora.integration.engine.workers.machines import MachineStores
 from vllm_multilora.integration.engine.workers.reaching import REACHED, reach
-from vllm_multilora.integration.engine.workers.workers import (
-    LinkedWorkers,
-    WaitingStore,
-    WaitingWorkers,
-)
+from vllm_multilora.integration.engine.workers.workers import LinkedWorkers
 from vllm_multilora.integration.failed_requests import RefusalsInOneLine
 from vllm_multilora.integration.logs import join_vllm_logging
 from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
@@ -47,6 +44,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _REFUSALS_IN_ONE_LINE = RefusalsInOneLine()
+
+_MARGIN_S = 10.0
+"""Seconds beyond the store's own limit for an adapter: others may be before it."""
 
 SERVER: Attached[str] = Attached("server")
 """What an executor's server was called when its workers started."""
@@ -89,35 +89,37 @@ def starting_workers(executor: Any, vllm_config: VllmConfig) -> Iterator[None]:
         return
     machines = reach(executor, link, missing, vllm_config)
     if machines is None:
-        logger.warning(
-            "Workers %s, which are on other machines, do not reach their engine core: the engine "
-            "will wait while adapters are loaded.",
-            ", ".join(map(str, missing)),
-        )
         _disconnect(executor)
-        return
+        raise MultiLoRAError(
+            f"workers {', '.join(map(str, missing))}, which are on other machines, do not reach "
+            f"their engine core; the log says why. Let them connect to any of its machine's TCP "
+            f"ports, as vLLM's own messages need, or leave LoRA to vLLM with --no-multilora"
+        )
     others = counted(len(machines), "other machine")
     logger.info("Adapters are loaded in the background on %s.", others)
     REACHED.set(executor, machines)
 
 
 def _make_link(vllm_config: VllmConfig) -> FillLink | None:
-    if not loads_adapters(vllm_config) or not settings_of(vllm_config).async_loading:
-        return None
     parallel = vllm_config.parallel_config
-    if parallel.distributed_executor_backend == "external_launcher":
-        # Each worker has an engine core of its own (torchrun). They do not talk to each other, and
-        # have to take the same steps: all wait for the same loads.
+    # Workers of another machine's engine core answer to that.
+    if not loads_adapters(vllm_config) or parallel.node_rank_within_dp:
         return None
-    if parallel.node_rank_within_dp:
-        return None  # an executor of another machine's engine core, to which its workers answer
     try:
-        link = FillLink(vllm_config.parallel_config.world_size)
+        link = FillLink(1 if _is_alone(vllm_config) else parallel.world_size)
     except (OSError, StoreUnavailableError) as error:
-        logger.warning("Adapters cannot be loaded in the background here: %s", error)
+        logger.warning("Workers cannot answer their engine core here: %s", error)
         return None
     os.environ[PATH_VARIABLE] = str(link.path)
     return link
+
+
+def _is_alone(vllm_config: VllmConfig) -> bool:
+    """Whether each worker has an engine core of its own (torchrun).
+
+    They do not talk to each other, and have to take the same steps: all wait for the same loads.
+    """
+    return vllm_config.parallel_config.distributed_executor_backend == "external_launcher"
 
 
 def _disconnect(executor: Any) -> None:
@@ -161,8 +163,8 @@ def make_adapters(
         ranks=ranks,
         pinned_names=settings.pin,
     )
-    store, workers = _connect(executor, scheduler, wake)
-    asks_late = isinstance(store, WaitingStore)
+    asks_late = _is_alone(vllm_config) or not settings.async_loading
+    store, workers = _connect(executor, scheduler, wake, asks_late=asks_late)
     # Workers that have a step already begin with copies after it; and what depends on the clock
     # would have an external launcher's engines take different steps.
     can_wait = vllm_config.max_concurrent_batches == 1 and not asks_late
@@ -172,9 +174,9 @@ def make_adapters(
         slots,
         ranks,
         observer,
-        asks_late=asks_late,
+        wait_s=settings.load_timeout_s + _MARGIN_S if asks_late else 0.0,
         copy_s=COPY_S if can_wait else 0.0,
-        store_address=getattr(store, "address", ""),
+        store_address=store.address,
         required=RequiredDigests(settings.require_digest) if settings.require_digest else None,
         signing_keys=settings.signing_keys,
         most_blends=settings.max_blends,
@@ -191,22 +193,28 @@ def _no_swaps(vllm_config: VllmConfig) -> Iterator[tuple[bool, str]]:
 
 
 def _connect(
-    executor: Any, scheduler: AdapterAwareMixin, wake: Callable[[], None] | None
-) -> tuple[Store, Workers]:
-    """The store and the workers; through them, and waiting for them, where that is all there is."""
+    executor: Any,
+    scheduler: AdapterAwareMixin,
+    wake: Callable[[], None] | None,
+    *,
+    asks_late: bool,
+) -> tuple[StoreClient | MachineStores, LinkedWorkers]:
+    """The store and the workers.
+
+    Raises:
+        StoreUnavailableError: There is none, or workers cannot answer.
+    """
     vllm_config: VllmConfig = executor.vllm_config
     link = LINK.get(executor)
     # In an engine core process, vLLM has renamed its instance since: each engine's differently.
     server = SERVER.get(executor) or server_of(vllm_config)
-    if link is None:
-        executor.collective_rpc(worker_calls.open_own_store, args=(server,))
-        workers = WaitingWorkers(executor.collective_rpc)
-        return WaitingStore(executor.collective_rpc), workers
     store = _open_stores(executor, vllm_config, server)
+    if link is None:
+        raise StoreUnavailableError("workers cannot answer their engine core; the log says why")
     deferred_calls = scheduler.deferred_calls
     store.say_by(deferred_calls.say, deferred_calls.flush)
     if wake is not None:
-        deferred_calls.wait = isinstance(executor, MultiprocExecutor)
+        deferred_calls.wait = isinstance(executor, MultiprocExecutor) and not asks_late
         store.start_waking(wake)
         link.start_waking(wake)
     elsewhere = store.elsewhere if isinstance(store, MachineStores) else None
@@ -219,17 +227,24 @@ def _open_stores(
     """The stores of all machines that have workers, each told what its workers accept."""
     settings, remote = settings_of(vllm_config), REACHED.get(executor) or []
     away = {rank for machine in remote for rank in machine.ranks}
-    here = [r for r in range(vllm_config.parallel_config.world_size) if r not in away]
+    parallel, is_alone = vllm_config.parallel_config, _is_alone(vllm_config)
+    workers = [parallel.rank] if is_alone else range(parallel.world_size)
+    here = [rank for rank in workers if rank not in away]
     clients = [StoreClient.connect(settings.store, server)] if here else []  # type: ignore[arg-type]
     _close(executor, EARLY_STORE)
     machines = [(here, client.address) for client in clients]
     clients += [StoreClient(machine.store, server) for machine in remote]
     machines += [(machine.ranks, machine.address) for machine in remote]
-    described = executor.collective_rpc(worker_calls.open_memory, args=(machines, server))
+    answers = executor.collective_rpc(worker_calls.open_memory, args=(machines, server))
+    described = dict(zip(workers, answers, strict=True))
+    # Each worker's part of an adapter is an adapter of its own in the store that they share.
+    parts = parallel.local_world_size if is_alone else 1
     for client, (ranks, _) in zip(clients, machines, strict=True):
         layouts = [msgspec.msgpack.decode(described[r][0], type=ModelLayout) for r in ranks]
-        largest = sum(described[rank][1] for rank in ranks)
+        largest = parts * sum(described[rank][1] for rank in ranks)
         budget = cpu_budget(settings, vllm_config, largest_adapter=largest)
+        if budget.adapters is not None:
+            budget = replace(budget, adapters=parts * budget.adapters)
         for note in client.configure(layouts, store_settings(settings, budget)):
             logger.warning("Adapter store: %s", note)
     return clients[0] if len(clients) == 1 else MachineStores(clients)

@@ -340,7 +340,7 @@ class AdapterExecutorMixin:
             adapters.yield_host_memory()
             time.sleep(_IDLE_S)
             adapters.poll()
-            self.scheduler.swap_in_flight()
+            self.scheduler.swap_in_flight(adapters)
         return answer.result()
 
 

@@ -24,14 +24,14 @@ def triton_problems() -> Iterator[str]:
             f"Triton cannot keep compiled kernels in {folder}: {problem}; set TRITON_CACHE_DIR to "
             f"a folder that can be written"
         )
-    if compiler() is None:
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         yield (
             "Triton finds no C compiler (it looks for $CC, gcc, clang) for the code that starts "
             "kernels: apt-get install gcc"
         )
-    if not python_header().is_file():
+    if not (header := Path(sysconfig.get_path("include")) / "Python.h").is_file():
         yield (
-            f"{python_header()} is missing, which the code that starts Triton's kernels includes: "
+            f"{header} is missing, which the code that starts Triton's kernels includes: "
             f"install Python's headers, such as the package python3-dev"
         )
 
@@ -42,14 +42,6 @@ def triton_folder() -> Path:
         return Path(given)
     home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")  # noqa: PTH111 (Triton's way)
     return Path(home) / ".triton" / "cache"
-
-
-def compiler() -> str | None:
-    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-
-
-def python_header() -> Path:
-    return Path(sysconfig.get_path("include")) / "Python.h"
 
 
 def chosen_kernels() -> Iterator[str]:

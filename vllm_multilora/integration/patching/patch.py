@@ -77,15 +77,6 @@ class Patch:
         module, _, function = self.handler.partition(":")
         return getattr(importlib.import_module(f"{self.package}.{module}"), function)
 
-    def is_applied(self) -> bool:
-        """Whether the target is replaced in this process; a module not imported yet has none."""
-        if self.module not in sys.modules:
-            return False
-        try:
-            return self._is_replaced(*self._owner())
-        except (ImportError, AttributeError):
-            return False
-
     def apply_on_import(self) -> None:
         """Replaces the target when its module is imported: now, if that has happened already.
 

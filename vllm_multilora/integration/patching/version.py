@@ -9,11 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _PUNICA = "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase"
+_CPU_EXPERTS = "vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts"
 
 _FIRST = {
     f"{_SCHEDULER}._handle_blocked_waiting_request": (0, 31),
     # Adapters with whole heads.
     f"{_PUNICA}.apply_lora_full_linear": (0, 31),
+    f"{_CPU_EXPERTS}.apply": (0, 32),
 }
 """By target, as `module:Class.attribute`, the first minor version of vLLM that has it."""
 

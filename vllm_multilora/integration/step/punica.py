@@ -23,7 +23,6 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.lora.layers import BaseLayerWithLoRA, FusedMoEWithLoRA
 from vllm.lora.layers.utils import LoRAMappingType
-from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from multilora_kernels import BatchPlan, OutputFactors, PlanLayout, lora_shrink
 from multilora_kernels.batch.staging import ALIGNMENT, StagingRing
@@ -37,8 +36,15 @@ if TYPE_CHECKING:
     from vllm.lora.layers import LoRAMapping
 
 
-class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
-    """Computes every adapter of a mixed batch with `multilora_kernels`."""
+class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers):
+    """Computes every adapter of a mixed batch with `multilora_kernels`.
+
+    It has what vLLM's layers and manager ask of a `PunicaWrapperBase`, and nothing of that class:
+    where a newer vLLM asks for more, that fails, instead of reading what no step has written.
+
+    Attributes:
+        stock_rows: What layers of vLLM's read of a step themselves.
+    """
 
     def __init__(
         self,
@@ -48,21 +54,17 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
         *,
         backend: str,
         lora_config: Any,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(max_num_batched_tokens, max_batches, device)
-        self.backend = backend
+        self.device, self.backend = device, backend
         self.max_loras, self.max_batches = lora_config.max_loras, max_batches
         layout = PlanLayout(max_num_batched_tokens, self.max_loras, slot_runs=True)
         size = 2 * layout.size + 6 * max_num_batched_tokens + 5 * ALIGNMENT  # linear in slots
         self._ring = ring = StagingRing(torch.zeros(size, dtype=torch.int32, device=device))
         # In this order: a copy brings what lies between, too.
-        self._stock_rows = StockRows(max_num_batched_tokens, self.max_loras, ring)
+        self.stock_rows = StockRows(max_num_batched_tokens, self.max_loras, ring)
         self.plan = BatchPlan(layout, device, ring)
         self.output_rows = OutputRows(BatchPlan(layout, device, ring))
-        self._embeddings_indices = self._stock_rows.embedding_offsets.buffer
-        self._sampler_indices = self._stock_rows.sampler_slots.buffer
-        self._token_lora_indices = self._stock_rows.token_slots.buffer
+        self._embeddings_indices = self.stock_rows.embedding_offsets.buffer
         self._own_graphs = _have_own_graphs(get_current_vllm_config_or_none())
         self._lora_config = lora_config
         self._full_ranks = {}
@@ -70,6 +72,11 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
         self._slot_owners: list[int | None] = []
         self._slot_of = {0: -1}
         self._choices, self._prepared = {}, {}
+
+    @property
+    def token_lora_indices(self) -> torch.Tensor:
+        """The slots of the step's rows, -1 for none, which vLLM 0.33's heads for tokens read."""
+        return self.stock_rows.token_slots.rows
 
     def read_slot_runs(self) -> None:
         """Has steps bring what vLLM's own kernels read, too, for all layers of this wrapper."""
@@ -79,10 +86,11 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
     def adopt_layers(self, layers: Iterable[BaseLayerWithLoRA]) -> None:
         """Learns which layers use this wrapper: steps prepare what they read, and no more."""
         layers = list(layers)
-        self._stock_rows.adopt_layers(layers)
+        self.stock_rows.adopt_layers(layers)
         self.output_rows.are_read = any(isinstance(layer, OUTPUT_LAYERS) for layer in layers)
-        if any(isinstance(layer, FusedMoEWithLoRA) for layer in layers):
+        if experts := [layer for layer in layers if isinstance(layer, FusedMoEWithLoRA)]:
             self._pass_experts_to_stock(
+                experts,
                 self.plan.layout.max_tokens,
                 self.max_batches,
                 self.device,
@@ -111,7 +119,7 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
     @torch.inference_mode()  # PyTorch changes what was made in a step in this mode only
     def memory_lost(self) -> None:
         """Makes what steps read on the device valid again after a sleep that kept no memory."""
-        self._stock_rows.clear()
+        self.stock_rows.clear()
         self.plan.clear()
         self.output_rows.clear()
         for (_, rank), ranks in self._full_ranks.items():
@@ -149,10 +157,8 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
         with self._ring.one_copy():
             self.plan.update(token_slots, own_graphs=own_graphs)
             self.output_rows.set_step(self.plan, token_slots, sampler_slots)
-            self._stock_rows.update(token_slots, sampler_slots, vocab_size)
+            self.stock_rows.update(token_slots, sampler_slots, vocab_size)
         self._update_experts(token_slots)
-        rows = len(sampler_slots)
-        self.indices_len[:] = (len(token_slots), rows, rows, len(token_slots))
 
     def add_lora_linear(
         self,
@@ -247,7 +253,7 @@ class MultiLoRAPunicaWrapper(PreparedLayers, ExpertLayers, PunicaWrapperBase):
             self.output_rows.plan(x),
             backend=self.backend,
         )
-        slots = self.sampler_indices
+        slots = self.stock_rows.sampler_slots.rows
         own = slots.clamp_min(0)
         replaces = (slots >= 0) & module_enabled[own]
         found = head[0].to(y.dtype) + bias_stacked[own].to(y.dtype)

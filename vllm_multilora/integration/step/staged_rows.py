@@ -23,11 +23,18 @@ class StagedRows:
         self._ints = dtype.itemsize // 4  # of a row
         self._staging = ring.take(rows * self._ints)
         self.buffer = self._staging.tensor.view(dtype)
+        self._count = 0
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The values of the last step."""
+        return self.buffer[: self._count]
 
     def update(self, values: npt.NDArray[np.integer]) -> None:
         """Replaces the first `len(values)` rows, in the order of the current stream."""
         self._staging.open().view(f"i{4 * self._ints}")[: len(values)] = values
-        self._staging.send(len(values) * self._ints)
+        self._count = len(values)
+        self._staging.send(self._count * self._ints)
 
     def clear(self) -> None:
         """Makes all rows zeros again, as they are at first: their memory was lost."""

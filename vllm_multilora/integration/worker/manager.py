@@ -18,13 +18,12 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.platforms import current_platform
 
 from vllm_multilora.errors import ConfigError, MultiLoRAError
-from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration import kv_blocks
 from vllm_multilora.integration.cpu_compilation import compile_only_with_compiler
 from vllm_multilora.integration.failed_requests import not_by_workers
 from vllm_multilora.integration.logs import join_vllm_logging
 from vllm_multilora.integration.patching.activation import loads_adapters, settings_of
-from vllm_multilora.integration.settings.cache_settings import cpu_budget, store_settings
+from vllm_multilora.integration.settings.cache_settings import cpu_budget
 from vllm_multilora.integration.settings.flags import checks_in
 from vllm_multilora.integration.step.mapping import BatchMapping, base_rows_of
 from vllm_multilora.integration.step.output_rows import with_known_rows
@@ -32,13 +31,9 @@ from vllm_multilora.integration.worker.experts.expert_kernels import choose_expe
 from vllm_multilora.integration.worker.pushed_tensors import PushedTensors, tensors_in, tensors_of
 from vllm_multilora.integration.worker.slots.filler import SlotFiller
 from vllm_multilora.integration.worker.slots.model_manager import MultiLoRAModelManager
-from vllm_multilora.integration.worker.slots.own_store import OwnStore
 from vllm_multilora.integration.worker.slots.slot_buffers import report_slots
 from vllm_multilora.integration.worker.slots.special import SpecialParts
 from vllm_multilora.integration.worker_link.fill_link import (
-    Answer,
-    Filled,
-    FillFailed,
     Missing,
     WorkerLink,
     attach_worker,
@@ -71,14 +66,12 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         filler: Carries out orders.
         pushed: Adapters that this worker was given as tensors.
         largest_adapter: Bytes of an adapter of the largest rank in every module, on this worker.
-        own_store: Where the engine core waits for its workers: what this one loads from.
         sampled_rows: [requests], how many rows of each request the last batch sampled.
         idle_generators: Of requests with a seed, by row, that are not used in this step.
     """
 
     _manager_cls = MultiLoRAModelManager  # type: ignore[assignment]
     _adapter_manager: MultiLoRAModelManager
-    own_store: OwnStore
     sampled_rows: npt.NDArray[np.integer]
     idle_generators: dict[int, torch.Generator]
 
@@ -92,9 +85,10 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         self._vllm_config = vllm_config
         self.idle_generators = {}
         special = SpecialParts(manager, self.max_position_embeddings)
-        self.filler = SlotFiller(manager, special, attach_worker(self.rank))
         parallel = vllm_config.parallel_config
         is_alone = parallel.distributed_executor_backend == "external_launcher"
+        link = attach_worker(0 if is_alone else self.rank)
+        self.filler = SlotFiller(manager, special, link)
         is_first = not parallel.rank % parallel.local_world_size
         self.pushed = PushedTensors(writes=is_alone or is_first)
         self.largest_adapter = manager.layout.largest_bytes() + manager.special_slot_bytes
@@ -221,7 +215,7 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         if (link := self.filler.link) is not None:
             for lora_id in sorted(self._missing):
                 link.tell(Missing(lora_id))
-        elif self._missing and not hasattr(self, "own_store"):
+        elif self._missing:
             raise MultiLoRAError(
                 "requests came with adapters that no engine core has ordered into slots: the "
                 "engine's executor was not made by vllm-multilora. Start the engine with the "
@@ -247,42 +241,12 @@ class MultiLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         return True
 
     def begin(self, order: Order) -> None:
-        self._note(order)
-        if not isinstance(order, Swap):
-            self.filler.begin(order)
-
-    def _note(self, order: Order) -> None:
         self._end_warm_up()
         self._orders += 1
         if isinstance(order, Swap):
             self._adapter_manager.give_slot(order.slot, order.request.lora_int_id)
-
-    def carry_out_now(self, order: Order) -> Answer:
-        """Carries out an order, from the worker's own store, with everybody waiting."""
-        self._note(order)
-        if isinstance(order, Swap):
-            return Filled(order.order, None)
-        pack = self.own_store.pack(order.pack.pack)
-        if pack is None:
-            gone = "the store of this worker's machine was started again"
-            return FillFailed(order.order, FailureKind.UNREADABLE, gone, is_gone=True)
-        return self.filler.fill_now(replace(order, pack=pack))
-
-    def open_own_store(self, server: str) -> None:
-        """Finds or starts the store of this machine, for this worker alone."""
-        settings = settings_of(self._vllm_config)
-        server = f"{server}-{self.rank}"
-        budget = self._budget()
-        if budget.adapters is not None:  # here each worker's part of an adapter counts as one
-            workers = self._vllm_config.parallel_config.local_world_size
-            budget = replace(budget, adapters=budget.adapters * workers)
-        self.own_store = OwnStore(
-            settings.store,
-            server,
-            self._adapter_manager.layout,
-            store_settings(settings, budget),
-        )
-        self.filler.open_memory(self.own_store.address, server)
+        else:
+            self.filler.begin(order)
 
     # What vLLM calls besides
 

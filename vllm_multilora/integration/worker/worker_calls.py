@@ -9,7 +9,6 @@ import msgspec
 
 from vllm_multilora.integration.worker.kernel_choice.reporting import kernel_rows
 from vllm_multilora.integration.worker.pushed_tensors import Push
-from vllm_multilora.integration.worker_link.fill_link import Answer
 from vllm_multilora.integration.worker_link.orders import Order
 from vllm_multilora.integration.worker_link.remote_link import (
     LinkAddress,
@@ -17,7 +16,6 @@ from vllm_multilora.integration.worker_link.remote_link import (
     dial,
     this_machine,
 )
-from vllm_multilora.store.protocol.messages import Failed, Loaded, LoadRequest
 from vllm_multilora.store.protocol.store_folder import StoreUnavailableError
 from vllm_multilora.store.store_launch import store_host
 
@@ -127,29 +125,3 @@ def slots_lost(worker: Any) -> None:
     """Empties the worker's slots, whose memory may not have survived its sleep."""
     if has_our_manager(worker):
         _manager(worker).slots_lost()
-
-
-# Where the engine core waits for its workers
-
-
-def open_own_store(worker: Any, server: str) -> None:
-    """Has the worker find or start the store of its machine."""
-    _manager(worker).open_own_store(server)
-
-
-def carry_out_now(worker: Any, orders: list[Order]) -> list[Answer]:
-    """Carries out orders; returns their answers."""
-    return [_manager(worker).carry_out_now(order) for order in orders]
-
-
-def load_now(worker: Any, load_request: LoadRequest) -> Loaded | Failed:
-    return _manager(worker).own_store.load(load_request)
-
-
-def release_now(worker: Any, pack: int) -> None:
-    _manager(worker).own_store.release(pack)
-
-
-def forget_now(worker: Any, adapter: int) -> None:
-    """The adapter was withdrawn."""
-    _manager(worker).own_store.forget(adapter)

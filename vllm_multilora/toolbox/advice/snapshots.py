@@ -14,16 +14,16 @@ from vllm_multilora.metrics import definitions as metrics
 from vllm_multilora.toolbox.clients.http_client import UnreachableError, get_json, send
 
 REQUESTED = metrics.REQUESTED.name
-FINISHED = "vllm:request_success_total"
-"""vLLM's own: all requests that finished, the base model's too."""
+FINISHED, GENERATED = "vllm:request_success_total", "vllm:generation_tokens_total"
+"""vLLM's own: all requests that finished and their tokens, the base model's too."""
 LOAD_TIME_BUCKETS = f"{metrics.LOAD_DURATION.name}_bucket"
 
 _USED = (
     *(metrics.SLOTS, metrics.MAX_RANK, metrics.REQUESTED, metrics.REQUESTS, metrics.LOADS),
     *(metrics.EVICTIONS, metrics.LOAD_FAILURES, metrics.CACHE_ADAPTERS, metrics.CACHE_BYTES),
-    *(metrics.CACHE_ADAPTERS_LIMIT, metrics.CACHE_BYTES_LIMIT, metrics.INFO),
+    *(metrics.CACHE_ADAPTERS_LIMIT, metrics.CACHE_BYTES_LIMIT, metrics.INFO, metrics.REFUSED),
 )
-NAMES = frozenset((FINISHED, LOAD_TIME_BUCKETS, *(metric.name for metric in _USED)))
+NAMES = frozenset((FINISHED, GENERATED, LOAD_TIME_BUCKETS, *(metric.name for metric in _USED)))
 """The names of all samples that are looked at; others are skipped."""
 
 _GOOD_STEPS = 240

@@ -17,6 +17,7 @@ from vllm_multilora.toolbox.advice.observations import (
 )
 from vllm_multilora.toolbox.advice.snapshots import (
     FINISHED,
+    GENERATED,
     LOAD_TIME_BUCKETS,
     Samples,
     ScrapedSeries,
@@ -108,6 +109,15 @@ def _growth(watched: Sequence[Snapshot]) -> Samples:
         for series, growth in grown.items():
             total[series] += growth
     return total
+
+
+def rates(before: Snapshot, now: Snapshot) -> dict[str, float]:
+    """What a server has done per second between two snapshots; copies into slots are no loads."""
+    growth = _growth((before, now)).items()
+    grown = {series: n for series, n in growth if series.label("source") != "cpu"}
+    names = {"tokens": GENERATED, "requests": FINISHED, "loads": metrics.LOADS.name}
+    names["refusals"] = metrics.REFUSED.name
+    return {what: _total(grown, name) / (now.at - before.at) for what, name in names.items()}
 
 
 def _most_active(watched: Sequence[Snapshot]) -> int:

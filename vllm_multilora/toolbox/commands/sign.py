@@ -31,15 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from model_signing import hashing, signing
+
     from vllm_multilora.adapters.files.adapter_folder import CONFIG_NAME
     from vllm_multilora.adapters.signing.signature import SIGNATURE_NAME
 
-    try:
-        from model_signing import hashing, signing
-    except ImportError:
-        raise MultiLoRAError(
-            "model-signing is not installed: pip install 'vllm-multilora[signing]'"
-        ) from None
     try:
         _require_key(Path(arguments.key))
         config = signing.Config()

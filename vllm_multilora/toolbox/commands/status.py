@@ -7,9 +7,13 @@ import json
 import shutil
 import sys
 import time
+from contextlib import suppress
+from typing import Any
 
+from vllm_multilora.toolbox.advice.snapshots import scrape
+from vllm_multilora.toolbox.advice.watching import rates
 from vllm_multilora.toolbox.clients.adapter_servers import fetch
-from vllm_multilora.toolbox.clients.http_client import base_url
+from vllm_multilora.toolbox.clients.http_client import UnreachableError, base_url
 from vllm_multilora.toolbox.commands.output.status_table import screen, table
 from vllm_multilora.toolbox.commands.shared_arguments import add_server, require_seconds
 
@@ -31,24 +35,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     require_seconds("--watch", arguments.watch)
-    url = base_url(arguments.url)
-    _show(arguments, url)
+    url, before = base_url(arguments.url), None
     try:
-        while arguments.watch is not None:
+        while True:
+            listing, now = fetch(url, api_key=arguments.api_key), None
+            if arguments.watch is not None:
+                with suppress(UnreachableError):  # metrics are not for tenants
+                    now = scrape(url, api_key=arguments.api_key)
+            listing |= {"rates": rates(before, now)} if now and before else {}
+            _show(arguments, url, listing)
+            if arguments.watch is None:
+                return 0
+            before = now
             time.sleep(arguments.watch)
-            _show(arguments, url)
     except KeyboardInterrupt:
-        pass  # the end of a watch
-    return 0
+        return 0  # the end of a watch
 
 
-def _show(arguments: argparse.Namespace, url: str) -> None:
-    listing = fetch(url, api_key=arguments.api_key)
-    if arguments.json:
-        print(json.dumps(listing), flush=True)
-        return
-    lines = table(listing, now=time.time())
-    if arguments.watch is None or not sys.stdout.isatty():
+def _show(arguments: argparse.Namespace, url: str, listing: dict[str, Any]) -> None:
+    lines = [json.dumps(listing)] if arguments.json else table(listing, now=time.time())
+    if arguments.json or arguments.watch is None or not sys.stdout.isatty():
         print("\n".join(lines), flush=True)
         return
     size = shutil.get_terminal_size()

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from vllm_multilora.integration.worker.pushed_tensors import Push
 
 
+_IDLE_S = 0.001
 _NOT_IN_SLOT = LoadFailure(
     FailureKind.INTERNAL, "its weights were not in their slot when a step needed them"
 )
@@ -145,8 +146,8 @@ class EngineAdapters(Registrations):
         slots: Decides who has which.
         ranks: Number of workers.
         observer: Told of everything that is counted or shown.
-        asks_late: Whether the store keeps everybody waiting, so that it is asked only for a
-            request that is about to run.
+        wait_s: Seconds that everybody waits for an adapter, which is then asked for only by a
+            request that is about to run; 0: adapters are loaded beside steps.
         copy_s: Seconds that a step waits for copies of small adapters, from the first one on; 0
             where workers may still have a step when the next is scheduled.
         store_address: Tells stores apart.
@@ -156,7 +157,8 @@ class EngineAdapters(Registrations):
         no_swaps: Why running requests cannot go on with other weights; empty: they can.
 
     Attributes:
-        slots, observer, asks_late, store_address: As above.
+        slots, observer, store_address: As above.
+        asks_late: Whether everybody waits for loads.
         quarantine: Weights that must not be used.
         pushed: The folders of adapters that workers were given as tensors.
     """
@@ -169,7 +171,7 @@ class EngineAdapters(Registrations):
         ranks: int,
         observer: AdapterObserver,
         *,
-        asks_late: bool = False,
+        wait_s: float = 0.0,
         copy_s: float = 0.0,
         store_address: str = "",
         required: RequiredDigests | None = None,
@@ -178,7 +180,7 @@ class EngineAdapters(Registrations):
         no_swaps: str = "",
     ) -> None:
         self.slots = slots
-        self.asks_late = asks_late
+        self.asks_late, self._wait_s = wait_s > 0, wait_s
         self.store_address = store_address
         self.observer = observer
         self.quarantine = Quarantine()
@@ -256,8 +258,8 @@ class EngineAdapters(Registrations):
             return False
         adapter = self._known[adapter_id]
         self._ask(adapter)
-        if self.asks_late and adapter.load is not None:  # the answer is there already
-            self.poll()
+        if self.asks_late:
+            _await_load(adapter, self._exchange, self._wait_s, self.poll)
         return self.failure(adapter_id, reload=reload) is None and adapter.is_at_hand
 
     def is_at_hand(self, adapter_id: int) -> bool:
@@ -296,7 +298,7 @@ class EngineAdapters(Registrations):
         self.slots.running(adapters)
         if computes:
             self.observer.step(adapters)
-        self._exchange.send()
+        _send(self._exchange, self._wait_s, self._poll)
 
     def failure(self, adapter_id: int, *, reload: bool = False) -> LoadFailure | None:
         """Why an adapter cannot be had, None unless its state is FAILED or QUARANTINED.
@@ -374,7 +376,7 @@ class EngineAdapters(Registrations):
     def poll(self, lease_s: float = 0.0) -> None:
         """Takes in what has happened since, and sends what is due; see `Exchange.hear`."""
         self._poll(lease_s)
-        self._exchange.send()
+        _send(self._exchange, self._wait_s, self._poll)
         self.observer.settle(self.state, self.slots.contents)
 
     def _poll(self, lease_s: float = 0.0, copy_s: float = 0.0) -> None:
@@ -427,6 +429,34 @@ class EngineAdapters(Registrations):
 
 def _refused(request: LoRARequest, kind: FailureKind, message: str) -> Future[bool]:
     return _done(error=AdapterRefusedError(request.lora_int_id, LoadFailure(kind, message), []))
+
+
+def _send(
+    exchange: Exchange[AdapterMachine], wait_s: float, poll: Callable[[float, float], None]
+) -> None:
+    """Sends what is due; where everybody waits, until workers have answered."""
+    exchange.send()
+    until = time.monotonic() + wait_s
+    while exchange.has_orders and (left := until - time.monotonic()) > 0:
+        poll(0.0, left)
+
+
+def _await_load(
+    adapter: AdapterMachine,
+    exchange: Exchange[AdapterMachine],
+    wait_s: float,
+    poll: Callable[[], None],
+) -> None:
+    """Waits until a load has ended; one that takes longer than a store allows it has failed."""
+    until = time.monotonic() + wait_s
+    while (load := adapter.load) is not None:
+        if time.monotonic() > until:
+            exchange.cancel(load)
+            late = f"the store of adapters has not answered within {wait_s:g} s"
+            adapter.store_failed(load, Failed(load.ticket, FailureKind.TIMEOUT, late, []))
+        poll()
+        if adapter.load is not None:
+            time.sleep(_IDLE_S)
 
 
 def _done(*, error: Exception | None = None) -> Future[bool]:

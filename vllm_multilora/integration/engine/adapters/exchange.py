@@ -219,6 +219,11 @@ class Exchange(Generic[_A]):
                 del self._under_way[answer.order]
         return under_way
 
+    @property
+    def has_orders(self) -> bool:
+        """Whether some worker has not answered an order."""
+        return bool(self._under_way)
+
     def send(self) -> None:
         if self._outbox:
             orders, self._outbox = self._outbox, []

@@ -17,6 +17,8 @@ from vllm_multilora.integration.engine.requests import prefix_keys
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+    from vllm_multilora.integration.engine.adapters.adapter_machine import AdapterMachine
+
 KEY, PARTS = "x-multilora-version", "x-multilora-parts"
 """Under which an output tells the version, and which versions have computed which part."""
 
@@ -43,12 +45,15 @@ class Announcements:
             headers[PARTS] = f"{headers.get(PARTS, '')} {':'.join(map(str, part))}"
         request.trace_headers = headers
 
-    def swap(self, number: int, digest: str, update: int, requests: Iterable[Request]) -> None:
-        """Has an adapter's running requests go on with its newest version from the next step on."""
-        for request in requests:
+    def swap(self, adapters: Iterable[AdapterMachine], requests: Iterable[Request]) -> None:
+        """Has running requests go on with their adapters' newest weights from the next step on."""
+        by_number = {adapter.number: adapter for adapter in adapters}
+        for request in requests if by_number else ():
             lora = request.lora_request
-            if lora is None or lora.lora_int_id != number:
+            adapter = None if lora is None else by_number.get(lora.lora_int_id)
+            if adapter is None or adapter.pack is None:
                 continue
+            digest, update = adapter.pack.digest, adapter.updates
             if (computed := request.num_computed_tokens) > 0:  # others begin with it
                 prefix_keys.go_on(request, digest)
                 self._swaps.append(partial(self._swapped, request, digest, update, computed))

@@ -102,39 +102,7 @@ class DeferredCalls:
             self._calls.popleft()()
 
 
-class SwappingMixin:
-    """What a scheduler of `AdapterAwareMixin` knows of requests' versions, and shows."""
-
-    adapters: EngineAdapters | None
-    users: AdapterUsers
-    _versions: Announcements
-    _lists: Any
-
-    if TYPE_CHECKING:
-        requests: dict[str, Request]
-        running: list[Request]
-
-    def prepare_keys(self, request: Request) -> None:
-        """Learns what the keys of a request's blocks contain; any thread."""
-        prefix_keys.learn_version(request, self.adapters)
-
-    def swap_in_flight(self) -> None:
-        """Has requests go on with other weights of their adapters, from the next step on."""
-        assert self.adapters is not None
-        for adapter in self.adapters.swap():
-            assert adapter.pack is not None
-            version = adapter.pack.digest, adapter.updates
-            self._versions.swap(adapter.number, *version, self.requests.values())
-
-    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
-        """VLLM's statistics; says besides which adapters' requests run and wait."""
-        if self._lists is not None:
-            with suppress(OSError):  # an engine must not fail for what it shows
-                self._lists.say(*self.users.lists(self.running))
-        return super().make_stats(*args, **kwargs)  # type: ignore[misc]
-
-
-class AdapterAwareMixin(SwappingMixin):
+class AdapterAwareMixin:
     """A scheduler that knows which adapters are ready and who has slots.
 
     Attributes:
@@ -193,10 +161,18 @@ class AdapterAwareMixin(SwappingMixin):
         self._let_go()
         return self.users[lora_id] > 0
 
+    def prepare_keys(self, request: Request) -> None:
+        """Learns what the keys of a request's blocks contain; any thread."""
+        prefix_keys.learn_version(request, self.adapters)
+
     def _let_go(self) -> None:
         for each in self.users.let_go():
             for request, lora in _requests_of(each.number, self.requests.values()):
                 self._failing[request.request_id] = unloaded_stop_reason(lora, each.limit_s)
+
+    def swap_in_flight(self, adapters: EngineAdapters) -> None:
+        """Has requests go on with other weights of their adapters, from the next step on."""
+        self._versions.swap(adapters.swap(), self.requests.values())
 
     # What vLLM calls
 
@@ -205,9 +181,7 @@ class AdapterAwareMixin(SwappingMixin):
         if super().has_requests() or self.users.overdue:  # type: ignore[misc]
             return True
         if self.adapters is not None:
-            _settle(self.adapters, self.deferred_calls, self.pause_state)
-            self.swap_in_flight()
-            self.deferred_calls.flush()
+            _settle(self, self.adapters)
         return False
 
     def add_request(self, request: Request) -> None:
@@ -292,7 +266,7 @@ class AdapterAwareMixin(SwappingMixin):
         if not self._has_polled:
             adapters.poll(_LEASE_S)
         self._has_polled = self._is_holding = False
-        self.swap_in_flight()
+        self.swap_in_flight(adapters)
         self._failing |= self._late_reloads.ask(self.requests, adapters)
         for request in _unfilled(self.running, adapters):
             self.running.remove(request)
@@ -344,12 +318,9 @@ class AdapterAwareMixin(SwappingMixin):
         if self._late_reloads.holds(request):
             self._is_holding = True
             return False
-        if adapters.asks_late:
-            # Nothing is loaded, with everybody waiting, for a request that has no slot yet.
-            has_come = self._has_turn(lora, adapters) and self._is_ready(lora, request, adapters)
-        else:
-            has_come = self._is_ready(lora, request, adapters) and self._has_turn(lora, adapters)
-        if has_come:
+        # Nothing is loaded, with everybody waiting, for a request that has no slot yet.
+        may_ask = not adapters.asks_late or self._has_turn(lora, adapters)
+        if may_ask and self._is_ready(lora, request, adapters) and self._has_turn(lora, adapters):
             if adapters.bring(lora_id):
                 version = adapters.version(lora_id)
                 assert version is not None
@@ -399,6 +370,9 @@ class AdapterAwareMixin(SwappingMixin):
         for client, output in failed:
             outputs.setdefault(client, EngineCoreOutputs()).outputs.append(output)
         self._let_go()  # the engine may be idle from now on
+        if self._lists is not None:
+            with suppress(OSError):  # an engine must not fail for what it shows
+                self._lists.say(*self.users.lists(self.running))
         return outputs
 
     def _end_failed(self, output: Any) -> list[tuple[int, EngineCoreOutput]]:
@@ -446,17 +420,18 @@ def as_sent(lora: LoRARequest) -> LoRARequest:
     return msgspec.structs.replace(lora, lora_int_id=number, lora_path=path)
 
 
-def _settle(adapters: EngineAdapters, deferred_calls: DeferredCalls, pause: PauseState) -> None:
+def _settle(scheduler: AdapterAwareMixin, adapters: EngineAdapters) -> None:
     """Leaves nothing unsaid and nothing unread, since the engine takes no step for a while.
 
     What has been read wakes nobody any more. In a pause, other engines' loads may need the host
     memory that adapters wait in.
     """
-    deferred_calls.flush()  # workers are sent now what it orders
+    scheduler.deferred_calls.flush()  # workers are sent now what it orders
     adapters.poll()
-    if pause is not PauseState.UNPAUSED:
+    if scheduler.pause_state is not PauseState.UNPAUSED:
         adapters.yield_host_memory()
-    deferred_calls.flush()
+    scheduler.swap_in_flight(adapters)
+    scheduler.deferred_calls.flush()
 
 
 def _begin_step(queue: Any, blocked: Container[int | None] = ()) -> None:

@@ -47,7 +47,6 @@ OVERRIDES: dict[str, dict[str, str]] = {
         "set_adapter_mapping": "self, mapping",
     },
     "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase": {
-        "__init__": "self, max_num_batched_tokens, max_batches, device, **kwargs",
         "update_metadata": "self, mapping, lora_index_to_id, max_loras, vocab_size, **kwargs",
         "add_lora_linear": "self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, *, "
         "buffer=None, **kwargs",
@@ -58,6 +57,11 @@ OVERRIDES: dict[str, dict[str, str]] = {
         "add_lora_logits": "self, y, x, lora_a_stacked, lora_b_stacked, scale, *, buffer=None, "
         "**kwargs",
         "apply_lora_full_linear": "self, y, x, weight_stacked, bias_stacked, module_enabled",
+    },
+    "vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts": {
+        "apply": "self, output, hidden_states, w1, w2, topk_weights, topk_ids, activation, "
+        "global_num_experts, expert_map, a1q_scale, a2_scale, workspace13, workspace2, "
+        "expert_tokens_meta, apply_router_weight_on_input",
     },
 }
 """By class, its methods and their parameters, in all supported versions that have them."""

@@ -32,25 +32,11 @@ class Replaced:
 
 REPLACED = (
     Replaced(
-        "integration.server.requests.metrics_route",
-        "stats.gauge_lora_info",
-        "vllm.v1.metrics.loggers:PrometheusStatLogger.gauge_lora_info",
-        "vLLM's gauge keeps a series for every set of adapters that ever had requests.",
-        "vLLM removes its series of what has passed.",
-    ),
-    Replaced(
         "integration.server.requests.engine_admission",
         "processor.request_states",
         "vllm.v1.engine.output_processor:OutputProcessor.request_states",
         "vLLM counts tokens of whole servers, and tells nobody which requests begin and end.",
         "vLLM counts tokens by adapter, and lets plugins refuse a request to the engine.",
-    ),
-    Replaced(
-        "gateway.app",
-        "adapter.validator",
-        "pydantic:TypeAdapter.validator",
-        "An answer to a wrong body lists every error in it, whatever that takes.",
-        "vLLM names the first wrong item alone.",
     ),
     Replaced(
         "integration.worker.base_layers.base_products",

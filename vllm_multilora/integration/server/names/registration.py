@@ -32,10 +32,11 @@ from vllm_multilora.integration.failed_requests import STATUS, AdapterRefusedErr
 from vllm_multilora.integration.server.names import shared_names
 from vllm_multilora.integration.server.names.public_names import is_reserved, public_names
 from vllm_multilora.integration.server.requests import metering
-from vllm_multilora.integration.server.requests.callers import TYPES
+from vllm_multilora.integration.server.requests.callers import TYPES, current_caller
 from vllm_multilora.integration.server.requests.engine_admission import SEE_OFF
 from vllm_multilora.integration.server.requests.engine_calls import answer_of, register
 from vllm_multilora.integration.server.requests.http_calls import GRACE_S, current_call
+from vllm_multilora.integration.server.requests.own_templates import OWN_TEMPLATES
 from vllm_multilora.integration.server.settings.gateway_activation import manages_adapters
 
 if TYPE_CHECKING:
@@ -269,9 +270,10 @@ def no_such_name(name: str, fault: str, param: str) -> AdapterErrorResponse:
 
 
 def no_such_model(models: Any, name: str | None) -> str:
-    """What vLLM says to a request for a model that does not exist."""
-    served = ", ".join(model.name for model in models.base_model_paths)
-    return f"The model `{name}` does not exist. Valid aliases: {served}."
+    """What vLLM says to a request for a model that does not exist; tenants see no other names."""
+    caller, served = current_caller.get(), ", ".join(m.name for m in models.base_model_paths)
+    aliases = "" if caller is not None and caller.tenant else f" Valid aliases: {served}."
+    return f"The model `{name}` does not exist.{aliases}"
 
 
 async def admit(models: Any, lora: LoRARequest) -> AdapterErrorResponse | None:
@@ -306,6 +308,8 @@ async def serve(models: Any, lora: LoRARequest) -> None:
 async def remove(models: Any, lora: LoRARequest) -> None:
     """Frees an adapter's slot and host memory; returns when its running requests have ended."""
     registered_versions.forget(models.engine_client, lora.lora_int_id)
+    if (templates := OWN_TEMPLATES.get(models.engine_client)) is not None:
+        templates.known.pop(lora.lora_int_id, None)
     core = models.engine_client.engine_core
     await answer_of(core, core.remove_lora_async(lora.lora_int_id))
 

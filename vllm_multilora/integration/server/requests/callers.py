@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from vllm_multilora.tenants.limits import Account
     from vllm_multilora.tenants.tenant import Tenant
 
-
 MAX_ANSWERS = 2_048
 """Answers in flight per call of a tenant. Starting one costs the event loop about 0.1 ms."""
 

@@ -16,6 +16,7 @@ from vllm_multilora.integration.api_server.registered_versions import Version, n
 from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.integration.engine.adapter_status import METHOD, REGISTER, Report
 from vllm_multilora.integration.failed_requests import AdapterRefusedError
+from vllm_multilora.integration.server.requests.own_templates import OWN_TEMPLATES
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -64,7 +65,7 @@ async def register(client: Any, lora: LoRARequest) -> None:
     With `load_inplace`, running requests go on with it.
 
     Raises:
-        AdapterRefusedError: An engine cannot serve it.
+        AdapterRefusedError: An engine cannot serve it, or its chat template cannot be used.
     """
     answers = await _ask_all(client.engine_core, REGISTER, msgspec.structs.asdict(lora))
     for answer in answers:
@@ -74,6 +75,8 @@ async def register(client: Any, lora: LoRARequest) -> None:
     if read and blend_of(lora) is None:
         known = read["kind"], tuple(read["invocation"])
         note(client, lora.lora_int_id, Version(read["digest"], time.time(), *known))
+    if (templates := OWN_TEMPLATES.get(client)) is not None:
+        await templates.of(lora)
 
 
 async def _ask_all(core: Any, method: str, argument: Any) -> list[Any]:

@@ -31,6 +31,7 @@ from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.engine.requests.weight_versions import parts_in, version_in
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller
+from vllm_multilora.integration.server.requests.engine_calls import IS_STOPPING
 from vllm_multilora.integration.server.requests.http_calls import (
     SHOWN_DIGITS,
     HttpCall,
@@ -281,8 +282,7 @@ def attach(processor: Any, meter: ServerMeter) -> None:
 def end_all_at_shutdown(client: Any) -> None:
     """Has all requests end when vLLM's client stops, or its engine has died.
 
-    vLLM cancels the task that would tell their readers. These would wait for the rest, and the
-    server for them, until it is killed.
+    vLLM cancels the task that would tell their readers, and the server would wait for these.
     """
     processor = client.output_processor
 
@@ -291,7 +291,8 @@ def end_all_at_shutdown(client: Any) -> None:
             for state in processor.request_states.values():
                 meter.end(state)
         if handler.cancelled():  # else its error has been told
-            processor.propagate_error(EngineDeadError())
+            (stopped := EngineDeadError()).args = (IS_STOPPING,)
+            processor.propagate_error(stopped)
         stop_waiting()
 
     client.output_handler.add_done_callback(end_all)

@@ -19,9 +19,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
+from vllm_multilora.integration.api_server.failure_delivery import AFTER_OUTPUTS
 from vllm_multilora.integration.recording import FOLDER_VARIABLE, folder_of, recorder
 from vllm_multilora.integration.server.settings.gateway_activation import manages_adapters
-from vllm_multilora.metrics.collector import LoRACollector
+from vllm_multilora.metrics.collector import Beside, LoRACollector
 from vllm_multilora.metrics.recorder import Recorder
 from vllm_multilora.metrics.server_counts import COUNTS
 
@@ -68,11 +69,10 @@ def add_routes(app: FastAPI) -> None:
     """
     if _MULTIPROCESS not in os.environ:
         return  # vLLM shows the registry that the metrics are in
-    registry = get_prometheus_registry()
-    registry.register(_COLLECTOR)
+    shown: Any = Beside(_COLLECTOR, get_prometheus_registry())
 
     def show_all(_: Request) -> Response:
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(shown), media_type=CONTENT_TYPE_LATEST)
 
     paths = "/metrics", "/metrics/"
     app.routes[:0] = [Route(path, show_all, include_in_schema=False) for path in paths]
@@ -82,12 +82,13 @@ def hide_stock_lists(client: Any) -> None:
     """Shows the engines' own lists of adapters with requests in the place of vLLM's.
 
     vLLM's makes a series of every pair of lists that has ever been, and does not know which
-    adapters' requests wait.
+    adapters' requests wait. It is left with one pair, of empty lists.
     """
     manager = getattr(client, "logger_manager", None)  # there is none without statistics
     for stats in [] if manager is None or _COLLECTOR.folder is None else manager.stat_loggers:
         if isinstance(gauge := getattr(stats, "gauge_lora_info", None), Gauge):  # else it is Ray's
-            stats.gauge_lora_info = None
             with contextlib.suppress(KeyError):  # values in files are shown by another registry
                 REGISTRY.unregister(gauge)
             _COLLECTOR.show_lists()
+            processor = client.output_processor
+            AFTER_OUTPUTS.set(processor, processor.lora_states.requests.clear)

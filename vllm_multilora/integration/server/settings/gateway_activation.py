@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 GATEWAY = "vllm_multilora.gateway.app.Gateway"
 """The class that vLLM's `--middleware` is given, by its name: nothing here imports it."""
 
-_ITS_SETTINGS = frozenset({"adapter_dir", "routes", "usage_log"})
+_ITS_SETTINGS = frozenset({"adapter_dir", "adapter_chat_templates", "routes", "usage_log"})
 """Settings that mean nothing without the gateway; keys and tenants stop the start there."""
 
 
@@ -49,12 +49,15 @@ def mount_gateway(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: The settings name keys, and the gateway does not act.
     """
-    if settings_in(args) is None:
+    if (settings := settings_in(args)) is None:
         if has_keys(_settings_given(args)):
             raise ConfigError(UNGUARDED)
         return
     if GATEWAY not in args.middleware:
         args.middleware = [GATEWAY, *args.middleware]
+        args.multilora_trusts_templates = args.trust_request_chat_template
+        if settings.adapter_chat_templates is not None:  # then the gateway refuses clients' own
+            args.trust_request_chat_template = True
 
 
 def require_no_blends(batch: str) -> None:

@@ -6,7 +6,6 @@ it computes the rows without adapters of experts, and `ExpertProducts` computes 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
@@ -20,20 +19,12 @@ from vllm.model_executor.layers.fused_moe.experts.cpu_moe import (
     CPUUnquantizedExperts,
     X86CPUUnquantizedExperts,
 )
-from vllm.model_executor.layers.fused_moe.experts.lora_context import MoELoRAContext
 from vllm.model_executor.layers.fused_moe.experts.lora_experts_mixin import LoRAExpertsMixin
 
 from multilora_kernels.experts import ExpertProducts
 from multilora_kernels.experts.packed import BLOCK
 from multilora_kernels.experts.products import Ranks
 from multilora_kernels.operators import Numbered, register
-
-_APPLY = [
-    *("self", "output", "hidden_states", "w1", "w2", "topk_weights", "topk_ids", "activation"),
-    *("global_num_experts", "expert_map", "a1q_scale", "a2_scale", "workspace13", "workspace2"),
-    *("expert_tokens_meta", "apply_router_weight_on_input"),
-]
-"""Parameters of `apply` in the vLLM versions whose experts are known."""
 
 _numbered: Numbered[AdaptedExperts] = Numbered()
 
@@ -49,13 +40,15 @@ class AdaptedExperts(LoRAExpertsMixin, CPUUnquantizedExperts):
         self._number = _numbered.number(self)
         self._wrapper: Any = None
 
-    def set_lora_context(self, ctx: MoELoRAContext) -> None:
-        """Takes the wrapper that knows a step's rows; the slots come with `take_slots`."""
-        self._wrapper = ctx.punica_wrapper
+    def take_slots(self, products: ExpertProducts, slots: int, wrapper: Any) -> None:
+        """Has rows computed by `products` whose slots hold something, which none does yet.
 
-    def take_slots(self, products: ExpertProducts, slots: int) -> None:
-        """Has rows computed by `products` whose slots hold something, which none does yet."""
-        self._products = products
+        Args:
+            products: What computes them.
+            slots: How many slots there are.
+            wrapper: The punica wrapper that knows the slots of a step's rows.
+        """
+        self._products, self._wrapper = products, wrapper
         self._filled = np.zeros(slots + 1, dtype=np.bool_)  # and of rows without a slot, -1
 
     def fill(self, slot: int, w13_ranks: Sequence[Ranks], w2_rank: Ranks) -> None:
@@ -156,9 +149,6 @@ class AdaptedX86Experts(AdaptedExperts, X86CPUUnquantizedExperts):
 
 def adapted(experts: Any, config: FusedMoEConfig) -> type[AdaptedExperts] | None:
     """The class with adapters of one of vLLM's classes; None if the plugin does not know it."""
-    found = getattr(experts, "apply", None)
-    if list(inspect.signature(found).parameters if found else ()) != _APPLY:
-        return None
     if is_zentorch_moe_config_supported(config):  # has weights and kernels of its own
         return None
     for kind in (AdaptedExperts, AdaptedX86Experts):

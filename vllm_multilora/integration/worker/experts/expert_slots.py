@@ -34,7 +34,8 @@ class ExpertSlots:
                 experts = module.quant_method.moe_kernel.fused_experts
                 if isinstance(experts, AdaptedExperts):
                     self._layers[name] = experts
-                    experts.take_slots(_products(module, experts), module.max_loras)
+                    products, wrapper = _products(module, experts), module.punica_wrapper
+                    experts.take_slots(products, module.max_loras, wrapper)
 
     def set_ranks(
         self, slot: int, name: str, weights: LoRALayerWeights | None, lora: LoRAModel | None

@@ -84,10 +84,6 @@ class SlotFiller:
         """Begins to carry out an order; its answer goes to the engine core."""
         self._submit(order).add_done_callback(self._tell)
 
-    def fill_now(self, order: Order) -> Answer:
-        """Carries out an order while everybody waits."""
-        return self._submit(order).result()
-
     def is_filling(self, slot: int) -> bool:
         return slot in self._under_way and not self._under_way[slot].done()
 

@@ -262,7 +262,7 @@ class MultiLoRAModelManager(LoRAModelManager):
         self._expand_ranks = torch.zeros(shape, dtype=torch.int32, device=self.device)
         self._rank_columns = SlotColumns((self._shrink_ranks, self._expand_ranks))
 
-    def _wrappers(self) -> Iterable[MultiLoRAPunicaWrapper]:
+    def _wrappers(self) -> Iterable[Any]:  # of MultiLoRAPunicaWrapper
         """Each once, however many of the model's parts have it."""
         return {id(wrapper): wrapper for wrapper in self.punica_wrapper_mapping.values()}.values()
 

@@ -45,8 +45,7 @@ def table(listing: Mapping[str, Any], *, now: float) -> list[str]:
 
 def _order(adapter: Mapping[str, Any]) -> tuple[int, str]:
     state = adapter["state"]
-    place = _IN_ORDER.index(state) if state in _IN_ORDER else len(_IN_ORDER)
-    return place, adapter["id"]
+    return (_IN_ORDER.index(state) if state in _IN_ORDER else len(_IN_ORDER)), adapter["id"]
 
 
 def _totals(listing: Mapping[str, Any]) -> list[str]:
@@ -57,6 +56,10 @@ def _totals(listing: Mapping[str, Any]) -> list[str]:
     if cpu is not None:
         keys = ("adapters", "bytes", "adapters_limit", "bytes_limit")
         lines.append(f"host memory  {held(*(cpu[key] for key in keys))}")
+    if rates := listing.get("rates"):  # of a watch
+        lines.append(
+            f"per second   {', '.join(f'{rate:,.1f} {what}' for what, rate in rates.items())}"
+        )
     return [*lines, f"registered   {len(listing['data'])}"]
 
 
