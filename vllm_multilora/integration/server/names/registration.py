@@ -250,12 +250,12 @@ def no_such_model(models: Any, name: str | None) -> str:
     return f"The model `{name}` does not exist.{aliases}"
 
 
-async def admit(models: Any, lora: LoRARequest) -> AdapterErrorResponse | None:
-    """Has the engine read and check an adapter; returns why it cannot be served."""
+async def admit(models: Any, lora: LoRARequest, param: str = "lora_path") -> ErrorResponse | None:
+    """Has the engine read and check an adapter; returns why not to serve what a field names."""
     try:
         await register(models.engine_client, lora)
     except Exception as error:
-        return _refusal(lora, error)
+        return _refusal(lora, error, param)
     return None
 
 
@@ -352,12 +352,12 @@ async def to_its_end(work: Coroutine[Any, Any, _T]) -> _T:
         raise
 
 
-def _refusal(lora: LoRARequest, error: Exception) -> AdapterErrorResponse:
+def _refusal(lora: LoRARequest, error: Exception, param: str) -> AdapterErrorResponse:
     if not isinstance(error, AdapterRefusedError):
         status = HTTPStatus.INTERNAL_SERVER_ERROR
         if isinstance(error, GracefulHTTPError):
             status = error.http_status
-        return error_response(status, f"adapter {lora.lora_name!r}: {error}")
+        return error_response(status, f"adapter {lora.lora_name!r}: {error}", param=param)
     problems = [
         Problem.from_dict(problem).with_texts(lambda text: without_folder(text, lora))
         for problem in error.problems
@@ -365,7 +365,7 @@ def _refusal(lora: LoRARequest, error: Exception) -> AdapterErrorResponse:
     is_forbidden = any(problem.code == Code.NOT_ALLOWED for problem in problems)
     status = HTTPStatus.FORBIDDEN if is_forbidden else STATUS[error.failure.kind]
     message = without_folder(str(error), lora)
-    return error_response(status, f"adapter {lora.lora_name!r}: {message}", problems)
+    return error_response(status, f"adapter {lora.lora_name!r}: {message}", problems, param)
 
 
 def error_response(

@@ -91,6 +91,7 @@ async def _resolve(models: Any, name: str) -> ErrorResponse | None:
             refusal = registration.error_response(
                 HTTPStatus.SERVICE_UNAVAILABLE,
                 f"adapter {name!r}: its resolver, {kind}, has failed; the server's log says why",
+                param="model",
             )
         else:
             if lora is None:
@@ -98,14 +99,13 @@ async def _resolve(models: Any, name: str) -> ErrorResponse | None:
             if (full := registration.one_too_many(models, name, "model")) is not None:
                 return full
             lora.lora_int_id = models.lora_id_counter.inc(1)
-            admitted = await registration.admit(models, lora)
+            admitted = await registration.admit(models, lora, "model")
             if admitted is None:
                 await registration.serve(models, lora)
                 logger.info("Resolved and loaded LoRA adapter %r by %s", name, kind)
                 return None
             registration.without_waiting(registration.remove(models, lora))
             refusal = admitted
-        refusal.error.param = "model"
         first = first or refusal
     return first or registration.error_response(
         HTTPStatus.NOT_FOUND, registration.no_such_model(models, name), param="model"
