@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Container, Coroutine, Sequence
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from pydantic import Field
@@ -36,9 +36,6 @@ from vllm_multilora.integration.server.requests.engine_calls import answer_of, r
 from vllm_multilora.integration.server.requests.http_calls import GRACE_S, current_call
 from vllm_multilora.integration.server.requests.own_templates import OWN_TEMPLATES
 from vllm_multilora.integration.server.settings.gateway_activation import manages_adapters
-
-if TYPE_CHECKING:
-    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +102,7 @@ def lock_of(models: Any, name: str) -> asyncio.Lock:
     return _LOCKS.get_or_make(models, LocksInUse)[name]
 
 
-def acts_for(models: OpenAIServingModels) -> bool:
+def acts_for(models: Any) -> bool:
     """Whether the plugin loads the adapters of the engine behind a server, and not vLLM itself."""
     vllm_config = getattr(getattr(models, "engine_client", None), "vllm_config", None)
     return vllm_config is not None and manages_adapters(vllm_config)
@@ -137,8 +134,7 @@ async def load_adapter(models: Any, request: Any) -> ErrorResponse | str:
     A call that has waited while an equal one loaded the adapter succeeds with it.
     """
     name, path = request.lora_name, request.lora_path
-    refusal = _refuse_text(models, name, path)
-    if refusal is not None:
+    if (refusal := _refuse_text(models, name, path)) is not None:
         return refusal
     success = f"Success: LoRA adapter '{name}' added successfully."
     before = public_names(models).get(name)
@@ -154,10 +150,9 @@ async def load_adapter(models: Any, request: Any) -> ErrorResponse | str:
             lora_path=path,
             is_3d_lora_weight=request.is_3d_lora_weight,
         )
-        refusal = await admit(models, lora)
-        if refusal is not None:
+        if (refused := await admit(models, lora)) is not None:
             without_waiting(remove(models, lora))  # another engine may have taken it
-            return refusal
+            return refused
         await serve(models, lora)
         logger.info("Loaded LoRA adapter: name '%s', path '%s'", name, shown_name(path))
         return success

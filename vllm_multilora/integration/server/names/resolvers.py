@@ -84,6 +84,7 @@ async def _resolve(models: Any, name: str) -> ErrorResponse | None:
     first: ErrorResponse | None = None
     for resolver in models.lora_resolvers if not name.startswith("/") else ():
         kind = type(resolver).__name__
+        refusal: ErrorResponse
         try:
             lora = await _ask(resolver, models, name)
         except Exception as error:  # a resolver is anybody's code, and reads anybody's files
