@@ -236,7 +236,7 @@ def test_what_a_socket_cannot_hold_is_said_as_the_store_reads(client, stores):
         client.poll()
     assert heard[1][0].ticket == ticket
     client.poll()
-    assert not client._poller.poll(0), "it waits to say more, and never sleeps again"
+    assert not client._channel.wait(0), "it waits to say more, and never sleeps again"
 
 
 def test_whose_turns_a_load_request_may_take_is_said_to_the_next_store(client, stores):

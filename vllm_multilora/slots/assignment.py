@@ -221,21 +221,20 @@ class SlotAssignment(PolicyTier):
             self._leave(adapter_id)
         else:
             slot = self._spare()
-        return None if slot is None else self._take(slot, adapter_id, pack)
+        if slot is None:
+            return None
+        self._add(adapter_id, size=1, cost=1.0)
+        if adapter_id not in self._running:  # one that runs is not looked up
+            self._brought.add(adapter_id)
+        return self._take(slot, adapter_id, pack, self._places)
 
     def assign_beside(self, adapter_id: int, pack: int) -> Assignment | None:
         """As `assign`, beside the slot that the adapter has, which it goes on using."""
         if self.is_awaited(adapter_id):
             return None
         self._requested.add(adapter_id)  # its own is not the one to be spared
-        if (slot := self._spare()) is None:
-            return None
-        assignment = Assignment(next(self._numbers), slot, adapter_id, pack)
-        self._contents[slot] = adapter_id
-        self._successors[adapter_id] = _Place(assignment, set(range(self._ranks)))
-        self._orders[assignment.order] = adapter_id
-        self._events.assigned(adapter_id, slot)
-        return assignment
+        slot = self._spare()
+        return None if slot is None else self._take(slot, adapter_id, pack, self._successors)
 
     def succeed(self, adapter_id: int, pack: int) -> int | None:
         """Frees an adapter's slot, once all ranks have this version in the one beside: its slot."""
@@ -244,16 +243,13 @@ class SlotAssignment(PolicyTier):
             return None
         before, self._places[adapter_id] = self._places[adapter_id], place
         del self._successors[adapter_id]
-        self._contents[before.order.slot] = None
-        self._events.left(adapter_id, before.order.slot)
+        self._free(adapter_id, before)
         return place.order.slot
 
     def give_up_successor(self, adapter_id: int) -> None:
         """The version in the slot beside an adapter's own is not to be used."""
         if (place := self._successors.pop(adapter_id, None)) is not None:
-            self._contents[place.order.slot] = None
-            self._orders.pop(place.order.order, None)
-            self._events.left(adapter_id, place.order.slot)
+            self._free(adapter_id, place)
 
     def _spare(self) -> int | None:
         """A free slot, the lowest, or that of the policy's victim; None if there is none."""
@@ -324,23 +320,23 @@ class SlotAssignment(PolicyTier):
         for adapter_id in sorted(self._places):
             self._leave(adapter_id)
 
-    def _take(self, slot: int, adapter_id: int, pack: int) -> Assignment:
+    def _take(self, slot: int, adapter_id: int, pack: int, places: dict[int, _Place]) -> Assignment:
         assignment = Assignment(next(self._numbers), slot, adapter_id, pack)
         self._contents[slot] = adapter_id
-        self._places[adapter_id] = _Place(assignment, set(range(self._ranks)))
+        places[adapter_id] = _Place(assignment, set(range(self._ranks)))
         self._orders[assignment.order] = adapter_id
         self._requested.add(adapter_id)
-        self._add(adapter_id, size=1, cost=1.0)
-        if adapter_id not in self._running:  # one that runs is not looked up
-            self._brought.add(adapter_id)
         self._events.assigned(adapter_id, slot)
         return assignment
 
     def _leave(self, adapter_id: int) -> int:
         self.give_up_successor(adapter_id)
-        order = self._places.pop(adapter_id).order
-        self._contents[order.slot] = None
-        self._orders.pop(order.order, None)
+        place = self._places.pop(adapter_id)
         self._remove(adapter_id)
-        self._events.left(adapter_id, order.slot)
-        return order.slot
+        self._free(adapter_id, place)
+        return place.order.slot
+
+    def _free(self, adapter_id: int, place: _Place) -> None:
+        self._contents[place.order.slot] = None
+        self._orders.pop(place.order.order, None)
+        self._events.left(adapter_id, place.order.slot)

@@ -24,23 +24,22 @@ _SHOWN_DIGITS = 16
 
 def note(outputs: Iterable[Any], states: Mapping[str, Any]) -> list[Any]:
     """Takes in what a step's outputs tell of versions; returns the states that may have several."""
-    found = [states[each.request_id] for each in outputs if each.request_id in states]
+    found = []
     for output in outputs:
-        if (digest := version_in(output.trace_headers)) is None:
-            continue
-        state, parts = states.get(output.request_id), parts_in(output.trace_headers)
+        state, digest = states.get(output.request_id), version_in(output.trace_headers)
         if state is None or state.detokenizer is None:
             continue
-        if (first := _FIRST.get(state)) is None:
+        if digest is not None and (first := _FIRST.get(state)) is None:
             _FIRST.set(state, digest)
-        if not parts:
-            continue
-        if not (starts := _STARTS.get_or_make(state, list)) and first is not None:
-            starts.append((0, (first, parts[0][1] - 1, 0)))
-        starts += ((state.detokenizer.num_output_tokens(), part) for part in parts)
-        if state.parent_req is not None:
-            _CHOICES.get_or_make(state.parent_req, dict)[state.request_index] = state
-    return [state for state in found if _STARTS.is_set(state)]
+        if parts := parts_in(output.trace_headers):
+            if not (starts := _STARTS.get_or_make(state, list)) and first is not None:
+                starts.append((0, (first, parts[0][1] - 1, 0)))
+            starts += ((state.detokenizer.num_output_tokens(), part) for part in parts)
+            if state.parent_req is not None:
+                _CHOICES.get_or_make(state.parent_req, dict)[state.request_index] = state
+        if _STARTS.is_set(state):
+            found.append(state)
+    return found
 
 
 def tell(states: Iterable[Any], request_outputs: Iterable[Any]) -> None:

@@ -22,7 +22,7 @@ from multilora_kernels import (
 from multilora_kernels.launches.by_rows import PreparedByRows
 from multilora_kernels.launches.prepared import Prepared
 from multilora_kernels.trial.choices import Choice
-from vllm_multilora.integration.step.stock_kernels import StockExpand, StockLinear, StockShrink
+from vllm_multilora.integration.step.stock_kernels import StockCall
 
 OURS, VLLM, TORCH = "ours", "vllm", "torch"
 """Names of the kernels that a start may choose between."""
@@ -99,7 +99,7 @@ class PreparedLayers:
             lambda used: PreparedLinear(
                 a, own, ranks, layout, **options, factors=factors, backend=used
             ),
-            lambda: StockLinear(a, b, layout, **options),
+            lambda: StockCall(a, b, layout, **options),
         )
 
     def _shrink(self, a: _Slices) -> Prepared:
@@ -107,7 +107,7 @@ class PreparedLayers:
         return self._chosen(
             ("shrink",),
             lambda used: PreparedShrink(a, ranks, layout, backend=used),
-            lambda: StockShrink(a, layout),
+            lambda: StockCall(a, (), layout),
         )
 
     def _expand(self, key: CallKey, b: _Slices, offset: int, add_inputs: bool) -> Prepared:
@@ -116,7 +116,7 @@ class PreparedLayers:
         return self._chosen(
             key,
             lambda used: PreparedExpand(b, ranks, layout, **options, backend=used),
-            lambda: StockExpand(b, layout, **options),
+            lambda: StockCall((), b, layout, **options),
         )
 
     def _chosen(

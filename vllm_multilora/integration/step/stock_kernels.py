@@ -112,26 +112,12 @@ def _contiguous_strides(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(strides)
 
 
-class _StockCall(Prepared):
-    """What vLLM's calls have in common; weights are as of `_WeightTables`.
+class StockCall(Prepared):
+    """As `PreparedLinear`; without weights `b` as `PreparedShrink`, without `a` `PreparedExpand`.
 
-    They are zeros past an adapter's rank, and layouts of plans have slot runs.
+    Weights are as of `_WeightTables`. They are zeros past an adapter's rank, and layouts of plans
+    have slot runs.
     """
-
-    def __init__(self, layout: PlanLayout, tables: _WeightTables) -> None:
-        super().__init__(layout)
-        self._tables = tables
-        _tables.add(tables)
-        every_slot = torch.tensor([layout.max_loras + 1], dtype=torch.int32)
-        # Whether a batch needs kernels is decided here; in a graph they are always there.
-        self._flags = torch.tensor([False]), every_slot
-
-    def _metadata(self, plan: torch.Tensor, tokens: int) -> tuple[torch.Tensor, ...]:
-        return (*kernel_arguments(plan, self._layout, tokens), *self._flags)
-
-
-class StockLinear(_StockCall):
-    """As `PreparedLinear`."""
 
     def __init__(
         self,
@@ -139,66 +125,17 @@ class StockLinear(_StockCall):
         b: Sequence[torch.Tensor],
         layout: PlanLayout,
         *,
-        add_inputs: bool = True,
-    ) -> None:
-        super().__init__(layout, _WeightTables(a, b))
-        self._a, self._b, self._add_inputs = list(a), list(b), add_inputs
-        self._width, self._rank = sum(each.size(-2) for each in b), b[0].size(-1)
-
-    def run(
-        self,
-        out: torch.Tensor,
-        given: torch.Tensor,
-        plan: torch.Tensor,
-        header: npt.NDArray[np.int32],
-    ) -> None:
-        if not self._add_inputs:
-            out[:, : self._width].zero_()
-        if not given.size(0) or tokens_to_skip(header, out):
-            return
-        h = given.new_empty((len(self._a), given.size(0), self._rank), dtype=torch.float32)
-        metadata = self._metadata(plan, given.size(0))
-        torch.ops.vllm.lora_shrink(given, self._a, h, *metadata, 1.0)
-        torch.ops.vllm.lora_expand(
-            h, self._b, out, *metadata, offset_start=0, add_inputs=self._add_inputs
-        )
-
-
-class StockShrink(_StockCall):
-    """As `PreparedShrink`."""
-
-    def __init__(self, a: Sequence[torch.Tensor], layout: PlanLayout) -> None:
-        super().__init__(layout, _WeightTables(a, ()))
-        self._a = list(a)
-
-    def run(
-        self,
-        out: torch.Tensor,
-        given: torch.Tensor,
-        plan: torch.Tensor,
-        header: npt.NDArray[np.int32],
-    ) -> None:
-        if not given.size(0) or tokens_to_skip(header, out):
-            out.zero_()
-            return
-        metadata = self._metadata(plan, given.size(0))
-        torch.ops.vllm.lora_shrink(given, self._a, out, *metadata, 1.0)
-
-
-class StockExpand(_StockCall):
-    """As `PreparedExpand`."""
-
-    def __init__(
-        self,
-        b: Sequence[torch.Tensor],
-        layout: PlanLayout,
-        *,
         offset: int = 0,
         add_inputs: bool = True,
     ) -> None:
-        super().__init__(layout, _WeightTables((), b, offset))
-        self._b, self._add_inputs = list(b), add_inputs
+        super().__init__(layout)
+        self._tables = _WeightTables(a, b, offset)
+        _tables.add(self._tables)
+        self._a, self._b, self._add_inputs = list(a), list(b), add_inputs
         self._span = slice(offset, offset + sum(each.size(-2) for each in b))
+        every_slot = torch.tensor([layout.max_loras + 1], dtype=torch.int32)
+        # Whether a batch needs kernels is decided here; in a graph they are always there.
+        self._flags = torch.tensor([False]), every_slot
 
     def run(
         self,
@@ -207,19 +144,26 @@ class StockExpand(_StockCall):
         plan: torch.Tensor,
         header: npt.NDArray[np.int32],
     ) -> None:
-        if not self._add_inputs:
+        tokens = (out if not self._a else given).size(0)
+        is_idle = not tokens or tokens_to_skip(header, out)
+        if not self._b and is_idle:
+            out.zero_()
+        elif not self._add_inputs:
             out[:, self._span].zero_()
-        if not out.size(0) or tokens_to_skip(header, out):
+        if is_idle:
             return
-        metadata = self._metadata(plan, out.size(0))
-        torch.ops.vllm.lora_expand(
-            given,
-            self._b,
-            out,
-            *metadata,
-            offset_start=self._span.start,
-            add_inputs=self._add_inputs,
-        )
+        metadata = (*kernel_arguments(plan, self._layout, tokens), *self._flags)
+        h = given if not self._a else out
+        if self._a and self._b:
+            shape = len(self._a), tokens, self._b[0].size(-1)
+            h = given.new_empty(shape, dtype=torch.float32)
+        if self._a:
+            torch.ops.vllm.lora_shrink(given, self._a, h, *metadata, 1.0)
+        if self._b:
+            begin, adds = self._span.start, self._add_inputs
+            torch.ops.vllm.lora_expand(
+                h, self._b, out, *metadata, offset_start=begin, add_inputs=adds
+            )
 
 
 def prepare(
@@ -231,11 +175,8 @@ def prepare(
     # They would keep all kinds' weights; a trial's process has no other layers.
     _LORA_A_PTR_DICT.clear()
     _LORA_B_PTR_DICT.clear()
-    if kind.operation == "shrink":
-        return StockShrink(weights.a, layout)
-    if kind.operation == "expand":
-        return StockExpand(weights.b, layout, offset=kind.offset, add_inputs=kind.add_inputs)
-    return StockLinear(weights.a, weights.b, layout, add_inputs=kind.add_inputs)
+    offset, adds = kind.offset, kind.add_inputs
+    return StockCall(weights.a, weights.b, layout, offset=offset, add_inputs=adds)
 
 
 def step_metadata(plan: BatchPlan) -> LoRAKernelMeta:

@@ -7,7 +7,6 @@ import itertools
 import logging
 import operator
 import os
-import select
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -58,7 +57,6 @@ class StoreClient:
         self._pause = FIRST_PAUSE_S
         self._next_attempt = 0.0
         self._losses = 0
-        self._poller = select.poll()
         self._channel: Channel[msg.FromStore] | None = None
         self._connect()
 
@@ -203,8 +201,6 @@ class StoreClient:
             channel.send(message)
         except ChannelClosedError as error:
             self._lose(error)
-        else:
-            self._watch_writes()
 
     def _pump(self, seconds: float) -> None:
         """Takes what is there, after waiting so long for it; brings a new store where it must."""
@@ -212,7 +208,7 @@ class StoreClient:
             self._reconnect()
             if self._channel is None:
                 time.sleep(min(seconds, FIRST_PAUSE_S))
-        elif self._poller.poll(seconds * 1000):
+        elif self._channel.wait(seconds):
             try:
                 self._channel.flush()
                 for message, _ in self._channel.receive():
@@ -220,7 +216,6 @@ class StoreClient:
             except ChannelClosedError as error:
                 self._lose(error)
                 self._reconnect()
-            self._watch_writes()
 
     def _taken(self) -> list[msg.ToUser]:
         if self._waker is not None:
@@ -265,7 +260,6 @@ class StoreClient:
         sock.setblocking(False)
         channel: Channel[msg.FromStore] = Channel(sock, msg.FromStore)
         self._channel = channel
-        self._poller.register(channel, select.POLLIN)
         if self._waker is not None:
             self._waker.watch(channel.fileno())
         for message in (self._hello, self._configure, *self._load_requests.values()):
@@ -300,7 +294,6 @@ class StoreClient:
             self._take(refusal)
         says = f"; it says: {self._host.last_words()}" if self._pause > FIRST_PAUSE_S else ""
         logger.warning("The store has gone (%s); it is started again%s", error, says)
-        self._poller.unregister(self._channel)
         self._channel.close()
         self._channel = None
         if self._waker is not None:
@@ -313,11 +306,6 @@ class StoreClient:
         self._inbox = deque([*own, msg.Restarted()])
         self._losses += 1
         self._stop_waiting()
-
-    def _watch_writes(self) -> None:
-        if self._channel is not None:
-            writes = select.POLLOUT if self._channel.pending else 0
-            self._poller.modify(self._channel, select.POLLIN | writes)
 
 
 def _refusal(channel: Channel[msg.FromStore]) -> msg.Refused | None:

@@ -186,9 +186,7 @@ class SegmentMapper:
 
     def _channel_wait(self, seconds: float) -> list[tuple[msg.FromStore, list[int]]]:
         assert self._channel is not None
-        poller = select.poll()
-        poller.register(self._channel, select.POLLIN)
-        received = self._channel.receive() if poller.poll(seconds * 1000) else []
+        received = self._channel.receive() if self._channel.wait(seconds) else []
         self._opened |= {m.number for m, _ in received if isinstance(m, msg.SegmentOpened)}
         self._closed |= {m.number for m, _ in received if isinstance(m, msg.SegmentClosed)}
         return received

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import select
 import selectors
 import socket
 import struct
@@ -123,6 +124,12 @@ class Channel(Generic[Incoming]):
                 self._outgoing[0] = (frame[sent:], [])
             else:
                 self._outgoing.popleft()
+
+    def wait(self, seconds: float) -> bool:
+        """Waits at most so long to read or, while anything is pending, to send; whether it can."""
+        poller = select.poll()
+        poller.register(self, select.POLLIN | (select.POLLOUT if self.pending else 0))
+        return bool(poller.poll(seconds * 1000))
 
     def wait_in(self, selector: selectors.BaseSelector) -> None:
         """Has a selector that watches this channel wake where something can be done.

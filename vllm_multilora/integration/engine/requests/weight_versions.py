@@ -33,7 +33,7 @@ class Announcements:
     def __init__(self) -> None:
         self._untold: list[tuple[Request, int]] = []  # with their output tokens until then
         self._swaps: list[Callable[[], None]] = []  # of the step that is scheduled next
-        self._steps: list[tuple[Any, list[Callable[[], None]]]] = []  # by the scheduler's outputs
+        self._steps: list[tuple[Any, Callable[[], None]]] = []  # by the scheduler's outputs
 
     def announce(self, request: Request, *part: Any) -> None:
         """A request's next output is a version's: a `Part`, or its digest if it has no other."""
@@ -65,15 +65,13 @@ class Announcements:
 
     def scheduled(self, output: Any) -> None:
         """A step has been scheduled."""
-        if self._swaps:
-            self._steps.append((output, self._swaps))
-            self._swaps = []
+        self._steps += ((output, announce) for announce in self._swaps)
+        self._swaps.clear()
 
     def computed(self, output: Any) -> None:
         """The outputs of a step are about to be made."""
         while any(each is output for each, _ in self._steps):
-            for announce in self._steps.pop(0)[1]:
-                announce()
+            self._steps.pop(0)[1]()
 
     def step(self) -> None:
         """A step's outputs have been made: what has had one is told."""
