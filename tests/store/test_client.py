@@ -277,7 +277,7 @@ def test_nothing_is_heard_on_the_descriptor_of_a_store_that_has_gone(client, sto
     try:
         client.poll()
         assert client.fileno() not in (gone, -1)
-        assert not client._poller.poll(0)
+        assert not client._channel.wait(0)
     finally:
         for descriptor in others:
             os.close(descriptor)
