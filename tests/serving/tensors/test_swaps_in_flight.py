@@ -10,8 +10,8 @@ import pytest
 from ..engine import greedy, running_async_engine
 from ..models.cases import Scenario
 from ..slots.test_offline_calls import case_of
-from .pushes import EXTENSION, NUMBER, folders_in_memory, pushed
-from .test_swaps_under_load import GROWTH, LIMIT_S, STREAMS, VERSIONS, memory
+from .pushes import EXTENSION, NUMBER, folders_in_memory, memory, pushed, versions_of
+from .test_swaps_under_load import GROWTH, LIMIT_S, STREAMS, VERSIONS
 
 if TYPE_CHECKING:
     from vllm import RequestOutput
@@ -53,26 +53,6 @@ async def answer(engine: "AsyncLLM", prompt: Sequence[int], name: str) -> "Reque
     options = greedy(max_tokens=NEW_TOKENS)
     outputs = engine.generate(tokens, options, name, lora_request=pushed())
     return [output async for output in outputs][-1]
-
-
-def versions_of(output: "RequestOutput", names: Sequence[str]) -> list[str]:
-    """The version that has computed each token but the last, as the output's spans name it."""
-    completion: Any = output.outputs[0]
-    assert output.prompt_token_ids is not None
-    prompt, found, versions = len(output.prompt_token_ids), completion.token_ids, []
-    for spans, begin, end in (
-        (completion.prompt_policy_token_spans, 1, prompt),
-        (completion.policy_token_spans, 0, len(found)),
-    ):
-        assert spans[0]["start_token"] == begin
-        assert spans[-1]["end_token"] == end
-        for one, other in itertools.pairwise(spans):
-            assert one["end_token"] == other["start_token"]
-            assert one["update_seq"] < other["update_seq"]
-        for span in spans:
-            name = names[span["update_seq"] % len(names)]
-            versions += [name] * (span["end_token"] - span["start_token"])
-    return versions
 
 
 @pytest.mark.parametrize("swaps", [40, pytest.param(500, marks=pytest.mark.slow)])

@@ -2,17 +2,15 @@
 
 import asyncio
 import itertools
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 
 from ..engine import greedy, running_async_engine
 from ..models.cases import Scenario
 from ..slots.test_offline_calls import case_of
-from .pushes import EXTENSION, NUMBER, folders_in_memory, pushed
+from .pushes import EXTENSION, NUMBER, folders_in_memory, memory, pushed
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -32,21 +30,6 @@ def engine(llama: Scenario, monkeypatch: pytest.MonkeyPatch) -> "Iterator[AsyncL
     slots = {"max_loras": 4, "max_cpu_loras": 6, "max_num_seqs": STREAMS}
     with running_async_engine(llama.base, **slots, worker_extension_cls=EXTENSION) as running:
         yield running
-
-
-def memory() -> int:
-    """Bytes of this process's descendants and of the folders of tensors, pages of both once."""
-    private = 0
-    for process in psutil.Process().children(recursive=True):
-        try:
-            private += process.memory_full_info().uss
-        except psutil.NoSuchProcess:
-            continue
-    return private + sum(
-        os.stat(os.path.join(folder, name)).st_size  # noqa: PTH116, PTH118
-        for folder in folders_in_memory()
-        for name in os.listdir(folder)  # noqa: PTH208
-    )
 
 
 @pytest.mark.parametrize("swaps", [40, pytest.param(500, marks=pytest.mark.slow)])
