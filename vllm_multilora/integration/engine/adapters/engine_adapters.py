@@ -237,11 +237,11 @@ class EngineAdapters(Registrations):
         answered = request.num_prompt_tokens if request.num_output_tokens else 0
         return adapter.pack.digest, adapter.updates, answered
 
-    def swap(self) -> list[AdapterMachine]:
-        """The adapters whose running requests go on with the newest version, from this step on."""
+    def swap(self) -> dict[int, tuple[str, int]]:
+        """Versions that running requests go on with from this step on; see `Announcements.swap`."""
         swapped = [adapter for adapter in self._known.swapping() if adapter.swap()]
         self._exchange.send()
-        return swapped
+        return {each.number: (each.pack.digest, each.updates) for each in swapped if each.pack}
 
     def begin_step(self, active: frozenset[int]) -> None:
         """A step is being scheduled, when these adapters have running requests."""

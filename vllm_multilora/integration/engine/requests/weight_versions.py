@@ -17,8 +17,6 @@ from vllm_multilora.integration.engine.requests import prefix_keys
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-    from vllm_multilora.integration.engine.adapters.adapter_machine import AdapterMachine
-
 KEY, PARTS = "x-multilora-version", "x-multilora-parts"
 """Under which an output tells the version, and which versions have computed which part."""
 
@@ -45,18 +43,17 @@ class Announcements:
             headers[PARTS] = f"{headers.get(PARTS, '')} {':'.join(map(str, part))}"
         request.trace_headers = headers
 
-    def swap(self, adapters: Iterable[AdapterMachine], requests: Iterable[Request]) -> None:
-        """Has running requests go on with their adapters' newest weights from the next step on."""
-        by_number = {adapter.number: adapter for adapter in adapters}
-        for request in requests if by_number else ():
-            lora = request.lora_request
-            adapter = None if lora is None else by_number.get(lora.lora_int_id)
-            if adapter is None or adapter.pack is None:
-                continue
-            digest, update = adapter.pack.digest, adapter.updates
-            if (computed := request.num_computed_tokens) > 0:  # others begin with it
-                prefix_keys.go_on(request, digest)
-                self._swaps.append(partial(self._swapped, request, digest, update, computed))
+    def swap(self, versions: Mapping[int, tuple[str, int]], requests: Iterable[Request]) -> None:
+        """Has running requests go on with these versions from the next step on.
+
+        Each has its adapter's number, its digest, and the number of versions before it.
+        """
+        for request in requests if versions else ():
+            lora, computed = request.lora_request, request.num_computed_tokens
+            version = None if lora is None else versions.get(lora.lora_int_id)
+            if version is not None and computed > 0:  # others begin with it
+                prefix_keys.go_on(request, version[0])
+                self._swaps.append(partial(self._swapped, request, *version, computed))
 
     def _swapped(self, request: Request, *part: Any) -> None:
         if not request.is_finished():
