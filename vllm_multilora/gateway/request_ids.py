@@ -75,10 +75,8 @@ class _Answer:
         body = message.get("body", b"")
         is_whole = not message.get("more_body", False)
         if is_whole and body[:2] == b'{"' and body[-1:] == b"}":
-            body = b'%s,"request_id":%s}' % (
-                body[:-1],
-                json.dumps(self._id.decode("latin-1")).encode(),
-            )
+            quoted = json.dumps(self._id.decode("latin-1")).encode()
+            body = b'%s,"request_id":%s}' % (body[:-1], quoted)
             message = {**message, "body": body}
             pairs = [pair for pair in start["headers"] if pair[0] != b"content-length"]
             start["headers"] = [*pairs, (b"content-length", b"%d" % len(body))]

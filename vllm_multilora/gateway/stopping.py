@@ -36,9 +36,7 @@ class StopSignal:
                 signal.signal(number, partial(self._hear, before))
                 signal.siginterrupt(number, False)
 
-    def _hear(
-        self, before: Callable[[int, FrameType | None], Any], number: int, frame: FrameType | None
-    ) -> None:
+    def _hear(self, before: Callable[..., Any], number: int, frame: FrameType | None) -> None:
         self.has_come = True
         before(number, frame)
 

@@ -44,7 +44,9 @@ def test_only_other_processes_compute_while_something_is_said(monkeypatch, kind,
     monkeypatch.setattr(core, "_open_stores", lambda *arguments: store)
     deferred_calls = DeferredCalls()
     executor.vllm_config = None
-    core._connect(executor, SimpleNamespace(deferred_calls=deferred_calls), lambda: None)
+    core._connect(
+        executor, SimpleNamespace(deferred_calls=deferred_calls), lambda: None, asks_late=False
+    )
     assert deferred_calls.wait is waits
 
 

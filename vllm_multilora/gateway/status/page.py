@@ -17,6 +17,7 @@ import re
 from functools import cache
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse
@@ -34,12 +35,10 @@ def add_route(app: FastAPI) -> None:
 
 async def show_page(raw_request: Request) -> HTMLResponse:
     """The page; 404 where the plugin does not act, or `status_page` is off."""
-    models = getattr(raw_request.app.state, "openai_serving_models", None)
-    if models is None or not registration.acts_for(models):
-        raise HTTPException(HTTPStatus.NOT_FOUND)
-    if not settings_of(models.engine_client.vllm_config).status_page:
-        raise HTTPException(HTTPStatus.NOT_FOUND)
-    return HTMLResponse(page(), headers=headers())
+    models: Any = getattr(raw_request.app.state, "openai_serving_models", None)
+    if registration.acts_for(models) and settings_of(models.engine_client.vllm_config).status_page:
+        return HTMLResponse(page(), headers=headers())
+    raise HTTPException(HTTPStatus.NOT_FOUND)
 
 
 @cache

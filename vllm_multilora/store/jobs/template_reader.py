@@ -14,7 +14,6 @@ from typing import Any
 from vllm_multilora.adapters.files.adapter_folder import AdapterFolder
 from vllm_multilora.adapters.files.allowed_roots import AllowedRoots
 from vllm_multilora.store.jobs import sandbox
-from vllm_multilora.store.store_launch import environment
 
 CPU_S = 5.0
 """Seconds of processor time; most files take milliseconds."""
@@ -44,13 +43,15 @@ def read(path: str, roots: AllowedRoots) -> dict[str, Any]:
     return {"template": template, "tokens": [str(each["content"]) for each in added.values()]}
 
 
-def read_apart(path: str, roots: Sequence[str], directories: Sequence[str]) -> dict[str, Any]:
+def read_apart(
+    path: str, roots: Sequence[str], directories: Sequence[str], environment: dict[str, str]
+) -> dict[str, Any]:
     """What `read` gives, by a process without rights, or an `error`."""
     argument = json.dumps([path, roots, directories])
     command = [sys.executable, "-P", "-m", __name__, argument]
     pipe = subprocess.DEVNULL
     try:
-        said = subprocess.check_output(command, timeout=_WAIT_S, env=environment(), stdin=pipe)
+        said = subprocess.check_output(command, timeout=_WAIT_S, env=environment, stdin=pipe)
         found: dict[str, Any] = json.loads(said)
     except (subprocess.SubprocessError, ValueError):
         return {"error": "it takes too much time or memory to read"}

@@ -222,7 +222,7 @@ class DirectoryServer:
         if (missed := self._missed.find(folder)) is not None:
             return missed
         lora = served.lora if folder == served.folder else _request(folder)
-        refusal = await registration.admit(self._models, lora)
+        refusal = await registration.admit(self._models, lora, "model")
         if refusal is not None:
             return await self._refuse(served, folder, lora, refusal)
         if not self._is_ours(served):  # unloaded, or its folder taken away, meanwhile
@@ -242,7 +242,6 @@ class DirectoryServer:
     async def _refuse(
         self, served: _Served, folder: AdapterVersion, lora: LoRARequest, refusal: ErrorResponse
     ) -> ErrorResponse | None:
-        refusal.error.param = "model"  # what the client has sent
         self._directories.tell(f"{folder.path} is refused: {_beginning(refusal.error.message)}")
         is_bad = refusal.error.code == HTTPStatus.BAD_REQUEST
         if is_bad and _is_by_its_files(refusal):

@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Container, Coroutine, Sequence
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from pydantic import Field
@@ -36,9 +36,6 @@ from vllm_multilora.integration.server.requests.engine_calls import answer_of, r
 from vllm_multilora.integration.server.requests.http_calls import GRACE_S, current_call
 from vllm_multilora.integration.server.requests.own_templates import OWN_TEMPLATES
 from vllm_multilora.integration.server.settings.gateway_activation import manages_adapters
-
-if TYPE_CHECKING:
-    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +102,7 @@ def lock_of(models: Any, name: str) -> asyncio.Lock:
     return _LOCKS.get_or_make(models, LocksInUse)[name]
 
 
-def acts_for(models: OpenAIServingModels) -> bool:
+def acts_for(models: Any) -> bool:
     """Whether the plugin loads the adapters of the engine behind a server, and not vLLM itself."""
     vllm_config = getattr(getattr(models, "engine_client", None), "vllm_config", None)
     return vllm_config is not None and manages_adapters(vllm_config)
@@ -137,8 +134,7 @@ async def load_adapter(models: Any, request: Any) -> ErrorResponse | str:
     A call that has waited while an equal one loaded the adapter succeeds with it.
     """
     name, path = request.lora_name, request.lora_path
-    refusal = _refuse_text(models, name, path)
-    if refusal is not None:
+    if (refusal := _refuse_text(models, name, path)) is not None:
         return refusal
     success = f"Success: LoRA adapter '{name}' added successfully."
     before = public_names(models).get(name)
@@ -154,10 +150,9 @@ async def load_adapter(models: Any, request: Any) -> ErrorResponse | str:
             lora_path=path,
             is_3d_lora_weight=request.is_3d_lora_weight,
         )
-        refusal = await admit(models, lora)
-        if refusal is not None:
+        if (refused := await admit(models, lora)) is not None:
             without_waiting(remove(models, lora))  # another engine may have taken it
-            return refusal
+            return refused
         await serve(models, lora)
         logger.info("Loaded LoRA adapter: name '%s', path '%s'", name, shown_name(path))
         return success
@@ -250,12 +245,12 @@ def no_such_model(models: Any, name: str | None) -> str:
     return f"The model `{name}` does not exist.{aliases}"
 
 
-async def admit(models: Any, lora: LoRARequest) -> AdapterErrorResponse | None:
-    """Has the engine read and check an adapter; returns why it cannot be served."""
+async def admit(models: Any, lora: LoRARequest, param: str = "lora_path") -> ErrorResponse | None:
+    """Has the engine read and check an adapter; returns why not to serve what a field names."""
     try:
         await register(models.engine_client, lora)
     except Exception as error:
-        return _refusal(lora, error)
+        return _refusal(lora, error, param)
     return None
 
 
@@ -352,12 +347,12 @@ async def to_its_end(work: Coroutine[Any, Any, _T]) -> _T:
         raise
 
 
-def _refusal(lora: LoRARequest, error: Exception) -> AdapterErrorResponse:
+def _refusal(lora: LoRARequest, error: Exception, param: str) -> AdapterErrorResponse:
     if not isinstance(error, AdapterRefusedError):
         status = HTTPStatus.INTERNAL_SERVER_ERROR
         if isinstance(error, GracefulHTTPError):
             status = error.http_status
-        return error_response(status, f"adapter {lora.lora_name!r}: {error}")
+        return error_response(status, f"adapter {lora.lora_name!r}: {error}", param=param)
     problems = [
         Problem.from_dict(problem).with_texts(lambda text: without_folder(text, lora))
         for problem in error.problems
@@ -365,7 +360,7 @@ def _refusal(lora: LoRARequest, error: Exception) -> AdapterErrorResponse:
     is_forbidden = any(problem.code == Code.NOT_ALLOWED for problem in problems)
     status = HTTPStatus.FORBIDDEN if is_forbidden else STATUS[error.failure.kind]
     message = without_folder(str(error), lora)
-    return error_response(status, f"adapter {lora.lora_name!r}: {message}", problems)
+    return error_response(status, f"adapter {lora.lora_name!r}: {message}", problems, param)
 
 
 def error_response(

@@ -84,6 +84,7 @@ async def _resolve(models: Any, name: str) -> ErrorResponse | None:
     first: ErrorResponse | None = None
     for resolver in models.lora_resolvers if not name.startswith("/") else ():
         kind = type(resolver).__name__
+        refusal: ErrorResponse
         try:
             lora = await _ask(resolver, models, name)
         except Exception as error:  # a resolver is anybody's code, and reads anybody's files
@@ -91,6 +92,7 @@ async def _resolve(models: Any, name: str) -> ErrorResponse | None:
             refusal = registration.error_response(
                 HTTPStatus.SERVICE_UNAVAILABLE,
                 f"adapter {name!r}: its resolver, {kind}, has failed; the server's log says why",
+                param="model",
             )
         else:
             if lora is None:
@@ -98,14 +100,13 @@ async def _resolve(models: Any, name: str) -> ErrorResponse | None:
             if (full := registration.one_too_many(models, name, "model")) is not None:
                 return full
             lora.lora_int_id = models.lora_id_counter.inc(1)
-            admitted = await registration.admit(models, lora)
+            admitted = await registration.admit(models, lora, "model")
             if admitted is None:
                 await registration.serve(models, lora)
                 logger.info("Resolved and loaded LoRA adapter %r by %s", name, kind)
                 return None
             registration.without_waiting(registration.remove(models, lora))
             refusal = admitted
-        refusal.error.param = "model"
         first = first or refusal
     return first or registration.error_response(
         HTTPStatus.NOT_FOUND, registration.no_such_model(models, name), param="model"

@@ -269,6 +269,13 @@ def attach(processor: Any, meter: ServerMeter) -> None:
     ON_OUTPUTS.set(processor, meter.look)
 
 
+class _StoppedError(EngineDeadError):
+    """What requests are ended with that a server still has when it is being stopped."""
+
+    def __str__(self) -> str:
+        return IS_STOPPING
+
+
 def end_all_at_shutdown(client: Any) -> None:
     """Has all requests end when vLLM's client stops, or its engine has died.
 
@@ -281,8 +288,7 @@ def end_all_at_shutdown(client: Any) -> None:
             for state in processor.request_states.values():
                 meter.end(state)
         if handler.cancelled():  # else its error has been told
-            (stopped := EngineDeadError()).args = (IS_STOPPING,)
-            processor.propagate_error(stopped)
+            processor.propagate_error(_StoppedError())
         stop_waiting()
 
     client.output_handler.add_done_callback(end_all)

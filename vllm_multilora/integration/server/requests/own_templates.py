@@ -23,8 +23,9 @@ from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.integration.failed_requests import AdapterRefusedError, without_folder
 from vllm_multilora.integration.patching.activation import settings_of
-from vllm_multilora.integration.server.settings.gateway_activation import manages_adapters
+from vllm_multilora.integration.server.settings import gateway_activation
 from vllm_multilora.store.jobs.template_reader import read_apart
+from vllm_multilora.store.store_launch import environment
 from vllm_multilora.tenants.rules import INVOCATIONS
 
 if TYPE_CHECKING:
@@ -46,22 +47,23 @@ class OwnTemplates:
         ConfigError: A template in the folder cannot be used, or this model's chats have none.
     """
 
-    def __init__(self, client: Any, trusts_clients: bool) -> None:
+    def __init__(self, client: Any, args: Any) -> None:
         settings, model = settings_of(client.vllm_config), client.vllm_config.model_config
         is_harmony = model.hf_config.model_type == "gpt_oss"
         if is_harmony or type(client.renderer).__name__ != "HfRenderer":
             raise ConfigError(f"{_FLAG}: vLLM renders this model's chats without a template")
         self._roots = settings.allowed_roots, settings.adapter_dir
-        self._tokenizer, self._trusts_clients = client.get_tokenizer(), trusts_clients
+        self._tokenizer = client.get_tokenizer()
+        self._trusts_clients = gateway_activation.TRUSTS_CLIENTS.get(args)
         self.known: dict[int, str | None] = {}
-        self._allowed: dict[str, str] = {}
+        self._allowed: set[str] = set()
         folder = Path(str(settings.adapter_chat_templates))
         chat, names = [{"role": "user", "content": "hello"}], self._tokenizer.special_tokens_map
         try:
             for file in [each for each in folder.iterdir() if each.suffix == ".jinja"]:
                 text = file.read_text("utf-8").removesuffix("\n")
                 render_jinja_template([chat], chat_template=text, **names)
-                self._allowed[text] = text
+                self._allowed.add(text)
         except Exception as error:  # whatever a template raises
             expected = "expected a folder of *.jinja, each of which renders a short chat"
             raise ConfigError(f"{_FLAG} {folder}: found {error!r}, {expected}") from error
@@ -92,7 +94,7 @@ class OwnTemplates:
             fields["chat_template"] = json.dumps(template).encode()
 
     async def _read(self, lora: LoRARequest) -> str | None:
-        read = await asyncio.to_thread(read_apart, lora.lora_path, *self._roots)
+        read = await asyncio.to_thread(read_apart, lora.lora_path, *self._roots, environment())
         if "error" in read:
             raise _refused(lora, read["error"])
         if (template := read["template"]) is None:
@@ -107,7 +109,7 @@ class OwnTemplates:
             raise _refused(
                 lora, f"it is not in the folder of {_FLAG}: an operator may put it there"
             )
-        return self._allowed[template]
+        return template
 
 
 def allow_templates(client: Any, args: Any) -> None:
@@ -115,8 +117,8 @@ def allow_templates(client: Any, args: Any) -> None:
     config = getattr(client, "vllm_config", None)
     if config is None or settings_of(config).adapter_chat_templates is None:
         return
-    if manages_adapters(config):
-        OWN_TEMPLATES.set(client, OwnTemplates(client, args.multilora_trusts_templates))
+    if gateway_activation.manages_adapters(config):
+        OWN_TEMPLATES.set(client, OwnTemplates(client, args))
 
 
 def _refused(lora: LoRARequest, reason: str) -> AdapterRefusedError:

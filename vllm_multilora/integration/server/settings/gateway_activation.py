@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_multilora.adapters.blend import BLEND_FIELD
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.errors import ConfigError
+from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.patching.activation import (
     adapts_towers,
     as_flags,
@@ -39,6 +40,9 @@ GATEWAY = "vllm_multilora.gateway.app.Gateway"
 _ITS_SETTINGS = frozenset({"adapter_dir", "adapter_chat_templates", "routes", "usage_log"})
 """Settings that mean nothing without the gateway; keys and tenants stop the start there."""
 
+TRUSTS_CLIENTS: Attached[bool] = Attached("trusts-clients-templates")
+"""By an HTTP server's arguments, whether they say `--trust-request-chat-template`."""
+
 
 def mount_gateway(args: argparse.Namespace) -> None:
     """Puts the gateway first among the middlewares in an HTTP server's arguments, once.
@@ -55,7 +59,7 @@ def mount_gateway(args: argparse.Namespace) -> None:
         return
     if GATEWAY not in args.middleware:
         args.middleware = [GATEWAY, *args.middleware]
-        args.multilora_trusts_templates = args.trust_request_chat_template
+        TRUSTS_CLIENTS.set(args, args.trust_request_chat_template)
         if settings.adapter_chat_templates is not None:  # then the gateway refuses clients' own
             args.trust_request_chat_template = True
 
