@@ -88,18 +88,13 @@ def error_answer(
     status: HTTPStatus, message: str, *, path: str, param: str | None = None
 ) -> Response:
     """An error as clients of a path read it; OpenAI's are told the field that is at fault."""
-    content: dict[str, Any]
     if is_anthropics(path):
         error = {"type": _ANTHROPIC_TYPES[status], "message": message}
-        content = {"type": "error", "error": error}
-    elif path == _COHERE:
-        content = {"message": message}
-    else:
-        kind = TYPES[status]
-        content = {
-            "error": {"message": message, "type": kind, "param": param, "code": status.value}
-        }
-    return _json(content, status)
+        return _json({"type": "error", "error": error}, status)
+    if path == _COHERE:
+        return _json({"message": message}, status)
+    fields = {"message": message, "type": TYPES[status], "param": param, "code": status.value}
+    return _json({"error": fields}, status)
 
 
 def refusal_answer(refusal: Any, *, path: str) -> Response:
