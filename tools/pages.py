@@ -34,6 +34,7 @@ _CODES = {
     Code.NOT_A_FILE: "a pipe, a device or a folder is in its place",
     Code.NOT_ALLOWED: "it lies outside `--multilora-allowed-roots`, or its source refuses access",
     Code.NOT_SIGNED: "there is no signature, and `--multilora-signing-keys` asks for one",
+    Code.WRONG_DIGEST: "its weights are not those that `--multilora-require-digest` names",
     Code.WRONG_SIGNATURE: "nobody who is trusted has signed it, or the signature is broken",
     Code.NOT_AS_SIGNED: "it has changed since it was signed",
     Code.NOT_SAFETENSORS: "it does not begin as a safetensors file does",

@@ -8,6 +8,7 @@ from vllm.lora.request import LoRARequest
 from tests.engine.fake_engine import Engine, lora, pack_info
 from tests.metrics.readings import recorder, shown
 from vllm_multilora.adapters.directory import FIRST_NUMBER
+from vllm_multilora.adapters.problems import Code, Problem
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.integration.engine.adapters import known_adapters
 from vllm_multilora.integration.engine.adapters.adapter_machine import MAX_TIMES_GONE
@@ -1072,15 +1073,18 @@ class Only:
     def __init__(self, name: str, digest: str) -> None:
         self.name, self.digest = name, digest
 
-    def refuse(self, name: str, digest: str) -> str | None:
-        return None if (name, digest) == (self.name, self.digest) else "another is required"
+    def refuse(self, name: str, digest: str) -> Problem | None:
+        if (name, digest) == (self.name, self.digest):
+            return None
+        return Problem.at(Code.WRONG_DIGEST, name, "digest", digest, self.digest)
 
 
 def test_other_weights_than_those_required_are_refused_and_kept_by_nobody():
     engine = Engine(2, ranks=1, required=Only("adapter 1", "right"))
     wrong = engine.adapters.register(lora(1))
     engine.loaded(pack_info(1, "wrong"))
-    assert wrong.exception().failure.message == "another is required"
+    assert wrong.exception().failure.message == "adapter 1: digest is wrong, expected right"
+    assert [each["code"] for each in wrong.exception().problems] == ["wrong-digest"]
     right = engine.adapters.register(lora(1))
     engine.loaded(pack_info(2, "right"))
     assert right.result() is True

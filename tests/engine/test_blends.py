@@ -8,6 +8,7 @@ from vllm.lora.request import LoRARequest
 
 from tests.engine.fake_engine import MAX_BLENDS, Engine, lora, pack_info
 from tests.engine.test_quarantine import counted, on
+from vllm_multilora.adapters.problems import Code, Problem
 from vllm_multilora.failures import FailureKind, RequestFailure
 from vllm_multilora.integration.blends import blend_of, blended
 from vllm_multilora.integration.engine.adapter_status import engine_report
@@ -188,14 +189,16 @@ def test_a_blend_of_a_quarantined_part_is_served_again_with_the_part():
 
 def test_parts_must_have_the_digests_that_are_required(engines):
     class Required:
-        def refuse(self, name: str, digest: str) -> str | None:
-            return None if digest == f"{name}'s" else f"its digest is {digest}"
+        def refuse(self, name: str, digest: str) -> Problem | None:
+            if digest == f"{name}'s":
+                return None
+            return Problem.at(Code.WRONG_DIGEST, name, "digest", digest, f"{name}'s")
 
     engine = engines(required=Required())
     for number, (digests, refusal) in enumerate(
         [
             (("adapter 1's", "adapter 2's"), None),
-            (("adapter 1's", "other"), "of its part 'adapter 2', its digest is other"),
+            (("adapter 1's", "other"), "adapter 2: digest is other, expected adapter 2's"),
         ]
     ):
         request = blend(number / 10)

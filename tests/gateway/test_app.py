@@ -124,11 +124,18 @@ def test_stranger_is_refused_in_the_form_of_the_api_whoever_checks_the_key(
     assert answer.headers["www-authenticate"] == "Bearer"
 
 
-def test_tenants_refusal_says_that_a_path_is_mistyped(tmp_path):
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/v1/chat/completion", "PermissionDeniedError"),
+        ("/v1/messages/batches", "permission_error"),
+    ],
+)
+def test_tenants_refusal_says_that_a_path_is_mistyped(tmp_path, path, kind):
     tenants = tmp_path / "tenants.json"
     tenants.write_text(json.dumps({"tenants": {"acme": {"keys": [stored(ACME)]}}}))
     flags = ("--enable-lora", "--multilora-tenants", str(tenants))
     client = TestClient(application(arguments(*flags)))
-    answer = client.post("/v1/chat/completion", json={}, headers={"x-api-key": ACME})
-    assert answer.status_code == 403
-    assert "POST /v1/chat/completion: it is mistyped" in answer.json()["error"]["message"]
+    answer = client.post(path, json={}, headers={"x-api-key": ACME})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (403, kind)
+    assert f"POST {path}: it is mistyped" in answer.json()["error"]["message"]

@@ -37,6 +37,7 @@ class Code(StrEnum):
     NOT_SIGNED = "not-signed"
     WRONG_SIGNATURE = "wrong-signature"
     NOT_AS_SIGNED = "not-as-signed"
+    WRONG_DIGEST = "wrong-digest"
     NOT_SAFETENSORS = "not-safetensors"
     NOT_PICKLED_TENSORS = "not-pickled-tensors"
 
@@ -77,8 +78,10 @@ class Code(StrEnum):
     MORE_PROBLEMS = "more-problems"
 
 
-SIGNATURE_CODES = frozenset({Code.NOT_SIGNED, Code.WRONG_SIGNATURE, Code.NOT_AS_SIGNED})
-"""Codes for a bad signature, and for a folder that differs from what was signed."""
+TRUST_CODES = frozenset(
+    {Code.NOT_SIGNED, Code.WRONG_SIGNATURE, Code.NOT_AS_SIGNED, Code.WRONG_DIGEST}
+)
+"""Codes for a bad signature, a folder that differs from what was signed, and a wrong digest."""
 
 
 @dataclass(frozen=True)

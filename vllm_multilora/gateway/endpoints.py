@@ -20,7 +20,6 @@ HEALTH = ("/health", "/ping")
 _MANAGE = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _SAGEMAKER_ADAPTERS = "/adapters"
 _MODELS = "/v1/models"
-ANTHROPIC = ("/v1/messages", "/v1/messages/count_tokens")
 _ANTHROPIC_TYPES = {
     HTTPStatus.BAD_REQUEST: "invalid_request_error",
     HTTPStatus.UNAUTHORIZED: "authentication_error",
@@ -64,6 +63,11 @@ def endpoint_of(method: str, path: str) -> Endpoint:
     return Endpoint.OTHER
 
 
+def is_anthropics(path: str) -> bool:
+    """Whether a path belongs to Anthropic's API, which clients may know more of than vLLM has."""
+    return f"{path}/".startswith("/v1/messages/")
+
+
 def header(pairs: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
     """The first value of a header, whose name is in lower case; None where there is none."""
     for each, value in pairs:
@@ -84,24 +88,19 @@ def error_answer(
     status: HTTPStatus, message: str, *, path: str, param: str | None = None
 ) -> Response:
     """An error as clients of a path read it; OpenAI's are told the field that is at fault."""
-    content: dict[str, Any]
-    if path in ANTHROPIC:
+    if is_anthropics(path):
         error = {"type": _ANTHROPIC_TYPES[status], "message": message}
-        content = {"type": "error", "error": error}
-    elif path == _COHERE:
-        content = {"message": message}
-    else:
-        kind = TYPES[status]
-        content = {
-            "error": {"message": message, "type": kind, "param": param, "code": status.value}
-        }
-    return _json(content, status)
+        return _json({"type": "error", "error": error}, status)
+    if path == _COHERE:
+        return _json({"message": message}, status)
+    fields = {"message": message, "type": TYPES[status], "param": param, "code": status.value}
+    return _json({"error": fields}, status)
 
 
 def refusal_answer(refusal: Any, *, path: str) -> Response:
     """An `ErrorResponse` of vLLM's, or with an adapter's problems, as clients of a path read it."""
     error = refusal.error
-    if path in ANTHROPIC or path == _COHERE:
+    if is_anthropics(path) or path == _COHERE:
         return error_answer(HTTPStatus(error.code), error.message, path=path)
     return _json(refusal.model_dump(), error.code)
 

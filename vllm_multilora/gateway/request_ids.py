@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
-from vllm_multilora.gateway.endpoints import ANTHROPIC, header, route_path
+from vllm_multilora.gateway.endpoints import header, is_anthropics, route_path
 
 if TYPE_CHECKING:
     from starlette.types import Message, Scope, Send
@@ -49,7 +49,7 @@ class _Answer:
 
     def __init__(self, request_id: bytes, path: str, send: Send) -> None:
         self._id = request_id
-        self._headers = (HEADER, _ANTHROPIC_HEADER) if path in ANTHROPIC else (HEADER,)
+        self._headers = (HEADER, _ANTHROPIC_HEADER) if is_anthropics(path) else (HEADER,)
         self._send = send
         self._start: Message | None = None  # of an error, until its body is there
 

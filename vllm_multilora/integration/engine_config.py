@@ -18,6 +18,7 @@ from vllm_multilora.errors import ConfigError
 from vllm_multilora.integration.api_server import engine_settings
 from vllm_multilora.integration.patching.activation import announce, settings_of
 from vllm_multilora.integration.server.settings import gateway_activation as gateway
+from vllm_multilora.integration.settings.start_errors import in_one_sentence
 from vllm_multilora.tenants.keys import UNGUARDED, has_keys, key_in
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@in_one_sentence
 def create_engine_config(
     original: Callable[..., VllmConfig], engine_args: Any, *args: Any, **kwargs: Any
 ) -> VllmConfig:
@@ -47,10 +49,7 @@ def create_engine_config(
 
 
 def check_access(
-    vllm_config: VllmConfig,
-    usage_context: UsageContext | None = None,
-    *,
-    is_headless: bool = False,
+    vllm_config: VllmConfig, usage_context: UsageContext | None = None, *, is_headless: bool = False
 ) -> None:
     """Has the gateway read the keys of a server that has any.
 

@@ -1,9 +1,7 @@
 """The values of the plugin's flags: an HTTP server gets the gateway.
 
-A server whose keys nothing would guard is refused at once.
-
-`engine_config` checks the same of servers with an engine; a server without one, such as
-`vllm launch render`, makes no engine's configuration.
+A server whose keys nothing would guard is refused at once: one without an engine, such as
+`vllm launch render`, makes no configuration for `engine_config` to check.
 """
 
 from __future__ import annotations
@@ -20,9 +18,11 @@ from vllm_multilora.integration.server.settings.gateway_activation import (
     require_no_blends,
 )
 from vllm_multilora.integration.settings import flags
+from vllm_multilora.integration.settings.start_errors import in_one_sentence
 from vllm_multilora.tenants.keys import UNGUARDED, has_keys
 
 
+@in_one_sentence
 def from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
     engine_args = flags.from_cli_args(original, cls, args)
     additional = engine_args.additional_config

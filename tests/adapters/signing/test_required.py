@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_multilora.adapters.problems import Code
 from vllm_multilora.adapters.signing.required import RequiredDigests
 from vllm_multilora.cli import main
 from vllm_multilora.errors import ConfigError
@@ -27,9 +28,12 @@ def test_an_adapter_has_one_of_its_digests(file):
     required = RequiredDigests(str(file))
     assert required.refuse("a", ONE) is None
     assert required.refuse("b", TWO) is None
-    assert required.refuse("a", TWO) == f"its digest is {TWO}, and {ONE} is required"
-    assert f"{ONE} or {TWO} is required" in required.refuse("b", THREE)
-    assert "no digest of it is allowed" in required.refuse("c", ONE)
+    problem = required.refuse("a", TWO)
+    assert (problem.code, problem.file, problem.where) == (Code.WRONG_DIGEST, "a", "digest")
+    assert (problem.found, problem.expected) == (TWO, ONE)
+    assert "--multilora-require-digest" in problem.hint
+    assert required.refuse("b", THREE).expected == f"{ONE} or {TWO}"
+    assert "none is listed for this name" in required.refuse("c", ONE).expected
 
 
 def test_all_others_may_be_let_in(file):

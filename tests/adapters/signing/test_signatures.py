@@ -300,7 +300,7 @@ TAMPERED: dict[str, tuple[Tamper, Code, str]] = {
     ),
     "signature-removed": (
         lambda site: (site.folder / SIGNATURE).unlink(),
-        *(Code.NOT_SIGNED, "no model.sig"),
+        *(Code.NOT_SIGNED, "model.sig is missing"),
     ),
     "signature-cut": (
         lambda site: os.truncate(site.folder / SIGNATURE, 100),

@@ -45,3 +45,24 @@ def test_a_forked_process_ends_as_a_new_interpreter_does(tmp_path: Path) -> None
         process.join(120)
     assert process.exitcode == 0
     assert (tmp_path / "file").read_text() == "finalized"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), r"store: others can get at it \(mode 755\), expected 700; name a folder that only"),
+        (("--multilora-tenants", "/none.yaml"), "/none.yaml: cannot read the tenants: No such"),
+        (("--multilora-cache-policy", "nope"), "unknown cache policy 'nope'"),
+    ],
+    ids=["store-folder", "tenants", "policy"],
+)
+def test_a_wrong_setting_stops_the_start_with_one_sentence(
+    llama: Scenario, tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    folder = tmp_path / "store"
+    folder.mkdir(mode=0o755)
+    env = {} if arguments else {"MULTILORA_STORE_FOLDER": str(folder)}
+    server = VllmServer(llama.base, "--enable-lora", *arguments, log=tmp_path / "vllm.log", env=env)
+    with pytest.raises(ServerStartError, match=f"vllm serve: error: .*{said}.*$"), server:
+        pytest.fail("this setting is wrong")
+    assert "Traceback" not in server.log.read_text()

@@ -84,7 +84,7 @@ def test_a_signed_adapter_serves_and_a_flipped_byte_is_refused(site: Site) -> No
     assert "adapter_model.safetensors has sha256" in message
     assert "as signed" in message
     site.put("unsigned", NAMES[0])
-    assert "no model.sig, expected a signature that is trusted here, by 1 key" in refusal(
+    assert "model.sig is missing, expected a signature that is trusted here, by 1 key" in refusal(
         site.load("unsigned")
     )
 

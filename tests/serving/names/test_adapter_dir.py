@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_multilora.gateway.status.status_route import NEW_S
@@ -27,7 +28,7 @@ NAMES = tuple(recipe.name for recipe in LINEAR_RECIPES)
 FOLDERS = 500
 LENGTH = 40
 NOTICED_S = 30.0
-EXAMPLES = Path(__file__).parents[3] / "examples" / "patterns"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,23 @@ def test_adapters_that_are_read_ahead_are_in_memory_before_anybody_asks(
     assert ask("customer-496") == (503, "absent")
     assert ask("nobody") == (404, None)
     assert "nobody was not read ahead: there is none" in deployment.server.log.read_text()
+
+
+def test_the_probe_of_pods_fails_until_adapters_are_in_memory(deployment: Deployment) -> None:
+    """The command of the example for Kubernetes, at this server."""
+    pods = yaml.safe_load_all((EXAMPLES / "kubernetes" / "vllm.yaml").read_text())
+    (pod,) = (each["spec"]["template"]["spec"] for each in pods if each["kind"] == "Deployment")
+    python, flag, program, *_ = pod["containers"][0]["startupProbe"]["exec"]["command"]
+    program = program.replace("http://localhost:8000", deployment.server.url)
+
+    def probe(*names: str) -> bool:
+        env = {"VLLM_API_KEY": "sk-any", "PATH": os.environ["PATH"]}
+        command = [python, flag, program, *names]
+        return subprocess.run(command, env=env, check=False, timeout=60).returncode == 0
+
+    assert eventually(lambda: probe("customer-498", "customer-497"))
+    assert not probe("customer-498", "customer-495")
+    assert not probe("nobody")
 
 
 def test_all_are_listed_and_serve_on_first_use(deployment: Deployment) -> None:
@@ -262,7 +280,7 @@ def test_the_example_of_an_offline_batch(llama: Scenario, tmp_path: Path) -> Non
 
 def run_example(script: str, *arguments: str, **environment: str) -> list[str]:
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *arguments],
+        [sys.executable, str(EXAMPLES / "patterns" / script), *arguments],
         env=os.environ | environment,
         capture_output=True,
         text=True,

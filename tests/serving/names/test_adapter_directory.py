@@ -383,7 +383,10 @@ async def test_a_bad_adapter_is_refused_from_memory_until_its_files_change(tmp_p
 
 @pytest.mark.parametrize(
     "codes",
-    [(), (Code.NOT_SIGNED,), (Code.WRONG_SIGNATURE,), (Code.NOT_AS_SIGNED, Code.NOT_AS_SIGNED)],
+    [
+        *((Code.WRONG_DIGEST,), (Code.NOT_SIGNED,), (Code.WRONG_SIGNATURE,)),
+        (Code.NOT_AS_SIGNED, Code.NOT_AS_SIGNED),
+    ],
     ids=["digest", "not-signed", "wrong-signature", "not-as-signed"],
 )
 @in_a_loop

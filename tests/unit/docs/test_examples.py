@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from vllm_multilora.config import MultiLoRAConfig
+from vllm_multilora.integration.server.names.preload import names_in
 from vllm_multilora.integration.settings.flags import add_flags, merge_flags
 from vllm_multilora.metrics.definitions import REQUESTED
 from vllm_multilora.routing.routes_file import parse_routes
@@ -126,6 +127,13 @@ def test_pods_have_no_rights_that_they_do_not_need() -> None:
     flags = dict(flag.split("=") for flag in container["args"] if "=" in flag)
     leaves = container["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert leaves + int(flags["--shutdown-timeout"]) < pod["terminationGracePeriodSeconds"]
+
+
+def test_pods_start_once_the_adapters_are_in_memory_that_they_read_ahead() -> None:
+    """`tests/serving/names/test_adapter_dir.py` runs the probe."""
+    (container,) = vllm_pod()["containers"]
+    names = container["startupProbe"]["exec"]["command"][3:]
+    assert names == names_in(settings_of(container["args"]).preload or "")
 
 
 def test_what_the_config_maps_hold_is_yaml() -> None:

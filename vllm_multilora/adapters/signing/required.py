@@ -10,10 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from vllm_multilora.adapters.problems import Code, Problem
 from vllm_multilora.adapters.signing.adapter_digest import DIGITS
 from vllm_multilora.documents import DocumentError, WatchedFile, read_json
 
 _OTHERS, _ANY = "*", "any"
+_LIST = "serve the expected version, or list this one in the file of --multilora-require-digest"
 _DIGEST = re.compile(f"[0-9a-f]{{{DIGITS}}}")
 
 
@@ -23,18 +25,15 @@ class RequiredDigests:
     def __init__(self, path: str) -> None:
         self._file = WatchedFile(path, _parse, "required digests")
 
-    def refuse(self, name: str, digest: str) -> str | None:
+    def refuse(self, name: str, digest: str) -> Problem | None:
         """Why an adapter must not be served with a digest; None if it may."""
         self._file.refresh()
         digests = self._file.value
         allowed = digests.get(name)
-        if allowed is None:
-            if _OTHERS in digests:
-                return None
-            return f"its digest is {digest}, and no digest of it is allowed here"
-        if digest in allowed:
+        if digest in (allowed or ()) or (allowed is None and _OTHERS in digests):
             return None
-        return f"its digest is {digest}, and {' or '.join(sorted(allowed))} is required"
+        expected = " or ".join(sorted(allowed or ["another: none is listed for this name"]))
+        return Problem.at(Code.WRONG_DIGEST, name, "digest", digest, expected, hint=_LIST)
 
 
 def _parse(file: str, text: str) -> Mapping[str, frozenset[str]]:

@@ -47,10 +47,9 @@ class SignedFiles:
         except FileNotFoundError:
             raise AdapterFormatError.at(
                 Code.NOT_SIGNED,
-                str(folder.path),
-                f"no {SIGNATURE_NAME}",
+                str(folder.path / SIGNATURE_NAME),
+                "missing",
                 f"a signature that is trusted here, by {signers}",
-                verb="has",
                 hint=_SIGN,
             ) from None
         self.version = f"{self._signature.fingerprint} {signers.state}"

@@ -266,22 +266,20 @@ class AdapterFacts:
             if not known:
                 del self._around.by_pack[number]
 
-    def _refusal(self, pack: PackInfo) -> LoadFailure | None:
-        """Why a version must not be served; None if it may."""
+    def _refusal(self, pack: PackInfo) -> tuple[LoadFailure, list[dict[str, Any]]] | None:
+        """Why a version must not be served, and the problem; None if it may."""
         if self.is_in_flight and pack.invocation_tokens:
-            return LoadFailure(FailureKind.INVALID, ACTIVATED)
+            return LoadFailure(FailureKind.INVALID, ACTIVATED), []
         required = self._around.required
         if required is None:
             return None
-        if self.blend is None:
-            refusal = required.refuse(self.request.lora_name, pack.digest)
-        else:
-            refusals = (
-                (part.name, required.refuse(part.name, digest))
-                for part, digest in zip(self.blend.parts, pack.parts, strict=True)
-            )
-            refusal = next((f"of its part {name!r}, {why}" for name, why in refusals if why), None)
-        return None if refusal is None else LoadFailure(FailureKind.INVALID, refusal)
+        digests = [(self.request.lora_name, pack.digest)]
+        if self.blend is not None:
+            names = (part.name for part in self.blend.parts)
+            digests = list(zip(names, pack.parts, strict=True))
+        for problem in filter(None, (required.refuse(*each) for each in digests)):
+            return LoadFailure(FailureKind.INVALID, str(problem)), [problem.as_dict()]
+        return None
 
     def store_lost(self) -> None:
         """The store has gone, and host memory with it; the next one is asked by load requests."""
@@ -458,7 +456,7 @@ class AdapterMachine(AdapterFacts):
         if (refusal := self._refusal(pack)) is not None:
             if message.leased:
                 self._exchange.store.release(pack.pack)
-            self._load_failed(refusal, [], is_check=is_check)
+            self._load_failed(*refusal, is_check=is_check)
         elif is_check and pack.has_special and pack.pack and not self._is_in_slot(pack.digest):
             # Workers check what vLLM fills in itself; until then the version before serves. One
             # that found no room is not checked further: its shapes were, by the store.

@@ -27,7 +27,7 @@ from vllm.lora.request import LoRARequest
 
 from vllm_multilora.adapters.directory import AdapterDirectories, AdapterVersion, Settling
 from vllm_multilora.adapters.files.allowed_roots import AllowedRoots
-from vllm_multilora.adapters.problems import SIGNATURE_CODES
+from vllm_multilora.adapters.problems import TRUST_CODES
 from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server.names import registration
@@ -303,11 +303,11 @@ def _request(folder: AdapterVersion) -> LoRARequest:
 def _is_by_its_files(refusal: ErrorResponse) -> bool:
     """Whether what is wrong is in the two files by which versions are told apart.
 
-    While these stay as they are, a signature may be put beside them, and keys or required digests,
-    which are no problem of a file, may become others.
+    While these stay as they are, a signature may be put beside them, and keys or required digests
+    may become others.
     """
     codes = {problem.code for problem in getattr(refusal.error, "problems", ())}
-    return bool(codes) and codes.isdisjoint(SIGNATURE_CODES)
+    return bool(codes) and codes.isdisjoint(TRUST_CODES)
 
 
 def _beginning(message: str) -> str:
