@@ -15,15 +15,8 @@ from vllm_multilora.slots.budget import CpuBudget
 from vllm_multilora.store.loads.loads import Effects, Loads
 from vllm_multilora.store.memory.entries import Binding, Client, Owner, Pack, Scope, Ticket
 from vllm_multilora.store.memory.held_packs import HostMemory
+from vllm_multilora.store.protocol import messages as msg
 from vllm_multilora.store.protocol.job_messages import Failure
-from vllm_multilora.store.protocol.messages import (
-    Evicted,
-    Failed,
-    Forgotten,
-    LoadRequest,
-    Reading,
-    StoreSettings,
-)
 
 
 class Registry:
@@ -39,7 +32,7 @@ class Registry:
         self._leaving: dict[tuple[str, int], set[int]] = {}
 
     def configure(
-        self, number: int, model: str, layouts: Any, settings: StoreSettings, now: float
+        self, number: int, model: str, layouts: Any, settings: msg.StoreSettings, now: float
     ) -> None:
         client = self.clients[number]
         client.scope = Scope(
@@ -66,7 +59,7 @@ class Registry:
         self._unbind_unused()
         self._apply_settings(now)
 
-    def request_load(self, number: int, load_request: LoadRequest, now: float) -> None:
+    def request_load(self, number: int, load_request: msg.LoadRequest, now: float) -> None:
         client = self.clients[number]
         fresh = load_request.fresh
         if number in self._leaving.get((client.server, load_request.adapter), ()):
@@ -81,7 +74,7 @@ class Registry:
             )
             message = f"the engine asked the store for {load_request.name!r} while {found}"
             kind = FailureKind.INTERNAL
-            self._effects.send(number, Failed(load_request.ticket, kind, message, []))
+            self._effects.send(number, msg.Failed(load_request.ticket, kind, message, []))
             return
         try:
             Blend.read(load_request.path)
@@ -112,7 +105,7 @@ class Registry:
         else:
             load.tickets.append(ticket)
             if load.has_begun:
-                self._effects.send(number, Reading(ticket.number))
+                self._effects.send(number, msg.Reading(ticket.number))
             elif load_request.keep:
                 self.loads.queue.promote(load.number)
         self.loads.share(load, owners)
@@ -163,13 +156,13 @@ class Registry:
         self._leaving.setdefault((server, adapter), set()).add(number)
         self._unbind_unused()
         self.loads.failures.forget(server, adapter)
-        self._effects.send(number, Forgotten(adapter))
+        self._effects.send(number, msg.Forgotten(adapter))
 
     def _evicted(self, pack: Pack) -> None:
         # Whatever was bound to it is not told apart: it may not be bound any more.
         for client in self.clients.values():
             if client.scope == pack.scope:
-                self._effects.send(client.number, Evicted(pack.info.pack))
+                self._effects.send(client.number, msg.Evicted(pack.info.pack))
 
     def _unbind_unused(self) -> None:
         """Adapters that were forgotten are nobody's once nobody else uses them."""

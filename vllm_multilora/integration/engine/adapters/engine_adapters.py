@@ -29,26 +29,19 @@ from vllm_multilora.adapters.directory import FIRST_NUMBER
 from vllm_multilora.adapters.signing.required import RequiredDigests
 from vllm_multilora.failures import FailureKind, LoadFailure, unexpected
 from vllm_multilora.integration.engine.adapters.adapter_machine import ACTIVATED, AdapterMachine
-from vllm_multilora.integration.engine.adapters.exchange import Exchange, Store, Workers
+from vllm_multilora.integration.engine.adapters.exchange import Exchange
 from vllm_multilora.integration.engine.adapters.known_adapters import KnownAdapters
 from vllm_multilora.integration.engine.adapters.observer import AdapterObserver
 from vllm_multilora.integration.engine.adapters.pushed_folders import PushedFolders
 from vllm_multilora.integration.engine.adapters.quarantine import Quarantine
+from vllm_multilora.integration.engine.workers.machines import MachineStores
+from vllm_multilora.integration.engine.workers.workers import LinkedWorkers
 from vllm_multilora.integration.failed_requests import AdapterRefusedError
 from vllm_multilora.integration.worker_link.fill_link import Missing
 from vllm_multilora.slots.assignment import AWAITED_BYTES, SlotAssignment
 from vllm_multilora.states import AdapterState
-from vllm_multilora.store.protocol.messages import (
-    Evicted,
-    Failed,
-    Forgotten,
-    Loaded,
-    PackInfo,
-    Reading,
-    Restarted,
-    Totals,
-    ToUser,
-)
+from vllm_multilora.store.clients.client import StoreClient
+from vllm_multilora.store.protocol import messages as msg
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -69,7 +62,7 @@ class Registrations:
     slots: SlotAssignment
     quarantine: Quarantine
     pushed: PushedFolders
-    version: Callable[[int], PackInfo | None]
+    version: Callable[[int], msg.PackInfo | None]
     _known: KnownAdapters
     _no_swaps: str
     _answered: Callable[[AdapterMachine, Future[bool]], Future[bool]]
@@ -165,8 +158,8 @@ class EngineAdapters(Registrations):
 
     def __init__(
         self,
-        store: Store,
-        workers: Workers,
+        store: StoreClient | MachineStores,
+        workers: LinkedWorkers,
         slots: SlotAssignment,
         ranks: int,
         observer: AdapterObserver,
@@ -223,7 +216,7 @@ class EngineAdapters(Registrations):
         adapter = self._known.find(adapter_id)
         return adapter is not None and adapter.is_reload_asked and adapter.load is not None
 
-    def version(self, adapter_id: int) -> PackInfo | None:
+    def version(self, adapter_id: int) -> msg.PackInfo | None:
         """The newest version of an adapter's weights, None before it was loaded; any thread."""
         adapter = self._known.find(adapter_id)
         return None if adapter is None else adapter.pack
@@ -239,7 +232,7 @@ class EngineAdapters(Registrations):
 
     def swap(self) -> dict[int, tuple[str, int]]:
         """Versions that running requests go on with from this step on; see `Announcements.swap`."""
-        swapped = [adapter for adapter in self._known.swapping() if adapter.swap()]
+        swapped = [adapter for adapter in list(self._known.swapping) if adapter.swap()]
         self._exchange.send()
         return {each.number: (each.pack.digest, each.updates) for each in swapped if each.pack}
 
@@ -298,7 +291,7 @@ class EngineAdapters(Registrations):
         self.slots.running(adapters)
         if computes:
             self.observer.step(adapters)
-        _send(self._exchange, self._wait_s, self._poll)
+        self._exchange.send(self._wait_s, self._poll)
 
     def failure(self, adapter_id: int, *, reload: bool = False) -> LoadFailure | None:
         """Why an adapter cannot be had, None unless its state is FAILED or QUARANTINED.
@@ -354,7 +347,11 @@ class EngineAdapters(Registrations):
         """Forgets an adapter that no request uses: if it was known, once its memory is free."""
         self.pushed.remove(adapter_id)
         adapter = self._known.find(adapter_id)
-        return _done() if adapter is None else adapter.withdrawn()
+        if adapter is not None:
+            return adapter.withdrawn()
+        done: Future[bool] = Future()
+        done.set_result(False)
+        return done
 
     def blends_with(self, adapter_id: int) -> list[int]:
         return [adapter.number for adapter in self._known.blends_with(adapter_id)]
@@ -376,7 +373,7 @@ class EngineAdapters(Registrations):
     def poll(self, lease_s: float = 0.0) -> None:
         """Takes in what has happened since, and sends what is due; see `Exchange.hear`."""
         self._poll(lease_s)
-        _send(self._exchange, self._wait_s, self._poll)
+        self._exchange.send(self._wait_s, self._poll)
         self.observer.settle(self.state, self.slots.contents)
 
     def _poll(self, lease_s: float = 0.0, copy_s: float = 0.0) -> None:
@@ -389,27 +386,27 @@ class EngineAdapters(Registrations):
             elif (under_way := self._exchange.answered(rank, answer)) is not None:
                 under_way.adapter.order_answered(under_way, rank, answer)
 
-    def _take(self, message: ToUser) -> None:
+    def _take(self, message: msg.ToUser) -> None:
         """Takes in what the store says."""
         match message:
-            case Loaded(ticket):
+            case msg.Loaded(ticket):
                 if (load := self._exchange.end(ticket)) is not None:
                     load.adapter.store_loaded(load, message)
                 elif message.leased:  # taken back by what came before this, in the same call
                     self._exchange.store.release(message.pack.pack)
-            case Reading(ticket):
+            case msg.Reading(ticket):
                 if (load := self._exchange.find(ticket)) is not None:
                     load.is_reading = True
-            case Failed(ticket):
+            case msg.Failed(ticket):
                 if (load := self._exchange.end(ticket)) is not None:
                     load.adapter.store_failed(load, message)
-            case Evicted(pack):
+            case msg.Evicted(pack):
                 self._known.evict(pack)
-            case Forgotten(number):
+            case msg.Forgotten(number):
                 self._exchange.forgotten(number)
-            case Totals():
+            case msg.Totals():
                 self.observer.totals(message)
-            case Restarted():
+            case msg.Restarted():
                 self._known.lose_store()
 
     def _answered(self, adapter: AdapterMachine, future: Future[bool]) -> Future[bool]:
@@ -428,17 +425,10 @@ class EngineAdapters(Registrations):
 
 
 def _refused(request: LoRARequest, kind: FailureKind, message: str) -> Future[bool]:
-    return _done(error=AdapterRefusedError(request.lora_int_id, LoadFailure(kind, message), []))
-
-
-def _send(
-    exchange: Exchange[AdapterMachine], wait_s: float, poll: Callable[[float, float], None]
-) -> None:
-    """Sends what is due; where everybody waits, until workers have answered."""
-    exchange.send()
-    until = time.monotonic() + wait_s
-    while exchange.has_orders and (left := until - time.monotonic()) > 0:
-        poll(0.0, left)
+    refused: Future[bool] = Future()
+    failure = LoadFailure(kind, message)
+    refused.set_exception(AdapterRefusedError(request.lora_int_id, failure, []))
+    return refused
 
 
 def _await_load(
@@ -453,17 +443,7 @@ def _await_load(
         if time.monotonic() > until:
             exchange.cancel(load)
             late = f"the store of adapters has not answered within {wait_s:g} s"
-            adapter.store_failed(load, Failed(load.ticket, FailureKind.TIMEOUT, late, []))
+            adapter.store_failed(load, msg.Failed(load.ticket, FailureKind.TIMEOUT, late, []))
         poll()
         if adapter.load is not None:
             time.sleep(_IDLE_S)
-
-
-def _done(*, error: Exception | None = None) -> Future[bool]:
-    """What has failed, or has had nothing to do."""
-    future: Future[bool] = Future()
-    if error is None:
-        future.set_result(False)
-    else:
-        future.set_exception(error)
-    return future

@@ -5,16 +5,19 @@ from __future__ import annotations
 import itertools
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import msgspec
 
 from vllm_multilora.adapters.files.regular_file import Fingerprint
-from vllm_multilora.integration.worker_link.fill_link import Answer, Filled, FillFailed
+from vllm_multilora.integration.engine.workers.machines import MachineStores
+from vllm_multilora.integration.engine.workers.workers import LinkedWorkers
+from vllm_multilora.integration.worker_link.fill_link import Filled, FillFailed
 from vllm_multilora.integration.worker_link.orders import Check, Order, Swap
+from vllm_multilora.store.clients.client import StoreClient
 from vllm_multilora.store.protocol.messages import LoadRequest, PackInfo, ToUser
 
 if TYPE_CHECKING:
@@ -22,41 +25,6 @@ if TYPE_CHECKING:
 
 _A = TypeVar("_A")
 """What stands for an adapter."""
-
-
-class Store(Protocol):
-    """What is asked of the store; `StoreClient` is one. Nothing but `poll` ever waits."""
-
-    def request_load(self, load_request: LoadRequest) -> int:
-        """Asks for an adapter; returns the ticket that the answer names."""
-
-    def share(self, ticket: int, owner: str) -> None:
-        """Another owner waits for what a load request has asked for."""
-
-    def cancel(self, ticket: int) -> None:
-        """Takes a load request back."""
-
-    def release(self, pack: int) -> None:
-        """Gives one lease on a pack back."""
-
-    def used(self, packs: Sequence[int]) -> None:
-        """Steps use these packs from now on: they are worth keeping."""
-
-    def forget(self, adapter: int) -> None:
-        """The adapter was withdrawn."""
-
-    def poll(self, seconds: float = 0.0) -> list[ToUser]:
-        """What the store has said since; waits at most so long for something, if it can."""
-
-
-class Workers(Protocol):
-    """The engine's workers."""
-
-    def send(self, orders: list[Order]) -> None:
-        """Has all workers begin with orders, after the steps that they have."""
-
-    def poll(self, seconds: float = 0.0) -> list[tuple[int, Answer]]:
-        """What workers have answered since, each with its rank; waits at most so long."""
 
 
 @dataclass(eq=False)
@@ -99,13 +67,17 @@ class Exchange(Generic[_A]):
     """Load requests and orders, each with its adapter; for the engine core's main thread.
 
     Args:
-        store, workers: Who is asked.
+        store, workers: Who is asked; nothing but their `poll` ever waits.
         ranks: Number of workers.
         signing_keys: File of keys by one of which adapters must be signed; None: none need be.
     """
 
     def __init__(
-        self, store: Store, workers: Workers, ranks: int, signing_keys: str | None
+        self,
+        store: StoreClient | MachineStores,
+        workers: LinkedWorkers,
+        ranks: int,
+        signing_keys: str | None,
     ) -> None:
         self.store = store
         self.workers = workers
@@ -219,12 +191,11 @@ class Exchange(Generic[_A]):
                 del self._under_way[answer.order]
         return under_way
 
-    @property
-    def has_orders(self) -> bool:
-        """Whether some worker has not answered an order."""
-        return bool(self._under_way)
-
-    def send(self) -> None:
+    def send(self, wait_s: float = 0.0, poll: Callable[[float, float], None] | None = None) -> None:
+        """Sends what is due; where everybody waits, polls until workers have answered."""
         if self._outbox:
             orders, self._outbox = self._outbox, []
             self.workers.send(orders)
+        until = time.monotonic() + wait_s
+        while poll and self._under_way and (left := until - time.monotonic()) > 0:
+            poll(0.0, left)

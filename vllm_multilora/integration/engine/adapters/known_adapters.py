@@ -38,6 +38,9 @@ class KnownAdapters:
         most_blends: Blends of each tenant that there may be at a time: clients can request any
             number of them. A blend is made when a request asks for it, and made again if it has
             left memory, so one that nobody uses can be forgotten as soon as there are too many.
+
+    Attributes:
+        swapping: As of `Surroundings`.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class KnownAdapters:
         most_blends: int = 0,
     ) -> None:
         self._around = Surroundings(exchange, slots, observer, required, self._forget)
-        self._most_blends = most_blends
+        self.swapping, self._most_blends = self._around.swapping, most_blends
         self._adapters: OrderedDict[int, AdapterMachine] = OrderedDict()
         self._at_path: Counter[str] = Counter()
         self._blends: OrderedDict[int, AdapterMachine] = OrderedDict()
@@ -147,9 +150,6 @@ class KnownAdapters:
         for place, count in (adapter.request.lora_path, -1), (path, 1):
             self._at_path[place] += count
         adapter.request = msgspec.structs.replace(adapter.request, lora_path=path)
-
-    def swapping(self) -> list[AdapterMachine]:
-        return list(self._around.swapping)
 
     def evict(self, pack: int) -> None:
         """A pack has left host memory."""

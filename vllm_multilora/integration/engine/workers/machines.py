@@ -21,18 +21,7 @@ import msgspec
 
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.clients.client import StoreClient
-from vllm_multilora.store.protocol.messages import (
-    Evicted,
-    Failed,
-    Forgotten,
-    Loaded,
-    LoadRequest,
-    PackInfo,
-    Reading,
-    Restarted,
-    Totals,
-    ToUser,
-)
+from vllm_multilora.store.protocol import messages as msg
 
 
 @dataclass(eq=False)
@@ -47,9 +36,9 @@ class _LoadRequest:
         was_read: Whether a machine has read files for it.
     """
 
-    load_request: LoadRequest
+    load_request: msg.LoadRequest
     tickets: list[int | None]
-    loaded: list[Loaded | None]
+    loaded: list[msg.Loaded | None]
     seconds: float = 0.0
     was_read: bool = False
 
@@ -58,13 +47,13 @@ class _LoadRequest:
 class _Pack:
     """An adapter's packs on all machines."""
 
-    parts: tuple[PackInfo, ...]
+    parts: tuple[msg.PackInfo, ...]
     leases: int = 0
     is_lost: bool = False  # on some machine; it is kept until its leases are given back
 
 
 class MachineStores:
-    """What the engine core asks of all stores; a `Store` whose packs have numbers of their own.
+    """What the engine core asks of all stores, like a `StoreClient`; packs have own numbers.
 
     Args:
         clients: One for each machine, each configured with the layouts of its workers. The first
@@ -81,18 +70,18 @@ class MachineStores:
         self._own_pack: dict[tuple[int, ...], int] = {}
         # Of each adapter, in the order in which it was to be forgotten: who has not answered.
         self._leaving: defaultdict[int, deque[set[int]]] = defaultdict(deque)
-        self._totals: list[Totals | None] = [None] * len(self._clients)
+        self._totals: list[msg.Totals | None] = [None] * len(self._clients)
 
     @property
     def address(self) -> str:
         return self._clients[0].address
 
-    def elsewhere(self, pack: int) -> tuple[PackInfo, ...]:
+    def elsewhere(self, pack: int) -> tuple[msg.PackInfo, ...]:
         """A pack as it lies on the other machines, in their order."""
         known = self._packs.get(pack)
         return () if known is None else known.parts[1:]
 
-    def request_load(self, load_request: LoadRequest) -> int:
+    def request_load(self, load_request: msg.LoadRequest) -> int:
         ticket = next(self._tickets)
         count = len(self._clients)
         asked = self._load_requests[ticket] = _LoadRequest(
@@ -139,8 +128,8 @@ class MachineStores:
         for client in self._clients:
             client.forget(adapter)
 
-    def poll(self, seconds: float = 0.0) -> list[ToUser]:
-        came: list[ToUser] = []
+    def poll(self, seconds: float = 0.0) -> list[msg.ToUser]:
+        came: list[msg.ToUser] = []
         deadline = time.monotonic() + seconds
         for machine, client in enumerate(self._clients):
             # Together no longer, and for no machine that has answered everything.
@@ -186,10 +175,10 @@ class MachineStores:
             if asked.tickets[machine] is None:
                 self._ask(machine, ticket, asked)
 
-    def _take(self, machine: int, message: ToUser) -> list[ToUser]:
+    def _take(self, machine: int, message: msg.ToUser) -> list[msg.ToUser]:
         """What follows for the engine core from what a machine's store says."""
         match message:
-            case Loaded(part):
+            case msg.Loaded(part):
                 ticket = self._own_ticket[machine].pop(part)
                 asked = self._load_requests[ticket]
                 asked.tickets[machine], asked.loaded[machine] = None, message
@@ -197,25 +186,25 @@ class MachineStores:
                 asked.was_read |= message.was_read
                 self._keep_order(ticket, asked)
                 return self._merge(ticket, asked)
-            case Failed(part):
+            case msg.Failed(part):
                 ticket = self._own_ticket[machine].pop(part)
                 self.cancel(ticket)  # the other machines need not go on
                 return [msgspec.structs.replace(message, ticket=ticket)]
-            case Reading(part):
-                return [Reading(self._own_ticket[machine][part])]
-            case Evicted(part):
+            case msg.Reading(part):
+                return [msg.Reading(self._own_ticket[machine][part])]
+            case msg.Evicted(part):
                 self._forget_checked(machine, part)
                 return self._lose(lambda parts: parts[machine].pack == part)
-            case Forgotten(adapter):
+            case msg.Forgotten(adapter):
                 return self._forgotten(machine, adapter)
-            case Totals():
+            case msg.Totals():
                 self._totals[machine] = message
                 return self._sum()
-            case Restarted():
+            case msg.Restarted():
                 return self._start_over(machine)
         return []
 
-    def _merge(self, ticket: int, asked: _LoadRequest) -> list[ToUser]:
+    def _merge(self, ticket: int, asked: _LoadRequest) -> list[msg.ToUser]:
         load_request = asked.load_request
         found = [loaded for loaded in asked.loaded if loaded is not None]
         if len(found) < len(self._clients):
@@ -225,7 +214,7 @@ class MachineStores:
         if len(digests) > 1:
             self._take_back(asked)
             return [
-                Failed(
+                msg.Failed(
                     ticket,
                     FailureKind.INVALID,
                     f"adapter {load_request.name!r}: the files at {load_request.path} are not the "
@@ -240,7 +229,7 @@ class MachineStores:
         if first.leased:
             self._packs[number].leases += 1
         return [
-            Loaded(
+            msg.Loaded(
                 ticket,
                 msgspec.structs.replace(first.pack, pack=number),
                 asked.seconds,
@@ -249,16 +238,16 @@ class MachineStores:
             )
         ]
 
-    def _number(self, parts: tuple[PackInfo, ...]) -> int:
+    def _number(self, parts: tuple[msg.PackInfo, ...]) -> int:
         key = tuple(part.pack for part in parts)
         if key not in self._own_pack:
             number = self._own_pack[key] = next(self._numbers)
             self._packs[number] = _Pack(parts)
         return self._own_pack[key]
 
-    def _lose(self, is_lost: Callable[[tuple[PackInfo, ...]], bool]) -> list[ToUser]:
+    def _lose(self, is_lost: Callable[[tuple[msg.PackInfo, ...]], bool]) -> list[msg.ToUser]:
         """Packs of which a machine's part has gone."""
-        lost: list[ToUser] = []
+        lost: list[msg.ToUser] = []
         for key, number in list(self._own_pack.items()):
             known = self._packs[number]
             if is_lost(known.parts):
@@ -266,7 +255,7 @@ class MachineStores:
                 known.is_lost = True
                 if known.leases <= 0:
                     del self._packs[number]
-                lost.append(Evicted(number))
+                lost.append(msg.Evicted(number))
         return lost
 
     def _forget_checked(self, machine: int, pack: int) -> None:
@@ -277,27 +266,27 @@ class MachineStores:
                 gone = msgspec.structs.replace(loaded.pack, pack=0)
                 asked.loaded[machine] = msgspec.structs.replace(loaded, pack=gone)
 
-    def _forgotten(self, machine: int, adapter: int) -> list[ToUser]:
+    def _forgotten(self, machine: int, adapter: int) -> list[msg.ToUser]:
         waiting = self._leaving.get(adapter, deque())
         for unanswered in waiting:
             if machine in unanswered:
                 unanswered.remove(machine)
                 break
-        answers: list[ToUser] = []
+        answers: list[msg.ToUser] = []
         while waiting and not waiting[0]:
             waiting.popleft()
-            answers.append(Forgotten(adapter))
+            answers.append(msg.Forgotten(adapter))
         if not waiting:
             self._leaving.pop(adapter, None)
         return answers
 
-    def _sum(self) -> list[ToUser]:
+    def _sum(self) -> list[msg.ToUser]:
         """What the machines hold together: bytes add up, adapters are the same ones."""
         known = [totals for totals in self._totals if totals is not None]
         limits = [totals.bytes_limit for totals in known]
         adapters = [t.adapters_limit for t in known if t.adapters_limit is not None]
         return [
-            Totals(
+            msg.Totals(
                 bytes=sum(totals.bytes for totals in known),
                 adapters=max(totals.adapters for totals in known),
                 bytes_limit=None if None in limits else sum(n for n in limits if n is not None),
@@ -305,7 +294,7 @@ class MachineStores:
             )
         ]
 
-    def _start_over(self, machine: int) -> list[ToUser]:
+    def _start_over(self, machine: int) -> list[msg.ToUser]:
         """A machine's store is a new one: no adapter is on all machines any more."""
         self._totals[machine] = None
         self._lose(lambda _: True)
@@ -316,4 +305,4 @@ class MachineStores:
                 self._keep_order(ticket, asked)
         # Whoever waits for an adapter to be forgotten is answered by the restart itself.
         self._leaving.clear()
-        return [Restarted()]
+        return [msg.Restarted()]

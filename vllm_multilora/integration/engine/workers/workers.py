@@ -38,6 +38,7 @@ class LinkedWorkers:
         self._sent: deque[Any] = deque()
 
     def send(self, orders: list[Order]) -> None:
+        """Has all workers begin with orders, after the steps that they have."""
         if (elsewhere := self._elsewhere) is not None:
             orders = [replace(each, elsewhere=elsewhere(each.pack.pack)) for each in orders]
         self._sent.append(self._call(worker_calls.carry_out, args=(orders,), non_block=True))
@@ -49,4 +50,5 @@ class LinkedWorkers:
             self._sent.popleft().result()
 
     def poll(self, seconds: float = 0.0) -> list[tuple[int, Answer]]:
+        """What workers have answered since, each with its rank; waits at most so long."""
         return self._link.poll(seconds)
