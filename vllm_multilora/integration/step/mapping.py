@@ -12,6 +12,8 @@ from vllm.lora.layers.utils import LoRAMappingType
 
 from vllm_multilora.integration.activated import ActivatedLoRARequest, start_of
 
+_ARRAYS = ("ids", "tokens", "samples", "base_rows")
+
 
 class BatchMapping:
     """What vLLM's `LoRAMapping` says, kept per request instead of per token.
@@ -53,10 +55,7 @@ class BatchMapping:
         return (
             isinstance(other, BatchMapping)
             and self.type == other.type
-            and np.array_equal(self.ids, other.ids)
-            and np.array_equal(self.tokens, other.tokens)
-            and np.array_equal(self.samples, other.samples)
-            and _is_same(self.base_rows, other.base_rows)
+            and all(np.array_equal(getattr(self, a), getattr(other, a)) for a in _ARRAYS)
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -86,10 +85,6 @@ class BatchMapping:
     def prompt_mapping(self) -> tuple[int, ...]:
         """The adapter id of each row that reaches the logits."""
         return tuple(self.ids.repeat(self.samples).tolist())
-
-
-def _is_same(a: npt.NDArray[np.integer] | None, b: npt.NDArray[np.integer] | None) -> bool:
-    return a is b or (a is not None and b is not None and np.array_equal(a, b))
 
 
 def rows_before(

@@ -30,46 +30,36 @@ if TYPE_CHECKING:
     from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
 
 
-class _WeightTables:
-    """What vLLM's kernels look up of a layer's weights: addresses and strides, on the device.
-
-    vLLM finds them by the weights' addresses, and never makes them anew. Captured graphs read them
-    where they are, so that they are written again after a sleep that kept no memory.
-
-    Args:
-        a: Per slice, [slots, 1, ranks, inputs]; empty for a call that expands.
-        b: Per slice, [slots, 1, outputs, ranks]; empty for a call that shrinks.
-        offset: First column of y.
-    """
-
-    def __init__(
-        self, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], offset: int = 0
-    ) -> None:
-        from vllm.lora.ops.triton_ops.utils import _LORA_A_PTR_DICT, _get_lora_a_ptr
-
-        values: list[Any] = []
-        if a:
-            _LORA_A_PTR_DICT.pop(tuple(each.data_ptr() for each in a), None)
-            values += _get_lora_a_ptr(list(a), a[0].device)
-        if b:
-            values += _describe_b(b, offset)
-        found = [each for each in values if isinstance(each, torch.Tensor)]
-        own = {each.data_ptr() for each in (*a, *b)}
-        tables = [each for each in found if each.data_ptr() not in own]
-        self._copies = [(each, each.to("cpu", copy=True)) for each in tables]
-
-    def restore(self) -> None:
-        for table, copy in self._copies:
-            table.copy_(copy)
-
-
-_tables: WeakSet[_WeightTables] = WeakSet()
+_calls: WeakSet[StockCall] = WeakSet()
 
 
 def restore_tables() -> None:
     """Writes all layers' tables again, after a sleep that kept no memory."""
-    for table in _tables:
-        table.restore()
+    for call in _calls:
+        for table, copy in call.tables:
+            table.copy_(copy)
+
+
+def _tables_of(
+    a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], offset: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What vLLM's kernels look up of a layer's weights, on the device, and copies on the host.
+
+    These are addresses and strides. vLLM finds them by the weights' addresses, and never makes them
+    anew. Captured graphs read them where they are, so that they are written again after a sleep
+    that kept no memory.
+    """
+    from vllm.lora.ops.triton_ops.utils import _LORA_A_PTR_DICT, _get_lora_a_ptr
+
+    values: list[Any] = []
+    if a:
+        _LORA_A_PTR_DICT.pop(tuple(each.data_ptr() for each in a), None)
+        values += _get_lora_a_ptr(list(a), a[0].device)
+    if b:
+        values += _describe_b(b, offset)
+    found = [each for each in values if isinstance(each, torch.Tensor)]
+    own = {each.data_ptr() for each in (*a, *b)}
+    return [(each, each.to("cpu", copy=True)) for each in found if each.data_ptr() not in own]
 
 
 def _describe_b(b: Sequence[torch.Tensor], offset: int) -> tuple[Any, ...]:
@@ -82,7 +72,8 @@ def _describe_b(b: Sequence[torch.Tensor], offset: int) -> tuple[Any, ...]:
 
     key = tuple(each.data_ptr() for each in b)
     _LORA_B_PTR_DICT.pop(key, None)  # of weights that lay there before
-    rows = [each.as_strided(each.shape, _contiguous_strides(each)) for each in b]
+    strides = [torch.empty(each.shape, device="meta").stride() for each in b]  # of rows
+    rows = [each.as_strided(each.shape, own) for each, own in zip(b, strides, strict=True)]
     values = tuple(_get_lora_b_ptr(rows, offset, b[0].device))
     if b[0].is_contiguous():
         return values
@@ -105,18 +96,17 @@ def _describe_b(b: Sequence[torch.Tensor], offset: int) -> tuple[Any, ...]:
     return values
 
 
-def _contiguous_strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    strides = [1]
-    for size in reversed(tensor.shape[1:]):
-        strides.insert(0, strides[0] * size)
-    return tuple(strides)
-
-
 class StockCall(Prepared):
     """As `PreparedLinear`; without weights `b` as `PreparedShrink`, without `a` `PreparedExpand`.
 
-    Weights are as of `_WeightTables`. They are zeros past an adapter's rank, and layouts of plans
-    have slot runs.
+    Weights are zeros past an adapter's rank, and layouts of plans have slot runs.
+
+    Args:
+        a: Per slice, [slots, 1, ranks, inputs]; empty for a call that expands.
+        b: Per slice, [slots, 1, outputs, ranks]; empty for a call that shrinks.
+        layout: That of plans.
+        offset: First column of y.
+        add_inputs: Whether y's values are added to.
     """
 
     def __init__(
@@ -129,8 +119,8 @@ class StockCall(Prepared):
         add_inputs: bool = True,
     ) -> None:
         super().__init__(layout)
-        self._tables = _WeightTables(a, b, offset)
-        _tables.add(self._tables)
+        self.tables = _tables_of(a, b, offset)
+        _calls.add(self)
         self._a, self._b, self._add_inputs = list(a), list(b), add_inputs
         self._span = slice(offset, offset + sum(each.size(-2) for each in b))
         every_slot = torch.tensor([layout.max_loras + 1], dtype=torch.int32)
@@ -152,7 +142,16 @@ class StockCall(Prepared):
             out[:, self._span].zero_()
         if is_idle:
             return
-        metadata = (*kernel_arguments(plan, self._layout, tokens), *self._flags)
+        runs = self._layout.runs
+        # What vLLM's two operators want to know of a step, in their order.
+        metadata = (
+            plan[runs.token_slot][:tokens],
+            plan[runs.by_slot][:tokens],
+            plan[runs.length],
+            plan[runs.start],
+            plan[runs.slot],
+            *self._flags,
+        )
         h = given if not self._a else out
         if self._a and self._b:
             shape = len(self._a), tokens, self._b[0].size(-1)
@@ -199,24 +198,4 @@ def step_metadata(plan: BatchPlan) -> LoRAKernelMeta:
         num_active_loras_cpu=every_slot,
         default_num_active_loras_cpu=every_slot,
         captured_lora_counts=[runs.max_loras + 1],
-    )
-
-
-def kernel_arguments(
-    plan: torch.Tensor, layout: PlanLayout, tokens: int
-) -> tuple[torch.Tensor, ...]:
-    """What vLLM's two operators want to know of a step, in their order, up to its flags.
-
-    Args:
-        plan: int32 [layout.size], a plan's buffer.
-        layout: Its layout, with slot runs.
-        tokens: Rows of the activations.
-    """
-    runs = layout.runs
-    return (
-        plan[runs.token_slot][:tokens],
-        plan[runs.by_slot][:tokens],
-        plan[runs.length],
-        plan[runs.start],
-        plan[runs.slot],
     )
