@@ -55,6 +55,7 @@ class StoreServer:
         memory = HostMemory(arena, make_policy("lru"), numbers, keeps=keep)
         self._registry = FetchingRegistry(memory, self, self._selector)
         self._job_pool = JobPool(runner, reader, self._selector)
+        self.kill, self.refusal = self._job_pool.kill, self._job_pool.refusal
         self._names = PublishedNames(self)
         self._conversation = Conversation(self._registry, self._segments, reader, self._names)
         self._connections: dict[int, Connection] = {}
@@ -105,12 +106,6 @@ class StoreServer:
             self._job_pool.tell(job, message, [self._segments.descriptor(n) for n in segments])
         except OSError as error:
             self._unstarted.append((job, _system_failure("hand memory to a check", error)))
-
-    def kill(self, job: int) -> None:
-        self._job_pool.kill(job)
-
-    def refusal(self, path: str) -> str | None:
-        return self._job_pool.refusal(path)
 
     # The loop
 

@@ -225,14 +225,12 @@ def _mount_points() -> list[str]:
 
 
 def _sources_of(path: str, mounts: list[str]) -> set[str]:
-    """The mount points that an adapter's folders are below."""
-    return {_source_of(folder, mounts) for folder in folders_of(path)}
-
-
-def _source_of(path: str, mounts: list[str]) -> str:
-    """The mount point that a folder is below; the folder's parent where that is the root."""
-    below = [point for point in mounts if path == point or path.startswith(point + "/")]
-    return max(below, key=len, default=str(Path(path).parent))
+    """The mount points that an adapter's folders are below; a folder's parent for the root."""
+    found = set()
+    for folder in folders_of(path):
+        below = [point for point in mounts if folder == point or folder.startswith(f"{point}/")]
+        found.add(max(below, key=len, default=str(Path(folder).parent)))
+    return found
 
 
 def _now() -> float:

@@ -16,16 +16,8 @@ from vllm_multilora.store.jobs.adapter_reader import AdapterReader
 from vllm_multilora.store.memory.arena import PLACE_BITS
 from vllm_multilora.store.memory.entries import Load
 from vllm_multilora.store.memory.syscalls import mapped
+from vllm_multilora.store.protocol import job_messages as msg
 from vllm_multilora.store.protocol.channel import Channel, ChannelClosedError
-from vllm_multilora.store.protocol.job_messages import (
-    Checked,
-    CheckOnly,
-    Done,
-    Failure,
-    Opened,
-    Place,
-    ToJob,
-)
 from vllm_multilora.store.protocol.messages import Contents
 
 
@@ -39,7 +31,7 @@ def run_job(
 
     `confine` is called before anything that a customer has written is looked at.
     """
-    channel: Channel[ToJob] = Channel(sock, ToJob, take_descriptors=True)
+    channel: Channel[msg.ToJob] = Channel(sock, msg.ToJob, take_descriptors=True)
     try:
         try:
             _read(channel, load, reader, confine)
@@ -54,7 +46,7 @@ def run_job(
 
 
 def _read(
-    channel: Channel[ToJob], load: Load, reader: AdapterReader, confine: Callable[[], None]
+    channel: Channel[msg.ToJob], load: Load, reader: AdapterReader, confine: Callable[[], None]
 ) -> None:
     path = fetched(load.path, is_allowed=load.settings.allow_hub)
     rules = reader.rules(load.settings)
@@ -62,7 +54,7 @@ def _read(
     with reader.open(path, rules) as source:
         # Where a file is missing ("-"), two adapters of one version are not the same.
         version = "" if "-" in source.version.split() else source.version
-        channel.send(Opened(version))  # the store ends the job where these files are known
+        channel.send(msg.Opened(version))  # the store ends the job where these files are known
         intake = source.check(load.layouts)
         blocks = np.ascontiguousarray(intake.block_bytes, np.int64)
         contents = Contents(
@@ -71,26 +63,22 @@ def _read(
             invocation_tokens=tuple(intake.invocation_tokens),
             dora=intake.dora,
         )
-        channel.send(Checked(contents, blocks.tobytes()))
-        answer, descriptors = _next(channel)
-        if isinstance(answer, CheckOnly):
+        channel.send(msg.Checked(contents, blocks.tobytes()))
+        while not (received := channel.receive()):
+            pass
+        answer, descriptors = received[0]
+        if isinstance(answer, msg.CheckOnly):
             taken = intake.read(None, None)
-        elif isinstance(answer, Place):
+        elif isinstance(answer, msg.Place):
             with _mapped(answer, descriptors) as addresses:
                 taken = intake.read(addresses, np.frombuffer(answer.places, np.int64))
         else:
             raise RuntimeError(f"the store answered {answer!r}, expected Place or CheckOnly")
-        channel.send(Done(taken.digest, taken.nbytes, taken.parts))
-
-
-def _next(channel: Channel[ToJob]) -> tuple[ToJob, list[int]]:
-    while not (received := channel.receive()):
-        pass
-    return received[0]
+        channel.send(msg.Done(taken.digest, taken.nbytes, taken.parts))
 
 
 @contextmanager
-def _mapped(place: Place, descriptors: list[int]) -> Iterator[NDArray[np.int64]]:
+def _mapped(place: msg.Place, descriptors: list[int]) -> Iterator[NDArray[np.int64]]:
     """Where each block lies in this process; only the pack's extents are mapped."""
     places = np.frombuffer(place.places, np.int64)
     extents = sorted(place.extents)
@@ -108,11 +96,11 @@ def _mapped(place: Place, descriptors: list[int]) -> Iterator[NDArray[np.int64]]
         yield np.array(begins)[nearest] + (places - firsts[nearest])
 
 
-def _failure(error: Exception) -> Failure:
+def _failure(error: Exception) -> msg.Failure:
     kind, message = classify_failure(error), describe_failure(error)
     if isinstance(error, MemoryError):
         message = f"reading and checking it takes more memory than a job may have: {message}"
     elif kind is FailureKind.INTERNAL:
         message = f"{type(error).__name__}: {message}"
     problems = [problem.as_dict() for problem in getattr(error, "problems", ())]
-    return Failure(kind, message, problems)
+    return msg.Failure(kind, message, problems)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, TypeAlias
 
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.store.jobs import sandbox
@@ -74,32 +74,8 @@ class Use(NamedTuple):
     is_ready: bool
 
 
-class RunningJob(Protocol):
-    """A job that was started."""
-
-    def kill(self) -> None:
-        """Ends it, if anything can; may be called again."""
-
-    def gone(self) -> End | None:
-        """None while it may still write; then how it ended."""
-
-    def use(self) -> Use:
-        """What it does with the processor."""
-
-    def yield_processors(self) -> bool:
-        """Lowers its priority below the model's; False where that has to be tried again."""
-
-
-class Runner(Protocol):
-    """Starts jobs."""
-
-    mode: str
-
-    def start(self, load: Load, reader: AdapterReader) -> tuple[RunningJob, socket.socket]:
-        """Starts a job; returns it with the store's end of the socket; raises OSError."""
-
-    def protection(self) -> list[str]:
-        """What keeps jobs in bounds."""
+RunningJob: TypeAlias = "_Child | _Thread"
+Runner: TypeAlias = "ForkRunner | ThreadRunner"
 
 
 class ForkRunner:
@@ -116,18 +92,15 @@ class ForkRunner:
         self._log = log
 
     def start(self, load: Load, reader: AdapterReader) -> tuple[RunningJob, socket.socket]:
-        if self._log is not None:
-            _keep_short(self._log)
+        """Starts a job; returns it with the store's end of the socket; raises OSError."""
+        with contextlib.suppress(OSError):
+            if self._log is not None and os.fstat(self._log).st_size > LONGEST_LOG:
+                os.ftruncate(self._log, 0)
         return forked(f"job {load.number}", partial(_do_job, load, reader))
 
     def protection(self) -> list[str]:
+        """What keeps jobs in bounds."""
         return ["a process of its own", *sandbox.protection()]
-
-
-def _keep_short(log: int) -> None:
-    with contextlib.suppress(OSError):
-        if os.fstat(log).st_size > LONGEST_LOG:
-            os.ftruncate(log, 0)
 
 
 def forked(
@@ -204,10 +177,12 @@ class _Child:
         self._ended: End | None = None
 
     def kill(self) -> None:
+        """Ends it, if anything can; may be called again."""
         if self.gone() is None:
             os.kill(self._pid, signal.SIGKILL)
 
     def gone(self) -> End | None:
+        """None while it may still write; then how it ended."""
         if self._ended is None:
             try:
                 pid, status = os.waitpid(self._pid, os.WNOHANG)
@@ -222,6 +197,7 @@ class _Child:
         return _use(f"/proc/{self._pid}")
 
     def yield_processors(self) -> bool:
+        """Lowers its priority below the model's; False where that has to be tried again."""
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, self._pid, BACKGROUND_NICENESS)
         # Where Linux shares processors among sessions, a session's niceness counts and not its
