@@ -64,11 +64,10 @@ class AdapterMetrics(SlotEvents):
         """An adapter of this name can be had: it is shown under it, if there is room."""
         self._recorder.names.admit(name)
 
-    def read(self, name: str, seconds: float) -> None:
-        self._loaded("disk", name, seconds)
-
-    def copied(self, name: str, seconds: float) -> None:
-        self._loaded("cpu", name, seconds)
+    def loaded(self, source: str, name: str, seconds: float) -> None:
+        """An adapter was read (from `disk`), or copied into a slot (from `cpu`)."""
+        self._recorder.series(defined.LOADS, source, self._label(name)).inc()
+        self._durations[source].observe(seconds * 1_000)
 
     def failed(self, kind: FailureKind) -> None:
         """An adapter could not be loaded, or was taken out of service."""
@@ -148,10 +147,6 @@ class AdapterMetrics(SlotEvents):
             if not versions:
                 del self._versions[name]
             self._show(name)
-
-    def _loaded(self, source: str, name: str, seconds: float) -> None:
-        self._recorder.series(defined.LOADS, source, self._label(name)).inc()
-        self._durations[source].observe(seconds * 1_000)
 
     def _name(self, adapter_id: int) -> str | None:
         known = self._known.get(adapter_id)

@@ -8,16 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
 
-from vllm_multilora.metrics.definitions import (
-    ALL,
-    LATENCIES,
-    REFUSED,
-    ROUTE_REQUESTS,
-    TENANT_LIMIT,
-    TENANT_TOKENS,
-    TOKENS,
-    Definition,
-)
+from vllm_multilora.metrics import definitions as defined
 from vllm_multilora.metrics.label_values import BoundedNames, Places
 from vllm_multilora.metrics.series_file import (
     FileName,
@@ -37,14 +28,16 @@ _FIXED_BYTES = 1 << 16
 _BYTES_PER_ADAPTER = 6 * 384  # of six series, with a name of the longest
 _USERS_PER_ADAPTER = 2  # with series of their own in counts of tokens: by route, by tenant
 _BYTES_PER_USER = (3 + 2 + 2) * 384  # refused requests and a route's, a tenant's tokens and limit
-_BYTES_OF_LATENCIES = sum(len(one.buckets) + 2 for one in LATENCIES) * 384
+_BYTES_OF_LATENCIES = sum(len(one.buckets) + 2 for one in defined.LATENCIES) * 384
 
 MAX_STATUSES = 4
 """With which a request is refused for who sent it."""
 
 # Where a key has the name of an adapter.
 _NAME_AT = {
-    each.name: 1 + each.labels.index("lora_name") for each in ALL if "lora_name" in each.labels
+    each.name: 1 + each.labels.index("lora_name")
+    for each in defined.ALL
+    if "lora_name" in each.labels
 }
 
 
@@ -124,10 +117,10 @@ class Recorder:
         most_users = _USERS_PER_ADAPTER * max_adapters
         self._clock = clock
         self.names = BoundedNames(max_adapters, self._remove_names, clock)
-        self.users = self._places(most_users, *TOKENS)
-        self.routes = self._places(most_users, ROUTE_REQUESTS)
-        self.refused = self._places(max(most_users, MAX_STATUSES), REFUSED)
-        self.tenants = self._places(most_users, TENANT_TOKENS, TENANT_LIMIT)
+        self.users = self._places(most_users, *defined.TOKENS)
+        self.routes = self._places(most_users, defined.ROUTE_REQUESTS)
+        self.refused = self._places(max(most_users, MAX_STATUSES), defined.REFUSED)
+        self.tenants = self._places(most_users, defined.TENANT_TOKENS, defined.TENANT_LIMIT)
         size = _FIXED_BYTES + (max_adapters + 1) * _BYTES_PER_ADAPTER
         if role == "server":
             size += (most_users + 2) * _BYTES_PER_USER
@@ -139,11 +132,11 @@ class Recorder:
         self._is_full = False
         self.series_at((MODEL_NAME, model_name))
 
-    def series(self, definition: Definition, *labels: str) -> Series:
+    def series(self, definition: defined.Definition, *labels: str) -> Series:
         """A counter's or gauge's series with these values of its labels; 0 if it is new."""
         return self.series_at((definition.name, *labels))
 
-    def histogram(self, definition: Definition, *labels: str) -> Histogram:
+    def histogram(self, definition: defined.Definition, *labels: str) -> Histogram:
         """A histogram with these values of its labels."""
         key = (definition.name, *labels)
         histogram = self._histograms.get(key)
@@ -175,7 +168,7 @@ class Recorder:
             self._is_full = True
             return Series(None, "")
 
-    def _places(self, limit: int, *definitions: Definition) -> Places[Key]:
+    def _places(self, limit: int, *definitions: defined.Definition) -> Places[Key]:
         names = {definition.name for definition in definitions}
 
         def vacate(labels: frozenset[Key]) -> bool:

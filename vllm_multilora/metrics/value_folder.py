@@ -80,20 +80,14 @@ def locked(folder: Path, *, exclusively: bool) -> Iterator[None]:
         if exclusively:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:
-            _wait_for(descriptor)
+            for _ in range(_SHARED_TRIES):
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    break
+                time.sleep(0.001)
         yield
     finally:
         os.close(descriptor)
-
-
-def _wait_for(descriptor: int) -> None:
-    for _ in range(_SHARED_TRIES):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.001)
-        else:
-            return
 
 
 def remove_folder(folder: Path) -> None:

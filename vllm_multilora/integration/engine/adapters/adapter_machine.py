@@ -33,6 +33,7 @@ from vllm_multilora.integration.failed_requests import AdapterRefusedError
 from vllm_multilora.integration.worker_link.fill_link import Filled, FillFailed
 from vllm_multilora.integration.worker_link.orders import Fill
 from vllm_multilora.slots.assignment import Assignment, SlotAssignment
+from vllm_multilora.slots.events import Tier
 from vllm_multilora.states import AT_HAND, AdapterState
 from vllm_multilora.store.protocol.messages import Failed, Loaded, LoadRequest, PackInfo
 
@@ -246,7 +247,7 @@ class AdapterFacts:
         """Its newest version has left host memory."""
         self.in_host = False
         self._around.leased.pop(self, None)
-        self._around.observer.evicted_from_host(self.request)
+        self._around.observer.evicted(Tier.CPU, self.number)
 
     def _note_pack(self, pack: PackInfo) -> None:
         """The newest version is this one; pack 0 is in nobody's memory."""

@@ -59,7 +59,7 @@ class AdapterObserver(SlotEvents):
         note = self.usage.read if message.was_read else self.usage.found
         note(request.lora_int_id, message.pack.rank, message.pack.nbytes)
         if message.was_read and self._metrics is not None:
-            self._metrics.read(label_of(request), message.seconds)
+            self._metrics.loaded("disk", label_of(request), message.seconds)
         self._changed.add(request.lora_int_id)
 
     def arrived(self, adapter_id: int) -> None:
@@ -84,11 +84,7 @@ class AdapterObserver(SlotEvents):
 
     def copied(self, request: LoRARequest, seconds: float) -> None:
         if self._metrics is not None:
-            self._metrics.copied(label_of(request), seconds)
-
-    def evicted_from_host(self, request: LoRARequest) -> None:
-        self.evicted(Tier.CPU, request.lora_int_id)
-        self._changed.add(request.lora_int_id)
+            self._metrics.loaded("cpu", label_of(request), seconds)
 
     def hit(self, tier: Tier, adapter_id: int) -> None:
         self.usage.hit(tier, adapter_id)
@@ -102,6 +98,7 @@ class AdapterObserver(SlotEvents):
     def evicted(self, tier: Tier, adapter_id: int) -> None:
         if self._metrics is not None:
             self._metrics.evicted(tier, adapter_id)
+        self._changed.add(adapter_id)
 
     def assigned(self, adapter_id: int, slot: int) -> None:
         if self._metrics is not None:
