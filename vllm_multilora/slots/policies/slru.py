@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vllm_multilora.slots.policies.policy import CachePolicy
+from vllm_multilora.slots.policies.lru import LruPolicy
 
 PROTECTED_SHARE = 0.8
 """Most of the tier's content that is protected; the rest is on probation."""
 
 
-class SlruPolicy(CachePolicy):
+class SlruPolicy(LruPolicy):
     """Two LRU segments: adapters are on probation until they are used a second time.
 
     Victims are the least recently used on probation, and only without any of those the least
@@ -27,8 +27,7 @@ class SlruPolicy(CachePolicy):
     """
 
     def __init__(self) -> None:
-        self._clock = 0
-        self._last_use: dict[int, int] = {}
+        super().__init__()
         self._size: dict[int, int] = {}
         self._unused: set[int] = set()
         self._protected: set[int] = set()
@@ -36,14 +35,13 @@ class SlruPolicy(CachePolicy):
         self._protected_size = 0
 
     def added(self, adapter_id: int, size: int, cost: float) -> None:
-        self._last_use[adapter_id] = self._clock
+        super().added(adapter_id, size, cost)
         self._size[adapter_id] = size
         self._total_size += size
         self._unused.add(adapter_id)
 
     def used(self, adapter_ids: Sequence[int], joined: Sequence[int]) -> None:
-        self._clock += 1
-        self._last_use.update(dict.fromkeys(adapter_ids, self._clock))
+        super().used(adapter_ids, joined)
         for adapter_id in joined:
             if adapter_id in self._unused:
                 self._unused.remove(adapter_id)
@@ -54,7 +52,7 @@ class SlruPolicy(CachePolicy):
     def removed(self, adapter_id: int) -> None:
         size = self._size.pop(adapter_id)
         self._total_size -= size
-        del self._last_use[adapter_id]
+        super().removed(adapter_id)
         self._unused.discard(adapter_id)
         if adapter_id in self._protected:
             self._protected.remove(adapter_id)

@@ -12,6 +12,7 @@ import heapq
 from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
 
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.slots.assignment import SlotAssignment
@@ -236,9 +237,10 @@ def optimal_hits(requests: Sequence[Hashable], capacity: int) -> int:
     never = len(requests)
     next_use = [never] * len(requests)
     latest: dict[Hashable, int] = {}
-    for position in range(len(requests) - 1, -1, -1):
-        next_use[position] = latest.get(requests[position], never)
-        latest[requests[position]] = position
+    for position, requested in enumerate(requests):
+        if requested in latest:
+            next_use[latest[requested]] = position
+        latest[requested] = position
 
     hits = 0
     cached: set[Hashable] = set()
@@ -262,10 +264,5 @@ def most_adapters(budget: CpuBudget, sizes: Iterable[int]) -> int:
     With it as the capacity, `optimal_hits` bounds caches of adapters of unlike sizes too, for
     which the true optimum is NP-hard to find.
     """
-    count = total = 0
-    for size in sorted(sizes):
-        if not budget.fits(count + 1, total + size):
-            break
-        count += 1
-        total += size
-    return count
+    totals = enumerate(accumulate(sorted(sizes)), start=1)
+    return sum(1 for _ in takewhile(lambda held: budget.fits(*held), totals))
