@@ -183,7 +183,8 @@ class _YamlReader:
         lines: dict[str, int] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
-            key = "<<" if self._merges(key_node) else self._constructed(key_node, keys)
+            is_merge = key_node.tag == "tag:yaml.org,2002:merge"
+            key = "<<" if is_merge else self._constructed(key_node, keys)
             if not isinstance(key, str):
                 written = key_node.value if isinstance(key_node, self._yaml.ScalarNode) else key
                 raise _error(
@@ -221,9 +222,6 @@ class _YamlReader:
                 f"found a value that YAML reads as {kind}, but it is not a valid {valid}; write "
                 f"text in quotes",
             ) from None
-
-    def _merges(self, key_node: Any) -> bool:
-        return bool(key_node.tag == "tag:yaml.org,2002:merge")
 
     def _value(self, node: Any, keys: Keys) -> Any:
         self._lines.setdefault(keys, node.start_mark.line + 1)

@@ -106,7 +106,10 @@ def _parse(
     length = int.from_bytes(prefix, "little")
     possible = size - LENGTH_BYTES
     if length > possible:
-        other = _other_format(opened)
+        beginning = opened.read(max(map(len, _OTHER_FORMATS)))
+        other = next(
+            (n for magic, n in _OTHER_FORMATS.items() if beginning.startswith(magic)), None
+        )
         raise AdapterFormatError.at(
             Code.NOT_SAFETENSORS,
             file,
@@ -169,13 +172,6 @@ def _read(opened: RegularFile, count: int, at: int) -> bytearray:
             hint=_SAVE_AGAIN,
         )
     return content
-
-
-def _other_format(opened: RegularFile) -> str | None:
-    beginning = opened.read(max(map(len, _OTHER_FORMATS)))
-    return next(
-        (name for magic, name in _OTHER_FORMATS.items() if beginning.startswith(magic)), None
-    )
 
 
 def _tensor(name: str, entry: Any, start: int, file: str) -> TensorInfo | Problem:

@@ -164,7 +164,8 @@ class ModuleNaming:
             return module
         if self.pooling and f"model.{module}" in self.names:
             return f"model.{module}"
-        if module in self.unwrapped or self._is_unloaded(module):
+        begins = self._beginnings(module)
+        if module in self.unwrapped or any(name.startswith(self.unloaded) for name in begins):
             return None
         if self._is_others(module) or not self.is_target(module):
             return None
@@ -206,9 +207,6 @@ class ModuleNaming:
             return module.replace(PREFIX, "")
         name = f"{PREFIX}{module}{_END}".replace(PREFIX, "")
         return self.renames.apply(name).removesuffix(_END)
-
-    def _is_unloaded(self, module: str) -> bool:
-        return any(name.startswith(self.unloaded) for name in self._beginnings(module))
 
     def _beginnings(self, module: str) -> tuple[str, ...]:
         """What names below a module begin with here."""

@@ -48,9 +48,6 @@ class _Job:
             and now - self.worked < IDLE_S
         )
 
-    def is_old(self, now: float) -> bool:
-        return self.waiting_since is None and not self.has_place(now)
-
 
 @dataclass
 class _Waiting:
@@ -210,7 +207,8 @@ class LoadQueue:
         return min((job.deadline for job in working), default=None)
 
     def _old(self, now: float) -> list[int]:
-        return [number for number, job in self._jobs.items() if job.is_old(now)]
+        working = ((n, job) for n, job in self._jobs.items() if job.waiting_since is None)
+        return [number for number, job in working if not job.has_place(now)]
 
 
 class Room:

@@ -196,6 +196,3 @@ class Pack:
     bindings: dict[Binding, str] = field(default_factory=dict)
     leases: int = 0
     tenant: Owner | None = None
-
-    def is_bound_in(self, server: str) -> bool:
-        return any(binding.server == server for binding in self.bindings)

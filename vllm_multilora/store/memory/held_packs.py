@@ -244,7 +244,8 @@ class HostMemory:
         """A binding is none any more; a pack without others of a server is none of its tenants'."""
         pack = self._bound.pop(binding)
         del pack.bindings[binding]
-        if pack.tenant is not None and not pack.is_bound_in(pack.tenant.server):
+        servers = {other.server for other in pack.bindings}
+        if pack.tenant is not None and pack.tenant.server not in servers:
             pack.tenant = None
         alike = self._bindings_of[binding.server, binding.adapter]
         alike.remove(binding)

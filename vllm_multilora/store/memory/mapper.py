@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import select
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -84,12 +83,10 @@ class SegmentMapper:
         channel = self._channel
         if channel is None:
             return True
-        poller = select.poll()
         try:
-            poller.register(channel, select.POLLIN)
+            return channel.wait(seconds)
         except ValueError:  # it was closed meanwhile
             return True
-        return bool(poller.poll(seconds * 1000))
 
     def map_opened(self) -> None:
         """Maps the segments that the store has made; to be called between copies.
