@@ -59,7 +59,7 @@ def tell(states: Iterable[Any], request_outputs: Iterable[Any]) -> None:
 def fields_of(state: Any) -> dict[str, list[dict[str, Any]]]:
     """The spans of a `RequestState`, by their field in an answer."""
     starts, name = _STARTS.get(state) or [], state.lora_request.lora_name
-    prompt = [(computed + 1, part) for _, part in starts for *_, computed in [part]]
+    prompt = [(part[2] + 1, part) for _, part in starts]
     prompt_spans = _spans(prompt, state.prompt_len, name)
     spans = _spans(starts, state.detokenizer.num_output_tokens(), name)
     return {"prompt_policy_token_spans": prompt_spans, "policy_token_spans": spans}

@@ -34,9 +34,6 @@ class Part:
         minor = minor_of(version)
         return minor is not None and minor > self.last
 
-    def has_module(self, module: str) -> bool:
-        return part_of(module) is self
-
 
 CORE = Part("core", "LoRA serving", (0, 29), (0, 33))
 

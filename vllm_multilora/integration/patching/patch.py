@@ -116,9 +116,7 @@ class Patch:
     def _owner(self) -> tuple[Any, str]:
         owner: Any = importlib.import_module(self.module)
         *parents, attribute = self.target.partition(":")[2].split(".")
-        for parent in parents:
-            owner = getattr(owner, parent)
-        return owner, attribute
+        return functools.reduce(getattr, parents, owner), attribute
 
     def _is_replaced(self, owner: Any, attribute: str) -> bool:
         return getattr(_function_of(getattr(owner, attribute, None)), _MARK, None) == self.name

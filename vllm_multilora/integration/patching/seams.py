@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import vllm_multilora.integration
-from vllm_multilora.integration.patching.parts import Part
+from vllm_multilora.integration.patching.parts import Part, part_of
 from vllm_multilora.integration.patching.patch import Patch
 from vllm_multilora.integration.patching.source import VllmSource, is_vllms
 from vllm_multilora.integration.patching.version import is_expected
@@ -91,7 +91,7 @@ class Seams:
         for file in sorted(_FOLDER.rglob("*.py")):
             path = file.relative_to(_FOLDER)
             module = ".".join(("vllm_multilora.integration", *path.with_suffix("").parts))
-            if not self.part.has_module(module):
+            if part_of(module) is not self.part:
                 continue
             for node in _executed(ast.parse(file.read_text())):
                 if isinstance(node, ast.Import):

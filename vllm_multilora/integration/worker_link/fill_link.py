@@ -123,13 +123,13 @@ class FillLink:
             )
             channel.close()
             return
-        self._hear(attach.rank, connection, channel)
+        self.adopt(attach.rank, connection, channel)
 
-    def adopt(self, rank: int, connection: socket.socket) -> None:
-        """Takes in a worker on another machine, of which it is known which one it is."""
-        self._hear(rank, connection, Channel(connection, _Incoming))
-
-    def _hear(self, rank: int, connection: socket.socket, channel: Channel[_Incoming]) -> None:
+    def adopt(
+        self, rank: int, connection: socket.socket, channel: Channel[_Incoming] | None = None
+    ) -> None:
+        """Takes in a worker of which it is known which one it is, such as on another machine."""
+        channel = channel or Channel(connection, _Incoming)
         connection.setblocking(False)
         self._channels[rank] = channel
         self._selector.register(connection, selectors.EVENT_READ, (rank, channel))

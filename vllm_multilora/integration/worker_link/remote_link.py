@@ -198,17 +198,12 @@ class StoreRelay:
             try:
                 with self._store.connect() as store:
                     store.settimeout(None)
-                    _relay(engine, store)
+                    back = threading.Thread(target=_copy, args=(store, engine), daemon=True)
+                    back.start()
+                    _copy(engine, store)
+                    back.join()
             except RuntimeError as error:  # or no thread to copy
                 logger.error("No store: %s", error)
-
-
-def _relay(one: socket.socket, other: socket.socket) -> None:
-    """Copies both ways until either end has gone."""
-    back = threading.Thread(target=_copy, args=(other, one), daemon=True)
-    back.start()
-    _copy(one, other)
-    back.join()
 
 
 def _copy(source: socket.socket, target: socket.socket) -> None:

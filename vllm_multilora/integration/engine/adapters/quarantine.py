@@ -84,7 +84,9 @@ class Quarantine:
         self._begun_before &= requests.keys()
         for name in _unsound(output):
             request = None if name in self._begun_before else requests.get(name)
-            if request is None or _brings_numbers(request):
+            # A client that sends numbers of its own in a prompt's place, which may be anything,
+            # could put anybody's adapter out of service, or have nobody's put out any more.
+            if request is None or request.prompt_embeds is not None or request.mm_features:
                 continue
             lora = request.lora_request
             if lora is not None:
@@ -111,14 +113,6 @@ class Quarantine:
                 if len(digests) > _MAX_REMEMBERED:
                     del digests[next(iter(digests))]
         return dict.fromkeys(guilty, _FAILURE)
-
-
-def _brings_numbers(request: Request) -> bool:
-    """Whether a client has sent numbers of its own, which may be anything, in a prompt's place.
-
-    With those it could put anybody's adapter out of service, or have nobody's put out any more.
-    """
-    return request.prompt_embeds is not None or bool(request.mm_features)
 
 
 _FAILURE = LoadFailure(

@@ -25,10 +25,6 @@ class Leaving:
     limit_s: float
     then: Callable[[bool], None]
 
-    @property
-    def is_overdue(self) -> bool:
-        return time.monotonic() >= self.deadline
-
 
 class AdapterUsers:
     """Unfinished requests, counted by their adapters' numbers; for the main thread.
@@ -86,7 +82,8 @@ class AdapterUsers:
     @property
     def overdue(self) -> list[Leaving]:
         """Adapters that requests use, and should not any more."""
-        return [each for each in self._leaving if each.is_overdue]
+        now = time.monotonic() if self._leaving else 0.0
+        return [each for each in self._leaving if now >= each.deadline]
 
     def forget_accepted(self, known: Iterable[int]) -> None:
         """Forgets how many have come for adapters that are not known any more, if it is time to."""

@@ -268,7 +268,8 @@ class AdapterAwareMixin:
         self._has_polled = self._is_holding = False
         self.swap_in_flight(adapters)
         self._failing |= self._late_reloads.ask(self.requests, adapters)
-        for request in _unfilled(self.running, adapters):
+        unfilled = adapters.slots.unfilled  # adapters that have lost their slots (sleep)
+        for request in [r for r in self.running if adapter_of(r) in unfilled] if unfilled else ():
             self.running.remove(request)
             self._preempt_request(request, time.monotonic())
         for lora_id in (pinned := (pins := adapters.slots.pins).adapters):
@@ -303,8 +304,9 @@ class AdapterAwareMixin:
         # In this order: a request that waits for its grammar, say, must not take a slot meanwhile.
         if super()._handle_blocked_waiting_request(request) and self._may_run(request):  # type: ignore[misc]
             return True
-        blocked = self._blocked.numbers
-        if isinstance(self.waiting, FairQueue) and _waits_as_others_do(request, blocked):
+        # It cannot run for its adapter's sake, or lacks its grammar, as others do.
+        is_alike = adapter_of(request) in self._blocked.numbers or awaited_grammar(request)
+        if isinstance(self.waiting, FairQueue) and is_alike:
             self.waiting.pass_over(request)
         return False
 
@@ -322,10 +324,8 @@ class AdapterAwareMixin:
         may_ask = not adapters.asks_late or self._has_turn(lora, adapters)
         if may_ask and self._is_ready(lora, request, adapters) and self._has_turn(lora, adapters):
             if adapters.bring(lora_id):
-                version = adapters.version(lora_id)
-                assert version is not None
                 part = adapters.part(lora_id, request)
-                if prefix_keys.set_version(request, version.digest, goes_on=len(part) > 1):
+                if prefix_keys.set_version(request, part[0], goes_on=len(part) > 1):
                     self._versions.announce(request, *part)
                     return True
                 self._failing[request.request_id] = replaced_stop_reason(lora)
@@ -404,12 +404,6 @@ class AdapterAwareMixin:
         return [(r.client_index, _last_output(r, failing[r.request_id])) for r in ended]
 
 
-def _unfilled(running: Iterable[Request], adapters: EngineAdapters) -> list[Request]:
-    """The running requests whose adapters have lost their slots (sleep)."""
-    unfilled = adapters.slots.unfilled
-    return [each for each in running if adapter_of(each) in unfilled] if unfilled else []
-
-
 def as_sent(lora: LoRARequest) -> LoRARequest:
     """What a message to an engine core can hold of it: `LLM` may call one in its own process.
 
@@ -441,11 +435,6 @@ def _begin_step(queue: Any, blocked: Container[int | None] = ()) -> None:
 
 def _blocks_of(request: Request, manager: Any) -> set[int]:
     return {block for group in manager.get_block_ids(request.request_id) for block in group}
-
-
-def _waits_as_others_do(request: Request, blocked: Container[int | None]) -> bool:
-    """Whether a request cannot run for its adapter's sake, or lacks its grammar."""
-    return adapter_of(request) in blocked or awaited_grammar(request) is not None
 
 
 def _requests_of(

@@ -207,15 +207,14 @@ def _entries(
     calls: Mapping[LayerKind, Sequence[_Call]], choices: Iterable[Choice]
 ) -> tuple[RecordEntry, ...]:
     return tuple(
-        RecordEntry(kind.describe(), _names(of_kind), choice)
+        # The last parts of layers' names, such as `qkv_proj`, each once.
+        RecordEntry(
+            kind.describe(),
+            tuple(dict.fromkeys(c.name.rpartition(".")[2] for c in of_kind))[:MAX_LAYERS_NAMED],
+            choice,
+        )
         for (kind, of_kind), choice in zip(calls.items(), choices, strict=True)
     )
-
-
-def _names(calls: Sequence[_Call]) -> tuple[str, ...]:
-    """The last parts of layers' names, such as `qkv_proj`, each once."""
-    parts = dict.fromkeys(call.name.rpartition(".")[2] for call in calls)
-    return tuple(parts)[:MAX_LAYERS_NAMED]
 
 
 def _refuse_what_cannot_serve(

@@ -84,7 +84,10 @@ class SpecialParts:
             lora.rank, lora.scaling = modules[module].rank, modules[module].scaling
             if rows := manager.repeated_rows.get(module):
                 lora.lora_b = rows.for_cutting(lora.lora_b)
-        special.is_3d_lora_weight = request.is_3d_lora_weight or _has_fused_experts(special)
+        # PEFT holds all experts of a layer as one, as parameters. vLLM is told so with the request,
+        # which only some ways of registering an adapter can say.
+        holds_as_one = any(name.endswith(".experts.base_layer") for name in special.loras)
+        special.is_3d_lora_weight = request.is_3d_lora_weight or holds_as_one
         for name in _CHECKS:
             if check := getattr(manager, name, None):
                 check(special)
@@ -92,14 +95,6 @@ class SpecialParts:
             even_out(special, manager.packed_modules, manager.layout.linear_shapes)
             manager._create_merged_loras_inplace(special)
         return special
-
-
-def _has_fused_experts(special: LoRAModel) -> bool:
-    """Whether an adapter holds all experts of a layer as one, as PEFT does for parameters.
-
-    vLLM is told so with the request, which only some ways of registering an adapter can say.
-    """
-    return any(name.endswith(".experts.base_layer") for name in special.loras)
 
 
 def _copy(raw: RawTensor, memory: SegmentMapper, segments: Sequence[int]) -> torch.Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -67,7 +67,8 @@ def warm_up(
 
     def call_all() -> None:
         for layer in ranked:
-            for rows in _row_counts(layer.punica_wrapper.plan.layout.max_tokens):
+            most = layer.punica_wrapper.plan.layout.max_tokens
+            for rows in (*(1 << i for i in range((most - 1).bit_length())), most):
                 _call(layer, rows, dtype)
         slots.warm_up()
 
@@ -88,14 +89,6 @@ def warm_up(
         time.perf_counter() - begin,
         compiled,
     )
-
-
-def _row_counts(most: int) -> Iterator[int]:
-    rows = 1
-    while rows < most:
-        yield rows
-        rows *= 2
-    yield most
 
 
 def _call(layer: Any, rows: int, dtype: torch.dtype) -> None:
