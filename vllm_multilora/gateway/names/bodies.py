@@ -143,7 +143,29 @@ def as_json(name: str) -> str:
     return json.dumps(name)[1:-1]
 
 
-class ReplacedText:
+class ChangedAnswer:
+    """Passes an answer on, whose start may be held until its body, or the first part, is there."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._start: Message | None = None
+
+    async def _hold(self, start: Message) -> None:
+        self._start = start
+
+    async def _send_all(self, message: Message) -> None:
+        """Sends the start, if it is held, with the length of the body, and then a message."""
+        if self._start is not None:
+            start, self._start = self._start, None
+            headers = MutableHeaders(scope=start)
+            del headers["content-length"]
+            if not message.get("more_body", False):  # else the body comes in pieces
+                headers["content-length"] = str(len(message.get("body", b"")))
+            await self._send(start)
+        await self._send(message)
+
+
+class ReplacedText(ChangedAnswer):
     """Passes an answer on with one text replaced, in its headers and in each part of its body.
 
     Most endpoints answer with the adapter's own name. Some repeat the name in the request, or its
@@ -151,10 +173,8 @@ class ReplacedText:
     """
 
     def __init__(self, send: Send, given: str, shown: str) -> None:
-        self._send = send
-        self._given = given.encode()
-        self._shown = shown.encode()
-        self._start: Message | None = None  # held until the length of the body is known
+        super().__init__(send)
+        self._given, self._shown = given.encode(), shown.encode()
 
     def send(self, message: Message) -> Awaitable[None]:
         """Takes a message of the answer; most are passed on without a coroutine of its own."""
@@ -170,16 +190,3 @@ class ReplacedText:
             if header(pairs, b"content-length") is not None:
                 return self._hold(message)
         return self._send(message)
-
-    async def _hold(self, start: Message) -> None:
-        self._start = start
-
-    async def _send_all(self, message: Message) -> None:
-        assert self._start is not None
-        start, self._start = self._start, None
-        headers = MutableHeaders(scope=start)
-        del headers["content-length"]
-        if not message.get("more_body", False):  # else the body comes in pieces
-            headers["content-length"] = str(len(message.get("body", b"")))
-        await self._send(start)
-        await self._send(message)
