@@ -68,8 +68,7 @@ async def models_for(
     max_model_len = next((card.max_model_len for card in shown.data if card.max_model_len), None)
     for card in shown.data:
         lora = served.get(card.id)
-        version = None if lora is None else registered_versions.find(models.engine_client, lora)
-        if version is not None:
+        if lora and (version := registered_versions.find(models.engine_client, lora)):
             card.digest, card.created = version.digest, int(version.loaded)
             card.kind = version.kind
     cards = [
