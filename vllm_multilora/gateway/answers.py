@@ -28,6 +28,7 @@ from urllib.parse import quote
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 
+from vllm_multilora.gateway.changed_answers import ChangedAnswer
 from vllm_multilora.gateway.endpoints import (
     ANTHROPIC_STATUSES,
     RETRY_LATER,
@@ -35,7 +36,6 @@ from vllm_multilora.gateway.endpoints import (
     header,
     route_path,
 )
-from vllm_multilora.gateway.names.bodies import ChangedAnswer
 from vllm_multilora.gateway.stopping import STOP
 from vllm_multilora.integration.api_server.policy_spans import fields_of
 from vllm_multilora.integration.server.requests.engine_calls import IS_STOPPING

@@ -11,8 +11,8 @@ import uuid
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
+from vllm_multilora.gateway.changed_answers import ChangedAnswer
 from vllm_multilora.gateway.endpoints import header, is_anthropics, route_path
-from vllm_multilora.gateway.names.bodies import ChangedAnswer
 
 if TYPE_CHECKING:
     from starlette.types import Message, Scope, Send

@@ -9,7 +9,7 @@ import os
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_multilora.adapters.files.missing_files import is_url
 from vllm_multilora.documents import DocumentError, WatchedFile
@@ -27,10 +27,8 @@ from vllm_multilora.metrics.server_counts import COUNTS
 from vllm_multilora.tenants.keys import KeyRing, digest_of
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Locks, Role
+from vllm_multilora.tenants.tenant import Tenants
 from vllm_multilora.tenants.tenants_file import parse_tenants
-
-if TYPE_CHECKING:
-    from vllm_multilora.tenants.tenant import Tenants
 
 logger = logging.getLogger(__name__)
 
@@ -139,8 +137,8 @@ class Access:
         be back before their calls end, and what they have used counts then.
         """
         self._in_force = self._values()
-        tenants = self._file.value if self._file is not None else None
-        self._tenants = tenants.by_name if tenants is not None else {}
+        tenants = Tenants({}, {}) if self._file is None else self._file.value
+        self._tenants = tenants.by_name
         for name, tenant in self._tenants.items():
             if name in self._accounts:
                 self._accounts[name].update(tenant)
@@ -150,11 +148,9 @@ class Access:
         for name in self._accounts.keys() - self._tenants.keys():
             if self._accounts[name].is_idle:
                 del self._accounts[name]
-        keys = tenants.keys if tenants is not None else {}
-        owners: dict[bytes, _Owner] = {key: (Role.TENANT, name) for key, name in keys.items()}
-        self._ring = KeyRing({**owners, **self._fixed()})
-        own = tenants.cache_salt if tenants is not None else None
-        self._salt = self._secret if own is None else own
+        owners = {key: (Role.TENANT, name) for key, name in tenants.keys.items()}
+        self._ring = KeyRing[_Owner]({**owners, **self._fixed()})
+        self._salt = self._secret if tenants.cache_salt is None else tenants.cache_salt
 
     def _fixed(self) -> dict[bytes, _Owner]:
         """Owners of the keys that belong to no tenant, by the keys' digests."""

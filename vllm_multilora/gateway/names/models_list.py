@@ -75,11 +75,8 @@ async def models_for(
         card_for(caller, card, is_base=models.is_base_model(card.id), is_route=False)
         for card in shown.data
     ]
-    if (routes := ROUTES.get(models)) is not None:
-        cards += [
-            card_for(caller, card, is_base=False, is_route=True)
-            for card in await routes.cards(caller)
-        ]
+    led = [] if (routes := ROUTES.get(models)) is None else await routes.cards(caller)
+    cards += [card_for(caller, card, is_base=False, is_route=True) for card in led]
     # The base model's length is its adapters' too; vLLM says None of these.
     length = {"max_model_len": max_model_len}
     shown.data = [card.model_copy(update=length) for card in cards if card is not None]

@@ -20,15 +20,9 @@ from starlette.responses import Response
 
 from vllm_multilora.adapters.blend import BLEND_FIELD
 from vllm_multilora.adapters.problems import shown_name
+from vllm_multilora.gateway.changed_answers import ReplacedText
 from vllm_multilora.gateway.endpoints import endpoint_of, error_answer, refusal_answer
-from vllm_multilora.gateway.names.bodies import (
-    MODEL,
-    FormBody,
-    ReplacedText,
-    again,
-    as_json,
-    read_body,
-)
+from vllm_multilora.gateway.names.bodies import MODEL, FormBody, again, as_json, read_body
 from vllm_multilora.gateway.request_ids import for_vllm
 from vllm_multilora.integration.failed_requests import AdapterRefusedError
 from vllm_multilora.integration.patching.activation import settings_of
