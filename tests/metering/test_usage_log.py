@@ -28,7 +28,7 @@ def lines(folder) -> list[dict]:
 
 def test_a_line_says_who_used_what(tmp_path):
     log = UsageLog(tmp_path / "usage", BIG)
-    log.write(Usage("id", "french", "d" * 64, "support", "acme", 10, 4, 3, Status.ABORTED))
+    log.write(Usage("id", "acme", "support", "french", "d" * 64, 10, 4, 3, Status.ABORTED))
     log.close()
     (line,) = lines(tmp_path)
     assert line.pop("time").endswith("Z")

@@ -330,7 +330,7 @@ def test_more_routes_than_there_is_room_for_are_counted_together_and_cost_no_tok
     for number in range(3_000):
         counts.count_route(f"customer-{number}", "v1", "chosen")
         counts.count_route(f"customer-{number}", "v1", "fallback")
-    counts.count_tokens(Usage("id", "v1", route="customer-0", prompt_tokens=10))
+    counts.count_tokens(Usage("id", adapter="v1", route="customer-0", prompt_tokens=10))
     found = shown(tmp_path)
     routes = {k: v for k, v in found.items() if k.startswith(defined.ROUTE_REQUESTS.name)}
     assert len(routes) <= 2 * 2 + 2
@@ -345,7 +345,7 @@ def test_a_route_that_no_label_can_name_keeps_nothing_else_from_being_shown(
     counts = ServerCounts()
     counts.start(lambda: recorder(tmp_path, "server", engine=""))
     counts.count_route(route, "v1", "chosen")
-    counts.count_tokens(Usage("id", "v1", route=route, prompt_tokens=10))
+    counts.count_tokens(Usage("id", adapter="v1", route=route, prompt_tokens=10))
     found = shown(tmp_path)
     assert "".join(found).isprintable()
     assert found[f"vllm:lora_prompt_tokens_total{{lora_name=v1,route={OTHER},tenant=}}"] == 10
@@ -375,7 +375,7 @@ def test_who_uses_tokens_today_has_the_place_of_who_did_in_the_past(tmp_path: Pa
     for day in range(5):
         for number in range(2):
             tenant = f"{day}-{number}"
-            counts.count_tokens(Usage("id", "base", tenant=tenant, prompt_tokens=1))
+            counts.count_tokens(Usage("id", adapter="base", tenant=tenant, prompt_tokens=1))
             counts.count_refused(tenant, 429)
             counts.count_route(tenant, "base", "chosen")
         now += IDLE_S

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from vllm_multilora.routing.request_facts import (
     LONGEST_VALUE,
-    BadValueError,
     FactSource,
+    RequestError,
     RequestFacts,
 )
 
@@ -69,5 +69,5 @@ def test_whatever_is_asked_for_the_answer_is_a_bounded_list_of_tags(text):
     ids=["user", "metadata", "number", "header"],
 )
 def test_a_value_longer_than_any_name_is_refused_with_a_sentence(source, facts):
-    with pytest.raises(BadValueError, match="more than 512 characters"):
+    with pytest.raises(RequestError, match="more than 512 characters"):
         FactSource.parse(source).requested(RequestFacts(**facts))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_multilora.routing.request_facts import NoCaseError, RequestFacts
+from vllm_multilora.routing.request_facts import RequestError, RequestFacts
 from vllm_multilora.routing.route_targets import Turns
 from vllm_multilora.routing.routes_file import parse_routes
 
@@ -76,7 +76,7 @@ def test_whole_numbers_are_read_as_text():
     ("facts", "found"), [({}, "no value"), ({"metadata": {"task": "Tea"}}, "'Tea'")]
 )
 def test_without_default_a_value_without_case_is_an_error(facts, found):
-    with pytest.raises(NoCaseError) as caught:
+    with pytest.raises(RequestError) as caught:
         choose(f"by: 'metadata:task', {CASES}", **facts)
     message = f"metadata:task and has no default: found {found}, expected one of fr, pt-br, de"
     assert str(caught.value) == f"r chooses by {message}"

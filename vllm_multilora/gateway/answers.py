@@ -28,6 +28,7 @@ from urllib.parse import quote
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 
+from vllm_multilora.gateway.changed_answers import ChangedAnswer
 from vllm_multilora.gateway.endpoints import (
     ANTHROPIC_STATUSES,
     RETRY_LATER,
@@ -95,13 +96,12 @@ class HttpCallMiddleware:
                 raise
 
 
-class _Answer:
+class _Answer(ChangedAnswer):
     """An answer on its way to the client."""
 
     def __init__(self, call: HttpCall, send: Send) -> None:
+        super().__init__(send)
         self._call = call
-        self._send = send
-        self._start: Message | None = None  # held until the body is there
         self._is_complete = False  # nothing is to be added any more
         self.has_begun = self._is_named = False
 
@@ -115,10 +115,7 @@ class _Answer:
                 return
         elif message["type"] == "http.response.body":
             message = self._with_parts(message if self._is_named else self._named(message))
-            if self._start is not None:
-                start, self._start = self._start, None
-                await self._send(start)
-        await self._send(message)
+        await self._send_all(message)
 
     def _begin(self, start: Message) -> bool:
         """Adds the headers; whether they are to be held until the body is there."""
@@ -156,16 +153,7 @@ class _Answer:
         named = b"".join((body[: at + 1], field, b"" if rest[:1] == b"}" else b",", rest))
         if start is not None:
             MutableHeaders(scope=start)[VERSION_HEADER] = ran[:SHOWN_DIGITS]
-        return self._with_body(message, named)
-
-    def _with_body(self, message: Message, body: bytes) -> Message:
-        """A part of the body, changed; the header that tells the length of a whole one, too."""
-        if self._start is not None:
-            headers = MutableHeaders(scope=self._start)
-            if (length := headers.get("content-length")) is not None:
-                more = len(body) - len(message.get("body", b""))
-                headers["content-length"] = str(int(length) + more)
-        return {**message, "body": body}
+        return {**message, "body": named}
 
     def _with_parts(self, message: Message) -> Message:
         """A part of the body; the choices that end in it say which tokens are which version's."""
@@ -181,7 +169,7 @@ class _Answer:
             if state is not None and choice["finish_reason"] is not None:
                 choice |= fields_of(state)
         shown = json.dumps(answer, ensure_ascii=False, separators=(",", ":")) + text[end:]
-        return self._with_body(message, begin + shown.encode())
+        return {**message, "body": begin + shown.encode()}
 
 
 @lru_cache(4_096)

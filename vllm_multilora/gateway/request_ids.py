@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
+from vllm_multilora.gateway.changed_answers import ChangedAnswer
 from vllm_multilora.gateway.endpoints import header, is_anthropics, route_path
 
 if TYPE_CHECKING:
@@ -44,14 +45,13 @@ def with_id(scope: Scope, request_id: bytes) -> Scope:
     return {**scope, "headers": [*headers, (HEADER, request_id)]}
 
 
-class _Answer:
+class _Answer(ChangedAnswer):
     """An answer on its way, to which the id is added."""
 
     def __init__(self, request_id: bytes, path: str, send: Send) -> None:
         self._id = request_id
         self._headers = (HEADER, _ANTHROPIC_HEADER) if is_anthropics(path) else (HEADER,)
-        self._send = send
-        self._start: Message | None = None  # of an error, until its body is there
+        super().__init__(send)
 
     def send(self, message: Message) -> Awaitable[None]:
         """Takes a message; most are passed on without a coroutine of its own."""
@@ -64,21 +64,12 @@ class _Answer:
         pairs += [(name, self._id) for name in self._headers if header(pairs, name) is None]
         start = {**start, "headers": pairs}
         is_json = (header(pairs, b"content-type") or b"").startswith(b"application/json")
-        if start["status"] >= 400 and is_json:
-            self._start = start
-        else:
-            await self._send(start)
+        await (self._hold if start["status"] >= 400 and is_json else self._send)(start)
 
     async def _send_error(self, message: Message) -> None:
-        assert self._start is not None
-        start, self._start = self._start, None
         body = message.get("body", b"")
         is_whole = not message.get("more_body", False)
         if is_whole and body[:2] == b'{"' and body[-1:] == b"}":
             quoted = json.dumps(self._id.decode("latin-1")).encode()
-            body = b'%s,"request_id":%s}' % (body[:-1], quoted)
-            message = {**message, "body": body}
-            pairs = [pair for pair in start["headers"] if pair[0] != b"content-length"]
-            start["headers"] = [*pairs, (b"content-length", b"%d" % len(body))]
-        await self._send(start)
-        await self._send(message)
+            message = {**message, "body": b'%s,"request_id":%s}' % (body[:-1], quoted)}
+        await self._send_all(message)

@@ -12,7 +12,8 @@ import contextlib
 import json
 from typing import TYPE_CHECKING, Any
 
-from vllm_multilora.gateway.names.bodies import JsonBody, ReplacedText, again, read_body
+from vllm_multilora.gateway.changed_answers import ReplacedText
+from vllm_multilora.gateway.names.bodies import JsonBody, again, read_body
 from vllm_multilora.gateway.request_ids import id_of, with_id
 from vllm_multilora.gateway.table import TENANT_ROUTES
 

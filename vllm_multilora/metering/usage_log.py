@@ -34,6 +34,7 @@ _CLOSE_LIMIT_S = 5.0
 _COMPLAIN_S = 60.0
 _RETRY_S = 1.0  # until lines are tried again that could not be written
 _MAX_ID = 256  # characters of a request's id, which clients may choose
+_IN_LOG = {"cached_tokens": "cached_prompt_tokens", "generated_tokens": "generation_tokens"}
 
 
 class Status(StrEnum):
@@ -60,10 +61,10 @@ class Usage:
     """
 
     request_id: str
+    tenant: str | None = None
+    route: str | None = None
     adapter: str | None = None
     version: str | None = None
-    route: str | None = None
-    tenant: str | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
@@ -226,20 +227,9 @@ def _open(path: Path) -> int:
 
 
 def _line(at: float, usage: Usage) -> str:
-    return _json(
-        {
-            "time": _text(at),
-            "request_id": usage.request_id,
-            "tenant": usage.tenant,
-            "route": usage.route,
-            "adapter": usage.adapter,
-            "version": usage.version,
-            "prompt_tokens": usage.prompt_tokens,
-            "cached_prompt_tokens": usage.cached_tokens,
-            "generation_tokens": usage.generated_tokens,
-            "status": usage.status.value,
-        }
-    )
+    fields = {_IN_LOG.get(name, name): value for name, value in vars(usage).items()}
+    del fields["is_blend"]
+    return _json({"time": _text(at), **fields})
 
 
 def _json(value: dict[str, object]) -> str:

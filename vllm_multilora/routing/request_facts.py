@@ -19,14 +19,6 @@ class RequestError(MultiLoRAError):
     """A request for a route says nothing that the route can be led by."""
 
 
-class NoCaseError(RequestError):
-    """A request's value has no case in its route, and the route no default."""
-
-
-class BadValueError(RequestError):
-    """A request's value is longer than what it should name is called."""
-
-
 @dataclass(frozen=True)
 class RequestFacts:
     """What a request says about itself: OpenAI's fields, and HTTP headers, names in lower case."""
@@ -65,7 +57,7 @@ class FactSource:
         """What the request says there; None where it says nothing.
 
         Raises:
-            BadValueError: It is too long.
+            RequestError: It is too long.
         """
         if self.kind == "user":
             found: Any = facts.user
@@ -83,7 +75,7 @@ class FactSource:
         if not isinstance(found, str):
             return None
         if len(found) > LONGEST_VALUE:
-            raise BadValueError(
+            raise RequestError(
                 f"its {self.text} has more than {LONGEST_VALUE} characters, which is the limit"
             )
         return found.strip() or None

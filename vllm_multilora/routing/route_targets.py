@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from vllm_multilora.adapters.blend import name_of
-from vllm_multilora.routing.request_facts import FactSource, NoCaseError, RequestFacts
+from vllm_multilora.routing.request_facts import FactSource, RequestError, RequestFacts
 from vllm_multilora.wording import listed
 
 MAX_WEIGHT = 1_000_000_000
@@ -111,7 +111,7 @@ class Cases:
                 return self.cases[value].candidates(facts, turns)
         if self.default is not None:
             return self.default.candidates(facts, turns)
-        raise NoCaseError(
+        raise RequestError(
             f"{self.place} chooses by {self.by.text} and has no default: found "
             f"{_shown(self.by.value(facts))}, expected one of {listed(self.cases, _MAX_NAMED)}"
         )

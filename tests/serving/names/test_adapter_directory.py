@@ -321,16 +321,16 @@ async def test_few_names_of_a_tenant_are_looked_for_at_once(tmp_path: Path) -> N
     """One thread looks, and the storage may be slow: others' names wait behind them."""
     under_way = most = 0
 
-    async def look(find: Any) -> Any:
+    async def look(find: Any, name: str) -> Any:
         nonlocal under_way, most
         under_way += 1
         most = max(most, under_way)
         await asyncio.sleep(0)
         under_way -= 1
-        return find()
+        return find(name)
 
     site = Site(tmp_path)
-    site.servers[0]._look = look  # type: ignore[method-assign]
+    site.servers[0]._looks.wait = look  # type: ignore[assignment, method-assign]
     current_caller.set(Caller(Role.TENANT, account=Account(Tenant("acme"))))
     asked = await asyncio.gather(*(site.ask(f"acme-{number}") for number in range(20)))
     assert asked == [None] * 20

@@ -43,7 +43,9 @@ async def answer(send, *parts, kind="application/json", status=200):
         if callable(part):
             part()
         else:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
+            await send(
+                {"type": "http.response.body", "body": part, "more_body": part is not parts[-1]}
+            )
 
 
 def bind(digest=DIGEST, ran=None):

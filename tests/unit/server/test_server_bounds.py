@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
@@ -323,10 +324,10 @@ async def test_a_look_that_fails_when_nobody_waits_any_more_is_no_news() -> None
     """A thousand may end at once, when storage that has hung says that it has failed."""
     reported: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
-    answers, looks = asyncio.Event(), PendingLooks(0.001)
+    answers, looks = threading.Event(), PendingLooks(ThreadPoolExecutor(1), 0.001)
 
-    async def look() -> None:
-        await answers.wait()
+    def look() -> None:
+        answers.wait()
         raise OSError("stale file handle")
 
     with pytest.raises(TimeoutError):

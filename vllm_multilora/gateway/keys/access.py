@@ -9,7 +9,7 @@ import os
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_multilora.adapters.files.missing_files import is_url
 from vllm_multilora.documents import DocumentError, WatchedFile
@@ -27,10 +27,8 @@ from vllm_multilora.metrics.server_counts import COUNTS
 from vllm_multilora.tenants.keys import KeyRing, digest_of
 from vllm_multilora.tenants.limits import Account
 from vllm_multilora.tenants.rules import Locks, Role
+from vllm_multilora.tenants.tenant import Tenants
 from vllm_multilora.tenants.tenants_file import parse_tenants
-
-if TYPE_CHECKING:
-    from vllm_multilora.tenants.tenant import Tenants
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +83,7 @@ class Access:
             self._admin = WatchedFile(admin_path, self._parse_admin, "admin keys")
         if tenants_path is not None:
             self._file = WatchedFile(tenants_path, self._parse, "tenants")
+        self._files = [file for file in (self._admin, self._file) if file is not None]
         self._take()
 
     def caller(self, key: str | None) -> Caller:
@@ -114,25 +113,22 @@ class Access:
 
     def watch(self) -> None:
         """Has the files looked at every second from now on; on the event loop, more than once."""
-        if self._watching is None and (self._admin or self._file):
+        if self._watching is None and self._files:
             self._watching = asyncio.create_task(self._read_again())
 
     async def _read_again(self) -> None:
         while True:
             await asyncio.sleep(REFRESH_S)
             try:
-                for file in self._files():
+                for file in self._files:
                     await file.refresh_on_thread()
             except RuntimeError as error:  # no thread could be started
                 logger.error("The keys stay as they were for now: %s", error)
             if any(map(operator.is_not, self._values(), self._in_force)):
                 self._take()
 
-    def _files(self) -> list[WatchedFile[Any]]:
-        return [file for file in (self._admin, self._file) if file is not None]
-
     def _values(self) -> list[Any]:
-        return [file.value for file in self._files()]
+        return [file.value for file in self._files]
 
     def _take(self) -> None:
         """Puts in force what the files say now.
@@ -141,23 +137,20 @@ class Access:
         be back before their calls end, and what they have used counts then.
         """
         self._in_force = self._values()
-        tenants = self._file.value if self._file is not None else None
-        self._tenants = tenants.by_name if tenants is not None else {}
+        tenants = Tenants({}, {}) if self._file is None else self._file.value
+        self._tenants = tenants.by_name
         for name, tenant in self._tenants.items():
             if name in self._accounts:
                 self._accounts[name].update(tenant)
             else:
-                self._accounts[name] = Account(
-                    tenant, self._servers, on_charge=COUNTS.count_limited
-                )
+                account = Account(tenant, self._servers, on_charge=COUNTS.count_limited)
+                self._accounts[name] = account
         for name in self._accounts.keys() - self._tenants.keys():
             if self._accounts[name].is_idle:
                 del self._accounts[name]
-        keys = tenants.keys if tenants is not None else {}
-        owners: dict[bytes, _Owner] = {key: (Role.TENANT, name) for key, name in keys.items()}
-        self._ring = KeyRing({**owners, **self._fixed()})
-        own = tenants.cache_salt if tenants is not None else None
-        self._salt = self._secret if own is None else own
+        owners = {key: (Role.TENANT, name) for key, name in tenants.keys.items()}
+        self._ring = KeyRing[_Owner]({**owners, **self._fixed()})
+        self._salt = self._secret if tenants.cache_salt is None else tenants.cache_salt
 
     def _fixed(self) -> dict[bytes, _Owner]:
         """Owners of the keys that belong to no tenant, by the keys' digests."""
@@ -170,12 +163,11 @@ class Access:
     def _parse_admin(self, file: str, text: str) -> list[str]:
         keys = parse_admin_keys(file, text)
         tenants = {} if self._file is None else self._file.value.keys
-        for digest in map(digest_of, keys):
-            if digest in tenants:
-                raise DocumentError(
-                    f"{file}: found a key that is also the tenant {tenants[digest]!r}'s, expected "
-                    f"a different one"
-                )
+        for digest in tenants.keys() & map(digest_of, keys):
+            raise DocumentError(
+                f"{file}: found a key that is also the tenant {tenants[digest]!r}'s, expected a "
+                f"different one"
+            )
         return keys
 
     def _parse(self, file: str, text: str) -> Tenants:

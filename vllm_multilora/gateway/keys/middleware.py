@@ -83,11 +83,8 @@ class AccessMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._access.watch()  # from the server's start on: its lifespan comes by here, too
-        if scope["type"] not in ("http", "websocket"):
-            await self._app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        if is_preflight(scope, headers):
+        is_call = scope["type"] in ("http", "websocket")
+        if not is_call or is_preflight(scope, headers := Headers(scope=scope)):
             await self._app(scope, receive, send)
             return
         path = route_path(scope)
@@ -119,16 +116,15 @@ class AccessMiddleware:
         try:
             if caller.account is not None and endpoint in OF_TENANTS:
                 await self._call(caller, endpoint, scope, receive, send)
-            elif caller.role is Role.STRANGER:
-                await self._app(scope, receive, self._refusing(scope, receive, send))
+                return
+            if caller.role is Role.STRANGER:
+                send = self._refusing(scope, receive, send)
             elif self._access.locks.tenants and scope.get("method") == "POST":
                 if has_salt_field(path):
                     receive = await sealed_body(scope, receive, caller)
                 else:
                     scope, send = sealed_by_id(scope, send, caller)
-                await self._app(scope, receive, send)
-            else:
-                await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
         finally:
             current_caller.reset(token)
             caller.ended()
@@ -149,10 +145,9 @@ class AccessMiddleware:
         async def send_refusal(message: Message) -> None:
             nonlocal is_refused
             if message.get("status") == HTTPStatus.UNAUTHORIZED:
-                is_refused = True
-                COUNTS.count_refused(None, HTTPStatus.UNAUTHORIZED)
+                is_refused, status = True, HTTPStatus.UNAUTHORIZED
+                COUNTS.count_refused(None, status)
                 await pause(self._strangers)
-                status = HTTPStatus.UNAUTHORIZED
                 answer = error_answer(status, _MESSAGES[status], path=route_path(scope))
                 await answer(scope, receive, send)
             elif not is_refused:

@@ -1,4 +1,4 @@
-"""Requests' bodies, such with another model's name, and answers with the public name again.
+"""Requests' bodies, such with another model's name.
 
 JSON is scanned once, and only the fields that somebody looks at are read. All others stay the
 bytes that they were.
@@ -11,18 +11,17 @@ import contextlib
 import json
 import secrets
 from collections import deque
-from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from starlette.datastructures import MutableHeaders, UploadFile
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from vllm_multilora.gateway.endpoints import header
 
 if TYPE_CHECKING:
-    from starlette.types import Message, Receive, Scope, Send
+    from starlette.types import Message, Receive, Scope
 
 MODEL = "model"
 
@@ -141,45 +140,3 @@ def read_json(body: bytes) -> JsonBody | None:
 def as_json(name: str) -> str:
     """A name as it stands in a JSON text, in ASCII."""
     return json.dumps(name)[1:-1]
-
-
-class ReplacedText:
-    """Passes an answer on with one text replaced, in its headers and in each part of its body.
-
-    Most endpoints answer with the adapter's own name. Some repeat the name in the request, or its
-    id: what vLLM was given, in ASCII. It sends each event, and each JSON, in one piece.
-    """
-
-    def __init__(self, send: Send, given: str, shown: str) -> None:
-        self._send = send
-        self._given = given.encode()
-        self._shown = shown.encode()
-        self._start: Message | None = None  # held until the length of the body is known
-
-    def send(self, message: Message) -> Awaitable[None]:
-        """Takes a message of the answer; most are passed on without a coroutine of its own."""
-        if message["type"] == "http.response.body":
-            body = message.get("body", b"")
-            if self._given in body:
-                message = {**message, "body": body.replace(self._given, self._shown)}
-            return self._send(message) if self._start is None else self._send_all(message)
-        if message["type"] == "http.response.start":
-            pairs = message["headers"]
-            pairs = [(name, value.replace(self._given, self._shown)) for name, value in pairs]
-            message = {**message, "headers": pairs}
-            if header(pairs, b"content-length") is not None:
-                return self._hold(message)
-        return self._send(message)
-
-    async def _hold(self, start: Message) -> None:
-        self._start = start
-
-    async def _send_all(self, message: Message) -> None:
-        assert self._start is not None
-        start, self._start = self._start, None
-        headers = MutableHeaders(scope=start)
-        del headers["content-length"]
-        if not message.get("more_body", False):  # else the body comes in pieces
-            headers["content-length"] = str(len(message.get("body", b"")))
-        await self._send(start)
-        await self._send(message)

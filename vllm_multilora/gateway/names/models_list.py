@@ -68,19 +68,15 @@ async def models_for(
     max_model_len = next((card.max_model_len for card in shown.data if card.max_model_len), None)
     for card in shown.data:
         lora = served.get(card.id)
-        version = None if lora is None else registered_versions.find(models.engine_client, lora)
-        if version is not None:
+        if lora and (version := registered_versions.find(models.engine_client, lora)):
             card.digest, card.created = version.digest, int(version.loaded)
             card.kind = version.kind
     cards = [
         card_for(caller, card, is_base=models.is_base_model(card.id), is_route=False)
         for card in shown.data
     ]
-    if (routes := ROUTES.get(models)) is not None:
-        cards += [
-            card_for(caller, card, is_base=False, is_route=True)
-            for card in await routes.cards(caller)
-        ]
+    led = [] if (routes := ROUTES.get(models)) is None else await routes.cards(caller)
+    cards += [card_for(caller, card, is_base=False, is_route=True) for card in led]
     # The base model's length is its adapters' too; vLLM says None of these.
     length = {"max_model_len": max_model_len}
     shown.data = [card.model_copy(update=length) for card in cards if card is not None]

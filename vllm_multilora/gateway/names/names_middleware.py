@@ -12,7 +12,7 @@ import secrets
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +20,9 @@ from starlette.responses import Response
 
 from vllm_multilora.adapters.blend import BLEND_FIELD
 from vllm_multilora.adapters.problems import shown_name
+from vllm_multilora.gateway.changed_answers import ReplacedText
 from vllm_multilora.gateway.endpoints import endpoint_of, error_answer, refusal_answer
-from vllm_multilora.gateway.names.bodies import (
-    MODEL,
-    FormBody,
-    ReplacedText,
-    again,
-    as_json,
-    read_body,
-)
+from vllm_multilora.gateway.names.bodies import MODEL, FormBody, again, as_json, read_body
 from vllm_multilora.gateway.request_ids import for_vllm
 from vllm_multilora.integration.failed_requests import AdapterRefusedError
 from vllm_multilora.integration.patching.activation import settings_of
@@ -151,16 +145,16 @@ class NamesMiddleware:
         if "request_id" not in fields:
             scope = for_vllm(scope)
         call.is_form, caller = isinstance(body, FormBody), current_caller.get()
+        refused = partial(error_answer, HTTPStatus.BAD_REQUEST, path=call.path)
         templates = OWN_TEMPLATES.get(self._models.engine_client)
         if templates is not None and (fault := templates.fault_in(fields)) is not None:
-            return error_answer(HTTPStatus.BAD_REQUEST, fault, path=call.path)
+            return refused(fault)
         model = fields.get(MODEL)
         if call.path == INVOCATIONS:
             scope, named = without_sagemakers(scope)
             model = model if named is None else named
         if model is not None and not isinstance(model, str):
-            message = f"model: found {type(model).__name__}, expected a string."
-            return error_answer(HTTPStatus.BAD_REQUEST, message, path=call.path, param=MODEL)
+            return refused(f"model: found {type(model).__name__}, expected a string.", param=MODEL)
         unchanged = scope, again(parts, receive), Chosen()
         # A tenant's call that names nothing asks for the base model.
         is_call = caller is not None and endpoint_of("POST", call.path) is Endpoint.CALL
@@ -180,7 +174,7 @@ class NamesMiddleware:
             try:
                 await templates.apply(call.path, chosen.lora, fields)
             except AdapterRefusedError as error:
-                return error_answer(HTTPStatus.BAD_REQUEST, str(error), path=call.path)
+                return refused(str(error))
         # The name is the body's `model` and, where SageMaker reads it, in its header.
         content, kind = await body.written(name, BLEND_FIELD)
         changed = {b"content-length": str(len(content)).encode()}
@@ -192,9 +186,7 @@ class NamesMiddleware:
             except UnicodeEncodeError:
                 if not is_base:
                     message = "model: found characters that SageMaker's header cannot carry."
-                    return error_answer(
-                        HTTPStatus.BAD_REQUEST, message, path=call.path, param=MODEL
-                    )
+                    return refused(message, param=MODEL)
         kept = [p for p in scope["headers"] if p[0] not in (*changed, b"transfer-encoding")]
         scope = {**scope, "headers": [*kept, *changed.items()]}
         part = {"type": "http.request", "body": content, "more_body": False}

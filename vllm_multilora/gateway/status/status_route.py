@@ -275,7 +275,7 @@ def _merge_engines(found: Sequence[tuple[int, Row]], stores: Sequence[str]) -> R
         "hits": sum(row["hits"] for row in rows),
         "loads": sum(row["loads"] for row in rows),
         "last_used": _most(rows, "last_used"),
-        "last_error": _first(rows, "last_error"),
+        "last_error": next((e for row in rows if (e := row["last_error"]) is not None), None),
     }
     if len(stores) > 1:
         merged["engines"] = [
@@ -285,19 +285,11 @@ def _merge_engines(found: Sequence[tuple[int, Row]], stores: Sequence[str]) -> R
     return merged
 
 
-def _totals(parts: Sequence[Mapping[str, int | None]]) -> dict[str, int | None]:
-    return {key: _sum(part[key] for part in parts) for key in parts[0]}
-
-
-def _sum(values: Iterable[int | None]) -> int | None:
-    """The sum; None, no limit, where one has none."""
-    found = list(values)
-    return None if None in found else sum(value for value in found if value is not None)
+def _totals(parts: Sequence[Mapping[str, Any]]) -> dict[str, int | None]:
+    """The sums; None, no limit, where a part has none."""
+    columns = {key: [part[key] for part in parts] for key in parts[0]}
+    return {key: None if None in values else sum(values) for key, values in columns.items()}
 
 
 def _most(rows: Sequence[Row], key: str) -> Any:
     return max((row[key] for row in rows if row[key] is not None), default=None)
-
-
-def _first(rows: Sequence[Row], key: str) -> Any:
-    return next((row[key] for row in rows if row[key] is not None), None)

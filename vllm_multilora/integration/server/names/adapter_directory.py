@@ -15,12 +15,11 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.lora.request import LoRARequest
@@ -48,6 +47,7 @@ _GRACE_S = http_calls.GRACE_S + 4 * SCAN_S
 _MAX_NAMED = 5
 
 _T = TypeVar("_T")
+_Ts = TypeVarTuple("_Ts")
 
 DIRECTORY: Attached[DirectoryServer] = Attached("directory")
 """What serves the adapter directories for vLLM's `OpenAIServingModels`."""
@@ -93,11 +93,13 @@ class DirectoryServer:
         self._reloads: asyncio.Task[None] | None = None
         # One thread: what one look finds is never older than what the look before has found.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="multilora-directory")
-        self._finding = PendingLooks(_FIND_LIMIT_S)
+        self._looks = PendingLooks(self._thread, _FIND_LIMIT_S)
 
     async def scan(self) -> None:
         """Looks at the directories, and serves what is there from now on."""
-        self._take(self._settling.settle(await self._look(self._directories.scan)))
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self._thread, self._directories.scan)
+        self._take(self._settling.settle(found))
 
     async def watch(self) -> None:
         pause, last_s = SCAN_S, 0.0
@@ -262,12 +264,8 @@ class DirectoryServer:
 
     async def _find(self, name: str) -> AdapterVersion | None:
         with contextlib.suppress(TimeoutError):
-            find = partial(self._directories.find, name)
-            return await self._finding.wait(partial(self._look, find))
+            return await self._looks.wait(self._directories.find, name)
         return None
-
-    async def _look(self, look: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, look)
 
 
 async def start(models: Any) -> None:
@@ -318,25 +316,25 @@ def _beginning(message: str) -> str:
 
 
 class PendingLooks:
-    """Looks that have not ended; used on one event loop.
+    """Looks by some threads that have not ended; used on one event loop.
 
     Nobody waits for one longer than the limit. It goes on all the same, and a thread that stands
     still has it in its queue until then: so there are not more of them than a thousand.
     """
 
-    def __init__(self, limit_s: float) -> None:
-        self._limit_s = limit_s
+    def __init__(self, threads: ThreadPoolExecutor, limit_s: float) -> None:
+        self._threads, self._limit_s = threads, limit_s
         self._looks: set[asyncio.Future[Any]] = set()
 
-    async def wait(self, begin: Callable[[], Awaitable[_T]]) -> _T:
-        """Begins a look and waits for what it finds.
+    async def wait(self, function: Callable[[*_Ts], _T], *values: *_Ts) -> _T:
+        """Has a thread look, by calling a function, and waits for what it finds.
 
         Raises:
             TimeoutError: It has not ended in time, or too many others have not.
         """
         if len(self._looks) >= _MAX_LOOKS:
             raise TimeoutError("too many looks at storage have not ended")
-        look = asyncio.ensure_future(begin())
+        look = asyncio.get_running_loop().run_in_executor(self._threads, function, *values)
         self._looks.add(look)
         look.add_done_callback(self._ended)
         await asyncio.wait({look}, timeout=self._limit_s)

@@ -34,8 +34,7 @@ from vllm_multilora.integration.server.requests import callers
 
 logger = logging.getLogger(__name__)
 
-_THREADS = ThreadPoolExecutor(4, thread_name_prefix="multilora-resolver")
-_LOOKS = PendingLooks(limit_s=5.0)
+_LOOKS = PendingLooks(ThreadPoolExecutor(4, thread_name_prefix="multilora-resolver"), limit_s=5.0)
 
 
 async def find(models: Any, name: str) -> ErrorResponse | None:
@@ -61,16 +60,14 @@ async def prepare(models: Any, name: str) -> ErrorResponse | None:
         The answer to the request where none finds it, or the engine refuses it; None where it
         serves from now on, or resolvers have no say.
     """
-    if not (envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING and registration.acts_for(models)):
-        return None
-    if not models.lora_resolvers:
+    is_on = envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING and registration.acts_for(models)
+    if not (is_on and models.lora_resolvers):
         return None
     async with callers.turn_to_read(), registration.lock_of(models, name):
         if models.is_base_model(name) or name in public_names(models):
             return None
         refusals = REFUSALS.get_or_make(models, Refusals)
-        refusal = refusals.find(name)
-        if refusal is not None:
+        if (refusal := refusals.find(name)) is not None:
             return refusal
         refusal = await registration.to_its_end(_resolve(models, name))
         if refusal is None:
@@ -84,12 +81,11 @@ async def _resolve(models: Any, name: str) -> ErrorResponse | None:
     first: ErrorResponse | None = None
     for resolver in models.lora_resolvers if not name.startswith("/") else ():
         kind = type(resolver).__name__
-        refusal: ErrorResponse
         try:
             lora = await _ask(resolver, models, name)
         except Exception as error:  # a resolver is anybody's code, and reads anybody's files
             logger.warning("%s cannot tell of %r: %s", kind, name, describe_failure(error)[:500])
-            refusal = registration.error_response(
+            refusal: ErrorResponse | None = registration.error_response(
                 HTTPStatus.SERVICE_UNAVAILABLE,
                 f"adapter {name!r}: its resolver, {kind}, has failed; the server's log says why",
                 param="model",
@@ -100,13 +96,12 @@ async def _resolve(models: Any, name: str) -> ErrorResponse | None:
             if (full := registration.one_too_many(models, name, "model")) is not None:
                 return full
             lora.lora_int_id = models.lora_id_counter.inc(1)
-            admitted = await registration.admit(models, lora, "model")
-            if admitted is None:
+            refusal = await registration.admit(models, lora, "model")
+            if refusal is None:
                 await registration.serve(models, lora)
                 logger.info("Resolved and loaded LoRA adapter %r by %s", name, kind)
                 return None
             registration.without_waiting(registration.remove(models, lora))
-            refusal = admitted
         first = first or refusal
     return first or registration.error_response(
         HTTPStatus.NOT_FOUND, registration.no_such_model(models, name), param="model"
@@ -119,10 +114,7 @@ async def _ask(resolver: Any, models: Any, name: str) -> LoRARequest | None:
         found: LoRARequest | None = await resolver.resolve_lora(base, name)
         return found
     settings = settings_of(models.engine_client.vllm_config)
-    loop = asyncio.get_running_loop()
-    return await _LOOKS.wait(
-        lambda: loop.run_in_executor(_THREADS, _look, resolver, base, name, settings)
-    )
+    return await _LOOKS.wait(_look, resolver, base, name, settings)
 
 
 def _look(

@@ -75,7 +75,7 @@ class ServerRoutes:
         self._turns = Turns()
         self._failed: dict[int, LoadFailure] = {}  # by the adapter's number
         self._led: set[int] = set()  # the blends that routes have led to
-        self._replaced: set[tuple[str, str]] = set()  # routes and adapters with fallback in use
+        self._replaced: set[tuple[str, Candidate]] = set()  # routes and what has a fallback in use
         self._due = time.monotonic() + REFRESH_S
         self._refreshing: asyncio.Task[None] | None = None
         self._began = 0.0  # by the monotonic clock, when that was
@@ -118,7 +118,10 @@ class ServerRoutes:
         if target is None:
             return None
         try:
-            candidates = target.candidates(_facts(fields), self._turns)
+            metadata, call = fields.get("metadata"), current_call.get()
+            metadata = metadata if isinstance(metadata, Mapping) else {}
+            facts = RequestFacts(fields.get("user"), metadata, {} if call is None else call.headers)
+            candidates = target.candidates(facts, self._turns)
         except RequestError as error:
             return _error(HTTPStatus.BAD_REQUEST, f"The model `{name}` is a route. {error}.")
         chosen, refusal = await self._choose(name, candidates)
@@ -132,7 +135,7 @@ class ServerRoutes:
             assert blend is not None  # nothing was awaited since it was chosen
             self._note_led(blend.lora_int_id)
             found = blend
-        if (call := current_call.get()) is not None:
+        if call is not None:
             call.route = name
             call.adapter = found if isinstance(found, str) else found.lora_name
         return found
@@ -181,7 +184,7 @@ class ServerRoutes:
         for name in candidates:
             if (refusal := await self._refusal(name)) is None:
                 chosen: Candidate | None = name
-                self._replaced.discard((route, str(name)))
+                self._replaced.discard((route, name))
                 break
             refusals[name] = refusal
         else:
@@ -189,7 +192,12 @@ class ServerRoutes:
             chosen = next((name for name in candidates if self._is_served(name)), None)
         if chosen is not None:
             for name, refusal in refusals.items():
-                self._tell_replaced(route, str(name), str(chosen), refusal)
+                if chosen != name and (route, name) not in self._replaced:
+                    self._replaced.add((route, name))
+                    logger.warning(
+                        "Route %r: %r is unavailable (%s), and %r answers for it.",
+                        *(route, str(name), refusal.error.message, str(chosen)),
+                    )
             return chosen, None
         first = refusals[candidates[0]].error
         reasons = "; ".join(refusal.error.message for refusal in refusals.values())
@@ -202,12 +210,10 @@ class ServerRoutes:
         """Why a name or a blend is unavailable; None if it is available."""
         models = self._models
         if not isinstance(candidate, Blended):
-            return await self._refusal_of(candidate)
-        if (fault := self._no_blends) is not None:
-            return _error(HTTPStatus.BAD_REQUEST, fault)
-        for name, _ in candidate.weights:
-            if models.is_base_model(name):
-                return _error(HTTPStatus.NOT_FOUND, f"there is no adapter `{name}`")
+            return None if models.is_base_model(candidate) else await self._refusal_of(candidate)
+        if self._no_blends is not None:
+            return _error(HTTPStatus.BAD_REQUEST, self._no_blends)
+        for name in candidate.names():
             if (refusal := await self._refusal_of(name)) is not None:
                 return refusal
         blend = blend_names.blend_now(models, candidate.weights)
@@ -216,8 +222,6 @@ class ServerRoutes:
         return self._failure_of(blend)
 
     async def _refusal_of(self, name: str) -> ErrorResponse | None:
-        if self._models.is_base_model(name):
-            return None
         if (refusal := await resolvers.find(self._models, name)) is not None:
             return refusal
         lora = public_names(self._models).get(name)
@@ -273,14 +277,6 @@ class ServerRoutes:
                 "The route %r leads to names that nobody serves yet: %s", route, ", ".join(names)
             )
 
-    def _tell_replaced(self, route: str, name: str, chosen: str, refusal: ErrorResponse) -> None:
-        if chosen != name and (route, name) not in self._replaced:
-            self._replaced.add((route, name))
-            logger.warning(
-                "Route %r: %r is unavailable (%s), and %r answers for it.",
-                *(route, name, refusal.error.message, chosen),
-            )
-
 
 def start(models: Any) -> None:
     """Puts the routes that the settings name in force, if they name any.
@@ -294,15 +290,6 @@ def start(models: Any) -> None:
         ROUTES.set(models, routes)
         registration.ROUTE_NAMES.set(models, routes)
         ON_FAILURE.set(models.engine_client.output_processor, routes.note_failure)
-
-
-def _facts(fields: Mapping[str, Any]) -> RequestFacts:
-    metadata, call = fields.get("metadata"), current_call.get()
-    return RequestFacts(
-        user=fields.get("user"),
-        metadata=metadata if isinstance(metadata, Mapping) else {},
-        headers={} if call is None else call.headers,
-    )
 
 
 def _error(status: HTTPStatus, message: str) -> ErrorResponse:
