@@ -69,6 +69,9 @@ refused_by_second_runner_of_0_29 = pytest.mark.skipif(
     reason="vLLM 0.29's second model runner refuses it",
 )
 
+TAKES_LOGITS_PROCESSORS = _MINOR >= (0, 31) or not _HAS_SECOND_RUNNER
+"""The second model runner refuses users' own before vLLM 0.31."""
+
 needs_drafts = pytest.mark.skipif(
     _MINOR == (0, 30) and not _HAS_SECOND_RUNNER,
     reason="vLLM 0.30's first model runner ends with the first draft on CPUs",

@@ -64,8 +64,8 @@ def endpoint_of(method: str, path: str) -> Endpoint:
 
 
 def is_anthropics(path: str) -> bool:
-    """Whether a path belongs to Anthropic's API, which clients may know more of than vLLM has."""
-    return f"{path}/".startswith("/v1/messages/")
+    """Whether a path is in Anthropic's API, of which vLLM lacks some; vLLM's own one is not."""
+    return f"{path}/".startswith("/v1/messages/") and path != "/v1/messages/render"
 
 
 def header(pairs: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
