@@ -67,7 +67,8 @@ def test_the_corpus_is_large_and_covers_every_code():
     assert len(BAD) >= 60
     assert len(VALID) >= 20
     # Of these no folder can be an example: they are about limits, permissions, places, moments and
-    # the server's settings; `test_signatures.py` has those of signatures.
+    # the server's settings; `test_signatures.py` has those of signatures, `test_required.py` the
+    # wrong digest.
     elsewhere = {
         Code.FILE_UNREADABLE,
         Code.FILE_CHANGED,
@@ -76,6 +77,7 @@ def test_the_corpus_is_large_and_covers_every_code():
         Code.NOT_SIGNED,
         Code.WRONG_SIGNATURE,
         Code.NOT_AS_SIGNED,
+        Code.WRONG_DIGEST,
         Code.NOTHING_APPLIED,
         Code.NOT_PICKLED_TENSORS,
         Code.MORE_PROBLEMS,
