@@ -18,7 +18,9 @@ OURS = {
 
 OURS_HERE = {
     ("integration.engine.adapters.adapter_machine", "each"),
+    ("integration.engine.adapters.engine_adapters", "adapter"),
     ("integration.engine.adapters.engine_adapters", "load"),
+    ("integration.engine.adapters.known_adapters", "adapter"),
     ("integration.engine.adapters.known_adapters", "blend"),
     ("integration.worker.sampling", "manager"),
 }

@@ -129,7 +129,12 @@ def test_what_nobody_waits_for_fails_quietly_where_an_engine_has_died(
         lora_id_counter=AtomicCounter(),
     )
     request = SimpleNamespace(
-        lora_name="acme", lora_path="/acme", load_inplace=False, is_3d_lora_weight=False
+        lora_name="acme",
+        lora_path="/acme",
+        load_inplace=False,
+        is_3d_lora_weight=False,
+        swap=None,
+        expected_version=None,
     )
     assert asyncio.run(run()) == status
     assert asked == [1]

@@ -390,7 +390,12 @@ async def test_a_change_that_is_given_up_is_made_whole(
 
 ACME = lora_of("acme", 1)
 LOAD: Any = SimpleNamespace(
-    lora_name="acme", lora_path="/acme", load_inplace=False, is_3d_lora_weight=False
+    lora_name="acme",
+    lora_path="/acme",
+    load_inplace=False,
+    is_3d_lora_weight=False,
+    swap=None,
+    expected_version=None,
 )
 GONE = LoadFailure(FailureKind.GONE, "gone")
 BLEND = blended([(LoRARequest("acme", 1, "/adapters/acme"), 0.5)])

@@ -14,6 +14,7 @@ from http import HTTPStatus
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
+import msgspec
 from pydantic import Field
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.exceptions import GracefulHTTPError
@@ -156,13 +157,12 @@ async def load_adapter(models: Any, request: Any) -> ErrorResponse | str:
             load_inplace=request.swap is not None,
             is_3d_lora_weight=request.is_3d_lora_weight,
         )
-        refused = await admit(models, lora)
-        lora.load_inplace = False  # it would be read again for each request
-        if refused is not None:
+        if (refused := await admit(models, lora)) is not None:
             if not goes_on:
                 without_waiting(remove(models, lora))  # another engine may have taken it
             return refused
-        await serve(models, lora)
+        # In place, it would be read again for each request.
+        await serve(models, msgspec.structs.replace(lora, load_inplace=False))
         logger.info("Loaded LoRA adapter: name '%s', path '%s'", name, shown_name(path))
         return success
 
@@ -224,13 +224,15 @@ def _refuse_swap(
     if what := unexpected(version, request.expected_version):
         message = f"adapter {request.lora_name!r}: {what}"
         return error_response(HTTPStatus.CONFLICT, message, param="expected_version")
+    if request.swap is None:
+        return None
     servers = models.engine_client.vllm_config.parallel_config._api_process_count
     faults = {
         "needs 'load_inplace': true": not request.load_inplace,
         "is an adapter directory's": previous and previous.lora_int_id >= FIRST_NUMBER,
         f"has {servers} API servers, which need --api-server-count 1": servers > 1,
     }
-    fault = request.swap and next((fault for fault, is_so in faults.items() if is_so), None)
+    fault = next((fault for fault, is_so in faults.items() if is_so), None)
     return _bad(f"no swap in flight: {request.lora_name!r} {fault}", "swap") if fault else None
 
 
