@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
@@ -47,6 +47,20 @@ def peft(llama: Scenario, names: list[str]) -> "PeftReference":
     return PeftReference(llama.base, {name: llama.adapters[name] for name in names})
 
 
+class Told(NamedTuple):
+    """An answer's tokens, and the version that has computed each token but the last."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    versions: list[str]
+
+
+def told_by(output: "RequestOutput", names: Sequence[str]) -> Told:
+    """What is kept of an output, whose own objects would count as growth."""
+    prompt, found = output.prompt_token_ids or (), output.outputs[0].token_ids
+    return Told(tuple(prompt), tuple(found), versions_of(output, names))
+
+
 async def answer(engine: "AsyncLLM", prompt: Sequence[int], name: str) -> "RequestOutput":
     """The last output of a request for the adapter."""
     tokens: Any = {"prompt_token_ids": list(prompt)}
@@ -64,7 +78,7 @@ def test_running_answers_go_on_with_each_version_from_the_token_they_say(
     swaps: int,
 ) -> None:
     prompt = list(case_of(llama, names[0]).prompt)
-    numbers, mixed, sizes = itertools.count(), list["RequestOutput"](), list[int]()
+    numbers, mixed, sizes = itertools.count(), list[Told](), list[int]()
     before_all = {*folders_in_memory()}
 
     async def push(swap: int) -> None:
@@ -74,8 +88,8 @@ def test_running_answers_go_on_with_each_version_from_the_token_they_say(
     async def stream(ended: asyncio.Event) -> None:
         while not ended.is_set():
             output = await answer(engine, prompt, f"request {next(numbers)}")
-            if len({*versions_of(output, names)}) > 1:
-                mixed.append(output)
+            if len({*(told := told_by(output, names)).versions}) > 1:
+                mixed.append(told)
 
     async def run() -> "RequestOutput":
         ended = asyncio.Event()
@@ -92,19 +106,17 @@ def test_running_answers_go_on_with_each_version_from_the_token_they_say(
         ended.set()
         await asyncio.gather(*streams)
         # What two versions have computed is not found by a request that begins like it.
-        longer = [*prompt, *mixed[-1].outputs[0].token_ids[:20]]
+        longer = [*prompt, *mixed[-1].answer[:20]]
         return await answer(engine, longer, "longer")
 
     longer = asyncio.run(asyncio.wait_for(run(), LIMIT_S))
     assert len(mixed) >= STREAMS, "no swap has come while requests ran"
-    for output in [*mixed[:: len(mixed) // MAX_CHECKED + 1], longer]:
-        assert output.prompt_token_ids is not None
-        found = tuple(output.outputs[0].token_ids)
-        versions = versions_of(output, names)
-        tokens = (*output.prompt_token_ids, *found)[:-1]
-        chosen = peft.likeliest_in_turn(tokens, versions)
-        assert tuple(chosen[-len(found) :]) == found, versions
-    assert {*versions_of(longer, names)} == {names[(swaps - 1) % VERSIONS]}
+    last = told_by(longer, names)
+    for told in [*mixed[:: len(mixed) // MAX_CHECKED + 1], last]:
+        tokens = (*told.prompt, *told.answer)[:-1]
+        chosen = peft.likeliest_in_turn(tokens, told.versions)
+        assert tuple(chosen[-len(told.answer) :]) == told.answer, told.versions
+    assert {*last.versions} == {names[(swaps - 1) % VERSIONS]}
     assert len({*folders_in_memory()} - before_all) == 1
     assert max(sizes) - sizes[0] < GROWTH, sizes
 

@@ -42,9 +42,9 @@ def note(outputs: Iterable[Any], states: Mapping[str, Any]) -> list[Any]:
     return found
 
 
-def tell(states: Iterable[Any], request_outputs: Iterable[Any]) -> None:
+def tell(states: Sequence[Any], request_outputs: Iterable[Any]) -> None:
     """Puts the spans so far into the outputs that are ready for requests' readers."""
-    ready = {output.request_id: output for output in request_outputs}
+    ready = {output.request_id: output for output in request_outputs} if states else {}
     for state in states:
         owner, choices = state, {state.request_index: state}
         if state.parent_req is not None:
