@@ -159,6 +159,7 @@ def test_every_number_is_right_after_a_known_sequence(deployment: Deployment) ->
     assert values(text, "vllm:lora_adapter_load_failures_total", "reason") == {
         "gone": 2,
         "invalid": 1,
+        "conflict": 0,
         "unreadable": 0,
         "no_memory": 0,
         "timeout": 0,

@@ -55,7 +55,7 @@ def test_refusals_and_their_problems_are_described(monkeypatch: pytest.MonkeyPat
         schemas = schemas_of(found, "post", path)
         assert schemas.pop("422") == "HTTPValidationError"  # FastAPI's own
         assert schemas == dict.fromkeys(
-            ("400", "401", "403", "404", "500", "503"), "AdapterErrorResponse"
+            ("400", "401", "403", "404", "409", "500", "503"), "AdapterErrorResponse"
         ), path
     assert schemas_of(found, "get", LIST) == dict.fromkeys(("401", "404", "503"), "ErrorResponse")
     schemas = found["components"]["schemas"]
