@@ -139,8 +139,9 @@ KERNELS = _gauge(
 LOAD_FAILURES = _counter(
     "vllm:lora_adapter_load_failures_total",
     "Loads of LoRA adapters that failed, including registrations, by reason: gone, invalid, "
-    "conflict, unreadable, no_memory, timeout, internal; and adapters that were taken out of service "
-    "(quarantined). A failed load is repeated as the answer for two seconds, and counts each time.",
+    "conflict, unreadable, no_memory, timeout, internal; and adapters that were taken out of "
+    "service (quarantined). A failed load is repeated as the answer for two seconds, and counts "
+    "each time.",
     ("reason",),
 )
 REQUEST_WAIT = _histogram(
