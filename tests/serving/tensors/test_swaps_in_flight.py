@@ -47,7 +47,7 @@ def peft(llama: Scenario, names: list[str]) -> "PeftReference":
     return PeftReference(llama.base, {name: llama.adapters[name] for name in names})
 
 
-class Told(NamedTuple):
+class Reported(NamedTuple):
     """An answer's tokens, and the version that has computed each token but the last."""
 
     prompt: tuple[int, ...]
@@ -55,10 +55,10 @@ class Told(NamedTuple):
     versions: list[str]
 
 
-def told_by(output: "RequestOutput", names: Sequence[str]) -> Told:
+def reported_by(output: "RequestOutput", names: Sequence[str]) -> Reported:
     """What is kept of an output, whose own objects would count as growth."""
     prompt, found = output.prompt_token_ids or (), output.outputs[0].token_ids
-    return Told(tuple(prompt), tuple(found), versions_of(output, names))
+    return Reported(tuple(prompt), tuple(found), versions_of(output, names))
 
 
 async def answer(engine: "AsyncLLM", prompt: Sequence[int], name: str) -> "RequestOutput":
@@ -78,7 +78,7 @@ def test_running_answers_go_on_with_each_version_from_the_token_they_say(
     swaps: int,
 ) -> None:
     prompt = list(case_of(llama, names[0]).prompt)
-    numbers, mixed, sizes = itertools.count(), list[Told](), list[int]()
+    numbers, mixed, sizes = itertools.count(), list[Reported](), list[int]()
     before_all = {*folders_in_memory()}
 
     async def push(swap: int) -> None:
@@ -88,8 +88,8 @@ def test_running_answers_go_on_with_each_version_from_the_token_they_say(
     async def stream(ended: asyncio.Event) -> None:
         while not ended.is_set():
             output = await answer(engine, prompt, f"request {next(numbers)}")
-            if len({*(told := told_by(output, names)).versions}) > 1:
-                mixed.append(told)
+            if len({*(reported := reported_by(output, names)).versions}) > 1:
+                mixed.append(reported)
 
     async def run() -> "RequestOutput":
         ended = asyncio.Event()
@@ -111,11 +111,11 @@ def test_running_answers_go_on_with_each_version_from_the_token_they_say(
 
     longer = asyncio.run(asyncio.wait_for(run(), LIMIT_S))
     assert len(mixed) >= STREAMS, "no swap has come while requests ran"
-    last = told_by(longer, names)
-    for told in [*mixed[:: len(mixed) // MAX_CHECKED + 1], last]:
-        tokens = (*told.prompt, *told.answer)[:-1]
-        chosen = peft.likeliest_in_turn(tokens, told.versions)
-        assert tuple(chosen[-len(told.answer) :]) == told.answer, told.versions
+    last = reported_by(longer, names)
+    for reported in [*mixed[:: len(mixed) // MAX_CHECKED + 1], last]:
+        tokens = (*reported.prompt, *reported.answer)[:-1]
+        chosen = peft.likeliest_in_turn(tokens, reported.versions)
+        assert tuple(chosen[-len(reported.answer) :]) == reported.answer, reported.versions
     assert {*last.versions} == {names[(swaps - 1) % VERSIONS]}
     assert len({*folders_in_memory()} - before_all) == 1
     assert max(sizes) - sizes[0] < GROWTH, sizes
