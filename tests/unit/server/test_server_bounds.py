@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError
 from vllm.lora.request import LoRARequest
 from vllm.utils.counter import AtomicCounter
@@ -31,7 +32,7 @@ from vllm_multilora.integration.server.names.refusals import (
     LONGEST_PAUSE_S,
     Refusals,
 )
-from vllm_multilora.integration.server.requests import engine_admission, http_calls
+from vllm_multilora.integration.server.requests import engine_admission, http_calls, own_templates
 from vllm_multilora.integration.server.requests.http_calls import HttpCall, current_call
 
 ANSWER: Any = SimpleNamespace()
@@ -261,6 +262,19 @@ def test_no_more_adapters_are_registered_than_a_server_may_have(
     assert registration.one_too_many(models, "other", "lora_name") is None  # replaces its own
 
 
+def test_no_swap_in_flight_where_adapters_may_bring_templates() -> None:
+    """A template is known by its adapter's number, which such a swap leaves as it is."""
+    models, templates = models_of(acme=ACME), own_templates.OWN_TEMPLATES
+    models.engine_client.vllm_config = VllmConfig()
+    templates.set(
+        models.engine_client, own_templates.OwnTemplates.__new__(own_templates.OwnTemplates)
+    )
+    refusal: Any = asyncio.run(registration.load_adapter(models, IN_FLIGHT))
+    assert refusal.error.code == HTTPStatus.BAD_REQUEST
+    assert "may bring a chat template" in refusal.error.message
+    assert models.engine_client.asked == []
+
+
 def followed(engine: Any) -> Any:
     """With requests that are checked and followed, as a server's."""
     engine.output_processor = SimpleNamespace(request_states={})
@@ -397,6 +411,7 @@ LOAD: Any = SimpleNamespace(
     swap=None,
     expected_version=None,
 )
+IN_FLIGHT: Any = SimpleNamespace(**vars(LOAD) | {"load_inplace": True, "swap": "in_flight"})
 GONE = LoadFailure(FailureKind.GONE, "gone")
 BLEND = blended([(LoRARequest("acme", 1, "/adapters/acme"), 0.5)])
 

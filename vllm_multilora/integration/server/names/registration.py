@@ -231,6 +231,7 @@ def _refuse_swap(
         "needs 'load_inplace': true": not request.load_inplace,
         "is an adapter directory's": previous and previous.lora_int_id >= FIRST_NUMBER,
         f"has {servers} API servers, which need --api-server-count 1": servers > 1,
+        "may bring a chat template": OWN_TEMPLATES.is_set(models.engine_client),
     }
     fault = next((fault for fault, is_so in faults.items() if is_so), None)
     return _bad(f"no swap in flight: {request.lora_name!r} {fault}", "swap") if fault else None
