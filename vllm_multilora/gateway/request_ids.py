@@ -64,7 +64,8 @@ class _Answer(ChangedAnswer):
         pairs += [(name, self._id) for name in self._headers if header(pairs, name) is None]
         start = {**start, "headers": pairs}
         is_json = (header(pairs, b"content-type") or b"").startswith(b"application/json")
-        await (self._hold if start["status"] >= 400 and is_json else self._send)(start)
+        is_error = start["status"] >= 400 and is_json
+        await (self._hold(start) if is_error else self._send(start))
 
     async def _send_error(self, message: Message) -> None:
         body = message.get("body", b"")

@@ -135,7 +135,7 @@ class SlotAssignment(PolicyTier):
         return place is not None and not place.missing_ranks and place.order.pack == pack
 
     def is_awaited(self, adapter_id: int) -> bool:
-        """Whether the adapter has a slot that some rank has not filled."""
+        """Whether the adapter has a slot that some rank has not filled, or that is not used yet."""
         place = self._places.get(adapter_id)
         return adapter_id in self._successors or bool(place and place.missing_ranks)
 

@@ -16,6 +16,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm_multilora.integration.server.names import registration
 from vllm_multilora.integration.server.requests import engine_calls
 
+from .test_server_bounds import LOAD
+
 LIMIT_S = 5.0
 UNAVAILABLE = HTTPStatus.SERVICE_UNAVAILABLE
 
@@ -111,7 +113,7 @@ def test_what_nobody_waits_for_fails_quietly_where_an_engine_has_died(
     async def run() -> int:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda loop, context: unheard.append(context["message"]))
-        refusal: Any = await registration.load_adapter(models, request)
+        refusal: Any = await registration.load_adapter(models, LOAD)
         async with asyncio.timeout(LIMIT_S):
             while not asked or registration._tasks:
                 await asyncio.sleep(0)
@@ -127,14 +129,6 @@ def test_what_nobody_waits_for_fails_quietly_where_an_engine_has_died(
         lora_requests={},
         is_base_model="base".__eq__,
         lora_id_counter=AtomicCounter(),
-    )
-    request = SimpleNamespace(
-        lora_name="acme",
-        lora_path="/acme",
-        load_inplace=False,
-        is_3d_lora_weight=False,
-        swap=None,
-        expected_version=None,
     )
     assert asyncio.run(run()) == status
     assert asked == [1]

@@ -180,16 +180,17 @@ def make_adapters(
         required=RequiredDigests(settings.require_digest) if settings.require_digest else None,
         signing_keys=settings.signing_keys,
         most_blends=settings.max_blends,
-        no_swaps=next((why for is_so, why in _no_swaps(vllm_config) if is_so), ""),
+        no_swaps=_no_swaps(vllm_config),
     )
 
 
-def _no_swaps(vllm_config: VllmConfig) -> Iterator[tuple[bool, str]]:
-    """Why running requests cannot go on with other weights, and whether that is so."""
-    has_connector = vllm_config.kv_transfer_config is not None
-    yield has_connector, "no swap in flight with a KV connector, which may share mixed KV blocks"
-    is_ray = vllm_config.parallel_config.distributed_executor_backend == "ray"
-    yield is_ray, "no swap in flight with Ray, whose workers may carry it out in different steps"
+def _no_swaps(vllm_config: VllmConfig) -> str:
+    """Why running requests cannot go on with other weights; empty: they can."""
+    if vllm_config.kv_transfer_config is not None:
+        return "no swap in flight with a KV connector, which may share mixed KV blocks"
+    if vllm_config.parallel_config.distributed_executor_backend == "ray":
+        return "no swap in flight with Ray, whose workers may carry it out in different steps"
+    return ""
 
 
 def _connect(

@@ -71,7 +71,8 @@ class Registrations:
         """Has an adapter read and checked; holds an `AdapterRefusedError` if it cannot be served.
 
         That lifts its weights' quarantine, unless it is known or a request's, of a directory. With
-        `in_flight`, running requests go on with it, and it is done when they do.
+        `in_flight`, which `load_inplace` goes with, running requests go on with it, and it is done
+        when they do.
         """
         request = self.pushed.resolve(request)
         known = self._known.find(request.lora_int_id)
@@ -83,19 +84,17 @@ class Registrations:
         if (failure := self._known.refusal(request, "")) is not None:
             return _refused(request, failure.kind, failure.message)
         adapter = self._known.known_for(request)
-        if in_flight or request.load_inplace:
+        if request.load_inplace:
             adapter.is_in_flight = in_flight
         # A directory's number stands for one version of its files; others may have been read since.
-        fresh = (
-            in_flight
-            or request.load_inplace
-            or (adapter.number >= FIRST_NUMBER and adapter.pack is not None)
+        fresh = request.load_inplace or (
+            adapter.number >= FIRST_NUMBER and adapter.pack is not None
         )
         future = adapter.registered(fresh=fresh)
         if undo and in_flight:
             future.add_done_callback(lambda done: undo() if done.exception() else None)
         is_first = adapter is not known and adapter.number < FIRST_NUMBER
-        if in_flight or request.load_inplace or is_first:  # anew
+        if request.load_inplace or is_first:  # anew
             future.add_done_callback(
                 lambda done: self.quarantine.lift(None if done.exception() else adapter.serving)
             )
@@ -232,6 +231,8 @@ class EngineAdapters(Registrations):
 
     def swap(self) -> dict[int, tuple[str, int]]:
         """Versions that running requests go on with from this step on; see `Announcements.swap`."""
+        if not self._known.swapping:
+            return {}
         swapped = [adapter for adapter in list(self._known.swapping) if adapter.swap()]
         self._exchange.send()
         return {each.number: (each.pack.digest, each.updates) for each in swapped if each.pack}
