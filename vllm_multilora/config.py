@@ -172,17 +172,10 @@ class MultiLoRAConfig:
         "How many adapters this machine reads at a time; loads that take long do not count.",
     )
     load_timeout_s: float = _number(
-        60.0,
-        "SECONDS",
-        _SECONDS,
-        "Seconds after which a load is abandoned and its requests fail.",
+        60.0, "SECONDS", _SECONDS, "Seconds after which a load is abandoned and its requests fail."
     )
     unload_timeout_s: float = _number(
-        60.0,
-        "SECONDS",
-        _SECONDS,
-        "Seconds that running requests for an unloaded adapter have to finish; after that they "
-        "are ended.",
+        60.0, "SECONDS", _SECONDS, "Seconds after which an unloaded adapter's requests are ended."
     )
     allowed_roots: tuple[str, ...] = _list(
         "folders and URLs",
@@ -197,10 +190,7 @@ class MultiLoRAConfig:
         *("folder", "DIR"),
     )
     disk_cache_gib: float = _number(
-        20.0,
-        "GIB",
-        _SIZE,
-        "Size of that folder in GiB (20 by default). What was used longest ago makes room.",
+        20.0, "GIB", _SIZE, "GiB for that folder (20 by default). What was used longest ago goes."
     )
     source_credentials: str | None = _file(
         "File of NAME=value lines with credentials for URLs, such as AWS_SECRET_ACCESS_KEY. Only "
@@ -228,8 +218,7 @@ class MultiLoRAConfig:
         metavar="NAMES",
     )
     allow_pickle: bool = _switch(
-        False,
-        "Also read adapter_model.bin and .pt, with PyTorch's restricted unpickler.",
+        False, "Also read adapter_model.bin and .pt, with PyTorch's restricted unpickler."
     )
     allow_hub: bool = _switch(
         False,
@@ -237,8 +226,7 @@ class MultiLoRAConfig:
         "does. The download counts towards the time limit of the load.",
     )
     check_finite: bool = _switch(
-        True,
-        "Refuse adapters with NaN or infinity in their weights (the default).",
+        True, "Refuse adapters with NaN or infinity in their weights (the default)."
     )
     quarantine: bool = _switch(
         True,
@@ -275,9 +263,13 @@ class MultiLoRAConfig:
     )
     route_names: bool = _switch(
         False,
-        "Answers to a route's name have that name as their `model`, instead of the adapter's (the "
-        "default). The header x-multilora-adapter and the field `multilora` name the adapter "
-        "either way.",
+        "Answers to a route's name have that name as their `model`, instead of the adapter's, "
+        "which the header x-multilora-adapter and the field `multilora` name either way.",
+    )
+    base_alias: bool = _switch(
+        False,
+        "An adapter may be loaded under a name of the base model, which keeps its other ones "
+        "(--served-model-name), and leads to the base model again when it is unloaded.",
     )
     admin_key_file: str | None = _file(
         "File with the operators' keys, one per line. Only operators may load and unload "

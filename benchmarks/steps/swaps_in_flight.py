@@ -31,7 +31,7 @@ from benchmarks.loads.smollm2 import base_model, model_config
 from benchmarks.steps.cpu_throughput import PROJECTIONS, write_random_adapter
 from tests.serving.engine import greedy, running_async_engine
 from tests.serving.models.peft_reference import PeftReference
-from tests.serving.tensors.pushes import EXTENSION, NUMBER, memory, pushed, versions_of
+from tests.serving.tensors.pushes import NUMBER, memory, pushed, versions_of
 
 STREAMS, VERSIONS, RANK = 16, 5, 8
 PROMPT_TOKENS, NEW_TOKENS = 24, 60
@@ -39,6 +39,9 @@ ALPHA = 16 * RANK
 """So that versions answer with other tokens: the weights are small."""
 
 CONFIG = "adapter_config.json"
+KEPT = "tests.serving.tensors.tensor_loader.KeptTensors"
+"""Has the tensors of a version at hand from its second push on; the first ones come beforehand."""
+
 PAUSE_S = 0.01
 """Between a swap's end and the next one's beginning."""
 
@@ -114,7 +117,8 @@ async def measured(
                 sizes.append(memory())
 
     sizes: list[int] = []
-    await push()
+    for _ in folders:
+        await push()
     await asked.answer()
     began = time.perf_counter()
     swapping = await beside(swap_all())
@@ -138,11 +142,10 @@ def wrong_answers(folders: list[Path], answers: Iterable[Any]) -> int:
 def engine_with_pushes(streams: int) -> Iterator[Any]:
     """An engine whose worker can be given tensors."""
     options = {"max_loras": 2, "max_cpu_loras": 6, "max_num_seqs": streams}
+    options["kv_cache_memory_bytes"] = 256 << 20
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-        with running_async_engine(
-            base_model(), worker_extension_cls=EXTENSION, **options
-        ) as engine:
+        with running_async_engine(base_model(), worker_extension_cls=KEPT, **options) as engine:
             yield engine
 
 

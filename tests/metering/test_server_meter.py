@@ -81,11 +81,11 @@ def follow(processor: OutputProcessor, meter: ServerMeter) -> None:
     metering.attach(processor, meter)
 
 
-def metered(reported: Any, *, takes_prefills: bool) -> tuple[Usage, RequestState]:
-    """A request that says something of its prefill, and has a token generated."""
-    request = CompletionRequest(model="acme", prompt=PROMPT, kv_transfer_params=reported)
+def metered() -> tuple[Usage, RequestState]:
+    """A request of which a token is generated, after a prompt that was cached in part."""
+    request = CompletionRequest(model="acme", prompt=PROMPT)
     log, processor = Log(), OutputProcessor(None, log_stats=False)
-    follow(processor, ServerMeter(log, takes_prefills=takes_prefills))
+    follow(processor, ServerMeter(log))
     processor.add_request(request_for_acme(request), None)
     (state,) = processor.request_states.values()
     prefill = PrefillStats(num_prompt_tokens=len(PROMPT), num_cached_tokens=CACHED)
@@ -96,22 +96,6 @@ def metered(reported: Any, *, takes_prefills: bool) -> tuple[Usage, RequestState
     (usage,) = log.lines
     assert (usage.prompt_tokens, usage.generated_tokens) == (len(PROMPT), 1)
     return usage, state
-
-
-@pytest.mark.parametrize("reported", [-5_000, 0, len(PROMPT), 5_000])
-def test_a_client_does_not_say_how_much_of_its_prompt_was_cached(reported: int) -> None:
-    params = {"do_remote_prefill": True, "remote_prefill_cached_tokens": reported}
-    usage, state = metered(params, takes_prefills=False)
-    assert usage.cached_tokens == state.num_cached_tokens == CACHED  # the latter is in the answer
-
-
-@pytest.mark.parametrize(("reported", "counted"), [(-5_000, 0), (2, 2), (5_000, len(PROMPT))])
-def test_of_a_prompt_that_another_engine_has_read_no_more_was_cached_than_it_has(
-    reported: int, counted: int
-) -> None:
-    params = {"do_remote_prefill": True, "remote_prefill_cached_tokens": reported}
-    usage, state = metered(params, takes_prefills=True)
-    assert usage.cached_tokens == state.num_cached_tokens == counted
 
 
 def test_a_request_that_is_named_twice_is_ended_once() -> None:
@@ -176,7 +160,7 @@ def test_a_clock_that_was_set_back_takes_nothing_from_a_histogram(
 
 
 def test_what_the_engine_found_in_its_cache_is_counted() -> None:
-    usage, _ = metered(None, takes_prefills=True)
+    usage, _ = metered()
     assert usage.cached_tokens == CACHED
 
 

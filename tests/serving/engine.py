@@ -158,7 +158,7 @@ def running_async_engine(model: Path, **more: Any) -> "Iterator[AsyncLLM]":
         max_lora_rank=64,
         max_model_len=128,
         skip_tokenizer_init=True,
-        **more,
+        **{"kv_cache_memory_bytes": KV_CACHE_BYTES, **more},
     )
     with (
         store_folder() as folder,

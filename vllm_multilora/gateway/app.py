@@ -51,16 +51,15 @@ class Gateway:
         scope, send = identified(scope, send)
         path = route_path(scope)
         if STOP.has_come and (path in HEALTH or scope.get("method") == "POST"):
-            answer = error_answer(HTTPStatus.SERVICE_UNAVAILABLE, IS_STOPPING, path=path)
-            await answer(scope, receive, send)
+            answer: ASGIApp = error_answer(HTTPStatus.SERVICE_UNAVAILABLE, IS_STOPPING, path=path)
         elif CONTROLS.search(scope["path"]):
             # The pattern of a Starlette route ends in `$`, which also matches before a line break:
             # such a path would reach an endpoint as another one than it was checked as.
             message = "There is nothing at a path with control characters."
             answer = error_answer(HTTPStatus.NOT_FOUND, message, path=path)
-            await answer(scope, receive, send)
         else:
-            await self._for(scope["app"])(scope, receive, send)
+            answer = self._for(scope["app"])
+        await answer(scope, receive, send)
 
     async def _start(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Starts with the server, and stops it where a setting cannot be used."""

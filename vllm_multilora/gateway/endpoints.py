@@ -13,25 +13,14 @@ from typing import Any
 from starlette.responses import Response
 
 from vllm_multilora.gateway.table import TENANT_ROUTES
-from vllm_multilora.integration.server.requests.callers import TYPES
+from vllm_multilora.integration.server.requests.callers import ANTHROPIC_TYPES, TYPES
 from vllm_multilora.tenants.rules import STATUS, STATUS_PAGE, Endpoint
 
 HEALTH = ("/health", "/ping")
 _MANAGE = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _SAGEMAKER_ADAPTERS = "/adapters"
 _MODELS = "/v1/models"
-_ANTHROPIC_TYPES = {
-    HTTPStatus.BAD_REQUEST: "invalid_request_error",
-    HTTPStatus.UNAUTHORIZED: "authentication_error",
-    HTTPStatus.FORBIDDEN: "permission_error",
-    HTTPStatus.NOT_FOUND: "not_found_error",
-    HTTPStatus.CONFLICT: "invalid_request_error",
-    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
-    HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
-    HTTPStatus.INTERNAL_SERVER_ERROR: "api_error",
-    HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
-}
-ANTHROPIC_STATUSES = {kind: status for status, kind in reversed(_ANTHROPIC_TYPES.items())}
+ANTHROPIC_STATUSES = {kind: status for status, kind in reversed(ANTHROPIC_TYPES.items())}
 """Statuses of Anthropic's errors, which do not hold them."""
 
 _COHERE = "/cohere/v2/chat"
@@ -89,7 +78,7 @@ def error_answer(
 ) -> Response:
     """An error as clients of a path read it; OpenAI's are told the field that is at fault."""
     if is_anthropics(path):
-        error = {"type": _ANTHROPIC_TYPES[status], "message": message}
+        error = {"type": ANTHROPIC_TYPES[status], "message": message}
         return _json({"type": "error", "error": error}, status)
     if path == _COHERE:
         return _json({"message": message}, status)

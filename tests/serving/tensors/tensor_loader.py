@@ -78,9 +78,13 @@ class Extension:
     ) -> bool:
         """As `push`; running requests go on with it."""
         self.remove_lora(number)
-        request = of_tensors(number, folder)
+        request = self.request(number, folder)
         request.swap, request.expected_version = swap, expected
         return bool(self.add_lora(request))
+
+    def request(self, number: int, folder: Path) -> TensorLoRARequest:
+        """The adapter in a folder, with a number."""
+        return of_tensors(number, folder)
 
     def push_all(self: Any, folders: dict[int, Path]) -> bool:
         """Gives the worker several adapters at once."""
@@ -92,6 +96,17 @@ class Extension:
 
     def forget(self: Any, number: int) -> bool:
         return bool(self.remove_lora(number))
+
+
+class KeptTensors(Extension):
+    """Reads each folder once: a trainer has its tensors at hand."""
+
+    def request(self, number: int, folder: Path) -> TensorLoRARequest:
+        """As before, of tensors that were read for an earlier request."""
+        kept = self.__dict__.setdefault("kept", {})
+        if folder not in kept:
+            kept[folder] = of_tensors(number, folder)
+        return msgspec.structs.replace(kept[folder])
 
 
 class OwnLoader(Extension):

@@ -61,7 +61,6 @@ FIELDS = {
     ("integration.settings.flags", "args.additional_config"),
     ("integration.settings.flags", "engine_args.additional_config"),
     ("integration.server.requests.metering", "output.pooling_output"),
-    ("integration.server.requests.metering", "state.remote_prefill_cached_tokens"),
     ("integration.server.names.model_names", "shown.error.message"),
     ("integration.server.names.model_names", "shown.error.problems"),
     ("integration.server.settings.gateway_activation", "args.middleware"),

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from vllm_multilora.adapters.problems import shown_name
 from vllm_multilora.gateway.endpoints import error_answer
 from vllm_multilora.integration.api_server import registered_versions
-from vllm_multilora.integration.server.names.public_names import public_names
+from vllm_multilora.integration.server.names.public_names import is_base_model, public_names
 from vllm_multilora.integration.server.names.routes import ROUTES
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller
 
@@ -72,8 +72,9 @@ async def models_for(
             card.digest, card.created = version.digest, int(version.loaded)
             card.kind = version.kind
     cards = [
-        card_for(caller, card, is_base=models.is_base_model(card.id), is_route=False)
+        card_for(caller, card, is_base=card.parent is None, is_route=False)
         for card in shown.data
+        if card.parent is not None or is_base_model(models, card.id)
     ]
     led = [] if (routes := ROUTES.get(models)) is None else await routes.cards(caller)
     cards += [card_for(caller, card, is_base=False, is_route=True) for card in led]

@@ -32,7 +32,7 @@ from vllm_multilora.integration.server.names.model_names import (
     choose,
     takes_any_name,
 )
-from vllm_multilora.integration.server.names.public_names import public_names
+from vllm_multilora.integration.server.names.public_names import is_base_model, public_names
 from vllm_multilora.integration.server.names.routes import ROUTES
 from vllm_multilora.integration.server.requests.callers import (
     MAX_RESULTS,
@@ -180,13 +180,11 @@ class NamesMiddleware:
         changed = {b"content-length": str(len(content)).encode()}
         if kind is not None:
             changed[b"content-type"] = kind
-        if is_invoked:
-            try:
-                changed[SAGEMAKER_HEADER] = name.encode("latin-1")
-            except UnicodeEncodeError:
-                if not is_base:
-                    message = "model: found characters that SageMaker's header cannot carry."
-                    return refused(message, param=MODEL)
+        if is_invoked and name.isascii():
+            changed[SAGEMAKER_HEADER] = name.encode()
+        elif is_invoked and not is_base:
+            message = "model: found characters that SageMaker's header cannot carry."
+            return refused(message, param=MODEL)
         kept = [p for p in scope["headers"] if p[0] not in (*changed, b"transfer-encoding")]
         scope = {**scope, "headers": [*kept, *changed.items()]}
         part = {"type": "http.request", "body": content, "more_body": False}
@@ -246,7 +244,7 @@ def _fault(models: Any, message: Message) -> str | None:
         return None
     is_update = isinstance(event, dict) and event.get("type") == "session.update"
     model = event.get("model") if is_update else None
-    if model is None or model == "" or models.is_base_model(model):
+    if model is None or model == "" or is_base_model(models, model):
         return None
     names = (public_names(models), ROUTES.get(models) or ())
     if isinstance(model, str) and any(model in each for each in names):

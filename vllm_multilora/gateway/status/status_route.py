@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 Listing = dict[str, Any]
 _Ask = Callable[[], Coroutine[Any, Any, tuple[Listing | None, float]]]
 
+_REFUSED = (401, 404, 503)
 _AT_HAND = [state.value for state in AT_HAND]
 _TENANT_KEYS = ("id", "object", "state", "kind", "rank", "last_error")
 _NEAREST_FIRST = [state.value for state in NEAREST_FIRST]
@@ -117,7 +118,7 @@ class AdaptersRoute:
         self._recent = recent or RecentListing()
 
     def add_to(self, server: FastAPI) -> None:
-        responses = registration.STATUS_REFUSALS
+        responses = dict(each for each in registration.REFUSALS.items() if each[0] in _REFUSED)
         server.add_api_route(STATUS, self.show, methods=["GET"], responses=responses)
         one = STATUS + "/{name:path}"
         server.add_api_route(one, self.show_one, methods=["GET"], responses=responses)

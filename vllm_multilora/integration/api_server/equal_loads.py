@@ -9,8 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from vllm_multilora.integration.attached import Attached
+
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
+
+LOADER: Attached[Callable[..., Any]] = Attached("loader")
+"""Loads for a table of models, where the gateway keeps the names."""
 
 
 def was_loaded(table: Mapping[str, LoRARequest], request: Any, before: LoRARequest | None) -> bool:
@@ -29,8 +34,8 @@ async def load_lora_adapter(
     original: Callable[..., Any], models: Any, request: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Answers a load that has waited for an equal one with that one's success."""
-    before = models.lora_requests.get(request.lora_name)
-    answer = await original(models, request, *args, **kwargs)
+    before, load = models.lora_requests.get(request.lora_name), LOADER.get(models) or original
+    answer = await load(models, request, *args, **kwargs)
     if isinstance(answer, str) or not was_loaded(models.lora_requests, request, before):
         return answer
     return f"Success: LoRA adapter '{request.lora_name}' added successfully."

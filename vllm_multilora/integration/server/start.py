@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from vllm_multilora.integration.api_server.equal_loads import LOADER
 from vllm_multilora.integration.failed_requests import RefusalsInOneLine
 from vllm_multilora.integration.logs import PrintableLines, add_filter
 from vllm_multilora.integration.server.names import (
@@ -15,6 +16,7 @@ from vllm_multilora.integration.server.names import (
     shared_names,
 )
 from vllm_multilora.integration.server.names.public_names import public_names, separate
+from vllm_multilora.integration.server.names.registration_routes import load_for_others
 from vllm_multilora.integration.server.requests import (
     engine_admission,
     engine_calls,
@@ -46,6 +48,7 @@ async def start(models: Any) -> None:
         await engine_calls.engine_reports(client.engine_core, [])
         loaded = public_names(models).values()  # by vLLM, which knows no versions
         await asyncio.gather(*(engine_calls.register(client, lora) for lora in loaded))
+        LOADER.set(models, load_for_others)
         registration.start(models)
         shared_names.start(models)
         metering.start(models)

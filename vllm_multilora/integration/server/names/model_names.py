@@ -76,7 +76,7 @@ async def may_use(models: Any, name: str | None) -> bool:
         await routes.look_for(name)
     if caller is None:
         return True
-    is_base = not name or models.is_base_model(name)
+    is_base = not name or public_names.is_base_model(models, name)
     return caller.may_use(name, is_base=is_base, is_route=name in (routes or ()))
 
 
@@ -105,7 +105,7 @@ async def _choose(
     if isinstance(led, LoRARequest):
         return _answered_by(call, models, led, asked, rendered=name)
     name = led or name
-    lora, is_base = None, not name or models.is_base_model(name)
+    lora, is_base = None, not name or public_names.is_base_model(models, name)
     if is_base and acts:
         messages = fields.get("messages") if public_names.defaults_of(models) else None
         defaults = _kinds_in(messages).intersection(public_names.defaults_of(models), served)
@@ -160,12 +160,12 @@ async def _choose_blend(
         return refusal(f"{BLEND_FIELD}: {error}.")
     if (fault := blend_names.why_none(models)) is not None:
         return refusal(f"{BLEND_FIELD}: {fault}.")
-    if model and not models.is_base_model(model):
+    if model and not public_names.is_base_model(models, model):
         base = models.base_model_paths[0].name
         found = f"found the model `{model}`, expected `{base}`"
         return refusal(f"{BLEND_FIELD} goes with the base model's name: {found}.", param="model")
     for name in weights:
-        if models.is_base_model(name):
+        if public_names.is_base_model(models, name):
             return refusal(f"{BLEND_FIELD}: found the base model `{name}`, expected adapters.")
     served = public_names.public_names(models)
     for name in weights:

@@ -7,7 +7,7 @@ and where vLLM loads the adapters, vLLM's table has the public names.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_multilora.errors import ConfigError
@@ -16,7 +16,7 @@ from vllm_multilora.integration.attached import Attached
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-_NAMES: Attached[dict[str, LoRARequest]] = Attached("public-names")
+_NAMES: Attached[MutableMapping[str, LoRARequest]] = Attached("public-names")
 
 PART_KINDS = frozenset(
     ("text", "image", "audio", "video", "input", "output", "prompt", "refusal", "thinking", "tool")
@@ -25,31 +25,51 @@ PART_KINDS = frozenset(
 name to everybody's chats with such a part."""
 
 
-class _PublicNames(dict[str, "LoRARequest"]):
-    """Keeps the operator's default adapters in vLLM's table too, where vLLM looks for them."""
+class _PublicNames(MutableMapping[str, "LoRARequest"]):
+    """Keeps the operator's default adapters in vLLM's table too, where vLLM looks for them.
+
+    What others put there under its public name, trainers' own routes for instance, counts as well.
+    """
 
     def __init__(self, table: dict[str, LoRARequest], defaults: Collection[str]) -> None:
-        super().__init__(table)
+        self._own = dict(table)
         self._table = table
         self._defaults = defaults
-        for name in self.keys() - set(defaults):
+        for name in self._own.keys() - set(defaults):
             del table[name]
 
+    def __getitem__(self, name: str) -> LoRARequest:
+        found = self._table.get(name)
+        # Another name stands for a version, while a request is answered with it.
+        return self._own[name] if found is None or found.lora_name != name else found
+
     def __setitem__(self, name: str, lora: LoRARequest) -> None:
-        super().__setitem__(name, lora)
+        self._own[name] = lora
+        self._table.pop(name, None)
         if name in self._defaults:
             self._table[name] = lora
 
     def __delitem__(self, name: str) -> None:
-        super().__delitem__(name)
-        if name in self._defaults:
-            del self._table[name]
+        del (self._own if name in self._own else self._table)[name]
+        self._table.pop(name, None)
+
+    def __iter__(self) -> Iterator[str]:
+        others = (name for name, lora in self._table.items() if lora.lora_name == name)
+        return iter(dict.fromkeys((*self._own, *others)))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
-def public_names(models: Any) -> dict[str, LoRARequest]:
+def public_names(models: Any) -> MutableMapping[str, LoRARequest]:
     """The adapters that a server serves, by their public names."""
-    found = _NAMES.get(models)
+    found: MutableMapping[str, LoRARequest] | None = _NAMES.get(models)
     return models.lora_requests if found is None else found
+
+
+def is_base_model(models: Any, name: str | None) -> bool:
+    """Whether a name leads to the base model; an adapter may have taken it over."""
+    return models.is_base_model(name) and name not in public_names(models)
 
 
 def separate(models: Any) -> None:

@@ -30,6 +30,7 @@ from vllm_multilora.integration.api_server.equal_loads import was_loaded
 from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.blends import blend_of
 from vllm_multilora.integration.failed_requests import STATUS, AdapterRefusedError, without_folder
+from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server.names import shared_names
 from vllm_multilora.integration.server.names.public_names import is_reserved, public_names
 from vllm_multilora.integration.server.requests import metering
@@ -77,13 +78,11 @@ class AdapterErrorResponse(ErrorResponse):
     error: AdapterErrorInfo
 
 
-_NO_KEY = "The request has no valid key."
-
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": AdapterErrorResponse, "description": description}
     for status, description in (
         (400, "The name, the path or the adapter itself is wrong."),
-        (401, _NO_KEY),
+        (401, "The request has no valid key."),
         (403, "The path is outside the allowed folders, or the key too weak."),
         (404, "There is no such adapter."),
         (409, "Another version is served than was expected."),
@@ -92,13 +91,6 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     )
 }
 """Answers other than 200 of vLLM's routes for adapters, as `/openapi.json` describes them."""
-
-STATUS_REFUSALS: dict[int | str, dict[str, Any]] = {
-    401: {"model": ErrorResponse, "description": _NO_KEY},
-    404: {"model": ErrorResponse, "description": "The plugin is off, or LoRA is."},
-    503: {"model": ErrorResponse, "description": "The engine did not answer in time."},
-}
-"""The same for `GET /v1/lora_adapters`."""
 
 
 def lock_of(models: Any, name: str) -> asyncio.Lock:
@@ -201,11 +193,12 @@ def _refuse_text(models: Any, name: str, path: str) -> AdapterErrorResponse | No
 
 def _refuse_load(models: Any, request: Any) -> AdapterErrorResponse | None:
     """Why an adapter cannot have its name now; None if it can."""
-    name = request.lora_name
+    name, settings = request.lora_name, settings_of(models.engine_client.vllm_config)
     if not name or not request.lora_path:
         message = "Both 'lora_name' and 'lora_path' must be provided."
-    elif models.is_base_model(name):
-        message = f"The lora adapter '{name}' conflicts with a served base model."
+    elif models.is_base_model(name) and not settings.base_alias:
+        message = f"The lora adapter '{name}' conflicts with a served base model, unless "
+        message += "--multilora-base-alias is given."
     elif not request.load_inplace and name in public_names(models):
         message = (
             f"The lora adapter '{name}' has already been loaded. If you want to load the adapter "

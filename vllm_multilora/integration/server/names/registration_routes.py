@@ -35,6 +35,14 @@ async def _load(request: _Load, raw_request: Request) -> Response:
     return _answer(await registration.load(_models(raw_request), request))
 
 
+async def load_for_others(models: Any, request: Any, *_: Any) -> ErrorResponse | str:
+    """As vLLM's method, for other software's routes: some ask again after 500, not after 503."""
+    answer = await registration.load(models, _Load(**request.model_dump()))
+    if isinstance(answer, ErrorResponse) and answer.error.code == 503:
+        answer.error.code = 500
+    return answer
+
+
 async def _unload(request: UnloadLoRAAdapterRequest, raw_request: Request) -> Response:
     return _answer(await registration.unload(_models(raw_request), request))
 

@@ -31,7 +31,7 @@ from vllm_multilora.integration.api_server.failure_delivery import ON_FAILURE
 from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server.names import blend_names, registration, resolvers
-from vllm_multilora.integration.server.names.public_names import public_names
+from vllm_multilora.integration.server.names.public_names import is_base_model, public_names
 from vllm_multilora.integration.server.names.refusals import next_pause
 from vllm_multilora.integration.server.requests import callers
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller
@@ -210,7 +210,8 @@ class ServerRoutes:
         """Why a name or a blend is unavailable; None if it is available."""
         models = self._models
         if not isinstance(candidate, Blended):
-            return None if models.is_base_model(candidate) else await self._refusal_of(candidate)
+            is_base = is_base_model(models, candidate)
+            return None if is_base else await self._refusal_of(candidate)
         if self._no_blends is not None:
             return _error(HTTPStatus.BAD_REQUEST, self._no_blends)
         for name in candidate.names():

@@ -212,18 +212,20 @@ class Caller:
         return without_folders(text, (*self.folders, *([folder] if folder else [])))
 
 
-TYPES = {
-    HTTPStatus.BAD_REQUEST: "BadRequestError",
-    HTTPStatus.UNAUTHORIZED: "AuthenticationError",
-    HTTPStatus.FORBIDDEN: "PermissionDeniedError",
-    HTTPStatus.NOT_FOUND: "NotFoundError",
-    HTTPStatus.CONFLICT: "ConflictError",
-    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "BadRequestError",
-    HTTPStatus.TOO_MANY_REQUESTS: "RateLimitError",
-    HTTPStatus.INTERNAL_SERVER_ERROR: "InternalServerError",
-    HTTPStatus.SERVICE_UNAVAILABLE: "ServiceUnavailableError",
+_TYPES = {
+    HTTPStatus.BAD_REQUEST: ("BadRequestError", "invalid_request_error"),
+    HTTPStatus.UNAUTHORIZED: ("AuthenticationError", "authentication_error"),
+    HTTPStatus.FORBIDDEN: ("PermissionDeniedError", "permission_error"),
+    HTTPStatus.NOT_FOUND: ("NotFoundError", "not_found_error"),
+    HTTPStatus.CONFLICT: ("ConflictError", "invalid_request_error"),
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: ("BadRequestError", "request_too_large"),
+    HTTPStatus.TOO_MANY_REQUESTS: ("RateLimitError", "rate_limit_error"),
+    HTTPStatus.INTERNAL_SERVER_ERROR: ("InternalServerError", "api_error"),
+    HTTPStatus.SERVICE_UNAVAILABLE: ("ServiceUnavailableError", "overloaded_error"),
 }
-"""What vLLM, or where it has no such answer OpenAI's client, calls an error, by its status."""
+TYPES, ANTHROPIC_TYPES = ({key: kinds[api] for key, kinds in _TYPES.items()} for api in (0, 1))
+"""What vLLM, or where it has no such answer OpenAI's client, calls an error, by its status; and
+what Anthropic does."""
 
 
 def error_response(status: HTTPStatus, message: str, param: str | None = None) -> ErrorResponse:

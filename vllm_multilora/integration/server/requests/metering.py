@@ -81,25 +81,15 @@ class ServerMeter:
     Args:
         log: Takes a line for each; None where there is no log.
         has_latencies: Whether the latencies of each adapter's requests are counted.
-        takes_prefills: Whether other engines may have computed prompts: it has a KV connector.
     """
 
-    def __init__(
-        self, log: UsageLog | None, *, has_latencies: bool = False, takes_prefills: bool = False
-    ) -> None:
+    def __init__(self, log: UsageLog | None, *, has_latencies: bool = False) -> None:
         self._log = log
         self._has_latencies = has_latencies
-        self._takes_prefills = takes_prefills
         self._is_delivering = False
 
     def begin(self, state: Any) -> None:
         """A choice begins; its state is vLLM's `RequestState`."""
-        # How much of the prompt another engine had in its cache: the request says so, and vLLM
-        # believes it, whoever has sent it and whatever the number is.
-        if (reported := getattr(state, "remote_prefill_cached_tokens", None)) is not None:
-            state.remote_prefill_cached_tokens = (
-                min(max(reported, 0), state.prompt_len) if self._takes_prefills else None
-            )
         parent = state.parent_req
         prompt = None if parent is None else PROMPT.get(parent)
         if prompt is None:
@@ -164,10 +154,8 @@ class ServerMeter:
         first = call.ran = call.ran or digest
         if tells:
             number = _PROMPT_NUMBER.search(prompt.usage.request_id)
-            prompts_before = (
-                int(number[1]) if number and call.path.endswith("/v1/completions") else 0
-            )
-            call.parts[prompts_before * (state.n or 1) + state.request_index] = state
+            before = int(number[1]) if number and call.path.endswith("/v1/completions") else 0
+            call.parts[before * (state.n or 1) + state.request_index] = state
         if state.queue is None:
             return
         if not digest.startswith(call.asked):
@@ -268,9 +256,7 @@ def start(models: Any) -> None:
         most = round(settings.usage_log_mib * MIB)
         log = UsageLog(Path(settings.usage_log), most, on_dropped=COUNTS.count_dropped)
         atexit.register(log.close)
-    takes = client.vllm_config.kv_transfer_config is not None
-    meter = ServerMeter(log, has_latencies=settings.latency_metrics, takes_prefills=takes)
-    attach(client.output_processor, meter)
+    attach(client.output_processor, ServerMeter(log, has_latencies=settings.latency_metrics))
 
 
 def attach(processor: Any, meter: ServerMeter) -> None:
