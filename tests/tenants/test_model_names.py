@@ -250,8 +250,8 @@ def test_a_list_of_models_costs_a_tenant_no_time_for_those_of_others(models):
 
     async def show_available_models(seen):
         made.append(set(seen.lora_requests))
-        cards = [ModelCard(id="base"), *(ModelCard(id=name) for name in seen.lora_requests)]
-        return SimpleNamespace(data=cards)
+        loras = [ModelCard(id=name, parent="base") for name in seen.lora_requests]
+        return SimpleNamespace(data=[ModelCard(id="base"), *loras])
 
     methods = {"show_available_models": show_available_models}
     models = type("Models", (SimpleNamespace,), methods)(**vars(models))

@@ -193,10 +193,10 @@ def _refuse_text(models: Any, name: str, path: str) -> AdapterErrorResponse | No
 
 def _refuse_load(models: Any, request: Any) -> AdapterErrorResponse | None:
     """Why an adapter cannot have its name now; None if it can."""
-    name, settings = request.lora_name, settings_of(models.engine_client.vllm_config)
+    name, client = request.lora_name, models.engine_client
     if not name or not request.lora_path:
         message = "Both 'lora_name' and 'lora_path' must be provided."
-    elif models.is_base_model(name) and not settings.base_alias:
+    elif models.is_base_model(name) and not settings_of(client.vllm_config).base_alias:
         message = f"The lora adapter '{name}' conflicts with a served base model, unless "
         message += "--multilora-base-alias is given."
     elif not request.load_inplace and name in public_names(models):

@@ -39,7 +39,7 @@ async def load_for_others(models: Any, request: Any, *_: Any) -> ErrorResponse |
     """As vLLM's method, for other software's routes: some ask again after 500, not after 503."""
     answer = await registration.load(models, _Load(**request.model_dump()))
     if isinstance(answer, ErrorResponse) and answer.error.code == 503:
-        answer.error.code = 500
+        return ErrorResponse(error=answer.error.model_copy(update={"code": 500}))
     return answer
 
 
