@@ -31,7 +31,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -94,17 +93,6 @@ class Table:
     shrink: tuple[TableEntry[ShrinkConfig], ...] = ()
     expand: tuple[TableEntry[ExpandConfig], ...] = ()
     origin: Origin | None = None
-
-
-def narrow_first(entries: Iterable[TableEntry[Config]]) -> tuple[TableEntry[Config], ...]:
-    """Entries in an order in which none hides another that it holds all workloads of."""
-    keys = ("item_size", "slices", "max_rank", "width", "tokens")
-
-    def limits(entry: TableEntry[Config]) -> tuple[float, ...]:
-        own = dict(entry.limits)
-        return tuple(own.get(key, math.inf) for key in keys)
-
-    return tuple(sorted(entries, key=limits))
 
 
 def table_path(architecture: str) -> Path | None:

@@ -340,44 +340,56 @@ def _expand_blocks(
             total = _as_factor(totals[i], rank - i * BLOCK, b, OUT, BLOCK)
             sums = sums + (total,)  # type: ignore[assignment]
         block = tl.cast(b_column, tl.int64) * BLOCK  # elements from block to block
-        for done in tl.range(begin, end, COLUMNS, num_stages=1, loop_unroll_factor=STEPS):
-            left = end - done
-            column, inside = done + lane, lane < left
-            at = y[:, None] + ((lane if CARRIED else column) + start)[None, :]
-            mask = live[:, None] & inside[None, :]
-            ahead = b + tl.cast(b_row, tl.int64) * COLUMNS
-            following = _load_b(ahead, b_row, b_column, left - COLUMNS, rank, GRAIN, COLUMNS, BLOCK)
-            product = tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32)
-            loaded = (weights,)
-            for i in tl.static_range(1, BLOCKS + _AHEAD):
-                if i < BLOCKS:
-                    own, ranks = b + i * block, rank - i * BLOCK
-                    more = _load_b(own, b_row, b_column, left, ranks, GRAIN, COLUMNS, BLOCK)
-                    loaded = loaded + (more,)  # type: ignore[assignment]
-                if i >= _AHEAD:
-                    ranks = rank - (i - _AHEAD) * BLOCK
-                    product = _add_product(
-                        product, sums[i - _AHEAD], loaded[i - _AHEAD], ranks, GRAIN, BLOCK
-                    )
-            if LOOPED:
-                for r in range(BLOCK, rank, BLOCK):
-                    own, ranks = b + tl.cast(b_column, tl.int64) * r, rank - r
-                    more = _load_b(own, b_row, b_column, left, ranks, GRAIN, COLUMNS, BLOCK)
-                    total = sum_planes(h + r, live, ranks, tokens, SLICES, R, SPLIT_K, BLOCK, 1)[0]
-                    total = _as_factor(total, ranks, b, OUT, BLOCK)
-                    product = _add_product(product, total, more, ranks, GRAIN, BLOCK)
-            if not OVERWRITE:
-                product += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-            if factor is not None:  # noqa: SIM102 (known when it is compiled)
-                if is_marked != 0:
-                    grown = product
-                    if kept is not None:
-                        grown -= tl.load(kept + column, mask=inside, other=0.0)[None, :]
-                    product += tl.load(factor + column, mask=inside, other=0.0)[None, :] * grown
-            tl.store(at, product.to(OUT), mask=mask)
-            weights = following
-            b = ahead
-            y += COLUMNS if CARRIED else 0
+        # Passes of all steps; then a last step, if one is left, with no block of B to ask for.
+        # `begin` goes along, or registers would not suffice; single steps are shorter by `done`.
+        for steps in tl.static_range(STEPS, 0, -1):
+            for done in tl.range(begin, end - (steps - 1) * COLUMNS, steps * COLUMNS, num_stages=1):
+                for _ in tl.static_range(steps):
+                    here = done if STEPS == 1 else begin
+                    left = end - here
+                    column, inside = here + lane, lane < left
+                    at = y[:, None] + ((lane if CARRIED else column) + start)[None, :]
+                    mask = live[:, None] & inside[None, :]
+                    if steps == STEPS:
+                        rest = left - COLUMNS
+                        ahead = b + tl.cast(b_row, tl.int64) * COLUMNS
+                        coming = _load_b(ahead, b_row, b_column, rest, rank, GRAIN, COLUMNS, BLOCK)
+                    product = tl.zeros((BLOCK_M, COLUMNS), dtype=tl.float32)
+                    loaded = (weights,)
+                    for i in tl.static_range(1, BLOCKS + _AHEAD):
+                        if i < BLOCKS:
+                            own, ranks = b + i * block, rank - i * BLOCK
+                            more = _load_b(own, b_row, b_column, left, ranks, GRAIN, COLUMNS, BLOCK)
+                            loaded = loaded + (more,)  # type: ignore[assignment]
+                        if i >= _AHEAD:
+                            ranks = rank - (i - _AHEAD) * BLOCK
+                            product = _add_product(
+                                product, sums[i - _AHEAD], loaded[i - _AHEAD], ranks, GRAIN, BLOCK
+                            )
+                    if LOOPED:
+                        for r in range(BLOCK, rank, BLOCK):
+                            own, ranks = b + tl.cast(b_column, tl.int64) * r, rank - r
+                            more = _load_b(own, b_row, b_column, left, ranks, GRAIN, COLUMNS, BLOCK)
+                            total = sum_planes(
+                                h + r, live, ranks, tokens, SLICES, R, SPLIT_K, BLOCK, 1
+                            )[0]
+                            total = _as_factor(total, ranks, b, OUT, BLOCK)
+                            product = _add_product(product, total, more, ranks, GRAIN, BLOCK)
+                    if not OVERWRITE:
+                        product += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+                    if factor is not None:  # noqa: SIM102 (known when it is compiled)
+                        if is_marked != 0:
+                            grown = product
+                            if kept is not None:
+                                grown -= tl.load(kept + column, mask=inside, other=0.0)[None, :]
+                            share = tl.load(factor + column, mask=inside, other=0.0)
+                            product += share[None, :] * grown
+                    tl.store(at, product.to(OUT), mask=mask)
+                    if steps == STEPS:
+                        weights = coming
+                        b = ahead
+                        y += COLUMNS if CARRIED else 0
+                    begin += COLUMNS
 
 
 @triton.constexpr_function

@@ -50,9 +50,10 @@ class Loop:
         max_rank: The server's highest rank.
         rank: The highest rank of the adapters that it is for.
         columns: Columns of x (shrink) or of y (expand) that a program takes in a pass.
-        steps: Steps in a pass; each loads one block of weights.
+        steps: Steps in a pass.
         counts: What one of the program's warps issues in a pass.
-        weight_bytes: Of A or B, what the programs of a multiprocessor load in a step.
+        weight_bytes: Of A or B, what the programs of a multiprocessor load in a step; none in a
+            last single step, whose block of B the passes of two before it have loaded.
     """
 
     layer: str
@@ -83,7 +84,7 @@ def main_loops(case: LaunchCase, architecture: str) -> Iterator[Loop]:
         ranks = [min(case.max_rank, block_r) if kernel == "shrink" else case.max_rank]
         while ranks[-1] > 16:
             ranks.append(ranks[-1] // 2)
-        # Where a pass has two steps, a loop for what is left comes behind it.
+        # Where a pass has two steps, a loop for a last single step comes behind it.
         loops_each, rest = divmod(len(found), len(ranks))
         if rest or loops_each not in (1, 2):
             raise RuntimeError(
@@ -92,23 +93,27 @@ def main_loops(case: LaunchCase, architecture: str) -> Iterator[Loop]:
                 f"{len(found)} are there"
             )
         for number, counts in enumerate(found):
-            rank = ranks[number // loops_each]
-            columns = _columns(compiled, counts, rank)
-            last = found[number // loops_each * loops_each + loops_each - 1]
-            steps = columns // _columns(compiled, last, rank)
-            weight_bytes = _ITEM_BYTES * rank * columns // steps * compiled.per_processor
+            rank, is_last = ranks[number // loops_each], number % loops_each == 1
+            loaded, steps = (0, 1) if is_last else (rank, loops_each)
+            columns = _columns(compiled, counts, loaded)
+            weight_bytes = _ITEM_BYTES * loaded * columns // steps * compiled.per_processor
             yield Loop(case.name, kernel, case.max_rank, rank, columns, steps, counts, weight_bytes)
 
 
-def _columns(compiled: Compiled, counts: Counts, rank: int) -> int:
-    """Columns that a program takes in a pass, by its loads: each has its own values of weights."""
+def _columns(compiled: Compiled, counts: Counts, weights: int) -> int:
+    """Columns that a program takes in a pass, by its loads.
+
+    Args:
+        compiled: The kernel.
+        counts: What a warp issues in a pass.
+        weights: How many are loaded for each column; besides, a value for each row of x or y is.
+    """
     loaded = counts.wide_loads * _LOAD_BYTES * compiled.threads
-    # Of A or B one for each rank, and of x or y one for each row.
-    columns, rest = divmod(loaded, _ITEM_BYTES * (rank + compiled.constants["BLOCK_M"]))
+    columns, rest = divmod(loaded, _ITEM_BYTES * (weights + compiled.constants["BLOCK_M"]))
     if rest:
         raise RuntimeError(
-            f"{compiled.kernel} for {compiled.case}: {counts.wide_loads} loads of 16 bytes in the "
-            f"loop for rank {rank} are no whole number of columns"
+            f"{compiled.kernel} for {compiled.case}: {counts.wide_loads} loads of 16 bytes, with "
+            f"{weights} weights for each column, are no whole number of columns"
         )
     return columns
 

@@ -13,11 +13,12 @@ timed and does not.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -27,7 +28,6 @@ from multilora_kernels.configs.config_table import (
     Origin,
     Table,
     TableEntry,
-    narrow_first,
     write_table,
 )
 from multilora_kernels.triton_availability import TritonUnavailableError
@@ -44,6 +44,8 @@ if TYPE_CHECKING:  # these import Triton, which is asked for politely first
     from multilora_kernels.triton.compiling.compile_pool import CompilePool
     from multilora_kernels.triton.launch import DeviceFacts
     from tools.kernels.measure.tuned.tuning import Task
+
+_Config = TypeVar("_Config", ShrinkConfig, ExpandConfig)
 
 TOKENS = (16, 64, 256, 1024, 4096)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -196,9 +198,22 @@ def tune_all(
         # Two layers may share a half's shapes: the first one's word stands.
         shrink.setdefault(tuned.shrink_entry.limits, tuned.shrink_entry)
         expand.setdefault(tuned.expand_entry.limits, tuned.expand_entry)
-        table = Table(narrow_first(shrink.values()), narrow_first(expand.values()), origin)
+        table = Table(_narrow_first(shrink.values()), _narrow_first(expand.values()), origin)
         write_table(path, facts.architecture, table)
     return table
+
+
+def _narrow_first(
+    entries: Iterable[TableEntry[_Config]],
+) -> tuple[TableEntry[_Config], ...]:
+    """Entries in an order in which none hides another that it holds all workloads of."""
+    keys = ("item_size", "slices", "max_rank", "width", "tokens")
+
+    def limits(entry: TableEntry[_Config]) -> tuple[float, ...]:
+        own = dict(entry.limits)
+        return tuple(own.get(key, math.inf) for key in keys)
+
+    return tuple(sorted(entries, key=limits))
 
 
 def _device(architecture: int, *, has_gpu: bool) -> tuple[DeviceFacts, int]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from triton.runtime import interpreter
 from multilora_kernels import lora_shrink
 from multilora_kernels import triton as backend
 from multilora_kernels.triton import expand
+from multilora_kernels.triton.launch import Batch
 
 from .triton_problems import (
     DEVICE,
@@ -135,6 +137,30 @@ def test_a_sum_beforehand_has_the_same_bits(monkeypatch, dtype, weight_dtype, ra
         monkeypatch.setattr(expand, "pays_before_expand", lambda *_, answer=before: answer)
         results.append(run(problem))
         assert_matches(results[-1], problem)
+    assert results[0].equal(results[1])
+
+
+@interpreted
+@pytest.mark.parametrize("add_inputs", [True, False], ids=["added", "overwritten"])
+@pytest.mark.parametrize(
+    "width",
+    [
+        pytest.param(blocks * 64 - short, id=f"{blocks}-blocks-{short}-short")
+        for blocks, short in ((1, 24), (2, 0), (3, 8), (4, 0), (5, 56))
+    ],
+)
+def test_passes_of_two_steps_have_the_bits_of_single_steps(monkeypatch, width, add_inputs):
+    """Cards since sm_90 have them. What runs for 64 ranks and for fewer are loops of their own."""
+    monkeypatch.setattr(Batch, "programs", lambda *_: 1)
+    options = {"widths": (width,), "max_rank": 64, "slots": 3, "ranks": [[64, 20, 8]]}
+    problem = problem_here([0, 1, -1, 2, 2], k=64, dtype=torch.bfloat16, **options)
+    results = []
+    for answer in (1, 2):
+        steps = Mock(return_value=answer)
+        monkeypatch.setattr(expand, "_steps_in_a_pass", steps)
+        results.append(run(problem, add_inputs=add_inputs))
+        assert_matches(results[-1], problem, add_inputs=add_inputs)
+        assert steps.called
     assert results[0].equal(results[1])
 
 

@@ -53,18 +53,31 @@ def test_the_page_shows_the_main_loops_that_the_compiler_makes(made):
     assert made == shown()
 
 
-def test_passes_of_the_expand_kernel_stay_within_their_limits():
-    found = {}
+def expand_loops() -> dict[tuple[int, int], dict[int, tuple[float, float]]]:
+    """By ranks as in `MAX_PER_COLUMN`, then by steps: what a column takes."""
+    found: dict = {}
     for layer, kernel, row in rows_of(shown()):
         if (layer, kernel) == (WIDE, "expand"):
             ranks = row["server's highest rank"], row["adapter's rank up to"]
             counts = row["instructions"] / row["columns"], row["static cycles"] / row["columns"]
-            # A loop for a last single step stands behind that for passes of two.
-            found.setdefault(ranks, counts)
+            found.setdefault(ranks, {})[row["steps"]] = counts
+    return found
+
+
+def test_passes_of_the_expand_kernel_stay_within_their_limits():
+    found = expand_loops()
     assert found.keys() >= MAX_PER_COLUMN.keys()
     for ranks, (instructions, cycles) in MAX_PER_COLUMN.items():
-        assert found[ranks][0] <= instructions, ranks
-        assert found[ranks][1] <= cycles, ranks
+        for steps, counts in found[ranks].items():
+            assert counts[0] <= instructions, (ranks, steps)
+            assert counts[1] <= cycles, (ranks, steps)
+
+
+def test_a_last_single_step_stands_behind_passes_of_two():
+    steps = {ranks: list(loops) for ranks, loops in expand_loops().items()}
+    of_two = {ranks for ranks in steps if ranks[0] in (16, 64)}
+    assert of_two == {(16, 16), (64, 64), (64, 32), (64, 16)}
+    assert steps == {ranks: [2, 1] if ranks in of_two else [1] for ranks in steps}
 
 
 def test_the_model_counts_the_steps_that_the_page_shows():
