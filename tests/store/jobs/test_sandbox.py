@@ -22,7 +22,7 @@ from vllm_multilora.store.jobs import sandbox
 from vllm_multilora.store.memory import syscalls
 roots = sys.argv[1:]
 pair = socket.socketpair()
-sandbox.enter(roots, 12.0)
+sandbox.enter(roots, 5.0)
 """
 
 
@@ -244,7 +244,7 @@ syscalls.libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
 with patch.object(syscalls, "numbers_of_forbidden", lambda allowed: [{call}]):
     sandbox._enter_seccomp(())
 """
-    command = [sys.executable, "-c", ENTER.replace("sandbox.enter(roots, 12.0)", outside) + code]
+    command = [sys.executable, "-c", ENTER.replace("sandbox.enter(roots, 5.0)", outside) + code]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
@@ -258,5 +258,5 @@ def test_what_cannot_be_had_in_a_container_is_not_said_to_protect():
 @needs_seccomp
 @needs_landlock
 def test_a_job_that_cannot_be_confined_says_why_it_does_not_go_on():
-    done = run_without("syscalls.LANDLOCK_RESTRICT_SELF", "sandbox.enter(roots, 12.0)")
+    done = run_without("syscalls.LANDLOCK_RESTRICT_SELF", "sandbox.enter(roots, 5.0)")
     assert "does not apply it to a check: Operation not permitted" in done.stderr

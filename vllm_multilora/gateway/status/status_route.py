@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from vllm_multilora.adapters.problems import shown_name
 from vllm_multilora.gateway.endpoints import error_answer
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 Listing = dict[str, Any]
 _Ask = Callable[[], Coroutine[Any, Any, tuple[Listing | None, float]]]
 
-_REFUSED = (401, 404, 503)
 _AT_HAND = [state.value for state in AT_HAND]
 _TENANT_KEYS = ("id", "object", "state", "kind", "rank", "last_error")
 _NEAREST_FIRST = [state.value for state in NEAREST_FIRST]
@@ -118,7 +118,7 @@ class AdaptersRoute:
         self._recent = recent or RecentListing()
 
     def add_to(self, server: FastAPI) -> None:
-        responses = dict(each for each in registration.REFUSALS.items() if each[0] in _REFUSED)
+        responses: dict[int | str, Any] = {s: {"model": ErrorResponse} for s in (401, 404, 503)}
         server.add_api_route(STATUS, self.show, methods=["GET"], responses=responses)
         one = STATUS + "/{name:path}"
         server.add_api_route(one, self.show_one, methods=["GET"], responses=responses)
