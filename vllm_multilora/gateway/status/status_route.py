@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
-from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from vllm_multilora.adapters.problems import shown_name
 from vllm_multilora.gateway.endpoints import error_answer
@@ -118,10 +117,8 @@ class AdaptersRoute:
         self._recent = recent or RecentListing()
 
     def add_to(self, server: FastAPI) -> None:
-        responses: dict[int | str, Any] = {s: {"model": ErrorResponse} for s in (401, 404, 503)}
-        server.add_api_route(STATUS, self.show, methods=["GET"], responses=responses)
-        one = STATUS + "/{name:path}"
-        server.add_api_route(one, self.show_one, methods=["GET"], responses=responses)
+        for path, show in (STATUS, self.show), (STATUS + "/{name:path}", self.show_one):
+            server.add_api_route(path, show, methods=["GET"], responses=registration.STATUS_REFUSALS)
 
     async def show(self, raw_request: Request) -> Response:
         """Answers with the adapters of all engines, as they were within the last second.

@@ -92,6 +92,8 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 """Answers other than 200 of vLLM's routes for adapters, as `/openapi.json` describes them."""
 
+STATUS_REFUSALS: dict[int | str, Any] = {s: {"model": ErrorResponse} for s in (401, 404, 503)}
+
 
 def lock_of(models: Any, name: str) -> asyncio.Lock:
     """The lock of a name, which whoever changes what it stands for has to hold."""
