@@ -117,8 +117,8 @@ class AdaptersRoute:
         self._recent = recent or RecentListing()
 
     def add_to(self, server: FastAPI) -> None:
-        for path, show in (STATUS, self.show), (STATUS + "/{name:path}", self.show_one):
-            server.add_api_route(path, show, methods=["GET"], responses=registration.STATUS_REFUSALS)
+        for path, ask in (STATUS, self.show), (STATUS + "/{name:path}", self.show_one):
+            server.add_api_route(path, ask, methods=["GET"], responses=registration.STATUS_REFUSALS)
 
     async def show(self, raw_request: Request) -> Response:
         """Answers with the adapters of all engines, as they were within the last second.
