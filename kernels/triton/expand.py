@@ -78,6 +78,11 @@ def prepare_expand(
     spread = Spread(blocks, block_m, config.per_processor)
     pdl = batch.facts.pdl and after_shrink
     before = None
+    tensors: dict[str, torch.Tensor | None] = {}
+    steps: dict[str, int] = {}
+    if factors is not None:
+        tensors = {"factors": factors.values, "marks": factors.marks, "bias": factors.bias}
+        steps = {"FACTORS_SLOT": factors.values.stride(0), "MARKS_SLICE": factors.marks.stride(0)}
     kept = kept_type(y, lora_b)
     # As if every part of a tile were full: a slice's planes are read once for each run of blocks.
     rounded = power_of_two_up(tokens)  # as all that decides what is launched
@@ -96,7 +101,7 @@ def prepare_expand(
             "offset": offset,
             "y_row": row_step(y),
             **batch.arguments(tokens),
-            **({} if factors is None else _tensors_of(factors)),
+            **tensors,
         },
         {
             "B_SLOT": tuple(b.stride(0) for b in lora_b),
@@ -111,7 +116,7 @@ def prepare_expand(
             "BLOCK_N": config.block_n,
             "BLOCK_R": config.block_r,
             "PDL": pdl,
-            **({} if factors is None else _steps_of(factors)),
+            **steps,
         },
         launch_options(
             config.num_warps, config.num_stages, batch.facts, config.per_processor, pdl=pdl
@@ -119,14 +124,6 @@ def prepare_expand(
         before,
         spread,
     )
-
-
-def _tensors_of(factors: OutputFactors) -> dict[str, torch.Tensor | None]:
-    return {"factors": factors.values, "marks": factors.marks, "bias": factors.bias}
-
-
-def _steps_of(factors: OutputFactors) -> dict[str, int]:
-    return {"FACTORS_SLOT": factors.values.stride(0), "MARKS_SLICE": factors.marks.stride(0)}
 
 
 def grain(lora_b: Sequence[torch.Tensor], max_rank: int) -> int:
@@ -241,6 +238,7 @@ def expand_kernel(
                                 tokens,
                                 SLICES,
                                 R,
+                                B_ROW,
                                 GRAIN,
                                 SPLIT_K,
                                 OVERWRITE,
@@ -295,6 +293,7 @@ def _expand_blocks(
     tokens,
     SLICES: tl.constexpr,
     R: tl.constexpr,
+    B_ROW: tl.constexpr,  # of every slice
     GRAIN: tl.constexpr,
     SPLIT_K: tl.constexpr,
     OVERWRITE: tl.constexpr,
@@ -319,7 +318,7 @@ def _expand_blocks(
     COLUMNS: tl.constexpr = BLOCK_N * WIDER if WIDER > 1 else BLOCK_N
     # Blocks are as narrow as this for float32; several of them would not fit into registers.
     LOOPED: tl.constexpr = R > BODY and BLOCK_R == _MIN_BLOCK
-    STEPS: tl.constexpr = _steps_in_a_pass(BLOCK_M, BLOCK_R, R, b.dtype.element_ty, PDL)
+    STEPS: tl.constexpr = _steps_in_a_pass(BLOCK_M, BLOCK_R, R, b.dtype.element_ty, B_ROW, PDL)
     if (rank > HALF) & (LOOPED or rank <= BODY):
         lane = tl.arange(0, COLUMNS)
         begin, end = first * BLOCK_N, tl.minimum(to * BLOCK_N, width)
@@ -393,18 +392,19 @@ def _expand_blocks(
 
 
 @triton.constexpr_function
-def _steps_in_a_pass(rows, widest_block, max_rank, kind, pdl):
+def _steps_in_a_pass(rows, widest_block, max_rank, kind, b_rows, pdl):
     """Steps that the loop over columns makes before it jumps back.
 
     With one, the next block of B is copied into the registers of the last one: up to a fifth of a
     step's instructions. With two, both have registers of their own. They lack them in servers of
-    more ranks than the widest block has, and of 32, where a multiprocessor is given four programs.
-    So does Triton 3.6 for sm_80: only cards since sm_90, which start early, have two. In a long
-    batch products outweigh the copies.
+    more ranks than the widest block has, and of 32, where a multiprocessor is given four programs;
+    with slices whose rows of B are apart by different steps; and on sm_80 by Triton 3.6. So only
+    cards since sm_90, which start early, have two. In a long batch products outweigh the copies.
     """
     has_registers = max_rank <= widest_block and widest_block != 2 * MIN_BLOCK
+    is_even = len(set(b_rows)) == 1
     is_short = rows == MIN_BLOCK and kind.primitive_bitwidth == 16
-    return 2 if pdl and is_short and has_registers else 1
+    return 2 if pdl and is_short and is_even and has_registers else 1
 
 
 @triton.jit
