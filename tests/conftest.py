@@ -21,6 +21,7 @@ import torch
 if not torch.cuda.is_available():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
+        import multilora_kernels.experts.pair_products
         import multilora_kernels.triton  # noqa: F401
 
 

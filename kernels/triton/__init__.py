@@ -81,15 +81,7 @@ def prepare_linear(
     """What runs a batch of `multilora_kernels.PreparedLinear`; arguments are valid."""
     facts = device_facts(ranks.device)
     return PreparedLaunches(
-        lora_a,
-        lora_b,
-        ranks,
-        layout,
-        scale,
-        add_inputs,
-        facts,
-        batch_invariant=batch_invariant,
-        factors=factors,
+        lora_a, lora_b, ranks, layout, scale, add_inputs, facts, batch_invariant, factors
     ).run
 
 

@@ -79,7 +79,6 @@ class PreparedLaunches:
         scale: float,
         add_inputs: bool,
         facts: DeviceFacts,
-        *,
         batch_invariant: bool,
         factors: OutputFactors | None = None,
     ) -> None:

@@ -20,12 +20,13 @@ def shrink_launch(
     batch: Batch,
     scale: float,
     kept: torch.dtype | None = None,
+    sharers: int = 1,
 ) -> tuple[torch.Tensor, Launch]:
     """The first half; see `prepare_shrink`."""
     width, max_rank = lora_a[0].size(-1), lora_a[0].size(-2)
-    workload = _workload(x, lora_a, width, max_rank, batch)
+    workload = _workload(x.size(0) * sharers, x, lora_a, width, max_rank, batch)
     config = choose_shrink(workload, batch_invariant=batch.batch_invariant)
-    return prepare_shrink(x, lora_a, batch, scale, config, kept)
+    return prepare_shrink(x, lora_a, batch, scale, config, kept, sharers)
 
 
 def expand_launch(
@@ -41,7 +42,7 @@ def expand_launch(
 ) -> Launch:
     """The second half; see `prepare_expand`."""
     width, max_rank = sum(b.size(-2) for b in lora_b), lora_b[0].size(-1)
-    workload = _workload(y, lora_b, width, max_rank, batch)
+    workload = _workload(y.size(0), y, lora_b, width, max_rank, batch)
     config = choose_expand(workload, batch_invariant=batch.batch_invariant)
     return prepare_expand(
         y,
@@ -57,6 +58,7 @@ def expand_launch(
 
 
 def _workload(
+    tokens: int,
     activations: torch.Tensor,
     weights: Sequence[torch.Tensor],
     width: int,
@@ -64,7 +66,7 @@ def _workload(
     batch: Batch,
 ) -> Workload:
     return Workload(
-        tokens=power_of_two_up(activations.size(0)),
+        tokens=power_of_two_up(tokens),
         width=width,
         slices=len(weights),
         max_rank=max_rank,

@@ -45,6 +45,7 @@ def prepare_shrink(
     scale: float,
     config: ShrinkConfig,
     kept: torch.dtype | None = None,
+    sharers: int = 1,
 ) -> tuple[torch.Tensor, Launch]:
     """The launch for all slices, to be run, and the memory that it writes.
 
@@ -56,13 +57,14 @@ def prepare_shrink(
         config: The blocks.
         kept: The type that h will be rounded to in any case. None: x's, if lora_a has it too, or
             float32; that is right where y has x's type and lora_b has lora_a's.
+        sharers: Neighbouring tokens that share a row of x, which then has shape [T / sharers, K].
 
     Returns:
         of shape [parts of K, slices, T, R]: h itself in the type `kept` if there is one part, or
         else float32, and the sum over the first dimension is h. What lies past a token's rank is
         undefined; the rows of tokens without adapter are never written.
     """
-    tokens, k = x.shape
+    tokens, k = x.size(0) * sharers, x.size(1)
     max_rank = lora_a[0].size(-2)
     block_m = batch.rows_per_program(config.block_m)
     # Parts of K are whole blocks, equally many for all parts but the last.
@@ -91,6 +93,7 @@ def prepare_shrink(
             "A_SLOT": tuple(a.stride(0) for a in lora_a),
             "A_ROW": tuple(a.stride(-2) for a in lora_a),
             "K": k,
+            "SHARERS": sharers,
             "R": max_rank,
             "GRAIN": store_grain(planes),
             "BLOCK_M": block_m,
@@ -124,7 +127,7 @@ def kept_type(activations: torch.Tensor, weights: Sequence[torch.Tensor]) -> tor
 )
 def shrink_kernel(
     planes,  # [SPLIT_K, slices, tokens, R]
-    x,  # [tokens, K]
+    x,  # [tokens / SHARERS, K]
     a_slices,  # per slice [slots, R, K]
     ranks,  # int32 [slices, slots]
     plan,
@@ -137,6 +140,7 @@ def shrink_kernel(
     A_SLOT: tl.constexpr,  # per slice, elements from slot to slot
     A_ROW: tl.constexpr,  # per slice, elements from row to row
     K: tl.constexpr,
+    SHARERS: tl.constexpr,  # tokens of each row of x
     R: tl.constexpr,
     GRAIN: tl.constexpr,  # ranks that a wide store covers
     BLOCK_M: tl.constexpr,
@@ -191,7 +195,7 @@ def shrink_kernel(
                         _shrink_block(
                             h + first_r,
                             tokens.to(tl.int64) * (SLICES * R),
-                            x + token * x_row,
+                            x + token // SHARERS * x_row,
                             a + first_r.to(tl.int64) * a_row,
                             a_row,
                             live,
@@ -224,6 +228,7 @@ def shrink_kernel(
                                 end_k,
                                 scale,
                                 K,
+                                SHARERS,
                                 R,
                                 GRAIN,
                                 BLOCK_R >> halvings,
@@ -274,9 +279,10 @@ def _shrink_block(
         a_block = a + r[None, :] * a_row + k[:, None]
         # Past the width the product is zero, or NaN in a row of x that has one.
         h_block = h[:, None] + r[None, :]
-        # A short batch walks through all of its parts without a break. In a long one a part is long
-        # by itself, and sums stay where the wide tensor-core instructions have them.
-        FLAT: tl.constexpr = SPLIT_K > 1 and BLOCK_M < 64
+        # A short batch walks through all of its parts without a break; so does the shortest block,
+        # which for one long part would need too many registers. In a long batch a part is long by
+        # itself, and sums stay where the wide tensor-core instructions have them.
+        FLAT: tl.constexpr = (64 if SPLIT_K > 1 else 2 * _MIN_BLOCK) > BLOCK_M
         WHOLE: tl.constexpr = CHUNK * SPLIT_K == K
         if FLAT:
             product = tl.zeros((BLOCK_M, BLOCK), dtype=tl.float32)
@@ -319,6 +325,7 @@ def _shrink_rows(
     end_k,
     scale,
     K: tl.constexpr,
+    SHARERS: tl.constexpr,
     R: tl.constexpr,
     GRAIN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -344,7 +351,7 @@ def _shrink_rows(
             # Of rows that are not there nothing is read or written.
             live = (i < rows) & (token < tokens)
             columns, ranks = tl.where(live, K, 0), tl.where(live, round_up(width, GRAIN), 0)
-            own = (x + token * x_row, columns, h + token * R, ranks)
+            own = (x + token // SHARERS * x_row, columns, h + token * R, ranks)
             places = places + (own,)  # type: ignore[assignment]
         for begin in tl.range(first_k, end_k, CHUNK, num_stages=1):
             sums = ()

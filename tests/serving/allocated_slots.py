@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +95,11 @@ def write_configs(folder: Path) -> None:
 
 @contextmanager
 def real_manager(
-    folder: Path, setting: Setting, groups: Callable[[], Any], **lora: bool
+    folder: Path,
+    setting: Setting,
+    groups: Callable[[], Any],
+    own: Mapping[str, str] | None = None,
+    **lora: bool,
 ) -> Iterator[Any]:
     """A worker's LoRA manager over a model with memory, within the process groups of a context.
 
@@ -103,12 +107,14 @@ def real_manager(
         folder: Of the model's config.json.
         setting: What a server would be started with.
         groups: A context with the process groups of one worker.
+        own: The plugin's own settings.
         **lora: More of vLLM's settings for LoRA.
     """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
+    from vllm_multilora.config import CONFIG_KEY
     from vllm_multilora.integration.offline.model_without_weights import (
         ServerFlags,
         give_experts_kernels,
@@ -116,6 +122,8 @@ def real_manager(
     from vllm_multilora.integration.worker.slots.model_manager import MultiLoRAModelManager
 
     config = ServerFlags(str(folder), **vars(setting)).vllm_config()
+    if own is not None:
+        config.additional_config = {CONFIG_KEY: own}
     for name, value in lora.items():
         setattr(config.lora_config, name, value)
     with set_current_vllm_config(config), groups():

@@ -13,9 +13,10 @@ from multilora_kernels.experts import (
     ExpertAdapters,
     ExpertProducts,
     PackedExperts,
-    expert_reference,
 )
 from multilora_kernels.experts.packed import BLOCK
+
+from .expert_reference import experts_with_adapters
 
 
 @dataclass
@@ -36,7 +37,7 @@ class ExpertProblem:
 
     def expected(self) -> torch.Tensor:
         """The reference's result in float64, rows without adapters included."""
-        return expert_reference.experts_with_adapters(
+        return experts_with_adapters(
             self.x.double(),
             self.w13.double(),
             self.w2.double(),

@@ -173,6 +173,63 @@ def test_slots_hold_what_peft_adds(
             assert not any(in_slot(layer, part).any() for part in ("w13", "w2"))
 
 
+@pytest.mark.parametrize("model", ["gpt-oss", "mixtral"])
+def test_triton_kernels_add_what_peft_adds(
+    configs: Path, trained: dict[str, Trained], monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    """Called as vLLM's experts call them on a GPU: between the two products, and after both."""
+    import numpy as np
+    from vllm.lora.layers.utils import LoRAMappingType
+
+    from vllm_multilora.integration.offline.model_without_weights import one_worker
+    from vllm_multilora.integration.step.mapping import BatchMapping
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    own = {"backend": "triton", "kernels": "ours"}
+    adapter = trained[model]
+    with (
+        real_manager(configs / model, SETTING, one_worker, own) as manager,
+        filler(manager) as fill,
+    ):
+        assert isinstance(fill(adapter.folder), Filled)
+        manager.give_slot(SLOT, 7)
+        ids, rows = np.array([7, 0, 7]), np.array([4, 2, 3])
+        manager.set_adapter_mapping(BatchMapping(ids, rows, rows, LoRAMappingType.LANGUAGE))
+        generator = torch.Generator().manual_seed(0)
+        experts = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(9)])
+        weights = torch.rand(9, 2, generator=generator)
+        is_adapted = torch.tensor([True] * 4 + [False] * 2 + [True] * 3)[:, None, None]
+        for name, layer in manager.modules.items():
+            if not name.endswith("experts"):
+                continue
+            of_layer = name.rpartition(".")[0].rpartition(".")[0]
+            x = torch.randn(9, 96, generator=generator).bfloat16()
+            h = torch.randn(18, 176, generator=generator).bfloat16()
+            calls = layer._moe_kernel.fused_experts
+            of_both = {"w1": None, "w2": None, "num_tokens": 9, "top_k_num": 2}
+            y = torch.zeros(9, 2, 352, dtype=torch.bfloat16)
+            plans = calls.apply_w13_lora(
+                calls._lora_context, y=y, x=x, topk_ids=experts, topk_weights=weights,
+                expert_map=None, **of_both,
+            )  # fmt: skip
+            delta = adapter.deltas[of_layer, "gate_up_proj"][experts]
+            expected = torch.einsum("tkoi,ti->tko", delta, x.float()) * is_adapted
+            assert (y - expected).norm() < 0.01 * expected.norm()
+            assert not y[~is_adapted[:, 0, 0]].any()
+            y = torch.zeros(9, 2, 96, dtype=torch.bfloat16)
+            names = "sorted_token_ids", "expert_ids", "num_tokens_post_padded"
+            found = dict(zip((f"{each}_lora" for each in names), plans, strict=False))
+            calls.apply_w2_lora(
+                calls._lora_context, y=y, x=h, topk_weights=weights, **found,
+                token_lora_mapping=plans[3], **of_both,
+            )  # fmt: skip
+            delta = adapter.deltas[of_layer, "down_proj"][experts]
+            expected = torch.einsum("tkoi,tki->tko", delta, h.float().view(9, 2, -1)) * is_adapted
+            expected *= weights[..., None]
+            assert (y - expected).norm() < 0.01 * expected.norm()
+            assert not y[~is_adapted[:, 0, 0]].any()
+
+
 def test_experts_without_gates_have_all_that_peft_adds() -> None:
     """vLLM builds models of them for GPUs only: this is what becomes of an adapter's tensors."""
     from vllm.lora.lora_model import LoRAModel

@@ -1,4 +1,4 @@
-"""The slots of experts' adapters on CPUs, and the true ranks of what is in them."""
+"""The slots of experts' adapters, and the true ranks of what is in them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 
 from multilora_kernels.experts import ACTIVATIONS, ExpertAdapters, ExpertProducts, PackedExperts
+from vllm_multilora.integration.step.punica import MultiLoRAPunicaWrapper
+from vllm_multilora.integration.step.punica_prepared import OURS
 from vllm_multilora.integration.worker.experts.uneven_experts import EXPERT_RANKS
 
 
@@ -23,19 +25,33 @@ class ExpertSlots:
 
     def __init__(self, modules: Mapping[str, BaseLayerWithLoRA]) -> None:
         self._layers: dict[str, Any] = {}
-        if not any(isinstance(module, FusedMoEWithLoRA) for module in modules.values()):
+        found = {n: each for n, each in modules.items() if isinstance(each, FusedMoEWithLoRA)}
+        self._modules: dict[str, Any] = found
+        if not found:
             return
         try:
             from vllm_multilora.integration.worker.experts.adapted_experts import AdaptedExperts
         except ImportError:  # before vLLM 0.32
             return
-        for name, module in modules.items():
-            if isinstance(module, FusedMoEWithLoRA):
-                experts = module.quant_method.moe_kernel.fused_experts
-                if isinstance(experts, AdaptedExperts):
-                    self._layers[name] = experts
-                    products, wrapper = _products(module, experts), module.punica_wrapper
-                    experts.take_slots(products, module.max_loras, wrapper)
+        for name, module in self._modules.items():
+            experts = module.quant_method.moe_kernel.fused_experts
+            if isinstance(experts, AdaptedExperts):
+                self._layers[name] = experts
+                products, wrapper = _products(module, experts), module.punica_wrapper
+                experts.take_slots(products, module.max_loras, wrapper)
+
+    def take_kernels(self, kernels: str, wrapper: MultiLoRAPunicaWrapper) -> None:
+        """Has the Triton kernels compute experts, where they are asked for and can."""
+        for name, module in self._modules.items() if kernels == OURS else ():
+            from vllm_multilora.integration.worker.experts.gpu_experts import GpuExperts
+
+            of_vllm = type(module.quant_method.moe_kernel.fused_experts).__module__
+            is_whole = not (module.fully_sharded or module.enable_moe_shared_loras)
+            if "triton" in wrapper.backend and is_whole and "trtllm" not in of_vllm:
+                invariant = wrapper.backend == "triton-invariant"
+                self._layers[name] = GpuExperts(module, wrapper.plan, invariant)
+                module.set_mapping(self._layers[name])
+                wrapper.read_slot_runs()
 
     def set_ranks(
         self, slot: int, name: str, weights: LoRALayerWeights | None, lora: LoRAModel | None

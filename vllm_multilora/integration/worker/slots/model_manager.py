@@ -200,6 +200,7 @@ class MultiLoRAModelManager(LoRAModelManager):
             settings_of(config).kernels, dtype, vllm_is_invariant=envs.VLLM_BATCH_INVARIANT
         )
         self.kernel_record = choose_kernels(self.modules, wrapper.backend, kernels)
+        self._expert_slots.take_kernels(kernels.kernels, wrapper)
         self._rests = _slot_rests(layers)
         for layer, _ in layers:
             prepare(layer, dtype)
