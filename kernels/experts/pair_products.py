@@ -69,7 +69,8 @@ class PairProducts:
         """
         top_k = experts.size(1)
         parts = experts.contiguous().split(MAX_PAIRS // top_k)
-        found = experts.new_empty(len(parts), self._layout.size, dtype=torch.int32)
+        size = triton.cdiv(self._layout.size, 4) * 4  # plans begin at multiples of 16 bytes
+        found = experts.new_empty(len(parts), size, dtype=torch.int32)
         found[:, : plans.HEADER_INTS] = 0
         for number, (plan, part) in enumerate(zip(found, parts, strict=True)):
             first = number * (MAX_PAIRS // top_k)

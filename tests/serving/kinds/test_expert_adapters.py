@@ -128,6 +128,14 @@ def in_slot(layer: Any, part: str) -> torch.Tensor:
     return torch.cat(parts, dim=1)
 
 
+def write_of_queries(folder: Path) -> Path:
+    """Writes an adapter that leaves experts alone."""
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora"
+    shapes = {"A": (RANK, 96), "B": (256, RANK)}
+    tensors = {f"{prefix}_{part}.weight": torch.ones(shape) for part, shape in shapes.items()}
+    return write(folder, tensors, RANK, ALPHA)
+
+
 @pytest.mark.smoke("MoE formats")
 @pytest.mark.parametrize(
     ("model", "mixed"),
@@ -143,9 +151,6 @@ def test_slots_hold_what_peft_adds(
     """
     from vllm_multilora.integration.offline.model_without_weights import one_worker
 
-    of_queries = "base_model.model.model.layers.0.self_attn.q_proj.lora"
-    others = {f"{of_queries}_A.weight": torch.ones(RANK, 96)}
-    others[f"{of_queries}_B.weight"] = torch.ones(256, RANK)
     formats = {"enable_mixed_moe_lora_format": mixed}
     adapter = trained[model]
     with (
@@ -168,16 +173,23 @@ def test_slots_hold_what_peft_adds(
             torch.testing.assert_close(in_slot(layer, "w13"), expected, rtol=1e-4, atol=1e-4)
             expected = adapter.deltas[name, "down_proj"]
             torch.testing.assert_close(in_slot(layer, "w2"), expected, rtol=1e-4, atol=1e-4)
-        assert isinstance(fill(write(tmp_path, others, RANK, ALPHA)), Filled)
+        assert isinstance(fill(write_of_queries(tmp_path)), Filled)
         for layer in layers.values():
             assert not any(in_slot(layer, part).any() for part in ("w13", "w2"))
 
 
 @pytest.mark.parametrize("model", ["gpt-oss", "mixtral"])
 def test_triton_kernels_add_what_peft_adds(
-    configs: Path, trained: dict[str, Trained], monkeypatch: pytest.MonkeyPatch, model: str
+    configs: Path,
+    trained: dict[str, Trained],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
 ) -> None:
-    """Called as vLLM's experts call them on a GPU: between the two products, and after both."""
+    """Called as vLLM's experts call them on a GPU: between the two products, and after both.
+
+    An adapter of other layers that gets the slot afterwards adds nothing.
+    """
     import numpy as np
     from vllm.lora.layers.utils import LoRAMappingType
 
@@ -199,35 +211,43 @@ def test_triton_kernels_add_what_peft_adds(
         experts = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(9)])
         weights = torch.rand(9, 2, generator=generator)
         is_adapted = torch.tensor([True] * 4 + [False] * 2 + [True] * 3)[:, None, None]
-        for name, layer in manager.modules.items():
-            if not name.endswith("experts"):
-                continue
+        layers = {n: layer for n, layer in manager.modules.items() if n.endswith("experts")}
+        for name, layer in layers.items():
             of_layer = name.rpartition(".")[0].rpartition(".")[0]
             x = torch.randn(9, 96, generator=generator).bfloat16()
             h = torch.randn(18, 176, generator=generator).bfloat16()
-            calls = layer._moe_kernel.fused_experts
-            of_both = {"w1": None, "w2": None, "num_tokens": 9, "top_k_num": 2}
-            y = torch.zeros(9, 2, 352, dtype=torch.bfloat16)
-            plans = calls.apply_w13_lora(
-                calls._lora_context, y=y, x=x, topk_ids=experts, topk_weights=weights,
-                expert_map=None, **of_both,
-            )  # fmt: skip
+            first, second = call_experts(layer, x, h, experts, weights)
             delta = adapter.deltas[of_layer, "gate_up_proj"][experts]
             expected = torch.einsum("tkoi,ti->tko", delta, x.float()) * is_adapted
-            assert (y - expected).norm() < 0.01 * expected.norm()
-            assert not y[~is_adapted[:, 0, 0]].any()
-            y = torch.zeros(9, 2, 96, dtype=torch.bfloat16)
-            names = "sorted_token_ids", "expert_ids", "num_tokens_post_padded"
-            found = dict(zip((f"{each}_lora" for each in names), plans, strict=False))
-            calls.apply_w2_lora(
-                calls._lora_context, y=y, x=h, topk_weights=weights, **found,
-                token_lora_mapping=plans[3], **of_both,
-            )  # fmt: skip
+            assert (first - expected).norm() < 0.01 * expected.norm()
             delta = adapter.deltas[of_layer, "down_proj"][experts]
             expected = torch.einsum("tkoi,tki->tko", delta, h.float().view(9, 2, -1)) * is_adapted
             expected *= weights[..., None]
-            assert (y - expected).norm() < 0.01 * expected.norm()
-            assert not y[~is_adapted[:, 0, 0]].any()
+            assert (second - expected).norm() < 0.01 * expected.norm()
+            assert not any(each[~is_adapted[:, 0, 0]].any() for each in (first, second))
+        assert isinstance(fill(write_of_queries(tmp_path)), Filled)
+        for layer in layers.values():
+            assert not any(each.any() for each in call_experts(layer, x, h, experts, weights))
+
+
+def call_experts(
+    layer: Any, x: torch.Tensor, h: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What adapters add to both of a layer's products, [tokens, k, width]."""
+    calls = layer._moe_kernel.fused_experts
+    tokens, top_k = experts.shape
+    of_both = {"w1": None, "w2": None, "num_tokens": tokens, "top_k_num": top_k}
+    of_both |= {"topk_weights": weights}
+    first = torch.zeros(tokens, top_k, 352, dtype=torch.bfloat16)
+    second = torch.zeros(tokens, top_k, 96, dtype=torch.bfloat16)
+    context = calls._lora_context
+    given = calls.apply_w13_lora(
+        context, y=first, x=x, topk_ids=experts, expert_map=None, **of_both
+    )
+    names = "sorted_token_ids_lora", "expert_ids_lora", "num_tokens_post_padded_lora"
+    found = dict(zip((*names, "token_lora_mapping"), given, strict=True))
+    calls.apply_w2_lora(context, y=second, x=h, **found, **of_both)
+    return first, second
 
 
 def test_experts_without_gates_have_all_that_peft_adds() -> None:

@@ -57,9 +57,10 @@ class GpuExperts:
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """See vLLM's; what it returns comes back to `add_lora_w2`."""
-        if token_lora_mapping is None and tokens_to_skip(self._plan.header, y):
+        is_own = token_lora_mapping is None
+        if not len(x) or (is_own and tokens_to_skip(self._plan.header, y)):
             return None, None, None, None
-        slots = self._slots if token_lora_mapping is None else token_lora_mapping
+        slots = self._slots if is_own else token_lora_mapping
         pairs = self._w13.sort(experts, slots, places)
         y = y.view(-1, y.size(-1))
         self._w13.add(y, x, pairs, experts.size(1), add_inputs=add_inputs)
