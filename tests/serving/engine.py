@@ -77,6 +77,11 @@ needs_drafts = pytest.mark.skipif(
     reason="vLLM 0.30's first model runner ends with the first draft on CPUs",
 )
 
+needs_draft_models = pytest.mark.skipif(
+    BEFORE_0_31 and _HAS_SECOND_RUNNER,
+    reason="vLLM's second model runner refuses draft models before 0.31",
+)
+
 needs_ngram_drafts = pytest.mark.skipif(
     BEFORE_0_32 and _HAS_SECOND_RUNNER,
     reason="vLLM's second model runner refuses drafts by n-grams before 0.32",

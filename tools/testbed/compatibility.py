@@ -56,8 +56,8 @@ ROWS = (
     Row(
         "speculative decoding (draft model)",
         SAME_PATH,
-        "Drafts are the base model's own; adapters verify them. 0.29's second model runner refuses "
-        "draft models.",
+        "Drafts are the base model's own; adapters verify them. vLLM's second model runner refuses "
+        "draft models before 0.31.",
     ),
     Row("speculative decoding (EAGLE)", SAME_PATH, "As above."),
     Row(

@@ -25,9 +25,9 @@ from ..engine import (
     greedy,
     lora_request,
     loras_of,
+    needs_draft_models,
     needs_drafts,
     needs_ngram_drafts,
-    refused_by_second_runner_of_0_29,
     running_engine,
 )
 from ..models.cases import NEW_TOKENS, Case, Scenario
@@ -398,7 +398,7 @@ def eagle(llama: Scenario, path: Path) -> dict[str, Any]:
         pytest.param(
             small_model,
             marks=[
-                refused_by_second_runner_of_0_29,
+                needs_draft_models,
                 pytest.mark.smoke("speculative decoding (draft model)"),
             ],
         ),

@@ -72,7 +72,7 @@ _PATCHES: tuple[Patch, ...] = (
         why="vLLM's second model runner spells a step's adapters out by token, takes two versions "
         "of an adapter for one, so that the engine dies after a reload, and has 32 bits for "
         "numbers. Ours maps requests, as batch-mapping does.",
-        checked=("0.29/2", "0.31/2", "0.33/2"),
+        checked=("0.29/2", "0.31/2", "0.32/2", "0.33/2"),
         until="As batch-mapping, and it tells adapters apart by number.",
     ),
     Patch(
@@ -131,7 +131,7 @@ _PATCHES: tuple[Patch, ...] = (
         "the class that it returns chooses the scheduler's. To name it in "
         "`distributed_executor_backend` would change what vLLM does where it compares that with "
         "`mp` and `external_launcher`, at a dozen places.",
-        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.33", "0.33/2"),
+        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32/2", "0.33", "0.33/2"),
         until="vLLM asks for no name where a class was given.",
     ),
     Patch(
@@ -141,7 +141,7 @@ _PATCHES: tuple[Patch, ...] = (
         handler="engine.executor:process_input_sockets",
         why="An executor cannot wake the engine core that waits for requests, though an adapter "
         "has been read meanwhile. Hands it the engine core's queue.",
-        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.33", "0.33/2"),
+        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32/2", "0.33", "0.33/2"),
         until="vLLM's executors can wake their engine core.",
     ),
     Patch(
@@ -152,7 +152,7 @@ _PATCHES: tuple[Patch, ...] = (
         why="Of several loads of one adapter at once, vLLM refuses all but the first. Ray Serve "
         "makes one for each request that comes before the first has ended, and would answer 500 to "
         "the others. Answers them with the first one's success.",
-        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.33", "0.33/2"),
+        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32/2", "0.33", "0.33/2"),
         until="vLLM answers a load that has waited for an equal one with success.",
     ),
     Patch(
@@ -198,7 +198,7 @@ _PATCHES: tuple[Patch, ...] = (
         "in turn where rows are few: multiplies these by C kernels that do both at once. "
         "Either way weights are repacked and nothing else is kept: keeps the lengths of their rows "
         "before, which DoRA adapters need.",
-        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.33", "0.33/2"),
+        checked=("0.29", "0.29/2", "0.30", "0.31", "0.31/2", "0.32/2", "0.33", "0.33/2"),
         until="oneDNN reads no more than a row has, and multiplies few rows while it reads.",
     ),
     Patch(
