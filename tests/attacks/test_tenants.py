@@ -409,6 +409,8 @@ def test_a_tenant_that_has_used_its_tokens_learns_when_to_come_again(served: Ten
     assert refused.headers["x-ratelimit-remaining-tokens"] == "0"
     limit = int(refused.headers["x-ratelimit-limit-tokens"])
     assert int(answer.headers["x-ratelimit-remaining-tokens"]) <= limit
+    assert metric(served, "tenant_tokens_per_minute_limit", tenant="thrifty") == limit
+    assert 112 <= metric(served, "tenant_tokens_total", tenant="thrifty") < 200
 
 
 def test_a_tenant_uses_as_many_adapters_at_a_time_as_it_may(served: TenantServer) -> None:
@@ -603,15 +605,18 @@ def test_wrong_keys_hurt_nobody(served: TenantServer) -> None:
 
 def refused(served: TenantServer, tenant: str, status: int) -> float:
     """How many of a tenant's requests metrics say were refused."""
-    labels = {"tenant": tenant, "status": str(status)}
+    return metric(served, "refused_requests_total", tenant=tenant, status=str(status))
+
+
+def metric(served: TenantServer, name: str, **labels: str) -> float:
+    """The sum of a metric's samples with these labels."""
     return sum(
         sample.value
         for family in text_string_to_metric_families(
             served.request("admin", "GET", "/metrics").text
         )
         for sample in family.samples
-        if sample.name == "vllm:lora_refused_requests_total"
-        and labels.items() <= sample.labels.items()
+        if sample.name == f"vllm:lora_{name}" and labels.items() <= sample.labels.items()
     )
 
 

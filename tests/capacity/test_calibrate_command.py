@@ -1,6 +1,7 @@
 """`vllm-multilora calibrate` against a server that answers as vLLM's HTTP routes do, at once."""
 
 import json
+import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -77,6 +78,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Connection", "close")
         self.end_headers()
+        time.sleep(self.server.slow.pop(asked["model"], 0.0))
         if asked["max_tokens"] == 1:
             time.sleep(LATE_S)  # not before those have begun beside which it is asked for
         try:
@@ -95,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.asked, server.refuses, server.hidden, server.kinds = {}, False, set(), {}
-    server.sizes, server.lag_s = SIZES, 0.0
+    server.sizes, server.lag_s, server.slow = SIZES, 0.0, {}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -141,6 +143,21 @@ def test_one_cold_adapter_is_enough_for_a_plan(server, tmp_path, capsys):
     assert read_calibration(file).adapters == server.sizes
     trace.write_text("time,adapter,prompt_tokens,generation_tokens\n0,acme,20,4\n")
     assert main(["plan", "--traffic", str(trace), "--calibration", str(file)]) == 0
+
+
+def test_loads_that_do_not_fit_together_are_doubted_by_the_plan_too(server, tmp_path, capsys):
+    server.sizes = {f"a{number}": 1_000_000 * (number + 1) for number in range(6)}
+    server.slow = {"a0": 1.0, "a1": 1.0}  # the smallest ones
+    file, trace = tmp_path / "calibration.json", tmp_path / "trace.csv"
+    assert calibrate(server, file) == 0
+    assert re.search(r"times of \d+ loads are doubtful: .* restart the server", captured(capsys))
+    trace.write_text("time,adapter,prompt_tokens,generation_tokens\n0,a0,20,4\n")
+    assert main(["plan", "--traffic", str(trace), "--calibration", str(file)]) == 0
+    assert "its times of loads are doubtful: " in captured(capsys)
+
+
+def captured(capsys):
+    return "".join(capsys.readouterr())
 
 
 def test_a_server_without_cold_adapters_is_refused_at_once(server, tmp_path, capsys):

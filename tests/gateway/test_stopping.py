@@ -10,13 +10,15 @@ pytest.importorskip("vllm")
 
 from fastapi.testclient import TestClient
 
-from vllm_multilora.gateway.stopping import STOP, StopSignal
+from vllm_multilora.gateway.stopping import STOP, listen
 
 from .test_app import application, arguments
 
 
 @pytest.fixture
-def kept_handlers():
+def kept_handlers(monkeypatch):
+    monkeypatch.setattr(STOP, "has_come", False)
+    monkeypatch.setattr(STOP, "act", lambda: None)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in before.items():
@@ -27,25 +29,23 @@ def kept_handlers():
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda each: each.name)
 def test_signal_is_heard_beside_the_event_loops_handler(loop, number):
-    stop = StopSignal()
-
     async def serve():
         heard = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(number, heard.set)
-        stop.listen()
-        assert not stop.has_come
+        listen()
+        assert not STOP.has_come
         os.kill(os.getpid(), number)
         await asyncio.wait_for(heard.wait(), 10)
 
     run = asyncio.run if loop == "asyncio" else pytest.importorskip("uvloop").run
     run(serve())
-    assert stop.has_come
+    assert STOP.has_come
 
 
 @pytest.mark.usefixtures("kept_handlers")
 def test_signal_that_ends_the_process_is_left_alone():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    StopSignal().listen()
+    listen()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 

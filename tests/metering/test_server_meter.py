@@ -16,7 +16,6 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import InputStreamError
-from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import (
     OutputProcessor,
     RequestOutputCollector,
@@ -30,6 +29,7 @@ from vllm_multilora.integration.api_server.failure_delivery import process_outpu
 from vllm_multilora.integration.engine.requests.weight_versions import KEY as VERSION_KEY
 from vllm_multilora.integration.server.requests import engine_admission, metering
 from vllm_multilora.integration.server.requests.callers import MAX_SCORES, Caller
+from vllm_multilora.integration.server.requests.engine_calls import STOP
 from vllm_multilora.integration.server.requests.http_calls import HttpCall, current_call
 from vllm_multilora.integration.server.requests.metering import PROMPT as PROMPT_OF
 from vllm_multilora.integration.server.requests.metering import ServerMeter
@@ -108,8 +108,12 @@ def test_a_request_that_is_named_twice_is_ended_once() -> None:
     assert [usage.status for usage in log.lines] == [Status.ABORTED]
 
 
-def test_what_runs_when_the_server_is_stopped_is_ended_and_counted_as_far_as_it_got() -> None:
+@pytest.mark.parametrize("shutdown_timeout", [0, 60])
+def test_what_runs_when_the_server_is_stopped_is_ended_and_counted_as_far_as_it_got(
+    monkeypatch: pytest.MonkeyPatch, shutdown_timeout: int
+) -> None:
     """Else its client waits for the rest, and the server for its client."""
+    monkeypatch.setattr(STOP, "act", lambda: None)
     log, processor = Log(), OutputProcessor(None, log_stats=False)
     follow(processor, ServerMeter(log))
 
@@ -122,15 +126,21 @@ def test_what_runs_when_the_server_is_stopped_is_ended_and_counted_as_far_as_it_
             processor.add_request(request, None, queue=answers[number])
 
         handler = asyncio.create_task(asyncio.Event().wait())
-        engine = SimpleNamespace(output_processor=processor, output_handler=handler)
+        config = SimpleNamespace(shutdown_timeout=shutdown_timeout)
+        engine = SimpleNamespace(
+            output_processor=processor, output_handler=handler, vllm_config=config
+        )
         metering.end_all_at_shutdown(engine)
         ask(0)
         process_outputs(STOCK_OUTPUTS, processor, [EngineCoreOutput("0", [7, 8])])
         await asyncio.sleep(0)
+        STOP.act()  # as the signal to stop does
+        await asyncio.sleep(0)
+        assert len(log.lines) == (0 if shutdown_timeout else 1)
         handler.cancel()
         ask(1)  # vLLM takes requests still
         for each in answers:
-            with pytest.raises(EngineDeadError, match=r"^the server is being stopped"):
+            with pytest.raises(GracefulHTTPError, match=r"^the server is being stopped"):
                 await asyncio.wait_for(each.get(), 10)
 
     asyncio.run(scenario())

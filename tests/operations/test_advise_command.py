@@ -98,7 +98,8 @@ def as_prometheus(seen: Sequence[Snapshot], query: dict[str, str]) -> str:
 
 @pytest.fixture
 def prometheus(site) -> Site:
-    server = FakeServer(slots=2)
+    # It may have adapters of a higher rank that nobody has asked for: its metrics do not say.
+    server = FakeServer(slots=2, max_rank=64, adapters=[("a", "gpu", 16, False)], loaded=["a"])
     seen = []
     for index in range(21):  # 300 s in steps of 15
         server.ask(f"customer-{index % 5}")

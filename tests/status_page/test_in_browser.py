@@ -252,7 +252,14 @@ def test_details_of_engines_and_versions(tab: Tab) -> None:
     ]
     answer = listing([row("a", 1, "slot", slot=1, engines=engines, pinned=True)], slots=4)
     answer["slots"]["free"] = 2  # a version that requests still end on has the other
+    answer["routes"] = [{"id": "house", "leads_to": ["a", "b"]}]
+    limits = dict.fromkeys(("running", "waiting", "adapters")) | {"tokens_per_minute": 6000}
+    used = dict.fromkeys(("running", "waiting", "adapters"), 0) | {"tokens": 1500}
+    answer["tenants"] = [{"id": "acme", "weight": 1, "limits": limits, **used}]
     with showing(tab, answer, 1) as (_, page):
+        assert row("a", 1)["digest"][:16] in page.evaluate("$('rows').innerText")
+        assert page.evaluate("$('routes').innerText").split() == ["house", "a,", "b"]
+        assert "1,500 of 6,000" in page.evaluate("$('tenants').innerText")
         taken = "[...document.querySelectorAll('#slots li.taken')].map(one => one.innerText)"
         assert [text.split() for text in page.evaluate(taken)] == [["0/1", "a", "pin"]]
         assert "1 by versions" in page.evaluate("$('slots-note').innerText")

@@ -451,7 +451,8 @@ async def test_calls_that_wait_end_with_the_server(tenants, is_metered):
     await settled()
     assert account.waiting == 1
     handler = asyncio.create_task(asyncio.Event().wait())
-    engine = SimpleNamespace(output_processor=processor, output_handler=handler)
+    config = SimpleNamespace(shutdown_timeout=60)
+    engine = SimpleNamespace(output_processor=processor, output_handler=handler, vllm_config=config)
     end_all_at_shutdown(engine)
     handler.cancel()
     assert (await asyncio.wait_for(waiting, 10))["status"] == 503

@@ -36,9 +36,8 @@ from vllm_multilora.gateway.endpoints import (
     header,
     route_path,
 )
-from vllm_multilora.gateway.stopping import STOP
 from vllm_multilora.integration.api_server.policy_spans import fields_of
-from vllm_multilora.integration.server.requests.engine_calls import IS_STOPPING
+from vllm_multilora.integration.server.requests.engine_calls import IS_STOPPING, STOP
 from vllm_multilora.integration.server.requests.http_calls import (
     SHOWN_DIGITS,
     HttpCall,

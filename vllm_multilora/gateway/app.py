@@ -21,11 +21,11 @@ from vllm_multilora.gateway.names.names_middleware import NamesMiddleware
 from vllm_multilora.gateway.request_ids import identified
 from vllm_multilora.gateway.status import page
 from vllm_multilora.gateway.status.status_route import AdaptersRoute
-from vllm_multilora.gateway.stopping import STOP
+from vllm_multilora.gateway.stopping import listen
 from vllm_multilora.integration.logs import join_vllm_logging
 from vllm_multilora.integration.server.names import registration_routes
 from vllm_multilora.integration.server.requests import metrics_route
-from vllm_multilora.integration.server.requests.engine_calls import IS_STOPPING
+from vllm_multilora.integration.server.requests.engine_calls import IS_STOPPING, STOP
 from vllm_multilora.integration.server.requests.own_templates import allow_templates
 from vllm_multilora.integration.server.start import start
 from vllm_multilora.wording import CONTROLS
@@ -68,7 +68,7 @@ class Gateway:
             inner = self._for(scope["app"])
             if (models := getattr(scope["app"].state, "openai_serving_models", None)) is not None:
                 await start(models)
-            STOP.listen()
+            listen()
         except Exception as error:  # uvicorn would serve without what has not started
             if not isinstance(error, MultiLoRAError):
                 logger.exception("The gateway has not started.")

@@ -13,32 +13,23 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
+from vllm_multilora.integration.server.requests.engine_calls import STOP
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class StopSignal:
-    """Whether a signal to stop has come.
-
-    Attributes:
-        has_come: Set by the first signal, before whoever heard it until now hears it.
-    """
-
-    def __init__(self) -> None:
-        self.has_come = False
-
-    def listen(self) -> None:
-        """Hears the signals beside the event loop; only where that has handlers of its own."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in _SIGNALS:
-            before = signal.getsignal(number)
-            if callable(before) and before is not signal.default_int_handler:  # which end it
-                signal.signal(number, partial(self._hear, before))
-                signal.siginterrupt(number, False)
-
-    def _hear(self, before: Callable[..., Any], number: int, frame: FrameType | None) -> None:
-        self.has_come = True
-        before(number, frame)
+def listen() -> None:
+    """Hears the signals beside the event loop; only where that has handlers of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in _SIGNALS:
+        before = signal.getsignal(number)
+        if callable(before) and before is not signal.default_int_handler:  # which end it
+            signal.signal(number, partial(_hear, before))
+            signal.siginterrupt(number, False)
 
 
-STOP = StopSignal()
+def _hear(before: Callable[..., Any], number: int, frame: FrameType | None) -> None:
+    STOP.has_come = True
+    STOP.act()
+    before(number, frame)

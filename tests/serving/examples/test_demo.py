@@ -70,6 +70,7 @@ def test_the_demo_shows_all_its_parts_and_leaves_nothing_running(temporary: Path
         "plugin, mixed adapters",
         "stock vLLM, mixed adapters",
     ]
+    assert "grows with the prompts and with --max-lora-rank: 28 times" in run.stdout
     assert run.stdout.index("server stopped") < run.stdout.index("3. ") < run.stdout.index("Done")
     assert not run.stderr
     assert end_in_time(mark), left_running(mark)

@@ -1,5 +1,6 @@
 """Whatever process of a server is killed, its store ends, and the next start is a clean one."""
 
+import json
 import os
 import signal
 import time
@@ -7,13 +8,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
 from vllm_multilora.store.protocol.store_folder import FOLDER_VARIABLE, socket_path
 
 from .. import template
-from ..completions import ask, assert_serves, token_ids
+from ..completions import ask, assert_serves, body, token_ids
 from ..engine import store_folder
 from ..models.cases import Scenario
 from ..server import VllmServer
@@ -139,6 +141,42 @@ def test_a_server_that_is_being_stopped_says_so_and_answers_what_waits_for_its_a
     await_end(store, STORE_LIMIT_S)
     assert not socket_path(folder).exists()
     assert "Exception in ASGI application" not in server.log.read_text()
+
+
+def test_what_a_server_cuts_off_when_it_is_stopped_says_so(
+    fleet: Scenario, folder: Path, tmp_path: Path
+) -> None:
+    (cold,), (case,) = fleet.cases_of(COLD), fleet.cases_of(NAME)
+    long = body(NAME, case, stream=True, max_tokens=100)
+    with (
+        make_server(fleet, folder, tmp_path / "vllm.log") as server,
+        ThreadPoolExecutor(2) as clients,
+    ):
+        store = store_process(socket_path(folder))
+        serve(server, fleet)
+        store.suspend()
+        try:
+            waiting = [
+                clients.submit(ask, server, COLD, cold, stream=is_stream)
+                for is_stream in (False, True)
+            ]
+            await_arrival(server)
+            url = f"{server.url}/v1/completions"
+            with httpx.stream("POST", url, json=long, timeout=60, trust_env=False) as stream:
+                lines = stream.iter_lines()
+                next(lines)
+                os.kill(server.pid, signal.SIGTERM)
+                *_, event, _, done, _ = lines
+            answers = [each.result(EXIT_LIMIT_S) for each in waiting]
+        finally:
+            store.resume()
+    assert done == "data: [DONE]"
+    errors = [json.loads(event.removeprefix("data: ")), *(each.json() for each in answers)]
+    for error in errors:
+        assert error["error"]["code"] == 503, error
+        assert error["error"]["message"].startswith("the server is being stopped")
+    assert [each.status_code for each in answers] == [503, 503]
+    assert [each.headers["retry-after"] for each in answers] == ["2", "2"]
 
 
 def await_arrival(server: VllmServer) -> None:

@@ -113,7 +113,6 @@ UNTESTED = {
     "make TORCH_INDEX=": "is make install with another index",
     "pip install --editable": "is what these tests run in",
     "pip install '.[": "an extra draws packages in from an index, as make install does",
-    'pip install "vllm-multilora[': "an extra draws packages in from an index",
     "pip install --no-deps ./packaging/": "make install does it for these tests",
     "pip uninstall": "takes away what these tests run in",
     "python -m benchmarks run": "measures, for minutes and on a quiet machine; "

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable
 from http import HTTPStatus
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -24,8 +25,16 @@ if TYPE_CHECKING:
 IS_STOPPING = "the server is being stopped; ask another one, or this one when it has been started"
 """What clients are told by a server that answers the requests that it has, and then ends."""
 
+STOP = SimpleNamespace(has_come=False, act=lambda: None)
+"""What a signal to stop this server sets, and calls, before vLLM hears it."""
+
 _STOPPING = "Server shutting down"
 """What vLLM's engine core answers all calls with once it has been told to stop."""
+
+
+def stopped() -> GracefulHTTPError:
+    """The error of requests that a server ends with itself."""
+    return GracefulHTTPError(IS_STOPPING, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 async def answer_of(core: Any, asked: Awaitable[Any]) -> Any:
@@ -49,7 +58,7 @@ async def answer_of(core: Any, asked: Awaitable[Any]) -> Any:
     except Exception as error:
         if str(error) != _STOPPING:
             raise
-        raise GracefulHTTPError(IS_STOPPING, HTTPStatus.SERVICE_UNAVAILABLE) from error
+        raise stopped() from error
     finally:
         call.cancel()
 

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import FinishReason
 from vllm.v1.engine.async_llm import InputStreamError
-from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_multilora.adapters.blend import is_blend
 from vllm_multilora.integration.api_server.failure_delivery import ON_OUTPUTS
@@ -31,7 +31,7 @@ from vllm_multilora.integration.attached import Attached
 from vllm_multilora.integration.engine.requests.weight_versions import parts_in, version_in
 from vllm_multilora.integration.patching.activation import settings_of
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller
-from vllm_multilora.integration.server.requests.engine_calls import IS_STOPPING
+from vllm_multilora.integration.server.requests.engine_calls import STOP, stopped
 from vllm_multilora.integration.server.requests.http_calls import (
     SHOWN_DIGITS,
     HttpCall,
@@ -265,26 +265,22 @@ def attach(processor: Any, meter: ServerMeter) -> None:
     ON_OUTPUTS.set(processor, meter.look)
 
 
-class _StoppedError(EngineDeadError):
-    """What requests are ended with that a server still has when it is being stopped."""
-
-    def __str__(self) -> str:
-        return IS_STOPPING
-
-
 def end_all_at_shutdown(client: Any) -> None:
-    """Has all requests end when vLLM's client stops, or its engine has died.
+    """Has all requests end when a server is stopped that cuts them off, or its engine has died.
 
-    vLLM cancels the task that would tell their readers, and the server would wait for these.
+    vLLM cancels the task that would tell their readers, and the server would wait for these; or it
+    answers as if they were complete, or with the death of an engine that it has ended itself.
     """
     processor = client.output_processor
 
-    def end_all(handler: asyncio.Task[None]) -> None:
+    def end_all(*, is_known: bool = False) -> None:
         if (meter := METER.get(processor)) is not None:
             for state in processor.request_states.values():
                 meter.end(state)
-        if handler.cancelled():  # else its error has been told
-            processor.propagate_error(_StoppedError())
+        if not is_known:
+            processor.propagate_error(stopped())
         stop_waiting()
 
-    client.output_handler.add_done_callback(end_all)
+    client.output_handler.add_done_callback(lambda each: end_all(is_known=not each.cancelled()))
+    if not client.vllm_config.shutdown_timeout:
+        STOP.act = partial(asyncio.get_running_loop().call_soon_threadsafe, end_all)
