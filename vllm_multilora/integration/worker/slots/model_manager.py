@@ -187,13 +187,11 @@ class MultiLoRAModelManager(LoRAModelManager):
             shared.adopt_layers(m for m in self.modules.values() if m.punica_wrapper is shared)
         self.factors = SlotFactors(packed, self.lora_slots, self.device) if dora else None
         for number, (layer, own) in enumerate(layers):  # those of packed adapters first
-            wrapper = layer.punica_wrapper
-            assert isinstance(wrapper, MultiLoRAPunicaWrapper)
             ranks = self._shrink_ranks[own], self._expand_ranks[own]
             factors = None
             if self.factors is not None and number < len(packed):
                 factors = self.factors.of_layer(number)
-            layer.set_mapping(wrapper.for_layer(*ranks, factors))
+            layer.set_mapping(layer.punica_wrapper.for_layer(*ranks, factors))
         dtype: Any = config.model_config.dtype
         wrapper = next(iter(self._wrappers()))
         kernels = StartSettings(
