@@ -11,7 +11,7 @@ FOLDER = Path(vllm_multilora.__file__).parent
 PLACES = ("gateway", "integration", "tenants")
 
 OURS = {
-    *("asked", "deferred_calls", "beam", "call", "caller", "entry", "kept", "known"),
+    *("STOP", "asked", "deferred_calls", "beam", "call", "caller", "entry", "kept", "known"),
     *("mapping", "meter", "own", "prompt", "prompts", "served", "under_way", "usage", "waiting"),
 }
 """Variables that hold objects of our own classes wherever one of their attributes is assigned."""
