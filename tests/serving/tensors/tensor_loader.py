@@ -1,5 +1,6 @@
 """How frameworks for training have vLLM's workers load adapters from tensors."""
 
+import ctypes
 import json
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,10 @@ class Extension:
 
     def forget(self: Any, number: int) -> bool:
         return bool(self.remove_lora(number))
+
+    def trim(self) -> None:
+        """Gives back what the C library keeps of memory that nothing uses any more."""
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class KeptTensors(Extension):

@@ -21,7 +21,10 @@ STREAMS = 16
 VERSIONS = 5
 LIMIT_S = 900.0
 GROWTH = 48 << 20
-"""Bytes by which memory may grow after the first quarter of the swaps: what allocators keep."""
+"""Bytes by which memory may grow after the first quarter of the swaps: gaps between what is in use.
+
+A version has 0.44 MB on average: if each were kept, 250 swaps would add 109 MB.
+"""
 
 
 @pytest.fixture
@@ -86,6 +89,7 @@ def test_swaps_under_streams_answer_by_version_in_flat_memory(
             while answers < before + STREAMS // 2 and not any(task.done() for task in streams):
                 await asyncio.sleep(0.005)
             if swap % (swaps // 4) == 0:
+                await engine.collective_rpc("trim")
                 sizes.append(memory())
         ended.set()
         await asyncio.gather(*streams)
