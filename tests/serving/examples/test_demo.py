@@ -55,7 +55,7 @@ def test_the_demo_shows_all_its_parts_and_leaves_nothing_running(temporary: Path
     mine = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
     # Building the base model, which the first run does, shows transformers' progress.
     build = [sys.executable, str(DEMO / "base_model.py")]
-    subprocess.run(build, env=mine, capture_output=True, timeout=LIMIT_S, check=True)
+    subprocess.run(build, env=mine, timeout=LIMIT_S, check=True)
     run = subprocess.run(
         [sys.executable, str(DEMO / "demo.py")],
         env=mine | {MARK: mark, "TMPDIR": str(temporary)},
