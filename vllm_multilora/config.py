@@ -197,11 +197,11 @@ class MultiLoRAConfig:
         "the process that fetches reads it, each time anew.",
     )
     adapter_dir: tuple[str, ...] = _list(
-        "folders",
+        "folders and URLs",
         "DIR",
-        "Serve every sub-folder with an adapter under the folder's name. An adapter is loaded "
-        "when it is first used; new, changed and removed ones are noticed. May be given several "
-        "times.",
+        "Serve every sub-folder with an adapter under the folder's name, below a URL too. An "
+        "adapter is loaded when it is first used; new, changed and removed ones are noticed. May "
+        "be given several times.",
     )
     adapter_chat_templates: str | None = _file(
         "Folder of the chat templates (*.jinja) that adapters may bring for their chats; an "
@@ -364,6 +364,11 @@ class MultiLoRAConfig:
                 "pickle is read several times, so its signature does not prove which bytes are "
                 "used. Sign safetensors files"
             )
+
+    @property
+    def directories(self) -> tuple[str, ...]:
+        """The adapter directories that are folders, and no URLs."""
+        return tuple(each for each in self.adapter_dir if "://" not in each)
 
     @classmethod
     def from_additional_config(cls, additional_config: Mapping[str, Any] | None) -> MultiLoRAConfig:

@@ -63,6 +63,11 @@ class Bucket:
                 Bucket="loras", Key=f"{path}/{file.name}", Body=file.read_bytes()
             )
 
+    def remove(self, path: str) -> None:
+        """Removes what lies below a path."""
+        for found in self._client.list_objects_v2(Bucket="loras", Prefix=path)["Contents"]:
+            self._client.delete_object(Bucket="loras", Key=found["Key"])
+
 
 @pytest.fixture
 def bucket(bucket_address: str, monkeypatch: pytest.MonkeyPatch) -> Bucket:

@@ -22,9 +22,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from vllm_multilora.adapters.problems import Code
 from vllm_multilora.failures import FailureKind
-from vllm_multilora.sources.source_errors import SourceError
+from vllm_multilora.sources.source_errors import SourceError, unusable
 
 ADAPTER, LEASE = "adapter", "lease"
 
@@ -90,13 +89,8 @@ class DiskTier:
                 yield None
                 return
             if time.monotonic() >= deadline:
-                raise SourceError.at(
-                    Code.FILE_UNREADABLE,
-                    str(folder),
-                    f"being fetched by another process, and not whole within {wait_s:g} s",
-                    "an adapter",
-                    kind=FailureKind.TIMEOUT,
-                )
+                found = f"being fetched by another process, and not whole within {wait_s:g} s"
+                raise unusable(str(folder), found, "an adapter", kind=FailureKind.TIMEOUT)
             time.sleep(_LOOK_S)
         try:
             yield Incoming(folder / ADAPTER, lease)
@@ -151,15 +145,8 @@ class DiskTier:
             raise self._full(nbytes, f"{free} bytes free on its disk", "free some")
 
     def _full(self, nbytes: int, found: str, hint: str) -> SourceError:
-        return SourceError.at(
-            Code.FILE_UNREADABLE,
-            "the disk cache (--multilora-disk-cache)",
-            found,
-            f"{nbytes} for the adapter",
-            verb="has",
-            hint=hint,
-            kind=FailureKind.NO_MEMORY,
-        )
+        cache, expected = "the disk cache (--multilora-disk-cache)", f"{nbytes} for the adapter"
+        return unusable(cache, found, expected, hint, verb="has", kind=FailureKind.NO_MEMORY)
 
     def _kept(self) -> Iterator[_Kept]:
         for folder in (*self._entries.iterdir(), *self._incoming.iterdir()):

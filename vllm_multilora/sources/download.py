@@ -19,7 +19,7 @@ from vllm_multilora.adapters.signing.signature import SIGNATURE_NAME
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.sources.disk_tier import DiskTier
 from vllm_multilora.sources.remote_folder import RemoteFile, RemoteFolder
-from vllm_multilora.sources.source_errors import SourceError, replaced, unreachable
+from vllm_multilora.sources.source_errors import SourceError, replaced, unreachable, unusable
 from vllm_multilora.sources.source_url import OBJECT_STORES, SourceUrl
 
 MAX_ATTEMPTS = 6
@@ -108,22 +108,15 @@ def _check(url: SourceUrl, files: Sequence[RemoteFile], bounds: Bounds) -> None:
     sizes = {file.name: file.size for file in files}
     for name in (CONFIG_NAME, TENSORS_NAME):
         if name not in sizes:
-            raise SourceError.at(
-                Code.FILE_MISSING,
-                f"{url}/{name}",
-                "missing",
-                f"a folder that holds {CONFIG_NAME} and {TENSORS_NAME}",
-            )
+            expected = f"a folder that holds {CONFIG_NAME} and {TENSORS_NAME}"
+            raise SourceError.at(Code.FILE_MISSING, f"{url}/{name}", "missing", expected)
     for name, size in sizes.items():
         most = bounds.weights_bytes if name == TENSORS_NAME else bounds.config_bytes
         if size > most:
+            file, expected = f"{url}/{name}", f"at most {most} for this model"
+            kind = FailureKind.INVALID
             raise SourceError.at(
-                Code.FILE_TOO_LARGE,
-                f"{url}/{name}",
-                f"{size} bytes",
-                f"at most {most} for this model",
-                verb="has",
-                kind=FailureKind.INVALID,
+                Code.FILE_TOO_LARGE, file, f"{size} bytes", expected, verb="has", kind=kind
             )
 
 
@@ -193,13 +186,7 @@ class _Progress:
 
 
 def _disk_error(error: OSError) -> SourceError:
-    kind = FailureKind.UNREADABLE
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        kind = FailureKind.NO_MEMORY
-    return SourceError.at(
-        Code.FILE_UNREADABLE,
-        "the disk cache (--multilora-disk-cache)",
-        f"not usable: {error.strerror}",
-        "room on its disk, and access to it",
-        kind=kind,
-    )
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    kind = FailureKind.NO_MEMORY if is_full else FailureKind.UNREADABLE
+    found, expected = f"not usable: {error.strerror}", "room on its disk, and access to it"
+    return unusable("the disk cache (--multilora-disk-cache)", found, expected, kind=kind)

@@ -58,13 +58,6 @@ def fetched(path: str, *, is_allowed: bool) -> str:
         return str(snapshot_download(repo_id=path))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         said = shown_name(str(error).partition("\n")[0])
-        raise AdapterNotFoundError.of(
-            Problem(
-                Code.FOLDER_MISSING,
-                name,
-                "",
-                said,
-                EXPECTED,
-                f"{name} is not a folder here, and the Hugging Face hub does not have it: {said}",
-            )
-        ) from error
+        message = f"{name} is not a folder here, and the Hugging Face hub does not have it: {said}"
+        problem = Problem(Code.FOLDER_MISSING, name, "", said, EXPECTED, message)
+        raise AdapterNotFoundError.of(problem) from error

@@ -25,13 +25,10 @@ class ObjectFolder:
         try:
             from obstore.store import from_url
         except ImportError:
+            found = f"in {OBJECT_STORES[url.scheme]}, and obstore is not installed"
+            hint, kind = "pip install vllm-multilora[remote]", FailureKind.INVALID
             raise SourceError.at(
-                Code.FOLDER_MISSING,
-                str(url),
-                f"in {OBJECT_STORES[url.scheme]}, and obstore is not installed",
-                "what reads it",
-                hint="pip install vllm-multilora[remote]",
-                kind=FailureKind.INVALID,
+                Code.FOLDER_MISSING, str(url), found, "what reads it", hint=hint, kind=kind
             ) from None
         self._url = url
         # Which of these it knows, it takes from the environment by itself.

@@ -16,7 +16,7 @@ from urllib.parse import quote, urlsplit
 from vllm_multilora.adapters.problems import Code
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.sources.remote_folder import RemoteFile
-from vllm_multilora.sources.source_errors import SourceError
+from vllm_multilora.sources.source_errors import SourceError, unusable
 from vllm_multilora.sources.source_url import SourceUrl
 from vllm_multilora.sources.web_client import WebClient
 
@@ -64,18 +64,11 @@ class RepositoryFolder:
             sizes = {str(one["rfilename"]): int(one["size"]) for one in listing["siblings"]}
             commit = str(listing["sha"])
         except (ValueError, KeyError, TypeError):
-            raise SourceError.at(
-                Code.FILE_UNREADABLE,
-                str(self._url),
-                "a listing that cannot be understood",
-                f"what {DEFAULT_ENDPOINT}/api/models answers",
-                verb="has",
-                kind=FailureKind.INVALID,
-            ) from None
+            found = "a listing that cannot be understood"
+            expected, kind = f"what {DEFAULT_ENDPOINT}/api/models answers", FailureKind.INVALID
+            raise unusable(str(self._url), found, expected, verb="has", kind=kind) from None
         if not commit.isalnum():
-            raise SourceError.at(
-                Code.FILE_UNREADABLE, str(self._url), "no commit", "a commit", verb="has"
-            )
+            raise unusable(str(self._url), "no commit", "a commit", verb="has")
         return commit, sizes
 
 

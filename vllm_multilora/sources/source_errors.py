@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from http import HTTPStatus
-from typing import Self
+from typing import Any, Self
 
 from vllm_multilora.adapters.adapter_errors import AdapterError
 from vllm_multilora.adapters.problems import Code, Problem
@@ -58,49 +58,35 @@ def of_status(file: str, status: int) -> SourceError:
             Code.FILE_MISSING, file, f"missing: the source answers {phrase}", "a file"
         )
     if status in (401, 403):
-        return SourceError.at(
-            Code.NOT_ALLOWED,
-            file,
-            f"refused by its source, which answers {phrase}",
-            "a file that the server may read",
-            hint=ACCESS_HINT,
-            kind=FailureKind.INVALID,
-        )
+        found, kind = f"refused by its source, which answers {phrase}", FailureKind.INVALID
+        expected = "a file that the server may read"
+        return SourceError.at(Code.NOT_ALLOWED, file, found, expected, hint=ACCESS_HINT, kind=kind)
     if status in (412, 416):
         return replaced(file)
     passing = status >= 500 or status in _PASSING
-    return SourceError.at(
-        Code.FILE_UNREADABLE,
-        file,
-        f"not to be had: the source answers {phrase}",
-        "a file",
-        kind=FailureKind.UNREADABLE if passing else FailureKind.INVALID,
-        is_passing=passing,
-    )
+    kind = FailureKind.UNREADABLE if passing else FailureKind.INVALID
+    found = f"not to be had: the source answers {phrase}"
+    return unusable(file, found, "a file", kind=kind, is_passing=passing)
+
+
+def unusable(file: str, found: str, expected: str, hint: str = "", **more: Any) -> SourceError:
+    """A file, or a place for some, cannot be used; the arguments are those of `SourceError.at`."""
+    kind = more.pop("kind", FailureKind.UNREADABLE)
+    return SourceError.at(Code.FILE_UNREADABLE, file, found, expected, hint=hint, kind=kind, **more)
 
 
 def unreachable(file: str, found: str, *, is_timeout: bool = False) -> SourceError:
     """The source did not answer, or broke off; worth another attempt."""
-    return SourceError.at(
-        Code.FILE_UNREADABLE,
-        file,
-        f"not to be had: {found}",
-        "a file",
-        kind=FailureKind.TIMEOUT if is_timeout else FailureKind.UNREADABLE,
-        is_passing=True,
-    )
+    kind = FailureKind.TIMEOUT if is_timeout else FailureKind.UNREADABLE
+    return unusable(file, f"not to be had: {found}", "a file", kind=kind, is_passing=True)
 
 
 def replaced(file: str) -> SourceError:
     """The file is not the one that was listed."""
+    found, expected = "replaced while it was fetched", "the version that was listed"
+    hint, kind = "load the adapter again", FailureKind.UNREADABLE
     return SourceError.at(
-        Code.FILE_CHANGED,
-        file,
-        "replaced while it was fetched",
-        "the version that was listed",
-        verb="was",
-        hint="load the adapter again",
-        kind=FailureKind.UNREADABLE,
+        Code.FILE_CHANGED, file, found, expected, verb="was", hint=hint, kind=kind
     )
 
 

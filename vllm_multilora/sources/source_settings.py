@@ -10,21 +10,23 @@ from vllm_multilora.adapters.files.missing_files import is_url
 from vllm_multilora.config import MultiLoRAConfig
 from vllm_multilora.errors import ConfigError
 from vllm_multilora.sources.source_errors import SourceError
-from vllm_multilora.sources.source_url import OBJECT_STORES, allowed_sources
-
-GIB = 1 << 30
+from vllm_multilora.sources.source_url import OBJECT_STORES, allowed_source, allowed_sources
 
 
 def require_sources(settings: MultiLoRAConfig) -> list[str]:
-    """Checks, at start-up, the URLs among the allowed roots; returns the others, the folders.
+    """Checks, at start-up, the URLs in the settings; returns the allowed roots that are folders.
 
     Raises:
         ConfigError: One cannot be used.
     """
+    flag = "--multilora-allowed-roots"
     try:
         sources = allowed_sources(settings.allowed_roots)
+        flag = "--multilora-adapter-dir"
+        for url in allowed_sources(settings.adapter_dir):
+            allowed_source(url, sources)
     except SourceError as error:
-        raise ConfigError(f"--multilora-allowed-roots: {error}") from None
+        raise ConfigError(f"{flag}: {error}") from None
     if sources and settings.store == "thread":
         raise ConfigError(
             f"--multilora-allowed-roots names {sources[0]}, and --multilora-store thread starts no "
@@ -46,11 +48,6 @@ def disk_cache(settings: MultiLoRAConfig) -> str | None:
         return None
     own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "vllm-multilora", "adapters")
     return str(Path(settings.disk_cache or own).expanduser().absolute())
-
-
-def disk_cache_bytes(settings: MultiLoRAConfig) -> int:
-    """How many bytes it may hold."""
-    return int(settings.disk_cache_gib * GIB)
 
 
 def roots_of_store(settings: MultiLoRAConfig) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from vllm_multilora.adapters.files.missing_files import is_url
 from vllm_multilora.adapters.problems import Code, shown_name
@@ -136,9 +136,3 @@ def allowed_source(url: SourceUrl, allowed: Iterable[SourceUrl]) -> SourceUrl:
 def _suggested(url: SourceUrl) -> str:
     above = SourceUrl(url.scheme, url.host, url.parts[:-1])
     return f"{above}/" if url.scheme != "hf" else str(SourceUrl("hf", url.host, url.parts[:1]))
-
-
-def same_host(one: str, another: str) -> bool:
-    """Whether two web addresses have the same scheme, host and port."""
-    first, second = urlsplit(one), urlsplit(another)
-    return (first.scheme, first.netloc.lower()) == (second.scheme, second.netloc.lower())

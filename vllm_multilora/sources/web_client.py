@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from email.message import Message
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 from vllm_multilora.sources.remote_folder import CHUNK_BYTES, READ_S, RemoteFile
 from vllm_multilora.sources.source_errors import of_status, replaced, unreachable
-from vllm_multilora.sources.source_url import same_host
 
 _AGENT = "vllm-multilora"
 _MAX_REDIRECTS = 5
@@ -99,7 +99,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         headers: http.client.HTTPMessage,
         newurl: str,
     ) -> urllib.request.Request | None:
-        stays = same_host(req.full_url, newurl)
+        before, after = urlsplit(req.full_url), urlsplit(newurl)
+        stays = (before.scheme, before.netloc.lower()) == (after.scheme, after.netloc.lower())
         if not stays and not self._may_follow(newurl):
             return None  # the answer is the redirect itself, which is no file
         followed = super().redirect_request(req, fp, code, msg, headers, newurl)

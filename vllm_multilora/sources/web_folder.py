@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from urllib.parse import urlsplit
 
-from vllm_multilora.adapters.problems import Code
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.sources.remote_folder import RemoteFile
-from vllm_multilora.sources.source_errors import SourceError
+from vllm_multilora.sources.source_errors import SourceError, unusable
 from vllm_multilora.sources.source_url import SourceUrl
 from vllm_multilora.sources.web_client import WebClient, version_of
 
@@ -43,14 +42,9 @@ class WebFolder:
         with closing(answer):
             version, size = version_of(answer.headers), answer.headers.get("Content-Length", "")
         if version is None or not (size.isascii() and size.isdigit()):
-            raise SourceError.at(
-                Code.FILE_UNREADABLE,
-                address,
-                "no ETag, no Last-Modified or no Content-Length",
-                "headers that tell its version and its size",
-                verb="has",
-                kind=FailureKind.INVALID,
-            )
+            found = "no ETag, no Last-Modified or no Content-Length"
+            expected = "headers that tell its version and its size"
+            raise unusable(address, found, expected, verb="has", kind=FailureKind.INVALID)
         return RemoteFile(name, int(size), version)
 
     def _may_follow(self, address: str) -> bool:

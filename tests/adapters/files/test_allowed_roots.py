@@ -36,7 +36,7 @@ def test_what_is_allowed(place, roots, directories, allowed):
         allowed_roots=tuple(str(place / root) for root in roots),
         adapter_dir=tuple(str(place / directory) for directory in directories),
     )
-    rules = AllowedRoots.of(settings)
+    rules = AllowedRoots(settings.allowed_roots, settings.directories)
     paths = {"roots/a", "served/b", "other/c", "served/to-a", "served/to-b", "served/to-c"}
     assert {path for path in paths if rules.allows(place / path)} == allowed
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from vllm_multilora.adapters.adapter_errors import AdapterFormatError
 from vllm_multilora.adapters.files.missing_files import is_url
 from vllm_multilora.adapters.problems import Code
-from vllm_multilora.config import MultiLoRAConfig
 
 
 class AllowedRoots:
@@ -27,10 +26,6 @@ class AllowedRoots:
         paths = (*folders, *self._directories)
         self._roots = tuple(dict.fromkeys(paths))
         self._is_open = not roots
-
-    @classmethod
-    def of(cls, settings: MultiLoRAConfig) -> AllowedRoots:
-        return cls(settings.allowed_roots, settings.adapter_dir)
 
     def roots_for(self, path: str | Path) -> tuple[str, ...]:
         """The folders below which a path must lead; none: it may lead anywhere."""

@@ -61,7 +61,7 @@ def complete(vllm_config: VllmConfig, engine_args: Any, usage_context: UsageCont
         vllm_config.additional_config[COMPILED_WITH] = f"{__version__} {backend}"
     require_patches()
     check_cache_settings(settings, vllm_config)
-    require_directories(settings.adapter_dir)
+    require_directories(settings.directories)
     warn_of_roots(require_sources(settings))
     if (required := settings.require_digest) is not None:
         RequiredDigests(required)  # a mistake in it stops the start

@@ -17,6 +17,7 @@ from vllm_multilora.integration.server.names import (
 )
 from vllm_multilora.integration.server.names.public_names import public_names, separate
 from vllm_multilora.integration.server.names.registration_routes import load_for_others
+from vllm_multilora.integration.server.names.sources import source_names
 from vllm_multilora.integration.server.requests import (
     engine_admission,
     engine_calls,
@@ -56,6 +57,7 @@ async def start(models: Any) -> None:
     # In this order: a folder that somebody gives a route's name is not served, and stops no server.
     routes.start(models)
     await adapter_directory.start(models)
+    source_names.start(models)
     if (served := routes.ROUTES.get(models)) is not None:
         served.tell_unknown()
     preload.start(models)

@@ -13,7 +13,7 @@ from vllm_multilora.integration.memory_folders import users_folder
 from vllm_multilora.slots.budget import GIB, CpuBudget, enough_gib, machine_memory
 from vllm_multilora.slots.pins import Pins
 from vllm_multilora.slots.policies.policy_registry import make_policy
-from vllm_multilora.sources.source_settings import disk_cache, disk_cache_bytes, roots_of_store
+from vllm_multilora.sources.source_settings import disk_cache, roots_of_store
 from vllm_multilora.store.protocol.messages import StoreSettings
 from vllm_multilora.wording import counted
 
@@ -95,12 +95,12 @@ def store_settings(settings: MultiLoRAConfig, budget: CpuBudget) -> StoreSetting
         timeout_s=settings.load_timeout_s,
         # Absolute: the store may be another server's, which was started elsewhere.
         allowed_roots=(*roots_of_store(settings), *pushed),
-        directories=tuple(map(os.path.abspath, settings.adapter_dir)),
+        directories=tuple(map(os.path.abspath, settings.directories)),
         allow_pickle=settings.allow_pickle,
         allow_hub=settings.allow_hub,
         check_finite=settings.check_finite,
         signing_keys=keys and str(Path(keys).absolute()),
         disk_cache=disk_cache(settings),
-        disk_cache_bytes=disk_cache_bytes(settings),
+        disk_cache_bytes=int(settings.disk_cache_gib * GIB),
         source_credentials=credentials and str(Path(credentials).absolute()),
     )

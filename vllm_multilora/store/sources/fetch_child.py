@@ -21,11 +21,10 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from vllm_multilora.adapters.problems import Code
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.sources.disk_tier import DiskTier, lease_of
 from vllm_multilora.sources.download import Bounds, Fetched, download, remote_folder
-from vllm_multilora.sources.source_errors import SourceError
+from vllm_multilora.sources.source_errors import SourceError, unusable
 from vllm_multilora.sources.source_url import SourceUrl, allowed_source, allowed_sources
 from vllm_multilora.store.jobs import sandbox
 from vllm_multilora.store.memory import syscalls
@@ -79,10 +78,7 @@ class FetchRequest(msgspec.Struct, frozen=True):
     allowed: tuple[str, ...]
     cache: str
     cache_bytes: int
-    config_bytes: int
-    weights_bytes: int
-    patience_s: float
-    is_signed: bool
+    bounds: Bounds
     descriptors: tuple[int, ...]
     credentials: str | None
 
@@ -123,36 +119,23 @@ def _fetched(request: FetchRequest) -> tuple[Fetched, int]:
         os.environ.update(_credentials(request.credentials))
     tier = _tier(request)
     _confine(request, allowed)
-    bounds = Bounds(
-        request.config_bytes, request.weights_bytes, request.patience_s, request.is_signed
-    )
     remote = remote_folder(url, allowed)
     for _ in range(_ATTEMPTS):
-        fetched = download(url, remote, tier, bounds)
+        fetched = download(url, remote, tier, request.bounds)
         if (lease := lease_of(fetched.folder)) is not None:
             return fetched, lease
-    raise SourceError.at(
-        Code.FILE_UNREADABLE,
-        str(url),
-        "removed from the disk cache again and again, before it could be read",
-        "a cache with room for what is used at a time",
-        hint="raise --multilora-disk-cache-gib",
-        kind=FailureKind.NO_MEMORY,
-    )
+    found = "removed from the disk cache again and again, before it could be read"
+    expected, hint = "a cache with room for what is used", "raise --multilora-disk-cache-gib"
+    raise unusable(str(url), found, expected, hint, kind=FailureKind.NO_MEMORY)
 
 
 def _tier(request: FetchRequest) -> DiskTier:
     try:
         return DiskTier(request.cache, request.cache_bytes)
     except OSError as error:
-        raise SourceError.at(
-            Code.FILE_UNREADABLE,
-            request.cache,
-            f"no folder to write to: {error.strerror}",
-            "one for the disk cache",
-            hint="name another with --multilora-disk-cache",
-            kind=FailureKind.UNREADABLE,
-        ) from None
+        found = f"no folder to write to: {error.strerror}"
+        hint = "name another with --multilora-disk-cache"
+        raise unusable(request.cache, found, "one for the disk cache", hint) from None
 
 
 def _credentials(path: str) -> dict[str, str]:
@@ -161,19 +144,14 @@ def _credentials(path: str) -> dict[str, str]:
     except (OSError, ValueError) as error:
         # Whose adapter it is need not know where the file is.
         print(f"multilora store: credentials of sources: {error}", file=sys.stderr, flush=True)
-        raise SourceError.at(
-            Code.FILE_UNREADABLE,
-            "the server's file of credentials (--multilora-source-credentials)",
-            "not usable",
-            "lines of NAME=value",
-            hint="the log of its store says why",
-            kind=FailureKind.UNREADABLE,
-        ) from None
+        file = "the server's file of credentials (--multilora-source-credentials)"
+        hint = "the log of its store says why"
+        raise unusable(file, "not usable", "lines of NAME=value", hint) from None
 
 
 def _confine(request: FetchRequest, allowed: Sequence[SourceUrl]) -> None:
     """Restricts this process for the rest of its life, as far as the kernel can."""
-    most = max(request.weights_bytes, request.config_bytes) + _SLACK_BYTES
+    most = max(request.bounds.weights_bytes, request.bounds.config_bytes) + _SLACK_BYTES
     for what, limit in ((resource.RLIMIT_FSIZE, most), (resource.RLIMIT_CORE, 0)):
         with suppress(OSError, ValueError):
             resource.setrlimit(what, (limit, limit))

@@ -19,6 +19,7 @@ from vllm_multilora.adapters.files.missing_files import is_url
 from vllm_multilora.adapters.model.size_limits import DEFAULT_LIMITS
 from vllm_multilora.failures import FailureKind
 from vllm_multilora.sources.disk_tier import lease_of
+from vllm_multilora.sources.download import Bounds
 from vllm_multilora.sources.source_errors import SourceError
 from vllm_multilora.sources.source_url import SourceUrl, allowed_source, allowed_sources
 from vllm_multilora.store.loads.loads import Effects
@@ -231,15 +232,15 @@ def _fetch_request(client: Client, url: str) -> tuple[FetchRequest, SourceUrl]:
     cache = settings.disk_cache or ""
     allowed = allowed_sources(settings.allowed_roots if cache else ())
     root = allowed_source(SourceUrl.parse(url), allowed)
+    weights_bytes = sum(map(DEFAULT_LIMITS.most_bytes, client.layouts))
+    is_signed = settings.signing_keys is not None
+    bounds = Bounds(DEFAULT_LIMITS.config_bytes, weights_bytes, settings.timeout_s, is_signed)
     request = FetchRequest(
         url,
         tuple(map(str, allowed)),
         cache,
         settings.disk_cache_bytes,
-        DEFAULT_LIMITS.config_bytes,
-        sum(map(DEFAULT_LIMITS.most_bytes, client.layouts)),
-        settings.timeout_s,
-        settings.signing_keys is not None,
+        bounds,
         handed_descriptors(os.environ),
         settings.source_credentials,
     )

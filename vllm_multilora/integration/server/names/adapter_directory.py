@@ -274,9 +274,10 @@ async def start(models: Any) -> None:
         return
     vllm_config = models.engine_client.vllm_config
     settings = settings_of(vllm_config)
-    if not settings.adapter_dir:
+    if not settings.directories:
         return
-    directories = AdapterDirectories(settings.adapter_dir, AllowedRoots.of(settings))
+    allowed = AllowedRoots(settings.allowed_roots, settings.directories)
+    directories = AdapterDirectories(settings.directories, allowed)
     is_alone = vllm_config.parallel_config._api_process_count <= 1
     server = DirectoryServer(models, directories, is_alone=is_alone)
     DIRECTORY.set(models, server)

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any
 
-from vllm import envs
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.lora.request import LoRARequest
 from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver
@@ -30,6 +29,7 @@ from vllm_multilora.integration.server.names import adapter_directory, registrat
 from vllm_multilora.integration.server.names.adapter_directory import PendingLooks
 from vllm_multilora.integration.server.names.public_names import is_reserved, public_names
 from vllm_multilora.integration.server.names.refusals import REFUSALS, Refusals
+from vllm_multilora.integration.server.names.sources import source_names
 from vllm_multilora.integration.server.requests import callers
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ _LOOKS = PendingLooks(ThreadPoolExecutor(4, thread_name_prefix="multilora-resolv
 async def find(models: Any, name: str) -> ErrorResponse | None:
     """Sees to it that an adapter is served, if there is one of this name.
 
-    Those of adapter directories come first; then vLLM's resolvers are asked.
+    Those of adapter directories come first, then URLs; then vLLM's resolvers are asked.
 
     Returns:
         The answer to the request where it cannot be served.
@@ -50,18 +50,18 @@ async def find(models: Any, name: str) -> ErrorResponse | None:
     refusal = await adapter_directory.prepare(models, name)
     if refusal is None and name not in public_names(models):
         refusal = await prepare(models, name)
+    await source_names.look_again(models, name)
     return refusal
 
 
 async def prepare(models: Any, name: str) -> ErrorResponse | None:
-    """Has vLLM's resolvers find an adapter that nobody serves yet.
+    """Has resolvers find an adapter that nobody serves yet.
 
     Returns:
         The answer to the request where none finds it, or the engine refuses it; None where it
         serves from now on, or resolvers have no say.
     """
-    is_on = envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING and registration.acts_for(models)
-    if not (is_on and models.lora_resolvers):
+    if not (registration.acts_for(models) and source_names.resolvers_of(models)):
         return None
     async with callers.turn_to_read(), registration.lock_of(models, name):
         if models.is_base_model(name) or name in public_names(models):
@@ -79,7 +79,7 @@ async def prepare(models: Any, name: str) -> ErrorResponse | None:
 
 async def _resolve(models: Any, name: str) -> ErrorResponse | None:
     first: ErrorResponse | None = None
-    for resolver in models.lora_resolvers if not name.startswith("/") else ():
+    for resolver in source_names.resolvers_of(models) if not name.startswith("/") else ():
         kind = type(resolver).__name__
         try:
             lora = await _ask(resolver, models, name)
@@ -125,7 +125,7 @@ def _look(
         return None  # another name of a folder that has one
     folder = resolver.lora_cache_dir
     path = f"{folder}/{name}"
-    roots = AllowedRoots(settings.allowed_roots, [*settings.adapter_dir, folder])
+    roots = AllowedRoots(settings.allowed_roots, [*settings.directories, folder])
     if not (roots.allows(path) and roots.allows(f"{path}/{CONFIG_NAME}")):
         return None
     try:

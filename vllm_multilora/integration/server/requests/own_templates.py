@@ -52,7 +52,7 @@ class OwnTemplates:
         is_harmony = model.hf_config.model_type == "gpt_oss"
         if is_harmony or type(client.renderer).__name__ != "HfRenderer":
             raise ConfigError(f"{_FLAG}: vLLM renders this model's chats without a template")
-        self._roots = settings.allowed_roots, settings.adapter_dir
+        self._roots = settings.allowed_roots, settings.directories
         self._tokenizer = client.get_tokenizer()
         self._trusts_clients = gateway_activation.TRUSTS_CLIENTS.get(args)
         self.known: dict[int, str | None] = {}

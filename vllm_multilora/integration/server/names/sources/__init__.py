@@ -1,0 +1,1 @@
+"""Adapters that an API server finds at URLs."""
