@@ -4,7 +4,7 @@ SmolLM2-135M in float32, in an engine with a process of its own. Streams of one 
 which asks again when it has its answer: first in quiet, then while versions of the adapter are
 given to the worker as tensors, one after the other. Each answer says which of its tokens are which
 version's; answers of several versions are compared with PEFT, which computes each token by the
-version that is named for it.
+version that is named for it. An answer is wrong if PEFT clearly prefers another token somewhere.
 
 The wait of a stream is the time between two of its tokens. Memory is that of the engine and of the
 folders of tensors, at the end and after a quarter of the swaps.
@@ -41,6 +41,9 @@ ALPHA = 16 * RANK
 CONFIG = "adapter_config.json"
 KEPT = "tests.serving.tensors.tensor_loader.KeptTensors"
 """Has the tensors of a version at hand from its second push on; the first ones come beforehand."""
+
+NEAR_TIE = 0.01
+"""Logits within which either of two tokens is right: sums in another order differ by less."""
 
 PAUSE_S = 0.01
 """Between a swap's end and the next one's beginning."""
@@ -126,16 +129,20 @@ async def measured(
     return quiet, swapping, sizes, asked.mixed
 
 
-def wrong_answers(folders: list[Path], answers: Iterable[Any]) -> int:
-    """How many answers have a token that PEFT does not compute by the version that they name."""
+def distances(folders: list[Path], answers: Iterable[Any]) -> list[float]:
+    """By how many logits PEFT prefers another token to one of an answer's, at most.
+
+    PEFT computes each token by the version that the answer names for it.
+    """
     peft = PeftReference(base_model(), {folder.name: folder for folder in folders})
-    wrong = 0
+    most = []
     for output in answers:
         found = [*output.outputs[0].token_ids]
         tokens = (*output.prompt_token_ids, *found)[:-1]
         versions = versions_of(output, [folder.name for folder in folders])
-        wrong += peft.likeliest_in_turn(tokens, versions)[-len(found) :] != found
-    return wrong
+        logits = peft.logits_in_turn(tokens, versions)[-len(found) :]
+        most.append(float((logits.amax(dim=-1) - logits[range(len(found)), found]).max()))
+    return most
 
 
 @contextmanager
@@ -176,11 +183,12 @@ def swaps_in_flight(
         with engine_with_pushes(streams) as engine:
             quiet, swapping, sizes, mixed = asyncio.run(measured(engine, folders, swaps, streams))
         found = mixed[:: len(mixed) // checked + 1]
-        wrong = wrong_answers(folders, found)
+        apart = distances(folders, found)
     slowest = [float(np.percentile(gaps, 99)) for gaps in (quiet, swapping)]
     yield Figure("in quiet", "99th percentile from token to token, ms", slowest[:1])
     yield Figure("beside swaps", "99th percentile from token to token, ms", slowest[1:])
     yield Figure("beside swaps", "/ in quiet", [slowest[1] / slowest[0]])
     yield Figure("beside swaps", "growth, MiB", [(sizes[-1] - sizes[0]) / 2**20])
     yield Figure("beside swaps", "answers compared", [float(len(found))])
-    yield Figure("beside swaps", "of them wrong", [float(wrong)])
+    yield Figure("beside swaps", "of them wrong", [float(sum(one > NEAR_TIE for one in apart))])
+    yield Figure("beside swaps", "furthest from PEFT's choice, logits", [max(apart, default=0.0)])

@@ -113,7 +113,6 @@ class PeftReference:
             scores = self.logits(adapter, torch.tensor([prompt]))[0, :-1].log_softmax(dim=-1)
         return scores[range(len(prompt) - 1), list(prompt[1:])]
 
-    @torch.inference_mode()
     def likeliest_in_turn(self, tokens: Prompt, adapters: Sequence[str]) -> list[int]:
         """Greedy decoding's choice after each token, where adapters take turns at one KV cache.
 
@@ -121,14 +120,20 @@ class PeftReference:
             tokens: Token ids.
             adapters: The adapter that computes each token, with what those before have left.
         """
+        chosen: list[int] = self.logits_in_turn(tokens, adapters).argmax(dim=-1).tolist()
+        return chosen
+
+    @torch.inference_mode()
+    def logits_in_turn(self, tokens: Prompt, adapters: Sequence[str]) -> torch.Tensor:
+        """Float32 logits after each token, of shape [tokens, vocabulary]; arguments as above."""
         assert self._peft is not None
-        cache, chosen = DynamicCache(config=self._base.config), []
+        cache, found = DynamicCache(config=self._base.config), []
         for adapter, positions in groupby(range(len(tokens)), adapters.__getitem__):
             self._peft.set_adapter(adapter)
             part = torch.tensor([[tokens[position] for position in positions]])
             output = self._peft(input_ids=part, past_key_values=cache, use_cache=True)
-            chosen += output.logits[0].float().argmax(dim=-1).tolist()
-        return chosen
+            found.append(output.logits[0].float())
+        return torch.cat(found)
 
     def likeliest(self, adapter: str | None, prompt: Prompt) -> list[int]:
         """Greedy decoding's choice after each token of a prompt."""
