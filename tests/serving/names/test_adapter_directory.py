@@ -34,6 +34,7 @@ from vllm_multilora.integration.server.names.adapter_directory import (
 from vllm_multilora.integration.server.names.public_names import public_names
 from vllm_multilora.integration.server.names.refusals import Refusals
 from vllm_multilora.integration.server.names.routes import ROUTES
+from vllm_multilora.integration.server.names.sources import source_names
 from vllm_multilora.integration.server.requests.callers import Caller, current_caller
 from vllm_multilora.integration.server.requests.http_calls import HttpCall
 from vllm_multilora.integration.server.requests.metering import METER, ServerMeter
@@ -489,7 +490,7 @@ async def test_a_folder_that_is_named_like_a_route_keeps_no_server_from_starting
     directory.mkdir()
     file.write_text('{"routes": {"help": "acme", "old": "gone"}}')
     settings = MultiLoRAConfig(adapter_dir=(str(directory),), routes=str(file))
-    for module in (adapter_directory, preload, routes):
+    for module in (adapter_directory, preload, routes, source_names):
         monkeypatch.setattr(module, "settings_of", lambda config: settings)
     monkeypatch.setattr(start, "is_active_behind", lambda client: True)
     monkeypatch.setattr(registration, "acts_for", lambda models: True)

@@ -49,6 +49,7 @@ def test_a_folder_is_found_by_one_name_only(tmp_path: Path, name: str) -> None:
 def test_no_more_adapters_are_resolved_than_a_server_may_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     monkeypatch.setattr(registration, "MAX_ADAPTERS", 1)
     monkeypatch.setattr(registration, "admit", None)  # is not asked
     models: Any = Models(SlowEngine())
