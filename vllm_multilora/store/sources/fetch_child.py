@@ -125,7 +125,8 @@ def _fetched(request: FetchRequest) -> tuple[Fetched, int]:
         if (lease := lease_of(fetched.folder)) is not None:
             return fetched, lease
     found = "removed from the disk cache again and again, before it could be read"
-    expected, hint = "a cache with room for what is used", "raise --multilora-disk-cache-gib"
+    expected = "a cache with room for what is used at a time"
+    hint = "raise --multilora-disk-cache-gib"
     raise unusable(str(url), found, expected, hint, kind=FailureKind.NO_MEMORY)
 
 
